@@ -1,0 +1,89 @@
+"""timm's `VisionTransformer` with `Block`: ViT, DeiT, AugReg, MAE, DINO, DINOv2 with registers, CLIP, SigLIP.
+
+``drop_path1`` and ``drop_path2`` are always modules and sit after LayerScale, so their outputs are the exact
+increments of the residual stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
+
+FORMS = Port.has("ls1")
+"""`Block` alone has ``ls1``; its relatives (post-norm, parallel, EVA) compute other things under the same names."""
+
+
+def tokens(model: Any) -> TokenLayout:
+    """Prefix tokens in the order in which `VisionTransformer._pos_embed` concatenates them."""
+    prefix: tuple[str, ...] = ("cls",) if model.cls_token is not None else ()
+    if getattr(model, "dist_token", None) is not None:
+        prefix += ("distillation",)
+    prefix += ("registers",) * (model.num_prefix_tokens - len(prefix))
+    patches = model.patch_embed
+    return TokenLayout(
+        prefix=prefix,
+        grid=tuple(patches.grid_size),
+        patch_size=tuple(patches.patch_size),
+        image_size=tuple(patches.img_size),
+    )
+
+
+def readout(model: Any) -> Readout:
+    """``norm``, pooling, ``fc_norm``, ``head``; ``norm`` is an identity where ``fc_norm`` follows the pooling."""
+    normed = not isinstance(model.norm, nn.Identity)
+    two_heads = hasattr(model, "head_dist")
+    return Readout(
+        output=None,
+        ports={
+            "ln_final": Port("norm") if normed else "its last norm acts on the pooled vector; read pooled",
+            "pooled": "two heads read two tokens; read ln_final" if two_heads else Port("head", "input"),
+            "logits": Port(""),
+        },
+    )
+
+
+def refuses(model: Any) -> str | None:
+    """Whether the model's patch grid is unknown until it sees an image."""
+    if getattr(model.patch_embed, "grid_size", None) is None:
+        return "its patch grid is not fixed; create it with img_size"
+    return None
+
+
+VIT = Family(
+    name="timm.vit",
+    library="timm",
+    blocks=("blocks",),
+    attention="attn",
+    out_projection="attn.proj",
+    attention_scale=("ls1.gamma",),
+    ports={
+        "resid_pre": (Port("", "input"),),
+        "ln1": (Port("norm1", requires=(FORMS,)),),
+        "attn.result": (Port("attn.proj", "input"),),
+        "attn_out": (Port("drop_path1"),),
+        "resid_mid": (Port("norm2", "input", in_place=True),),
+        "ln2": (Port("norm2"),),
+        "mlp.pre": (
+            Port("mlp.fc1_g"),
+            Port("mlp.fc1", part=(1, 2), requires=(Port.has("mlp.gate_last", True),)),
+            Port("mlp.fc1", part=(0, 2), requires=(Port.has("mlp.gate_last", False),)),
+            Port("mlp.fc1"),
+        ),
+        "mlp.pre_linear": (
+            Port("mlp.fc1_x"),
+            Port("mlp.fc1", part=(0, 2), requires=(Port.has("mlp.gate_last", True),)),
+            Port("mlp.fc1", part=(1, 2), requires=(Port.has("mlp.gate_last", False),)),
+        ),
+        "mlp.post": (Port("mlp.fc2", "input"),),
+        "mlp_out": (Port("drop_path2"),),
+        "resid_post": (Port(""),),
+    },
+    tokens=tokens,
+    d_model=lambda model: int(model.embed_dim),
+    heads=lambda attention: (int(attention.num_heads), int(attention.head_dim)),
+    readout=readout,
+    refuses=refuses,
+)

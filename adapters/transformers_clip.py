@@ -1,0 +1,61 @@
+"""The vision tower of transformers' CLIP, bare, with projection, or with a classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vit_mechinterp.adapters.transformers_readout import base, readout, size_of
+from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
+
+
+def _config(model: Any) -> Any:
+    return getattr(model.config, "vision_config", model.config)
+
+
+def tokens(model: Any) -> TokenLayout:
+    """CLS, patches."""
+    config = _config(model)
+    height, width = size_of(config.image_size)
+    patch = size_of(config.patch_size)
+    return TokenLayout(
+        prefix=("cls",), grid=(height // patch[0], width // patch[1]), patch_size=patch, image_size=(height, width)
+    )
+
+
+def clip_readout(model: Any) -> Readout:
+    """``post_layernorm`` acts on CLS alone, and the classifier's mean of patches is not normed at all."""
+    return readout(model, "its last norm acts on CLS alone, after pooling; read pooled, or the last resid_post")
+
+
+def refuses(model: Any) -> str | None:
+    """Two towers in one module have two inputs."""
+    if hasattr(base(model, "vision_model")[1], "pre_layrnorm"):
+        return "it also holds a text tower; wrap its vision_model" if hasattr(model, "text_model") else None
+    return "it has no 'pre_layrnorm'"
+
+
+CLIP = Family(
+    name="transformers.clip",
+    library="transformers",
+    blocks=("vision_model.encoder.layers", "encoder.layers"),
+    attention="self_attn",
+    out_projection="self_attn.out_proj",
+    ports={
+        "resid_pre": (Port("", "input"),),
+        "ln1": (Port("layer_norm1"),),
+        "attn.result": (Port("self_attn.out_proj", "input"),),
+        "attn_out": (Port("self_attn"),),
+        "resid_mid": (Port("layer_norm2", "input", in_place=True),),
+        "ln2": (Port("layer_norm2"),),
+        "mlp.pre": (Port("mlp.fc1"),),
+        "mlp.pre_linear": (),
+        "mlp.post": (Port("mlp.fc2", "input"),),
+        "mlp_out": (Port("mlp"),),
+        "resid_post": (Port(""),),
+    },
+    tokens=tokens,
+    d_model=lambda model: int(_config(model).hidden_size),
+    heads=lambda attention: (int(attention.num_heads), int(attention.head_dim)),
+    readout=clip_readout,
+    refuses=refuses,
+)

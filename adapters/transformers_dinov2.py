@@ -1,0 +1,54 @@
+"""transformers' DINOv2, with and without registers; plain and gated MLPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vit_mechinterp.adapters.transformers_readout import base, readout, size_of
+from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
+
+NAMES = ("dinov2", "dinov2_with_registers")
+
+
+def tokens(model: Any) -> TokenLayout:
+    """CLS, registers, patches."""
+    height, width = size_of(model.config.image_size)
+    patch = size_of(model.config.patch_size)
+    return TokenLayout(
+        prefix=("cls",) + ("registers",) * int(getattr(model.config, "num_register_tokens", 0)),
+        grid=(height // patch[0], width // patch[1]),
+        patch_size=patch,
+        image_size=(height, width),
+    )
+
+
+def dinov2_readout(model: Any) -> Readout:
+    """The final norm acts on all tokens; the classifier reads CLS beside the mean of the patches."""
+    return readout(model, Port(base(model, *NAMES)[0] + "layernorm"))
+
+
+DINOV2 = Family(
+    name="transformers.dinov2",
+    library="transformers",
+    blocks=("dinov2.encoder.layer", "dinov2_with_registers.encoder.layer", "encoder.layer"),
+    attention="attention",
+    out_projection="attention.o_proj",
+    attention_scale=("layer_scale1.lambda1",),
+    ports={
+        "resid_pre": (Port("", "input"),),
+        "ln1": (Port("norm1"),),
+        "attn.result": (Port("attention.o_proj", "input"),),
+        "attn_out": (Port("layer_scale1"),),
+        "resid_mid": (Port("norm2", "input", in_place=True),),
+        "ln2": (Port("norm2"),),
+        "mlp.pre": (Port("mlp.gate_proj"), Port("mlp.fc1")),
+        "mlp.pre_linear": (Port("mlp.up_proj"),),
+        "mlp.post": (Port("mlp.down_proj", "input"), Port("mlp.fc2", "input")),
+        "mlp_out": (Port("layer_scale2"),),
+        "resid_post": (Port(""),),
+    },
+    tokens=tokens,
+    d_model=lambda model: int(model.config.hidden_size),
+    heads=lambda attention: (int(attention.num_attention_heads), int(attention.head_dim)),
+    readout=dinov2_readout,
+)

@@ -1,0 +1,20 @@
+"""A native ViT behind one interface."""
+
+from vit_mechinterp.model.hooked import ActivationCache, HookedViT, SiteInfo
+from vit_mechinterp.model.layout import Family, Layout, Port, Readout, TokenLayout
+from vit_mechinterp.model.registry import families, load, register, wrap
+
+__all__ = [
+    "ActivationCache",
+    "Family",
+    "HookedViT",
+    "Layout",
+    "Port",
+    "Readout",
+    "SiteInfo",
+    "TokenLayout",
+    "families",
+    "load",
+    "register",
+    "wrap",
+]

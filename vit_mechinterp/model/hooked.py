@@ -1,0 +1,281 @@
+"""`HookedViT`: a native ViT seen through one set of names."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vit_mechinterp.errors import SpecError, UnsupportedSiteError, suggest
+from vit_mechinterp.model.instrument import Instrument, Visitor
+from vit_mechinterp.model.layout import TAP_SITES, Layout
+from vit_mechinterp.spec import Site, expand, is_glob, site_names
+
+if TYPE_CHECKING:
+    from vit_mechinterp.model.preprocess import Preprocess
+
+__all__ = ["ActivationCache", "HookedViT", "SiteInfo"]
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
+
+
+def lock_of(module: nn.Module) -> threading.RLock:
+    """The one re-entrant lock of a native module, shared by every wrapper around it."""
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(module, threading.RLock())
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What a site holds.
+
+    ``shape`` is the shape for one example (without the batch axis), ``axes`` names its axes, ``note`` says what
+    the library's user should know about this site on this model.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    readable: bool = True
+    writable: bool = True
+    note: str = ""
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """Activations by site name, as captured; TransformerLens spellings find them as well."""
+
+    def __init__(self, activations: Mapping[str, Tensor]) -> None:
+        self._activations = dict(activations)
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._activations.get(name)
+        if found is None:
+            found = self._activations.get(str(Site.parse(name)))
+        if found is None:
+            captured = ", ".join(self._activations) or "nothing"
+            raise KeyError(f"{name} was not captured.{suggest(name, self._activations)} Captured: {captured}.")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._activations)
+
+    def __len__(self) -> int:
+        return len(self._activations)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in self._activations.items())
+        return f"ActivationCache({shapes})"
+
+
+class HookedViT:
+    """A native timm or HuggingFace ViT behind one interface; the module itself is not changed.
+
+    Made by `load` and `wrap`. Whatever a call installs on the module is gone when the call returns. One lock per
+    native module makes calls from several threads safe.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, source: str | None = None) -> None:
+        self.module = module
+        self.layout = layout
+        self.source = source
+        self._sites: dict[str, SiteInfo] | None = None
+        self._preprocess: Preprocess | None = None
+        self._fingerprint: tuple[tuple[tuple[int, int], ...], str] | None = None
+        self.lock = lock_of(module)
+
+    def __repr__(self) -> str:
+        return f"HookedViT({type(self.module).__name__}, {self.layout})"
+
+    def __call__(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch *output"]:
+        """The native output, bit for bit: logits, or what ``layout.output`` names."""
+        with self.lock:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        native = self.module(x)
+        output: Tensor = native if self.layout.readout.output is None else native[self.layout.readout.output]
+        return output
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the module's first parameter."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the module's first parameter."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Turns PIL images into the model's input, as the source's own configuration says."""
+        if self._preprocess is None:
+            from vit_mechinterp.model.preprocess import Preprocess
+
+            self._preprocess = Preprocess.of(self.module, self.layout.family.library, self.source)
+        return self._preprocess
+
+    def run(
+        self, x: Float[Tensor, "batch 3 height width"], capture: Iterable[str] = ()
+    ) -> tuple[Float[Tensor, "batch *output"], ActivationCache]:
+        """Run the model and keep activations, in the ambient grad mode and in the model's dtype.
+
+        Args:
+            x: images as the model takes them.
+            capture: site names or globs, such as ``"blocks.*.resid_post"``.
+
+        Returns:
+            The native output and the captured activations by canonical site name.
+
+        Raises:
+            SpecError: a name or glob fits no site of the model; close matches are named.
+        """
+        activations: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Visitor:
+            def visitor(value: Tensor) -> None:
+                activations[name] = value
+
+            return visitor
+
+        instrument = Instrument(self.module, self.layout)
+        for name in self.expand(capture):
+            instrument.visit(Site.parse(name), keep(name))
+        with self.lock, instrument.installed():
+            output = self._forward(x)
+            instrument.verify()
+        return output, ActivationCache(activations)
+
+    @contextmanager
+    def hooks(self, visitors: Mapping[str, Visitor]) -> Iterator[HookedViT]:
+        """For exploring: edit activations with plain functions during every call inside the ``with`` block.
+
+        Args:
+            visitors: functions by site name or glob. Each is given the tensor at the site and returns its
+                replacement, or None to leave it as it is.
+
+        Raises:
+            SpecError: a name fits no site of the model.
+            ExecutionError: on leaving, if a site did not fire in a forward that ran inside.
+        """
+        instrument = Instrument(self.module, self.layout)
+        for pattern, visitor in visitors.items():
+            for name in self.expand([pattern]):
+                instrument.visit(Site.parse(name), visitor)
+        with self.lock, instrument.installed():
+            yield self
+            instrument.verify()
+
+    def expand(self, names: Iterable[str]) -> list[str]:
+        """Canonical names of the model's sites that ``names`` (names or globs) stand for, without repeats.
+
+        Raises:
+            SpecError: a name or glob fits nothing; UnsupportedSiteError, with the reason, where the model has no
+                such site.
+        """
+        available = self.site_names()
+        found: dict[str, None] = {}
+        for name in names:
+            if is_glob(name):
+                found.update(dict.fromkeys(expand(name, available)))
+                continue
+            site = Site.parse(name)
+            self.check_site(site)
+            found[str(site)] = None
+        return list(found)
+
+    def check_site(self, site: Site) -> None:
+        """Raise unless the model has this site.
+
+        Raises:
+            SpecError: the layer is out of range; UnsupportedSiteError: the model has no such site, and why.
+        """
+        if site.layer is not None and site.layer >= self.layout.n_layers:
+            raise SpecError(
+                f"{site}: layer {site.layer} is out of range; {type(self.module).__name__} has "
+                f"{self.layout.n_layers} blocks, 0 to {self.layout.n_layers - 1}."
+            )
+        reason = self.layout.absent.get(str(site))
+        if reason is not None:
+            raise UnsupportedSiteError(f"{site} does not exist on {type(self.module).__name__}: {reason}.")
+
+    def site_names(self) -> list[str]:
+        """Names of the model's sites, in forward order; runs nothing."""
+        return [name for name in site_names(self.layout.n_layers) if name not in self.layout.absent]
+
+    def sites(self) -> dict[str, SiteInfo]:
+        """Every site of the model with its shape, in forward order.
+
+        Shapes are read off one forward of a blank image, once per wrapper.
+        """
+        if self._sites is None:
+            self._sites = self._probe()
+        return dict(self._sites)
+
+    def _probe(self) -> dict[str, SiteInfo]:
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def note(name: str) -> Visitor:
+            def visitor(value: Tensor) -> None:
+                shapes[name] = tuple(value.shape[1:])
+
+            return visitor
+
+        instrument = Instrument(self.module, self.layout)
+        for name in self.site_names():
+            instrument.visit(Site.parse(name), note(name))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self.lock, torch.no_grad(), torch.random.fork_rng(devices), instrument.installed():
+            self._forward(self.blank(1))
+            instrument.verify()
+        return {name: _describe(Site.parse(name), shapes[name]) for name in self.site_names()}
+
+    def blank(self, batch: int) -> Tensor:
+        """A batch of blank images, ``[batch, 3, height, width]``, as the model takes them."""
+        return torch.zeros(batch, 3, *self.layout.tokens.image_size, device=self.device, dtype=self.dtype)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the module's structure and weights; cached until a weight changes."""
+        state = {name: x for name, x in self.module.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
+        version = tuple((x.data_ptr(), x._version) for x in state.values())
+        if self._fingerprint is None or self._fingerprint[0] != version:
+            digest = hashlib.sha256(repr(self.module).encode())
+            for name, x in sorted(state.items()):
+                digest.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+                digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            self._fingerprint = (version, digest.hexdigest())
+        return self._fingerprint[1]
+
+    def dropout(self) -> str | None:
+        """Path of a module that is in train mode and would drop activations at random; None if there is none."""
+        for path, module in self.module.named_modules():
+            if module.training and any(_rate(module, name) > 0 for name in ("p", "drop_prob", "attn_drop", "prob")):
+                return path
+        return None
+
+
+def _rate(module: nn.Module, name: str) -> float:
+    value: Any = getattr(module, name, 0.0)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _describe(site: Site, shape: tuple[int, ...]) -> SiteInfo:
+    note = ""
+    if site.name in ("attn.scores", "attn.pattern"):
+        note = "explicit attention in this block while read or written"
+    elif site.name in TAP_SITES:
+        note = "read at the fused attention call"
+    elif site.name == "attn.result":
+        note = "derived from z and the output projection; a write moves attn_out by the change, summed over heads"
+    elif site.name == "resid_mid":
+        note = "a write moves the skip connection and the MLP"
+    return SiteInfo(shape, site.axes[1:], note=note)
+

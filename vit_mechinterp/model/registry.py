@@ -1,0 +1,170 @@
+"""From a name or a module to a `HookedViT`: the known families, and how to make one more known."""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vit_mechinterp.errors import SpecError, UnsupportedModelError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.layout import Family, missing_for, resolve
+
+__all__ = ["families", "load", "register", "wrap"]
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINTS = "vit_mechinterp.adapters"
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+
+_REGISTERED: dict[str, Family] = {}
+_BUILT_IN: list[Family] = []
+
+
+def register(family: Family) -> Family:
+    """Make one more family known; it is tried before the built-in ones.
+
+    Packages can do the same with an entry point in the group ``vit_mechinterp.adapters`` that names a `Family`.
+
+    Raises:
+        SpecError: a family of that name is registered already.
+    """
+    if any(known.name == family.name for known in families()):
+        raise SpecError(f"A family called {family.name!r} is registered already; choose another name.")
+    _REGISTERED[family.name] = family
+    return family
+
+
+def families() -> list[Family]:
+    """Every known family, in the order in which they are tried: registered, entry points, built in."""
+    if not _BUILT_IN:
+        for entry in metadata.entry_points(group=ENTRY_POINTS):
+            _BUILT_IN.append(entry.load())
+        _BUILT_IN.extend(import_module("vit_mechinterp.adapters").FAMILIES)
+    return [*reversed(_REGISTERED.values()), *_BUILT_IN]
+
+
+def wrap(module: nn.Module, *, check: bool = False, source: str | None = None) -> HookedViT:
+    """See a native ViT through one set of names; the module is not changed.
+
+    Args:
+        module: any module that a known family describes.
+        check: run the conformance checks as well (a few dozen small forwards).
+        source: where the module came from (a model string), for its preprocessing.
+
+    Raises:
+        UnsupportedModelError: no family describes it; for each, what was probed and what was missing.
+    """
+    if isinstance(module, HookedViT):
+        return module
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModelError(f"wrap takes a torch module, not {type(module).__name__}.")
+    reasons: list[str] = []
+    for family in families():
+        reason = missing_for(family, module)
+        if reason is None:
+            vit = HookedViT(module, resolve(family, module), source)
+            if check:
+                _require_conformance(vit)
+            return vit
+        reasons.append(f"  {family.name}: {reason}")
+    raise UnsupportedModelError(
+        f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:\n"
+        + "\n".join(reasons)
+        + "\nIf this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that holds "
+        "one, wrap that part of it."
+    )
+
+
+def _require_conformance(vit: HookedViT) -> None:
+    from vit_mechinterp.model.conformance import check
+
+    report = check(vit)
+    if not report.passed:
+        raise UnsupportedModelError(f"{type(vit.module).__name__} fails the conformance checks:\n{report}")
+
+
+def load(name: str, *, pretrained: bool = True, check: bool = False, **options: Any) -> HookedViT:
+    """Load a ViT by one string, in eval mode.
+
+    Args:
+        name: ``"timm/NAME"``; ``"hf/ORG/NAME"``; a folder in either library's format (``"hf/./my-vit"`` written
+            by ``save_pretrained``, ``"timm/./my-vit"`` with ``config.json`` and ``model.safetensors``); or
+            ``"vmi/NAME"`` for a checkpoint that ships with this package.
+        pretrained: whether to load weights; without them the architecture is initialised at random.
+        check: run the conformance checks as well.
+        options: passed on to ``timm.create_model`` or ``from_pretrained``.
+
+    Raises:
+        SpecError: the string has another form, or names no checkpoint of this package.
+        UnsupportedModelError: no family describes the model.
+    """
+    library, _, rest = name.partition("/")
+    if not rest or library not in ("timm", "hf", "vmi"):
+        raise SpecError(
+            f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as 'hf/./FOLDER' or "
+            f"'timm/./FOLDER', or 'vmi/NAME' with one of {', '.join(checkpoints()) or 'no shipped checkpoints'}."
+        )
+    if library == "hf":
+        module = _load_transformers(rest, pretrained, options)
+    elif library == "timm":
+        module = _load_timm(rest, pretrained, options)
+    else:
+        if rest not in checkpoints():
+            raise SpecError(
+                f"This package ships no checkpoint {rest!r}.{suggest(rest, checkpoints())} "
+                f"It ships: {', '.join(checkpoints())}."
+            )
+        module = _load_timm(str(CHECKPOINTS / rest), pretrained, options)
+    return wrap(module.eval(), check=check, source=name)
+
+
+def checkpoints() -> list[str]:
+    """Names of the checkpoints that ship with this package."""
+    return sorted(folder.parent.name for folder in CHECKPOINTS.glob("*/config.json"))
+
+
+def _is_folder(name: str) -> bool:
+    return name.startswith((".", "/", "~"))
+
+
+def _load_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if _is_folder(name):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise SpecError(f"{folder} has no config.json; a timm folder holds config.json and model.safetensors.")
+        name = f"local-dir:{folder.resolve()}"
+    elif not timm.is_model(name) and "/" not in name and ":" not in name:
+        raise SpecError(f"timm has no model {name!r}.{suggest(name.split('.')[0], timm.list_models())}")
+    module: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return module
+
+
+# Checkpoints of two towers, and the class that loads the vision tower alone.
+_VISION_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection"}
+
+
+def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    path = str(Path(name).expanduser()) if _is_folder(name) else name
+    config = transformers.AutoConfig.from_pretrained(path)
+    architecture = (config.architectures or [""])[0]
+    architecture = _VISION_TOWERS.get(architecture, architecture)
+    model_class = getattr(transformers, architecture, transformers.AutoModel)
+    if pretrained:
+        # Weights come from safetensors alone, so nothing is unpickled and no remote code runs.
+        module = model_class.from_pretrained(path, use_safetensors=True, **options)
+    else:
+        own = config
+        if architecture in _VISION_TOWERS.values() and hasattr(config, "vision_config"):
+            own = config.vision_config
+        build = model_class if model_class is not transformers.AutoModel else transformers.AutoModel.from_config
+        module = build(own, **options)
+    assert isinstance(module, nn.Module)
+    return module
