@@ -1,0 +1,42 @@
+"""Images whose structure is known: what each shows, where, and which patches cover it.
+
+`discrimination` and `counterfactuals` make datasets; `DiscriminationGenerator` and `CounterfactualGenerator`
+make the same images as tensors, at training speed; `build` makes them by name. Images are the same in every
+process for the same options and seed.
+"""
+
+from __future__ import annotations
+
+from vit_mechinterp.stimuli.colors import COLOR_MEANS, COLOR_NAMES
+from vit_mechinterp.stimuli.counterfactuals import (
+    CounterfactualBatch,
+    CounterfactualGenerator,
+    counterfactuals,
+)
+from vit_mechinterp.stimuli.discrimination import DiscriminationBatch, DiscriminationGenerator, discrimination
+from vit_mechinterp.stimuli.geometry import Geometry
+from vit_mechinterp.stimuli.registry import build, names, register
+from vit_mechinterp.stimuli.render import Normalization, shape_gallery
+from vit_mechinterp.stimuli.shapes import SHAPE_NAMES, shape_masks
+from vit_mechinterp.stimuli.splits import SPLITS, allowed_combinations
+
+__all__ = [
+    "COLOR_MEANS",
+    "COLOR_NAMES",
+    "SHAPE_NAMES",
+    "SPLITS",
+    "CounterfactualBatch",
+    "CounterfactualGenerator",
+    "DiscriminationBatch",
+    "DiscriminationGenerator",
+    "Geometry",
+    "Normalization",
+    "allowed_combinations",
+    "build",
+    "counterfactuals",
+    "discrimination",
+    "names",
+    "register",
+    "shape_gallery",
+    "shape_masks",
+]

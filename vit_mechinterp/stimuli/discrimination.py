@@ -1,0 +1,202 @@
+"""The discrimination task: are the two objects in the image the same? (Lepori et al. 2024.)
+
+Images come in pairs that share their two cells: image 2p is a "different" one and image 2p + 1 a "same" one
+that shows one of its two objects, chosen at random, twice. The "different" images cycle through the three
+kinds of difference. Positions inside the cells and textures are drawn for every image. Image i of a split
+depends on the seed, the split, i, and the options alone: not on how many images are made, in which batches,
+or by which process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.stimuli.chunks import CHUNK, ChunkedGenerator
+from vit_mechinterp.stimuli.geometry import Geometry
+from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization, Scenes, render, to_images, to_tensor
+from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS, check_split, object_pairs
+from vit_mechinterp.stimuli.streams import Stream
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["DiscriminationBatch", "DiscriminationGenerator", "discrimination", "object_metadata"]
+
+KIND_NAMES: tuple[str, ...] = ("none", *DIFFERENT_KINDS)
+"""Names of ``different_kind``: 0 for same objects, then what differs."""
+
+
+@dataclass(frozen=True)
+class DiscriminationBatch:
+    """Images of the discrimination task with all that is known about them.
+
+    Attributes:
+        pixels: uint8 ``[n, 3, canvas, canvas]``.
+        label: 1 same, 0 different ``[n]``.
+        different_kind: index into ``("none", "both", "shape", "color")`` ``[n]``.
+        shape, color: ids of the two objects ``[n, 2]``.
+        box: cells of the two objects as (x0, y0, x1, y1), half-open pixels ``[n, 2, 4]``.
+        tokens: patch indices of the two objects, row-major, prefix tokens not counted ``[n, 2,
+            tokens_per_object]``.
+    """
+
+    pixels: UInt8[np.ndarray, "image channel height width"]
+    label: NDArray[np.int64]
+    different_kind: NDArray[np.int64]
+    shape: NDArray[np.int64]
+    color: NDArray[np.int64]
+    box: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    normalization: Normalization = NORMALIZATION
+
+    def images(self) -> Float[Tensor, "image channel height width"]:
+        """Return the images as normalised float32 tensors."""
+        return to_tensor(self.pixels, self.normalization)
+
+    def labels(self) -> Int64[Tensor, " image"]:
+        """Return the labels as a tensor."""
+        return torch.from_numpy(np.ascontiguousarray(self.label))
+
+    def metadata(self) -> dict[str, NDArray[np.int64]]:
+        """Return every column but the image, by the names of the dataset; ``different_kind`` as a number."""
+        columns = {"label": self.label, "different_kind": self.different_kind}
+        return columns | object_metadata(self.shape, self.color, self.box, self.tokens)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return all columns as tensors, the images normalised to float32 ``[n, 3, canvas, canvas]``."""
+        metadata = {
+            name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in self.metadata().items()
+        }
+        return {"base": self.images(), **metadata}
+
+
+class DiscriminationGenerator(ChunkedGenerator[DiscriminationBatch]):
+    """An endless, addressable sequence of images of one split.
+
+    Args:
+        split: "train", "val", "test" or "test_iid"; each has its own random stream.
+        seed: a non-negative integer.
+        canvas, patch, cell: sizes in pixels (see `Geometry`); the paper's are 224, 16 and 32.
+        combinations: which objects the splits show (see `splits`).
+        normalization: how `DiscriminationBatch.images` scales pixels.
+
+    Raises:
+        SpecError: an option does not fit; the message says which do.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        seed: int = 0,
+        canvas: int = 224,
+        patch: int = 16,
+        cell: int = 32,
+        combinations: str = "256-256-256",
+        normalization: Normalization = NORMALIZATION,
+    ) -> None:
+        super().__init__()
+        self.split = check_split(split)
+        self.seed = seed
+        self.geometry = Geometry(canvas, patch, cell)
+        self.combinations = combinations
+        self.normalization = normalization
+        self._pairs = [object_pairs(kind, self.split, combinations) for kind in DIFFERENT_KINDS]
+
+    def _chunk(self, index: int) -> DiscriminationBatch:
+        stream = Stream(self.seed, "discrimination", self.split, index, "scenes")
+        n_pairs = CHUNK // 2
+        kind = (index * n_pairs + np.arange(n_pairs)) % len(DIFFERENT_KINDS)
+        sizes = np.array([len(pairs) for pairs in self._pairs])
+        chosen = stream.below(sizes[kind], n_pairs)
+        different = np.stack([self._pairs[k][c] for k, c in zip(kind, chosen, strict=True)])
+        kept = stream.below(2, n_pairs)
+        same = np.repeat(different[np.arange(n_pairs), kept][:, None], 2, axis=1)
+        objects = np.stack([different, same], axis=1).reshape(CHUNK, 2, 2)
+
+        corners = self.geometry.corner_pairs()
+        corner = np.repeat(corners[stream.below(len(corners), n_pairs)], 2, axis=0)
+        shift = stream.below(self.geometry.max_shift + 1, CHUNK, 2, 2)
+        scenes = Scenes(shape=objects[..., 0], color=objects[..., 1], corner=corner, shift=shift)
+        return DiscriminationBatch(
+            pixels=render(
+                scenes, self.geometry, Stream(self.seed, "discrimination", self.split, index, "pixels")
+            ),
+            label=np.tile(np.array([0, 1]), n_pairs),
+            different_kind=np.stack([kind + 1, np.zeros_like(kind)], axis=1).reshape(-1),
+            shape=scenes.shape,
+            color=scenes.color,
+            box=self.geometry.boxes(corner),
+            tokens=self.geometry.tokens(corner),
+            normalization=self.normalization,
+        )
+
+    def batches(self, n: int, batch_size: int, *, start: int = 0) -> Iterator[DiscriminationBatch]:
+        """Yield images ``start .. start + n - 1`` in batches."""
+        for first in range(start, start + n, batch_size):
+            yield self.batch(first, min(batch_size, start + n - first))
+
+
+def object_metadata(
+    shape: NDArray[np.int64], color: NDArray[np.int64], box: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> dict[str, NDArray[np.int64]]:
+    """Name the metadata of two objects ``[n, 2, ...]`` by column: ``shape_1, color_1, box_1, object_1_tokens,
+    shape_2, ...``.
+    """
+    columns: dict[str, NDArray[np.int64]] = {}
+    for index, name in enumerate(("1", "2")):
+        columns[f"shape_{name}"] = shape[:, index]
+        columns[f"color_{name}"] = color[:, index]
+        columns[f"box_{name}"] = box[:, index]
+        columns[f"object_{name}_tokens"] = tokens[:, index]
+    return columns
+
+
+def discrimination(
+    split: str = "train",
+    n: int = 6400,
+    *,
+    seed: int = 0,
+    canvas: int = 224,
+    patch: int = 16,
+    cell: int = 32,
+    combinations: str = "256-256-256",
+) -> Dataset:
+    """Make images of the discrimination task as a `datasets.Dataset`; half of them are "same".
+
+    Columns: ``base`` (image), ``label`` (1 same, 0 different), ``different_kind`` ("none", "both", "shape",
+        "color"), and for each of the two objects
+    ``shape_k``, ``color_k`` (ids), ``box_k`` (its cell as x0, y0, x1, y1, half-open pixels) and
+    ``object_k_tokens`` (patch indices, row-major, prefix tokens not counted). The images are those of
+    `DiscriminationGenerator` with the same options.
+
+    Raises:
+        SpecError: an option does not fit; the message says which do.
+    """
+    from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+    if n < 1:
+        raise SpecError(f"n={n}: ask for at least one image.")
+    generator = DiscriminationGenerator(
+        split, seed=seed, canvas=canvas, patch=patch, cell=cell, combinations=combinations
+    )
+    batch = generator.batch(0, n)
+    metadata = batch.metadata()
+    features: dict[str, Any] = {"base": Image()}
+    for name, values in metadata.items():
+        integer = Value("int64")
+        features[name] = List(integer, length=values.shape[1]) if values.ndim == 2 else integer
+    features |= {"label": ClassLabel(names=["different", "same"]), "different_kind": Value("string")}
+    columns: dict[str, Any] = {"base": to_images(batch.pixels)}
+    columns |= {name: values.tolist() for name, values in metadata.items()}
+    columns["different_kind"] = [KIND_NAMES[kind] for kind in batch.different_kind]
+    return Dataset.from_dict(columns, features=Features(features))

@@ -1,0 +1,65 @@
+"""Stimuli by name, so that an experiment written as a document can ask for them: ``{stimuli: discrimination,
+split: test, n: 100}``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.stimuli.counterfactuals import counterfactuals
+from vit_mechinterp.stimuli.discrimination import discrimination
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["build", "names", "register"]
+
+_BUILDERS: dict[str, Callable[..., Dataset]] = {
+    "discrimination": discrimination,
+    "discrimination_counterfactuals": counterfactuals,
+}
+
+
+def names() -> list[str]:
+    """Return the names of all stimuli that `build` can make."""
+    return sorted(_BUILDERS)
+
+
+def register(name: str, builder: Callable[..., Dataset]) -> None:
+    """Make ``builder``, a function of keyword options that returns a dataset, available as ``name``.
+
+    Raises:
+        SpecError: the name is taken by another builder.
+    """
+    if _BUILDERS.get(name, builder) is not builder:
+        raise SpecError(f"The name {name!r} is taken by {_BUILDERS[name]!r}: choose another.")
+    _BUILDERS[name] = builder
+
+
+def build(name: str, **options: Any) -> Dataset:
+    """Make the stimuli ``name`` with the given options.
+
+    Raises:
+        SpecError: there are no such stimuli, or they have no such option, or an option does not fit; the
+            message says what there is.
+    """
+    if name not in _BUILDERS:
+        raise SpecError(
+            f"There are no stimuli {name!r}. Stimuli: {', '.join(names())}.{suggest(name, _BUILDERS)}"
+        )
+    signature = inspect.signature(_BUILDERS[name])
+    for option in options:
+        if option not in signature.parameters:
+            known = ", ".join(signature.parameters)
+            raise SpecError(
+                f"Stimuli {name!r} have no option {option!r}. Options: {known}."
+                f"{suggest(option, signature.parameters)}"
+            )
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise SpecError(f"Stimuli {name!r}: {error}. Options: {', '.join(signature.parameters)}.") from error
+    return _BUILDERS[name](**options)
