@@ -31,7 +31,7 @@ $(VENV)/.installed-dev: $(BIN)/pip $(SOURCES)
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "vit_mechinterp needs Python 3.11 or newer, and '$(PYTHON)' is" \
-	    "$$($(PYTHON) --version 2>&1 || echo missing). Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	    "$$($(PYTHON) --version 2>&1 | head -n 1). Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "Could not make $(VENV); on Debian and Ubuntu the package python3-venv is needed." >&2; exit 1; }

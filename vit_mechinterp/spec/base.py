@@ -55,12 +55,15 @@ class SpecModel(BaseModel):
 
 
 def as_index(value: Any) -> int:
-    """Return a non-negative Python int from anything that is an integer (numpy's included), refusing booleans."""
+    """Return a non-negative Python int from anything that is an integer (numpy's included), refusing
+    booleans."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise SpecError(f"{value!r} is not an integer; a non-negative integer is wanted here.")
     index = operator.index(value)
     if index < 0:
-        raise SpecError(f"{index} is negative; indices count from 0, and negative ones are not wrapped around.")
+        raise SpecError(
+            f"{index} is negative; indices count from 0, and negative ones are not wrapped around."
+        )
     return index
 
 

@@ -15,8 +15,9 @@ __all__ = ["canonical_json", "digest"]
 def canonical_json(value: Any) -> str:
     """Return the JSON text of ``value`` with sorted keys, no spaces and one spelling per number.
 
-    Integral floats are written as integers (``1.0`` and ``1`` are one number in JSON, as in RFC 8785), so values that
-    compare equal have equal texts. Raises SpecError for values that JSON cannot hold (nan, inf, objects).
+    Integral floats are written as integers (``1.0`` and ``1`` are one number in JSON, as in RFC 8785), so
+    values that compare equal have equal texts. Raises SpecError for values that JSON cannot hold (nan, inf,
+    objects).
     """
     try:
         return json.dumps(
@@ -24,8 +25,9 @@ def canonical_json(value: Any) -> str:
         )
     except (TypeError, ValueError) as error:
         raise SpecError(
-            f"This value has no canonical JSON form: {error}. A spec holds strings, finite numbers, booleans, null, "
-            "lists and mappings only; put arrays in a safetensors file and refer to them with a TensorRef."
+            f"This value has no canonical JSON form: {error}. A spec holds strings, finite numbers, "
+            "booleans, null, lists and mappings only; put arrays in a safetensors file "
+            "and refer to them with a TensorRef."
         ) from None
 
 

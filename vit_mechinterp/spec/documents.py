@@ -22,9 +22,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float)) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is written twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is written twice", problem_mark=key_node.start_mark
+                )
             if isinstance(key, (str, int, float)):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -56,7 +58,9 @@ def load_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise SpecError(f"{where}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.") from None
+        raise SpecError(
+            f"{where}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}."
+        ) from None
 
 
 def dump_yaml(data: Any) -> str:
@@ -67,12 +71,16 @@ def dump_yaml(data: Any) -> str:
 def validate(model: type[_Model], data: Any, where: str) -> _Model:
     """Validate a parsed document; SpecError that gives one line ``where: path.of.key: what`` per problem."""
     if not isinstance(data, dict):
-        raise SpecError(f"{where}: {model.__name__} is a mapping of {', '.join(model.model_fields)}; got {data!r}.")
+        raise SpecError(
+            f"{where}: {model.__name__} is a mapping of {', '.join(model.model_fields)}; got {data!r}."
+        )
     try:
         return model.model_validate(data)
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
             key = ".".join(str(part) for part in problem["loc"])
-            lines.append(": ".join(part for part in (where, key, problem["msg"].removeprefix("Value error, ")) if part))
+            lines.append(
+                ": ".join(part for part in (where, key, problem["msg"].removeprefix("Value error, ")) if part)
+            )
         raise SpecError("\n".join(lines)) from None

@@ -19,7 +19,8 @@ __all__ = ["DataSource", "Experiment"]
 
 
 class DataSource(SpecModel):
-    """Where the examples come from: a folder written by ``datasets.save_to_disk``, or a named stimulus generator.
+    """Where the examples come from: a folder written by ``datasets.save_to_disk``, or a named stimulus
+    generator.
 
     ``saved`` takes no options; ``stimuli`` passes ``options`` (``n``, ``seed``, ...) to the generator.
     """
@@ -32,9 +33,13 @@ class DataSource(SpecModel):
     def _one_of_the_two(self) -> Self:
         if bool(self.saved) == bool(self.stimuli):
             given = "both" if self.saved else "neither"
-            raise SpecError(f"data takes exactly one of 'saved' (a folder) and 'stimuli' (a generator); got {given}.")
+            raise SpecError(
+                f"data takes exactly one of 'saved' (a folder) and 'stimuli' (a generator); got {given}."
+            )
         if self.saved and self.options:
-            raise SpecError(f"options belong to 'stimuli'; a saved dataset takes none, got {sorted(self.options)}.")
+            raise SpecError(
+                f"options belong to 'stimuli'; a saved dataset takes none, got {sorted(self.options)}."
+            )
         return self
 
 
@@ -55,7 +60,9 @@ def _batch_size(value: Any) -> Any:
     return size
 
 
-RunOrSweep: TypeAlias = Annotated[Run | Sweep, BeforeValidator(_run_or_sweep, json_schema_input_type=Run | Sweep)]
+RunOrSweep: TypeAlias = Annotated[
+    Run | Sweep, BeforeValidator(_run_or_sweep, json_schema_input_type=Run | Sweep)
+]
 BatchSize: TypeAlias = Annotated[
     int | Literal["auto"], BeforeValidator(_batch_size, json_schema_input_type=int | Literal["auto"])
 ]
@@ -64,9 +71,10 @@ BatchSize: TypeAlias = Annotated[
 class Experiment(SpecModel):
     """Everything needed to repeat an experiment, in one document.
 
-    ``model`` is a string for ``load``; ``data`` says where the examples come from; ``tensors`` gives files to the names
-    that interventions use. Model and data may be left out and given in Python instead. Relative paths are relative to
-    the folder of the document (:meth:`resolve`). Equality and digest leave that folder out.
+    ``model`` is a string for ``load``; ``data`` says where the examples come from; ``tensors`` gives files to
+    the names that interventions use. Model and data may be left out and given in Python instead. Relative
+    paths are relative to the folder of the document (:meth:`resolve`). Equality and digest leave that folder
+    out.
     """
 
     model: str | None = None
@@ -82,7 +90,10 @@ class Experiment(SpecModel):
         for name, reference in self.tensors.items():
             if reference.name is not None:
                 close = suggest(reference.name, self.tensors)
-                raise SpecError(f"tensors.{name} must name a file and a key, and is only a name ({reference.name!r}).{close}")
+                raise SpecError(
+                    f"tensors.{name} must name a file and a key; it is only a name "
+                    f"({reference.name!r}).{close}"
+                )
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -101,8 +112,13 @@ class Experiment(SpecModel):
         return Path(path) if self._folder is None else self._folder / path
 
     def expand(self, n_layers: int) -> list[Run]:
-        """Return all runs for a model of ``n_layers`` blocks, sweeps written out; SpecError if two share a name."""
-        runs = [run for entry in self.runs for run in ([entry] if isinstance(entry, Run) else entry.runs(n_layers))]
+        """Return all runs for a model of ``n_layers`` blocks, sweeps written out; SpecError if two share a
+        name."""
+        runs = [
+            run
+            for entry in self.runs
+            for run in ([entry] if isinstance(entry, Run) else entry.runs(n_layers))
+        ]
         seen: set[str] = set()
         for run in runs:
             if run.name in seen:
@@ -112,13 +128,15 @@ class Experiment(SpecModel):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """Read a YAML file; SpecError that names file, key and close matches if it is not a valid experiment."""
+        """Read a YAML file; SpecError that names file, key and close matches if it is not a valid
+        experiment."""
         path = Path(path)
         return cls._placed(validate(cls, load_yaml(read_text(path), str(path)), str(path)), path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
-        """Read a JSON file; SpecError that names file, key and close matches if it is not a valid experiment."""
+        """Read a JSON file; SpecError that names file, key and close matches if it is not a valid
+        experiment."""
         path = Path(path)
         return cls._placed(validate(cls, load_json(read_text(path), str(path)), str(path)), path)
 

@@ -1,8 +1,8 @@
 """Interventions as data: what to change, where, at which tokens and heads.
 
-Every intervention is a frozen pydantic model, told apart by ``op``. Composition is a list of them. A third party adds one
-by subclassing :class:`Intervention` with its own ``op`` and decorating the class with :func:`register_op`; documents,
-digests and the JSON schema know it from then on.
+Every intervention is a frozen pydantic model, told apart by ``op``. Composition is a list of them. A third
+party adds one by subclassing :class:`Intervention` with its own ``op`` and decorating the class with
+:func:`register_op`; documents, digests and the JSON schema know it from then on.
 
 In the formulas ``h`` is the activation at ``site`` and ``T`` the selected tokens (and heads, and keys).
 """
@@ -82,17 +82,22 @@ def _source(value: Any) -> str | RunSource:
         return value
     if isinstance(value, Mapping) and set(value) == {"run"}:
         return RunSource.model_validate(dict(value))
-    raise SpecError(f"{value!r} is no source. Write the name of an image column, or {{'run': name}} for another run.")
+    raise SpecError(
+        f"{value!r} is no source. Write the name of an image column, or {{'run': name}} for another run."
+    )
 
 
-Source: TypeAlias = Annotated[str | RunSource, BeforeValidator(_source, json_schema_input_type=str | RunSource)]
+Source: TypeAlias = Annotated[
+    str | RunSource, BeforeValidator(_source, json_schema_input_type=str | RunSource)
+]
 
 
 class Intervention(SpecModel):
     """What all interventions have: an ``op``, one ``site``, and which tokens, heads and keys of it are meant.
 
-    ``heads`` selects along the head axis and exists at head sites only. At attention matrices ``tokens`` selects queries
-    and ``keys`` selects keys. ``pooled`` and ``logits`` have no token axis, so only ``tokens="all"`` fits.
+    ``heads`` selects along the head axis and exists at head sites only. At attention matrices ``tokens``
+    selects queries and ``keys`` selects keys. ``pooled`` and ``logits`` have no token axis, so only
+    ``tokens="all"`` fits.
     """
 
     op: str
@@ -105,7 +110,10 @@ class Intervention(SpecModel):
     def _selectors_fit_site(self) -> Self:
         site = Site.parse(self.site)
         if self.keys != "all" and not site.is_attention_matrix:
-            raise SpecError(f"keys={self.keys!r} has no meaning at {self.site!r}: only attn.scores and attn.pattern have keys.")
+            raise SpecError(
+                f"keys={self.keys!r} has no meaning at {self.site!r}: only attn.scores and attn.pattern "
+                "have keys."
+            )
         check_selectors(self.site, self.tokens, self.heads)
         return self
 
@@ -115,10 +123,11 @@ class Intervention(SpecModel):
         return {"op": self.op, **handler(self)}
 
     def at(self, layer: int | None = None, **changes: Any) -> Self:
-        """Return a validated copy with ``changes`` made and, if ``layer`` is given, ``site`` moved to that block.
+        """Return a validated copy with ``changes`` made and, if ``layer`` is given, ``site`` moved to that
+        block.
 
-        A ``source_site`` that was left out follows ``site``; one that was given stays. Raises SpecError if ``site``
-        stands in no block, or if the changed intervention is not valid.
+        A ``source_site`` that was left out follows ``site``; one that was given stays. Raises SpecError if
+        ``site`` stands in no block, or if the changed intervention is not valid.
         """
         fields = {**{field: getattr(self, field) for field in type(self).model_fields}, **changes}
         if layer is not None:
@@ -133,8 +142,8 @@ def check_selectors(site_name: str, tokens: object, heads: object) -> None:
         raise SpecError(f"{site_name!r} has no token axis, so only tokens='all' fits there; got {tokens!r}.")
     if heads is not None and not site.has_heads:
         raise SpecError(
-            f"{site_name!r} has no head axis, so heads={heads!r} cannot be selected there. Sites with heads: attn.q, "
-            "attn.k, attn.v, attn.z, attn.scores, attn.pattern, attn.result."
+            f"{site_name!r} has no head axis, so heads={heads!r} cannot be selected there. Sites with "
+            "heads: attn.q, attn.k, attn.v, attn.z, attn.scores, attn.pattern, attn.result."
         )
 
 
@@ -162,8 +171,8 @@ class SourcedIntervention(Intervention):
         here, there = Site.parse(self.site), Site.parse(self.site_read)
         if here.axes[:-1] != there.axes[:-1]:
             raise SpecError(
-                f"The source site {str(there)!r} [{', '.join(there.axes)}] cannot be paired with {self.site!r} "
-                f"[{', '.join(here.axes)}]: their axes differ."
+                f"The source site {str(there)!r} [{', '.join(there.axes)}] cannot be paired with "
+                f"{self.site!r} [{', '.join(here.axes)}]: their axes differ."
             )
         check_selectors(self.site_read, self.tokens_read, None)
         return self
@@ -172,10 +181,10 @@ class SourcedIntervention(Intervention):
 OPS: dict[str, type[Intervention]] = {}
 """Every registered intervention by its ``op``."""
 
-_Op = TypeVar("_Op", bound=type[Intervention])
+_Op = TypeVar("_Op", bound=Intervention)
 
 
-def register_op(cls: _Op) -> _Op:
+def register_op(cls: type[_Op]) -> type[_Op]:
     """Class decorator: let documents use ``cls`` under the default value of its ``op`` field.
 
     Raises SpecError if ``op`` has no string default or is taken by another class.
@@ -186,7 +195,9 @@ def register_op(cls: _Op) -> _Op:
     known = OPS.get(op)
     # The same class defined again (a notebook cell run twice) replaces the older one.
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise SpecError(f"The op {op!r} is already {known.__module__}.{known.__qualname__}; choose another name.")
+        raise SpecError(
+            f"The op {op!r} is already {known.__module__}.{known.__qualname__}; choose another name."
+        )
     OPS[op] = cls
     return cls
 
@@ -195,8 +206,9 @@ def register_op(cls: _Op) -> _Op:
 class Interchange(SourcedIntervention):
     """``h[T] <- h_src[T_src]``: put the activation of another image, or of another run, in place of this one.
 
-    ``source`` is an image column of the data or ``{"run": name}``. Tokens are paired by position, so both selections
-    need equal counts. ``source_tokens`` and ``source_site`` are the same as ``tokens`` and ``site`` if left out.
+    ``source`` is an image column of the data or ``{"run": name}``. Tokens are paired by position, so both
+    selections need equal counts. ``source_tokens`` and ``source_site`` are the same as ``tokens`` and
+    ``site`` if left out.
     """
 
     op: Literal["interchange"] = "interchange"
@@ -207,8 +219,8 @@ class Interchange(SourcedIntervention):
 class AddDirection(Intervention):
     """``h[T] += alpha * v``: add a direction, such as a probe's.
 
-    ``vector`` is ``[d]`` (added at every token), or ``[k, d]`` / ``[k*d]`` for k tokens at once. With ``choose`` a leading
-    axis is indexed per example by that column.
+    ``vector`` is ``[d]`` (added at every token), or ``[k, d]`` / ``[k*d]`` for k tokens at once. With
+    ``choose`` a leading axis is indexed per example by that column.
     """
 
     op: Literal["add_direction"] = "add_direction"
@@ -221,9 +233,9 @@ class AddDirection(Intervention):
 class InjectSubspace(SourcedIntervention):
     """``h[T] += (g * (v - h[T] R)) R^T``: write coordinates into a subspace and leave its complement alone.
 
-    ``basis`` is ``R [d, r]`` with orthonormal columns, ``gate`` is ``g [r]`` in 0..1 (all ones if left out). Exactly one of
-    ``source`` (``v = h_src[T_src] R``: interchange in the subspace, as in distributed alignment search) and ``vectors``
-    (``v`` given in rotated coordinates, per example with ``choose``).
+    ``basis`` is ``R [d, r]`` with orthonormal columns, ``gate`` is ``g [r]`` in 0..1 (all ones if left out).
+    Exactly one of ``source`` (``v = h_src[T_src] R``: interchange in the subspace, as in distributed
+    alignment search) and ``vectors`` (``v`` given in rotated coordinates, per example with ``choose``).
     """
 
     op: Literal["inject_subspace"] = "inject_subspace"
@@ -248,9 +260,9 @@ class InjectSubspace(SourcedIntervention):
 class Ablate(Intervention):
     """Remove information: ``h[T] <- 0``, its mean, or the value of another example.
 
-    ``"mean"`` is the mean over examples per position (over positions too with ``pool_tokens``), computed over the data or
-    given as ``mean``. ``"resample"`` takes the value of the example that a permutation of the whole dataset, seeded with
-    ``seed``, puts in this one's place.
+    ``"mean"`` is the mean over examples per position (over positions too with ``pool_tokens``), computed over
+    the data or given as ``mean``. ``"resample"`` takes the value of the example that a permutation of the
+    whole dataset, seeded with ``seed``, puts in this one's place.
     """
 
     op: Literal["ablate"] = "ablate"
@@ -271,7 +283,9 @@ class Ablate(Intervention):
 def _intervention(value: Any) -> Intervention:
     if isinstance(value, Intervention):
         if OPS.get(value.op) is not type(value):
-            raise SpecError(f"{type(value).__name__} (op {value.op!r}) is not registered: decorate it with @register_op.")
+            raise SpecError(
+                f"{type(value).__name__} (op {value.op!r}) is not registered: decorate it with @register_op."
+            )
         return value
     if not isinstance(value, Mapping):
         raise SpecError(f"An intervention is a mapping with an 'op' ({_known(OPS)}), got {value!r}.")

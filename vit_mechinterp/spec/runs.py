@@ -54,8 +54,8 @@ Captures: TypeAlias = Annotated[
 class Run(SpecModel):
     """One counterfactual world: the image column ``base``, the interventions made on it, and what to capture.
 
-    Interventions at different sites act in forward order; the order of the list counts at one and the same site only.
-    A run without interventions is the clean one.
+    Interventions at different sites act in forward order; the order of the list counts at one and the same
+    site only. A run without interventions is the clean one.
     """
 
     name: str = Field(min_length=1)

@@ -1,8 +1,8 @@
 """Names of places in a vision transformer: parse, print, order, list and match them.
 
-The words are TransformerLens's. Every name is either global (``embed``, ``ln_final``, ``pooled``, ``logits``) or stands in
-a block (``blocks.3.attn.pattern``). ``hook_`` names are accepted on input where the meaning is the same, and are printed
-without the prefix; where the meaning differs, the error says how.
+The words are TransformerLens's. Every name is either global (``embed``, ``ln_final``, ``pooled``, ``logits``)
+or stands in a block (``blocks.3.attn.pattern``). ``hook_`` names are accepted on input where the meaning is
+the same, and are printed without the prefix; where the meaning differs, the error says how.
 """
 
 from __future__ import annotations
@@ -77,11 +77,12 @@ _SAME_MEANING = {
 }
 
 _NORMALIZED = (
-    "it is the output with or without the norm's weight and bias, depending on whether they were folded away. "
-    "Write {site!r}: the output of the native norm"
+    "it is the output with or without the norm's weight and bias, depending on whether they were folded "
+    "away. Write {site!r}: the output of the native norm"
 )
 _SCALE = "the native norms do not expose their scale. Capture the norm's input instead ({site!r})"
 _SPLIT_INPUT = "native attention reads one normalised input for q, k and v. Write {site!r}: that input"
+_EMBED = "Write 'embed': the input of block 0, positions included"
 _OTHER_MEANING = {
     "attn.hook_q": "it comes before q/k norm and rotation. Write {prefix}attn.q: what enters the dot product",
     "attn.hook_k": "it comes before q/k norm and rotation. Write {prefix}attn.k: what enters the dot product",
@@ -95,9 +96,9 @@ _OTHER_MEANING = {
     "hook_q_input": _SPLIT_INPUT.format(site="{prefix}ln1"),
     "hook_k_input": _SPLIT_INPUT.format(site="{prefix}ln1"),
     "hook_v_input": _SPLIT_INPUT.format(site="{prefix}ln1"),
-    "hook_mlp_in": "it is a copy of the residual stream for the MLP alone. Write {prefix}ln2: what the MLP reads",
-    "hook_embed": "it comes before the position embeddings. Write 'embed': the input of block 0, positions included",
-    "hook_pos_embed": "the position embeddings are no activation. Write 'embed': the input of block 0, positions included",
+    "hook_mlp_in": "it is a copy of the residual stream, for the MLP alone. Write {prefix}ln2: what it reads",
+    "hook_embed": f"it comes before the position embeddings. {_EMBED}",
+    "hook_pos_embed": f"the position embeddings are no activation. {_EMBED}",
 }
 
 _BLOCK = re.compile(r"blocks\.([^.]+)\.(.+)")
@@ -122,15 +123,16 @@ class Site:
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
-        """Read a canonical name, or a TransformerLens name of the same meaning; anything else is a SpecError."""
+        """Read a canonical name, or a TransformerLens name of the same meaning; anything else is a
+        SpecError."""
         if isinstance(text, Site):
             return text
         if not isinstance(text, str):
             raise SpecError(f"A site is a name such as 'blocks.3.resid_post', got {text!r}.")
         if is_glob(text):
             raise SpecError(
-                f"{text!r} is a pattern, and one site is wanted here. Patterns are for captures; to act at several "
-                "layers, write a Sweep over 'layer', or one intervention per site."
+                f"{text!r} is a pattern, and one site is wanted here. Patterns are for captures; to act at "
+                "several layers, write a Sweep over 'layer', or one intervention per site."
             )
         name = _canonical(text)
         if name in GLOBAL_SITES:
@@ -192,7 +194,8 @@ def is_glob(text: str) -> bool:
 
 
 def site_names(n_layers: int) -> list[str]:
-    """Return every canonical name for ``n_layers`` blocks, in forward order (a model may have fewer of them)."""
+    """Return every canonical name for ``n_layers`` blocks, in forward order (a model may have fewer of
+    them)."""
     blocks = [f"blocks.{layer}.{name}" for layer in range(n_layers) for name in BLOCK_SITES]
     return [GLOBAL_SITES[0], *blocks, *GLOBAL_SITES[1:]]
 
@@ -200,8 +203,8 @@ def site_names(n_layers: int) -> list[str]:
 def expand(pattern: str, available: Sequence[str]) -> list[str]:
     """Return the names in ``available`` that ``pattern`` matches, in their order there.
 
-    ``pattern`` is one name or a shell pattern over canonical names (``blocks.*.resid_post``, ``blocks.[0-3].attn.*``).
-    Raises SpecError with close matches if nothing matches.
+    ``pattern`` is one name or a shell pattern over canonical names (``blocks.*.resid_post``,
+    ``blocks.[0-3].attn.*``). Raises SpecError with close matches if nothing matches.
     """
     if not is_glob(pattern):
         name = str(Site.parse(pattern))
@@ -213,11 +216,14 @@ def expand(pattern: str, available: Sequence[str]) -> list[str]:
     if found:
         return found
     shapes = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in available))
-    raise SpecError(f"The pattern {pattern!r} matches no site.{suggest(pattern, shapes)} {_listing(available)}")
+    raise SpecError(
+        f"The pattern {pattern!r} matches no site.{suggest(pattern, shapes)} {_listing(available)}"
+    )
 
 
 def _canonical(text: str) -> str:
-    """Translate a TransformerLens name (its layer may be a wildcard); refuse those that mean something else."""
+    """Translate a TransformerLens name (its layer may be a wildcard); refuse those that mean something
+    else."""
     match = _BLOCK.fullmatch(text)
     prefix, rest = (f"blocks.{match[1]}.", match[2]) if match else ("", text)
     if "hook_" not in rest:
@@ -236,15 +242,21 @@ def _unknown(text: str) -> SpecError:
     bare = (match[2] if match else text).replace("hook_", "")
     options = {**{name: prefix + name for name in BLOCK_SITES}, **{name: name for name in GLOBAL_SITES}}
     if not match and bare in BLOCK_SITES:
-        return SpecError(f"{text!r} stands in a block: write 'blocks.{{layer}}.{bare}' with the layer's number.")
+        return SpecError(
+            f"{text!r} stands in a block: write 'blocks.{{layer}}.{bare}' with the layer's number."
+        )
     near = difflib.get_close_matches(bare, list(options), n=3, cutoff=0.6)
     close = f" Close matches: {', '.join(options[name] for name in near)}." if near else ""
     blocks, outside = ", ".join(BLOCK_SITES), ", ".join(GLOBAL_SITES)
-    return SpecError(f"Unknown site {text!r}.{close} Sites: {outside}, and in every block (blocks.0. ...) {blocks}.")
+    return SpecError(
+        f"Unknown site {text!r}.{close} Sites: {outside}, and in every block (blocks.0. ...) {blocks}."
+    )
 
 
 def _listing(available: Sequence[str]) -> str:
     shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".{layer}.", name) for name in available)
-    layers = [int(match[1]) for name in available if (match := _BLOCK.fullmatch(name)) and match[1].isdecimal()]
+    layers = [
+        int(match[1]) for name in available if (match := _BLOCK.fullmatch(name)) and match[1].isdecimal()
+    ]
     extent = f" (layers 0 to {max(layers)})" if layers else ""
     return f"Available{extent}: {', '.join(shapes) or 'none'}."

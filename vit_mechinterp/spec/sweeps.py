@@ -24,7 +24,9 @@ Axis: TypeAlias = Literal["all"] | list[JsonValue] | dict[str, JsonValue]
 def _axes(value: Any) -> Any:
     """Bring the axes into their JSON form, so that a sweep equals its own document read back."""
     if not isinstance(value, Mapping):
-        raise SpecError(f"'over' is a mapping from axis to values, such as {{'layer': 'all'}}; got {value!r}.")
+        raise SpecError(
+            f"'over' is a mapping from axis to values, such as {{'layer': 'all'}}; got {value!r}."
+        )
     axes: dict[str, Any] = {}
     for axis, values in value.items():
         if values == "all" and axis == "layer":
@@ -35,7 +37,9 @@ def _axes(value: Any) -> Any:
             axes[axis] = [_plain(item) for item in values]
         else:
             hint = " or 'all'" if axis == "layer" else ""
-            raise SpecError(f"Axis {axis!r} takes a list of values, a mapping from label to value{hint}; got {values!r}.")
+            raise SpecError(
+                f"Axis {axis!r} takes a list of values, a mapping from label to value{hint}; got {values!r}."
+            )
         if not axes[axis]:
             raise SpecError(f"Axis {axis!r} is empty, so the sweep has no runs.")
     if not axes:
@@ -55,12 +59,13 @@ class Sweep(SpecModel):
     ``over`` maps an axis to its values, in order (the last axis varies fastest):
 
     * ``layer``: a list of layers, or ``"all"``; moves every intervention whose site stands in a block;
-    * the name of a field (``tokens``, ``heads``, ``alpha``, ``site``, ...): a list, or ``{label: value}``; set on every
-      intervention that has the field;
-    * any other name: ``{label: {field: value, ...}}``; sets several fields at once (``layer`` counts as a field).
+    * the name of a field (``tokens``, ``heads``, ``alpha``, ``site``, ...): a list, or ``{label: value}``;
+      set on every intervention that has the field;
+    * any other name: ``{label: {field: value, ...}}``; sets several fields at once (``layer`` counts as a
+      field).
 
-    ``name`` is a format string over the axes, filled with labels: the keys of a mapping, or the values of a list as text.
-    The site that an intervention is written with only says what moves: its layer is replaced.
+    ``name`` is a format string over the axes, filled with labels: the keys of a mapping, or the values of a
+    list as text. The site that an intervention is written with only says what moves: its layer is replaced.
     """
 
     name: str = Field(default="layer{layer}", min_length=1)
@@ -82,7 +87,8 @@ class Sweep(SpecModel):
         if unused:
             wanted = self.name + "".join(f"-{{{axis}}}" for axis in unused)
             raise SpecError(
-                f"The name {self.name!r} does not tell the values of {', '.join(unused)} apart: write for example {wanted!r}."
+                f"The name {self.name!r} does not tell the values of {', '.join(unused)} apart: "
+                f"write for example {wanted!r}."
             )
         self._product(n_layers=None)
         return self
@@ -98,7 +104,9 @@ class Sweep(SpecModel):
             labels = {axis: label for axis, (label, _) in zip(self.over, point, strict=True)}
             name = self.name.format_map(labels)
             if name in runs:
-                raise SpecError(f"Two runs of the sweep would be called {name!r}; give the values distinct labels.")
+                raise SpecError(
+                    f"Two runs of the sweep would be called {name!r}; give the values distinct labels."
+                )
             changes: dict[str, Any] = {}
             for _, fields in point:
                 if twice := sorted(changes.keys() & fields.keys()):
@@ -113,14 +121,22 @@ class Sweep(SpecModel):
         """Return (label, {field: value}) for every value of an axis."""
         if values == "all":
             values = range(1 if n_layers is None else n_layers)
-        pairs = list(values.items()) if isinstance(values, Mapping) else [(_label(axis, item), item) for item in values]
+        pairs = (
+            list(values.items())
+            if isinstance(values, Mapping)
+            else [(_label(axis, item), item) for item in values]
+        )
         own = axis in self._fields()
-        points = [(label, {axis: item} if own else self._fields_at(axis, label, item)) for label, item in pairs]
+        points = [
+            (label, {axis: item} if own else self._fields_at(axis, label, item)) for label, item in pairs
+        ]
         for label, fields in points:
             if "layer" in fields:
                 layer = as_index(fields["layer"])
                 if n_layers is not None and layer >= n_layers:
-                    raise SpecError(f"Sweep {self.name!r}, {axis}={label}: the model has layers 0 to {n_layers - 1}.")
+                    raise SpecError(
+                        f"Sweep {self.name!r}, {axis}={label}: the model has layers 0 to {n_layers - 1}."
+                    )
         return points
 
     def _fields_at(self, axis: str, label: object, item: Any) -> dict[str, Any]:
@@ -139,7 +155,9 @@ class Sweep(SpecModel):
         return dict(item)
 
     def _fields(self) -> set[str]:
-        return {"layer"} | {field for entry in self.interventions for field in type(entry).model_fields} - {"op"}
+        return {"layer"} | {field for entry in self.interventions for field in type(entry).model_fields} - {
+            "op"
+        }
 
     def _changed(self, changes: Mapping[str, Any], name: str) -> tuple[Intervention, ...]:
         moved = [self._changed_one(entry, changes) for entry in self.interventions]

@@ -17,9 +17,9 @@ __all__ = ["TensorRef"]
 class TensorRef(SpecModel):
     """A tensor by name, or by safetensors file and key (and, if given, the SHA-256 of the file).
 
-    ``TensorRef("probe")`` is looked up in ``tensors={"probe": tensor}``; ``TensorRef("das.safetensors", "rotation")`` is
-    read from the file. In a document a plain string is a name. Raises pydantic's ValidationError (a ValueError) unless
-    it is exactly one of the two.
+    ``TensorRef("probe")`` is looked up in ``tensors={"probe": tensor}``; ``TensorRef("das.safetensors",
+    "rotation")`` is read from the file. In a document a plain string is a name. Raises pydantic's
+    ValidationError (a ValueError) unless it is exactly one of the two.
     """
 
     name: str | None = None
@@ -84,8 +84,8 @@ class TensorRef(SpecModel):
                 )
         elif not self.file or not self.key:
             raise SpecError(
-                "A TensorRef is either a name (given to execute as tensors={name: tensor}) or a safetensors file "
-                f"with the key of a tensor in it; got file={self.file!r}, key={self.key!r}."
+                "A TensorRef is either a name (given to execute as tensors={name: tensor}) or a "
+                f"safetensors file with the key of a tensor in it; got file={self.file!r}, key={self.key!r}."
             )
         return self
 

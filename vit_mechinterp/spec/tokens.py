@@ -5,8 +5,8 @@ In a document a selector is one of
 * a name: ``"all"``, ``"cls"``, ``"registers"``, ``"patches"``, or any other name of the model's token layout;
 * a list mixing such names and patch indices (row-major over the grid, prefix tokens never counted);
 * ``{"column": name}``: patch indices per example, from that column of the data;
-* ``{"box": name}``: a pixel box per example, ``(x0, y0, x1, y1)``, half-open, in the original image's pixels; it selects
-  every patch that it touches.
+* ``{"box": name}``: a pixel box per example, ``(x0, y0, x1, y1)``, half-open, in the original image's pixels;
+  it selects every patch that it touches.
 
 A selector is free of any model: names and indices are checked against the token layout when a plan is made.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field, BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.spec.base import SpecModel, as_index
@@ -60,7 +60,9 @@ def parse_tokens(value: Any) -> str | tuple[str | int, ...] | TokenColumn | Toke
         return (as_index(value),)
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         if len(value) == 0:
-            raise SpecError("An empty list selects no token; leave the intervention out, or name at least one token.")
+            raise SpecError(
+                "An empty list selects no token; leave the intervention out, or name at least one token."
+            )
         if "all" in value:
             raise SpecError("'all' already means every token: write it alone, not in a list.")
         return tuple(_name(item) if isinstance(item, str) else as_index(item) for item in value)
@@ -75,8 +77,8 @@ def _name(value: str) -> str:
 
 def _malformed(value: Any) -> SpecError:
     return SpecError(
-        f"{value!r} selects no tokens. Write a name ('all', 'cls', 'patches', ...), a list of names and patch indices, "
-        "{'column': name} or {'box': name}."
+        f"{value!r} selects no tokens. Write a name ('all', 'cls', 'patches', ...), a list of names and "
+        "patch indices, {'column': name} or {'box': name}."
     )
 
 
