@@ -120,7 +120,11 @@ class HookedViT:
         if self._preprocess is None:
             from vit_mechinterp.model.preprocess import Preprocess
 
-            self._preprocess = Preprocess.of(self.module, self.layout.family.library, self.source)
+            if self.layout.family.library == "timm":
+                self._preprocess = Preprocess.from_timm(self.module)
+            else:
+                name = self.source.removeprefix("hf/") if self.source else None
+                self._preprocess = Preprocess.from_transformers(self.module, name)
         return self._preprocess
 
     def run(

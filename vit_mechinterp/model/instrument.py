@@ -43,7 +43,7 @@ class Instrument:
         self.layout = layout
         self._visits: dict[Site, list[Visitor]] = defaultdict(list)
         self._skipped: set[int] = set()
-        self._stop: int | None = None
+        self._stop: tuple[int, bool] | None = None
         self.fired: dict[Site, int] = {}
         self.forwards = 0
 
@@ -62,9 +62,9 @@ class Instrument:
         """Let the blocks of these layers hand their input on unchanged, at no cost."""
         self._skipped.update(layers)
 
-    def stop_after(self, layer: int) -> None:
-        """Raise `StopForward` once the block of this layer has been visited."""
-        self._stop = layer
+    def stop(self, layer: int, *, before: bool = False) -> None:
+        """Raise `StopForward` behind the block of this layer, or before it runs; visits there come first."""
+        self._stop = (layer, before)
 
     @contextmanager
     def installed(self) -> Iterator[Instrument]:
@@ -82,8 +82,10 @@ class Instrument:
             for layer in sorted({s.layer for s in self._visits if s.name in TAP_SITES and s.layer is not None}):
                 self._install_tap(stack, layer)
             if self._stop is not None:
-                last = lookup(self.module, self.layout.block_path(self._stop))
-                stack.callback(last.register_forward_hook(_stop).remove)
+                layer, before = self._stop
+                block = lookup(self.module, self.layout.block_path(layer))
+                add = block.register_forward_pre_hook if before else block.register_forward_hook
+                stack.callback(add(_stop).remove)
             yield self
 
     def verify(self) -> None:
@@ -183,7 +185,7 @@ def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
-def _stop(module: nn.Module, args: Any, output: Any) -> None:
+def _stop(module: nn.Module, args: Any, output: Any = None) -> None:
     raise StopForward
 
 

@@ -106,9 +106,9 @@ class Preprocess:
         Args:
             module: the model; its ``config`` gives type and image size.
             folder_or_name: a ``save_pretrained`` folder or a hub name. Its ``preprocessor_config.json`` is
-                used where there is one. Otherwise, and with ``None``, the processor class of the model type is
-                built for the model's image size with the class's own mean and standard deviation. Only a hub
-                name reaches the network.
+                used where there is one. Otherwise, and with ``None``, the processor class of the model type
+                is built for the model's image size with the class's own mean and standard deviation. Only a
+                hub name reaches the network.
 
         Raises:
             UnsupportedModelError: there is no configuration, and no processor is known for the model type.

@@ -1,0 +1,345 @@
+"""From specs to bound runs: selectors resolved on one model and one dataset, everything checked beforehand.
+
+Nothing here runs a model (apart from one forward of a blank image, once per wrapper, that reads off shapes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.ops import operator_of
+from vit_mechinterp.engine.positions import Positions, resolve_tokens
+from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
+from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import (
+    Ablate,
+    Column,
+    Experiment,
+    Intervention,
+    Run,
+    RunSource,
+    Site,
+    SourcedIntervention,
+    Sweep,
+    TensorRef,
+)
+
+__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "bind"]
+
+
+@dataclass(frozen=True, order=True)
+class Join:
+    """Where a row enters the growing batch: at a block's input, or behind its output."""
+
+    layer: int
+    behind: bool
+
+    @property
+    def site(self) -> Site:
+        """The site whose clean value a joining row starts from."""
+        if self.behind:
+            return Site(self.layer, "resid_post")
+        return Site(None, "embed") if self.layer == 0 else Site(self.layer, "resid_pre")
+
+    @property
+    def first_block(self) -> int:
+        """The first block that the row passes through."""
+        return self.layer + self.behind
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One intervention, bound: where it acts and what it reads.
+
+    ``mean`` is the read to be averaged over the dataset (mean ablation); ``refs`` are its tensors by field name;
+    ``choice`` holds an index per example.
+    """
+
+    spec: Intervention
+    site: Site
+    positions: Positions
+    keys: Positions
+    source: Read | None
+    mean: Read | None
+    refs: tuple[tuple[str, TensorRef], ...]
+    choice: tuple[int, ...] | None
+    where: str
+
+
+@dataclass(frozen=True)
+class BoundCapture:
+    """One value to keep from a run, under the name that the results give it."""
+
+    name: str
+    read: Read
+
+
+@dataclass(frozen=True)
+class BoundRun:
+    """One run, bound: edits in forward order, and captures told apart by whether the edits reach them."""
+
+    run: Run
+    edits: tuple[Edit, ...]
+    captures: tuple[BoundCapture, ...]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run.name
+
+    @cached_property
+    def first(self) -> Site | None:
+        """The site of the first edit; None for a clean run."""
+        return self.edits[0].site if self.edits else None
+
+    @cached_property
+    def origin(self) -> ColumnOrigin:
+        """Where the run's clean values come from."""
+        return ColumnOrigin(self.run.base)
+
+    def is_clean_at(self, site: Site) -> bool:
+        """Whether the run's value at a site is the clean forward's."""
+        return self.first is None or site < self.first
+
+    def join(self, n_layers: int) -> Join:
+        """Where the run's rows enter the growing batch; only for runs with edits."""
+        assert self.first is not None
+        layer, name = self.first.layer, self.first.name
+        if layer is None:
+            return Join(0, False) if name == "embed" else Join(n_layers - 1, True)
+        return Join(layer, name in ("mlp_out", "resid_post"))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Every run of an experiment, bound to a model (and to data, if given), in stages.
+
+    A run whose source is another run's edited value stands in a later stage than that run.
+    """
+
+    runs: tuple[BoundRun, ...]
+    stages: tuple[tuple[BoundRun, ...], ...]
+    run_reads: tuple[Read, ...]
+    """Values of edited runs that other runs read."""
+
+    def named(self, name: str) -> BoundRun:
+        """The run of a name."""
+        return next(run for run in self.runs if run.name == name)
+
+
+def expand_runs(runs: Run | Sweep | Experiment | Iterable[Run | Sweep], n_layers: int) -> list[Run]:
+    """A flat list of runs from whatever describes them.
+
+    Raises:
+        SpecError: no runs, something that is no run, or two runs of one name.
+    """
+    if isinstance(runs, Experiment):
+        return runs.expand(n_layers)
+    items = [runs] if isinstance(runs, (Run, Sweep)) else list(runs)
+    flat: list[Run] = []
+    for item in items:
+        if isinstance(item, Sweep):
+            flat += item.runs(n_layers)
+        elif isinstance(item, Run):
+            flat.append(item)
+        else:
+            raise SpecError(f"A run is a Run, a Sweep or an Experiment, not {type(item).__name__}.")
+    if not flat:
+        raise SpecError("There is no run to execute.")
+    names = [run.name for run in flat]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SpecError(f"Names of runs must be unique; given more than once: {', '.join(map(repr, twice))}.")
+    return flat
+
+
+def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
+    """Resolve and check every selector of every run.
+
+    Raises:
+        SpecError: a site, head, layer, token name or run does not exist, or selections do not pair up.
+        DataError: a column is missing or holds something else.
+    """
+    by_name = {run.name: run for run in runs}
+    order = _stage_numbers(runs, by_name)
+    bound: dict[str, BoundRun] = {}
+    for run in sorted(runs, key=lambda r: order[r.name]):
+        bound[run.name] = _bind_run(vit, run, data, bound, by_name)
+    run_reads = dict.fromkeys(
+        edit.source
+        for run in bound.values()
+        for edit in run.edits
+        if edit.source is not None and isinstance(edit.source.origin, RunOrigin)
+    )
+    levels = _levels(list(bound.values()))
+    stages = tuple(
+        tuple(bound[r.name] for r in runs if bound[r.name].edits and levels[r.name] == level)
+        for level in sorted({levels[name] for name, r in bound.items() if r.edits})
+    )
+    return Bound(tuple(bound[run.name] for run in runs), stages, tuple(run_reads))
+
+
+def _stage_numbers(runs: Sequence[Run], by_name: dict[str, Run]) -> dict[str, int]:
+    """Depth of each run in the graph of run sources."""
+    depth: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> int:
+        if name in path:
+            cycle = " -> ".join((*path[path.index(name) :], name))
+            raise SpecError(f"Runs read each other in a cycle: {cycle}. Break it by reading a clean image instead.")
+        if name not in depth:
+            sources = _run_sources(by_name[name])
+            for source in sources:
+                if source not in by_name:
+                    raise SpecError(
+                        f"Run {name!r} reads run {source!r}, which is not part of the experiment."
+                        f"{suggest(source, by_name)} Runs: {_some(list(by_name))}."
+                    )
+            depth[name] = 1 + max((visit(s, (*path, name)) for s in sources), default=-1)
+        return depth[name]
+
+    for run in runs:
+        visit(run.name, ())
+    return depth
+
+
+def _run_sources(run: Run) -> list[str]:
+    sources = [getattr(i, "source", None) for i in run.interventions]
+    return [s.run for s in sources if isinstance(s, RunSource)]
+
+
+def _levels(runs: Sequence[BoundRun]) -> dict[str, int]:
+    """Stage of each run, counting only sources that are really edited values."""
+    levels: dict[str, int] = {}
+    for run in runs:  # sources come before their readers
+        origins = [e.source.origin for e in run.edits if e.source is not None]
+        levels[run.name] = 1 + max((levels[o.run] for o in origins if isinstance(o, RunOrigin)), default=-1)
+    return levels
+
+
+def _bind_run(
+    vit: HookedViT, run: Run, data: Data | None, bound: dict[str, BoundRun], by_name: dict[str, Run]
+) -> BoundRun:
+    if data is not None:
+        data.require(run.base, f"run {run.name!r}, base")
+    edits = [_bind_edit(vit, run, spec, data, bound) for spec in run.interventions]
+    captures = []
+    for capture in run.capture:
+        for name in vit.expand([capture.site]):
+            site = Site.parse(name)
+            where = f"run {run.name!r}, capture of {name}"
+            check_heads(vit, site, capture.heads, where)
+            tokens = capture.tokens if site.has_tokens else "all"
+            positions = resolve_tokens(tokens, vit, data, run.base, f"{where}, tokens")
+            origin = ColumnOrigin(run.base)
+            captures.append(BoundCapture(name, Read(origin, site, positions, capture.heads)))
+    names = [c.name for c in captures]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise SpecError(f"run {run.name!r} captures {', '.join(twice)} more than once; one capture per site and run.")
+    # Sorting is stable: list order counts at one and the same site only.
+    return BoundRun(run, tuple(sorted(edits, key=lambda e: e.site)), tuple(captures))
+
+
+def _bind_edit(
+    vit: HookedViT, run: Run, spec: Intervention, data: Data | None, bound: dict[str, BoundRun]
+) -> Edit:
+    where = f"run {run.name!r}, {spec.op} at {spec.site}"
+    operator_of(spec)
+    site = Site.parse(spec.site)
+    vit.check_site(site)
+    check_heads(vit, site, spec.heads, where)
+    positions = resolve_tokens(spec.tokens, vit, data, run.base, f"{where}, tokens")
+    keys = resolve_tokens(spec.keys, vit, data, run.base, f"{where}, keys")
+    source = mean = None
+    if isinstance(spec, SourcedIntervention) and spec.source is not None:
+        source = _bind_source(vit, run, spec, data, bound, where)
+        _check_pairing(vit, site, positions, source, data, where)
+    elif isinstance(spec, Ablate) and spec.method == "resample":
+        source = Read(ColumnOrigin(run.base, spec.seed), site, positions, spec.heads)
+    elif isinstance(spec, Ablate) and spec.method == "mean" and spec.mean is None:
+        # Per position the mean is over whole activations; pooled, over the selected tokens alone.
+        mean = Read(ColumnOrigin(run.base), site, positions if spec.pool_tokens else Positions(), spec.heads)
+    refs = tuple((name, ref) for name in type(spec).model_fields if isinstance(ref := getattr(spec, name), TensorRef))
+    choose = getattr(spec, "choose", None)
+    choice: tuple[int, ...] | None = None
+    if isinstance(choose, Column) and data is not None:
+        data.require(choose.column, f"{where}, choose")
+        choice = tuple(row[0] if len(row) == 1 else -1 for row in data.integers(choose.column))
+        if min(choice) < 0:
+            raise SpecError(f"{where}: column {choose.column!r} must hold one non-negative integer per example.")
+    elif isinstance(choose, Column):
+        choice = (0,)
+    return Edit(spec, site, positions, keys, source, mean, refs, choice, where)
+
+
+def _bind_source(
+    vit: HookedViT,
+    run: Run,
+    spec: SourcedIntervention,
+    data: Data | None,
+    bound: dict[str, BoundRun],
+    where: str,
+) -> Read:
+    site = Site.parse(spec.site_read)
+    vit.check_site(site)
+    check_heads(vit, site, spec.heads, f"{where}, source")
+    origin: ColumnOrigin | RunOrigin
+    if isinstance(spec.source, RunSource):
+        other = bound[spec.source.run]
+        column = other.run.base
+        origin = other.origin if other.is_clean_at(site) else RunOrigin(spec.source.run)
+    else:
+        assert isinstance(spec.source, str)
+        column = spec.source
+        origin = ColumnOrigin(column)
+        if data is not None:
+            data.require(column, f"{where}, source")
+    positions = resolve_tokens(spec.tokens_read, vit, data, column, f"{where}, source_tokens")
+    here, there = vit.sites()[spec.site].shape, vit.sites()[str(site)].shape
+    fits = here[1:] == there[1:] if Site.parse(spec.site).has_tokens else here == there
+    if spec.heads is not None:
+        fits = here[-1] == there[-1]
+    if not fits:
+        raise SpecError(f"{where}: {site} holds {there} per example, which cannot take the place of {here}.")
+    return Read(origin, site, positions, spec.heads)
+
+
+def check_heads(vit: HookedViT, site: Site, heads: tuple[int, ...] | None, where: str) -> None:
+    """Raise SpecError unless the site has these heads."""
+    if heads is None:
+        return
+    if not site.has_heads:
+        raise SpecError(f"{where}: {site} has no head axis, so heads cannot be selected there.")
+    shape = vit.sites()[str(site)].shape
+    n_heads = shape[0] if site.is_attention_matrix else shape[1]
+    if max(heads) >= n_heads:
+        raise SpecError(f"{where}: head {max(heads)} is out of range; {site} has {n_heads} heads, 0 to {n_heads - 1}.")
+
+
+def _check_pairing(
+    vit: HookedViT, site: Site, positions: Positions, source: Read, data: Data | None, where: str
+) -> None:
+    if not site.has_tokens or data is None:
+        return
+    n = vit.layout.tokens.n_tokens
+    targets, sources = (p.counts(range(data.n), n) for p in (positions, source.positions))
+    for example, (target, paired) in enumerate(zip(targets, sources, strict=True)):
+        if target != paired:
+            raise SpecError(
+                f"{where}: base and source tokens are paired by position, but example {example} selects {target} base "
+                f"tokens and {paired} source tokens."
+            )
+        chosen = positions.of(example) or ()
+        if len(set(chosen)) != len(chosen):
+            raise SpecError(f"{where}: example {example} selects a base token twice, so its new value is ambiguous.")
+        if positions.each is None and source.positions.each is None:
+            return
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,143 @@
+"""Columns of examples: images, labels, tokens and boxes, from a dataset or from plain tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_mechinterp.errors import DataError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+
+__all__ = ["Data"]
+
+
+class Data:
+    """A HuggingFace ``Dataset``, or a mapping of columns, read the way the engine needs it.
+
+    Image columns hold PIL images, which pass through the model's own preprocessing, or float tensors
+    ``[3, height, width]`` (or one stacked ``[n, 3, height, width]``), which are taken as they are.
+
+    Raises:
+        DataError: columns of unequal length, or no columns at all.
+    """
+
+    def __init__(self, data: Any, vit: HookedViT) -> None:
+        self.vit = vit
+        self._data = data
+        if isinstance(data, Mapping):
+            self.columns: list[str] = list(data)
+            lengths = {name: len(column) for name, column in data.items()}
+            if len(set(lengths.values())) > 1:
+                raise DataError(f"Columns of unequal length: {lengths}. Every column has one entry per example.")
+            self.n = next(iter(lengths.values()), 0)
+        elif hasattr(data, "column_names") and hasattr(data, "__getitem__"):
+            self.columns = list(data.column_names)
+            self.n = len(data)
+        else:
+            raise DataError(f"Data is a datasets.Dataset or a mapping of columns, not {type(data).__name__}.")
+        if not self.columns or self.n == 0:
+            raise DataError("The data has no examples.")
+
+    def require(self, column: str, wanted_by: str) -> None:
+        """Raise DataError, naming close matches, unless there is such a column."""
+        if column not in self.columns:
+            raise DataError(
+                f"{wanted_by}: the data has no column {column!r}.{suggest(column, self.columns)} "
+                f"Columns: {', '.join(self.columns)}."
+            )
+
+    def values(self, column: str, examples: Sequence[int] | None = None) -> Sequence[Any]:
+        """Raw entries of a column, of all examples or of some."""
+        if isinstance(self._data, Mapping):
+            entries = self._data[column]
+            return entries if examples is None else [entries[i] for i in examples]
+        rows = self._data.select_columns([column])
+        return list(rows[column]) if examples is None else [rows[int(i)][column] for i in examples]
+
+    def images(self, column: str, examples: Sequence[int]) -> Float[Tensor, "example 3 height width"]:
+        """Images of some examples as the model takes them, on the model's device.
+
+        Raises:
+            DataError: an entry is neither a PIL image nor a tensor of the model's input size.
+        """
+        entries = self.values(column, examples)
+        if all(hasattr(entry, "convert") for entry in entries):
+            batch = self.vit.preprocess(entries)
+        else:
+            try:
+                batch = torch.stack([torch.as_tensor(np.asarray(e)) if not isinstance(e, Tensor) else e for e in entries])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(
+                    f"Column {column!r} holds neither PIL images nor float tensors [3, height, width]: {error}"
+                ) from None
+        size = self.vit.layout.tokens.image_size
+        if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, *size) or not batch.is_floating_point():
+            raise DataError(
+                f"Column {column!r} gives {batch.dtype} images of shape {tuple(batch.shape[1:])}; the model takes float "
+                f"(3, {size[0]}, {size[1]}). PIL images are resized by the model's preprocessing; tensors are taken as they are."
+            )
+        return batch.to(self.vit.device, self.vit.dtype)
+
+    def original_sizes(self, column: str) -> list[tuple[int, int]] | None:
+        """``(width, height)`` of every PIL image of a column; None if it holds tensors in model pixels."""
+        entries = self.values(column)
+        if all(hasattr(entry, "convert") for entry in entries):
+            return [(entry.size[0], entry.size[1]) for entry in entries]
+        return None
+
+    def integers(self, column: str) -> list[list[int]]:
+        """A column of integers or of lists of integers, one list per example.
+
+        Raises:
+            DataError: an entry holds something else.
+        """
+        rows: list[list[int]] = []
+        for example, entry in enumerate(self.values(column)):
+            array = np.asarray(entry)
+            if array.dtype.kind not in "iub" or array.ndim > 1:
+                raise DataError(f"Column {column!r}, example {example}: {entry!r} is not an integer or a list of them.")
+            rows.append([int(i) for i in array.reshape(-1)])
+        return rows
+
+    def boxes(self, column: str) -> list[tuple[float, float, float, float]]:
+        """A column of pixel boxes ``(x0, y0, x1, y1)``.
+
+        Raises:
+            DataError: an entry is not four numbers with x0 < x1 and y0 < y1.
+        """
+        rows = []
+        for example, entry in enumerate(self.values(column)):
+            box = [float(v) for v in np.asarray(entry, dtype=float).reshape(-1)]
+            if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
+                raise DataError(
+                    f"Column {column!r}, example {example}: {entry!r} is no box; a box is (x0, y0, x1, y1) in pixels, "
+                    "half-open, with x0 < x1 and y0 < y1."
+                )
+            rows.append((box[0], box[1], box[2], box[3]))
+        return rows
+
+    def fingerprint(self, columns: Sequence[str]) -> str:
+        """SHA-256 over the contents of some columns, in order of name."""
+        digest = hashlib.sha256(str(self.n).encode())
+        for column in sorted(set(columns)):
+            digest.update(column.encode())
+            for entry in self.values(column):
+                digest.update(_bytes_of(entry))
+        return digest.hexdigest()
+
+
+def _bytes_of(entry: Any) -> bytes:
+    if hasattr(entry, "convert"):
+        return f"{entry.mode}{entry.size}".encode() + entry.tobytes()
+    if isinstance(entry, Tensor):
+        entry = entry.detach().cpu().numpy()
+    array = np.asarray(entry)
+    if array.dtype == object:
+        return repr(entry).encode()
+    return f"{array.shape}{array.dtype.kind}".encode() + np.ascontiguousarray(array).tobytes()

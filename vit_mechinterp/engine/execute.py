@@ -1,0 +1,297 @@
+"""Carry out a plan: bound runs in, results out. The only part that installs hooks for an experiment."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vit_mechinterp.engine.bind import Bound, bind, expand_runs
+from vit_mechinterp.engine.clean import Clean, clean_pass, dataset_means, means_of
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.plan import describe, schedule_for
+from vit_mechinterp.engine.results import Captures, Results
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.tensors import check_tensors, digest_of, resolve_refs
+from vit_mechinterp.engine.values import Read, Values, by_token
+from vit_mechinterp.engine.wave import Material, run_wave
+from vit_mechinterp.errors import DataError, ExecutionError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Experiment, Run, Sweep, TensorRef
+from vit_mechinterp.spec.digest import digest
+
+__all__ = ["execute", "versions"]
+
+_PROGRESS_DELAY = 2.0
+"""Seconds after which a progress bar appears."""
+
+Tick = Callable[[int], None]
+
+
+def execute(
+    vit: HookedViT,
+    runs: Run | Sweep | Experiment | Iterable[Run | Sweep],
+    data: Any,
+    tensors: Mapping[str, Tensor] | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    progress: bool = True,
+) -> Results:
+    """Carry out runs on every example of a dataset.
+
+    Args:
+        vit: the model, in eval mode (or without dropout).
+        runs: runs, sweeps or an experiment.
+        data: a ``datasets.Dataset`` or a mapping of columns.
+        tensors: tensors that specs refer to by name.
+        batch_size: most rows in one forward, or ``"auto"``. The same batch size, device and threads give the same
+            bits; others agree to 1e-5 of the output's scale.
+        progress: show a bar if it takes longer than two seconds.
+
+    Returns:
+        Outputs ``[run, example, *output]`` and captures, on the CPU.
+
+    Raises:
+        SpecError, DataError, TensorFileError: before the first forward, if anything does not fit.
+        ExecutionError: an intervention did not fire, or the model would drop activations at random.
+    """
+    folder = runs.folder if isinstance(runs, Experiment) else None
+    if isinstance(runs, Experiment) and batch_size == "auto":
+        batch_size = runs.batch_size
+    named = {name: ref for name, ref in runs.tensors.items()} if isinstance(runs, Experiment) else {}
+    flat = expand_runs(runs, vit.layout.n_layers)
+    refuse_dropout(vit)
+    columns = Data(data, vit)
+    bound = bind(vit, flat, columns)
+    resolved = resolve_refs(bound, _with_files(named, tensors, folder), vit, folder)
+    check_tensors(bound, resolved, vit, columns.n)
+    schedule = schedule_for(vit, bound, columns.n, batch_size)
+    check_images(columns, bound)
+    with vit.lock, torch.no_grad(), _bar(vit, schedule, progress) as tick:
+        collected, halvings = _with_halving(vit, columns, schedule, resolved, tick)
+    return _results(vit, columns, schedule, bound, resolved, collected, halvings)
+
+
+def refuse_dropout(vit: HookedViT) -> None:
+    """Raise ExecutionError if the model is in train mode and would drop activations at random."""
+    path = vit.dropout()
+    if path is not None:
+        raise ExecutionError(
+            f"{type(vit.module).__name__} is in train mode and would drop activations at random (at {path}), so no two "
+            "forwards could be compared. Call module.eval() first."
+        )
+
+
+def check_images(data: Data, bound: Bound) -> None:
+    """Raise DataError before the first forward if an image column does not begin with an image."""
+    columns = {run.run.base for run in bound.runs}
+    columns |= {s for run in bound.runs for i in run.run.interventions if isinstance(s := getattr(i, "source", None), str)}
+    for column in sorted(columns):
+        data.images(column, [0])
+
+
+def _with_files(
+    named: Mapping[str, TensorRef], tensors: Mapping[str, Tensor] | None, folder: Any
+) -> dict[str, Tensor]:
+    from vit_mechinterp.engine.tensors import load_tensor
+
+    given = {name: load_tensor(ref, folder) for name, ref in named.items() if ref.file is not None}
+    return {**given, **(tensors or {})}
+
+
+class _bar:
+    """A progress bar over (row, block) pairs, shown after two seconds."""
+
+    def __init__(self, vit: HookedViT, schedule: Schedule, progress: bool) -> None:
+        total = describe(vit, schedule, per_example=False).block_evaluations
+        self._bar = tqdm(
+            total=total, desc="interventions", unit="block", unit_scale=True, delay=_PROGRESS_DELAY, disable=not progress
+        )
+
+    def __enter__(self) -> Tick:
+        return lambda n: (self._bar.update(n), None)[1]
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+class _Collected:
+    """Outputs and captures on the CPU, written chunk by chunk."""
+
+    def __init__(self, bound: Bound) -> None:
+        self.outputs: dict[str, list[Tensor]] = {run.name: [] for run in bound.runs}
+        self.captures: dict[tuple[str, str], list[tuple[Tensor, Sequence[int] | None]]] = {}
+
+
+def _with_halving(
+    vit: HookedViT, data: Data, schedule: Schedule, tensors: Mapping[TensorRef, Tensor], tick: Tick
+) -> tuple[_Collected, int]:
+    """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again."""
+    collected = _Collected(schedule.bound)
+    halvings = 0
+    while True:
+        try:
+            means = dataset_means(vit, data, schedule, tick) if schedule.means_come_first else {}
+            break
+        except torch.OutOfMemoryError:
+            schedule = _halved(schedule)
+            halvings += 1
+    for chunk in schedule.chunks:
+        while True:
+            try:
+                part = _chunk(vit, data, schedule, chunk, tensors, means, tick)
+                break
+            except torch.OutOfMemoryError:
+                schedule = _halved(schedule)
+                halvings += 1
+        for run, output in part.outputs.items():
+            collected.outputs[run] += output
+        for key, pieces in part.captures.items():
+            collected.captures.setdefault(key, []).extend(pieces)
+    return collected, halvings
+
+
+def _halved(schedule: Schedule) -> Schedule:
+    if schedule.width == 1:
+        raise ExecutionError("Out of memory with one row per forward: the model does not fit with its activations.")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Schedule(
+        schedule.bound, schedule.n_layers, schedule.n_examples, schedule.chunk, max(1, schedule.width // 2)
+    )
+
+
+def _chunk(
+    vit: HookedViT,
+    data: Data,
+    schedule: Schedule,
+    chunk: range,
+    tensors: Mapping[TensorRef, Tensor],
+    means: Mapping[Read, Tensor],
+    tick: Tick,
+) -> _Collected:
+    bound = schedule.bound
+    clean = clean_pass(vit, data, schedule, chunk, tick=tick)
+    if schedule.mean_reads and not means:
+        means = means_of(schedule, clean)
+    material = Material(bound, chunk, clean, tensors, means)
+    part = _Collected(bound)
+    waves: dict[tuple[str, Read], list[Tensor]] = {}
+    for stage in bound.stages:
+        for segments in schedule.waves(stage, chunk):
+            result = run_wave(vit, segments, material)
+            for run, output in result.outputs.items():
+                part.outputs[run].append(output.cpu())
+            for key, value in result.captured.items():
+                waves.setdefault(key, []).append(value)
+            tick(schedule.wave_blocks(segments))
+        for read in bound.run_reads:
+            pieces = [value for (_, r), value in waves.items() if r == read for value in value]
+            if pieces:
+                material.run_values[read] = _values(read, pieces, chunk)
+    for run in bound.runs:
+        if not run.edits:
+            part.outputs[run.name].append(clean.outputs[run.run.base].cpu())
+        for capture in run.captures:
+            read = capture.read
+            if run.is_clean_at(read.site):
+                pieces = [_rows(clean, read)]
+            else:
+                pieces = waves[run.name, read]
+            counts = None if read.positions.is_all else [len(read.positions.of(i) or ()) for i in chunk]
+            tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            part.captures[run.name, capture.name] = [(tensor.cpu(), counts)]
+    return part
+
+
+def _rows(clean: Clean, read: Read) -> Tensor:
+    return clean.values[read].tensor
+
+
+def _values(read: Read, pieces: list[Tensor], chunk: range) -> Values:
+    import numpy as np
+
+    tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if read.positions.is_all:
+        return Values(tensor)
+    counts = [len(read.positions.of(i) or ()) for i in chunk]
+    return Values(tensor, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _results(
+    vit: HookedViT,
+    data: Data,
+    schedule: Schedule,
+    bound: Bound,
+    tensors: Mapping[TensorRef, Tensor],
+    collected: _Collected,
+    halvings: int,
+) -> Results:
+    logits = torch.stack([torch.cat(collected.outputs[run.name]) for run in bound.runs])
+    captures = {
+        run.name: Captures(
+            run.name,
+            {c.name: _capture(c.read, collected.captures[run.name, c.name]) for c in run.captures},
+        )
+        for run in bound.runs
+    }
+    labels = {}
+    for name in data.columns:
+        if name == "label" or name.endswith("_label"):
+            try:
+                labels[name] = [row[0] for row in data.integers(name)]
+            except (DataError, IndexError):
+                continue
+    used = sorted(_columns_used(bound, data))
+    provenance = {
+        "spec": digest([run.run.model_dump(mode="json") for run in bound.runs]),
+        "model": vit.fingerprint(),
+        "model_source": vit.source or type(vit.module).__name__,
+        "data": data.fingerprint(used),
+        "columns": used,
+        "tensors": digest_of(tensors),
+        "examples": data.n,
+        "chunk": schedule.chunk,
+        "rows_per_forward": schedule.width,
+        "halvings": halvings,
+        "device": str(vit.device),
+        "dtype": str(vit.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    return Results(logits, tuple(run.name for run in bound.runs), captures, labels, provenance)
+
+
+def _columns_used(bound: Bound, data: Data) -> set[str]:
+    used = {run.run.base for run in bound.runs}
+    for run in bound.runs:
+        text = run.run.model_dump_json()
+        used |= {name for name in data.columns if f'"{name}"' in text}
+    return used
+
+
+def _capture(read: Read, pieces: list[tuple[Tensor, Sequence[int] | None]]) -> Tensor | list[Tensor]:
+    """Captured rows in the site's own axis order; a list where the number of tokens differs between examples."""
+    if pieces[0][1] is None:
+        return by_token(read.site, torch.cat([tensor for tensor, _ in pieces])).contiguous()
+    counts = [count for _, own in pieces for count in (own or ())]
+    rows = torch.cat([tensor for tensor, _ in pieces])
+    if len(set(counts)) == 1:
+        return by_token(read.site, rows.unflatten(0, (-1, counts[0]))).contiguous()
+    parts = rows.split(counts)
+    return [part.transpose(0, 1).contiguous() if read.site.is_attention_matrix else part.contiguous() for part in parts]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("vit-mechinterp", "torch", "timm", "transformers", "datasets", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,264 @@
+"""The plan: what an experiment will compute, as an immutable, printable, tensor-free value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from vit_mechinterp.engine.bind import Bound, bind, expand_runs
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.schedule import Schedule, join_reads
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Experiment, Run, RunSource, Sweep
+
+__all__ = ["CleanForwards", "Plan", "Rows", "plan"]
+
+
+@dataclass(frozen=True)
+class CleanForwards:
+    """Clean forwards of one image column: how many images pass through how many blocks, and what is kept."""
+
+    column: str
+    images: int
+    blocks: int
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one run: where they join, what is edited, how many blocks each passes through."""
+
+    run: str
+    stage: int
+    joins: str
+    edits: tuple[str, ...]
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be computed. ``n_examples`` is None for a plan made without data: all counts are per example.
+
+    ``block_evaluations`` counts (row, block) pairs, clean ones included; ``naive_block_evaluations`` what one run at
+    a time would need, with every source and base forward run anew. ``peak_bytes`` is an estimate of what the engine
+    holds at most beside the model, and ``launches`` the number of forwards of the native module.
+    """
+
+    model: str
+    n_layers: int
+    n_examples: int | None
+    chunk: int
+    width: int
+    clean: tuple[CleanForwards, ...]
+    rows: tuple[Rows, ...]
+    block_evaluations: int
+    naive_block_evaluations: int
+    launches: int
+    peak_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def forwards(self) -> float:
+        """Block evaluations as a number of whole forwards."""
+        return self.block_evaluations / self.n_layers
+
+    @property
+    def naive_forwards(self) -> float:
+        """Forwards that one run at a time would need."""
+        return self.naive_block_evaluations / self.n_layers
+
+    def __str__(self) -> str:
+        per = "per example" if self.n_examples is None else f"for {self.n_examples} examples"
+        lines = [
+            f"Plan {per} on {self.model} ({self.n_layers} blocks)",
+            f"  {self.forwards:.4g} forwards' worth of blocks ({self.block_evaluations} block evaluations) instead of "
+            f"{self.naive_forwards:.4g} ({self.naive_block_evaluations})",
+            f"  {self.launches} launches, {self._chunks()}, at most {self.width} rows each, "
+            f"about {_human(self.peak_bytes)} at the peak",
+            "  clean forwards",
+        ]
+        for forward in self.clean:
+            lines.append(f"    {forward.column}: {forward.images} x {forward.blocks} blocks, keeps {_listed(forward.kept)}")
+        if not self.clean:
+            lines.append("    none")
+        for stage in sorted({rows.stage for rows in self.rows}):
+            lines.append(f"  rows that join one growing batch{f' (stage {stage + 1})' if stage else ''}")
+            for rows in (r for r in self.rows if r.stage == stage):
+                lines.append(f"    {rows.run}: joins at {rows.joins}, {rows.blocks} blocks; {', '.join(rows.edits)}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _chunks(self) -> str:
+        if self.n_examples is None:
+            return "one chunk"
+        count = -(-self.n_examples // self.chunk)
+        return f"{count} chunk{'s' if count > 1 else ''} of up to {self.chunk} examples"
+
+
+def plan(
+    vit: HookedViT,
+    runs: Run | Sweep | Experiment | Iterable[Run | Sweep],
+    data: Any = None,
+    batch_size: int | Literal["auto"] = "auto",
+) -> Plan:
+    """Say what `execute` will compute, without computing it.
+
+    Args:
+        vit: the model.
+        runs: runs, sweeps or an experiment.
+        data: the examples; without them the plan is per example, and columns are not checked.
+        batch_size: most rows in one forward, or ``"auto"``.
+
+    Raises:
+        SpecError: a run does not fit the model; DataError: the data lacks what a run reads.
+    """
+    flat = expand_runs(runs, vit.layout.n_layers)
+    columns = None if data is None else Data(data, vit)
+    bound = bind(vit, flat, columns)
+    schedule = schedule_for(vit, bound, None if columns is None else columns.n, batch_size)
+    return describe(vit, schedule, per_example=columns is None)
+
+
+def schedule_for(
+    vit: HookedViT, bound: Bound, n_examples: int | None, batch_size: int | Literal["auto"]
+) -> Schedule:
+    """Choose chunk and width: rows by throughput, examples by the bytes that their clean values take."""
+    n = n_examples or 1
+    width = _width(vit) if batch_size == "auto" else batch_size
+    draft = Schedule(bound, vit.layout.n_layers, n, 1, width)
+    per_example = sum(_read_bytes(vit, read) for read in draft.clean_reads)
+    chunk = max(1, min(n, width, _CLEAN_BUDGET // max(1, per_example)))
+    return Schedule(bound, vit.layout.n_layers, n, chunk, width)
+
+
+_CLEAN_BUDGET = 2 * 1024**3
+"""Bytes of clean values held at once."""
+
+
+def _width(vit: HookedViT) -> int:
+    """Rows per forward: on a CPU as many as keep one activation within its cache, on a GPU as memory allows."""
+    tokens, d_model = vit.layout.tokens.n_tokens, vit.layout.d_model
+    if vit.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(vit.device)
+        return max(1, min(1024, int(0.4 * free) // _row_bytes(vit, explicit=True)))
+    return max(4, 2**20 // (tokens * d_model))
+
+
+def _row_bytes(vit: HookedViT, *, explicit: bool) -> int:
+    tokens, d_model, heads = vit.layout.tokens.n_tokens, vit.layout.d_model, vit.layout.n_heads
+    widths = [info.shape[-1] for name, info in vit.sites().items() if name.endswith("mlp.pre")]
+    per_token = 8 * d_model + 2 * max(widths, default=4 * d_model)
+    attention = 3 * heads * tokens * tokens if explicit else 0
+    return (tokens * per_token + attention) * torch.finfo(vit.dtype).bits // 8
+
+
+def _read_bytes(vit: HookedViT, read: Read) -> int:
+    size = 1
+    for n in vit.sites()[str(read.site)].shape:
+        size *= n
+    if not read.positions.is_all:
+        selected = read.positions.shared or max(read.positions.each or ((0,),), key=len)
+        size = size * len(selected) // vit.layout.tokens.n_tokens
+    return size * torch.finfo(vit.dtype).bits // 8
+
+
+def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
+    """Count what a schedule computes."""
+    bound, n_layers = schedule.bound, schedule.n_layers
+    clean: list[CleanForwards] = []
+    evaluations = launches = 0
+    passes = [(None, schedule.columns)]
+    if schedule.means_come_first:
+        means = tuple(dict.fromkeys(r.origin.column for r in schedule.mean_reads if isinstance(r.origin, ColumnOrigin)))
+        passes.insert(0, (schedule.mean_reads, means))  # type: ignore[arg-type]
+    for reads, columns in passes:
+        for column in columns:
+            images = [len(schedule.images(column, chunk, reads)) for chunk in schedule.chunks]
+            blocks = schedule.stop(column, reads).blocks(n_layers)
+            evaluations += sum(images) * blocks
+            launches += sum(-(-n // schedule.width) for n in images)
+            kept = dict.fromkeys(str(read.site) for read in schedule.reads_of(column, reads))
+            if reads is None and column in schedule.outputs:
+                kept[vit.layout.output] = None
+            clean.append(CleanForwards(column, sum(images), blocks, tuple(kept)))
+    rows: list[Rows] = []
+    widest = 0
+    for number, stage in enumerate(bound.stages):
+        for run in stage:
+            join = run.join(n_layers)
+            edits = tuple(f"{edit.spec.op} at {edit.site}" for edit in run.edits)
+            place = f"the output of block {join.layer}" if join.behind else f"the input of block {join.layer}"
+            rows.append(Rows(run.name, number, place, edits, n_layers - join.first_block))
+        for chunk in schedule.chunks:
+            for wave in schedule.waves(stage, chunk):
+                evaluations += schedule.wave_blocks(wave)
+                launches += 1
+                widest = max(widest, sum(len(s.examples) for s in wave))
+    most = max([widest, *(min(c.images, schedule.width) for c in clean)])
+    explicit = any(e.site.is_attention_matrix for r in bound.runs for e in r.edits)
+    held = schedule.chunk * sum(_read_bytes(vit, read) for read in schedule.clean_reads)
+    return Plan(
+        model=type(vit.module).__name__,
+        n_layers=n_layers,
+        n_examples=None if per_example else schedule.n_examples,
+        chunk=schedule.chunk,
+        width=schedule.width,
+        clean=tuple(clean),
+        rows=tuple(rows),
+        block_evaluations=evaluations,
+        naive_block_evaluations=_naive(bound, n_layers) * schedule.n_examples,
+        launches=launches,
+        peak_bytes=held + most * _row_bytes(vit, explicit=explicit),
+        notes=tuple(_notes(schedule)),
+    )
+
+
+def _naive(bound: Bound, n_layers: int) -> int:
+    """Blocks per example for one run at a time, each with its own base and source forwards."""
+
+    def cost(name: str) -> int:
+        run = bound.named(name)
+        sources = {getattr(edit.spec, "source", None) for edit in run.edits} - {None}
+        blocks = n_layers * (1 + sum(1 for s in sources if isinstance(s, str)))
+        blocks += n_layers * len({(e.source or e.mean) for e in run.edits if e.spec.op == "ablate"} - {None})
+        return blocks + sum(cost(s.run) for s in sources if isinstance(s, RunSource))
+
+    return sum(cost(run.name) for run in bound.runs)
+
+
+def _notes(schedule: Schedule) -> Iterable[str]:
+    if schedule.means_come_first:
+        yield "dataset means need a pass of their own, because the dataset spans several chunks"
+    if len(schedule.chunks) > 1:
+        permuted = {r.origin.column for r in schedule.clean_reads if isinstance(r.origin, ColumnOrigin) and r.origin.permutation is not None}
+        for column in sorted(permuted):
+            yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"
+    if len(schedule.bound.stages) > 1:
+        yield "runs that read other edited runs wait for them, in stages of one growing batch each"
+    late = [r for r in schedule.bound.runs if r.edits and _late_start(r.first.name if r.first else "")]
+    if late:
+        names = ", ".join(sorted({str(r.first) for r in late})[:4])
+        yield f"edits inside a block ({names}) join at its input, so the part of the block before them runs again"
+
+
+def _late_start(name: str) -> bool:
+    return name not in ("embed", "resid_pre", "ln1", "resid_post", "mlp_out", "ln_final", "pooled", "logits")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f", ... ({len(names)} sites)" if len(names) > 6 else "")
+
+
+def _human(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    raise AssertionError
+
+
+__all__ += ["describe", "join_reads", "schedule_for"]

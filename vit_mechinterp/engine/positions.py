@@ -1,0 +1,135 @@
+"""From token selectors to positions on a model's token axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.errors import DataError, SpecError, suggest
+from vit_mechinterp.model.geometry import patches_of_box
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import TokenBox, TokenColumn, Tokens
+
+__all__ = ["Positions", "resolve_tokens"]
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions on the token axis: the same for every example (``shared``), or one tuple each (``each``).
+
+    ``shared`` is None where there is no token axis (``pooled``, ``logits``) or where every token is meant
+    (``is_all``), so that nothing is gathered in vain.
+    """
+
+    shared: tuple[int, ...] | None = None
+    each: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the whole activation is meant."""
+        return self.shared is None and self.each is None
+
+    def of(self, example: int) -> tuple[int, ...] | None:
+        """Positions for one example; None for the whole activation."""
+        return self.shared if self.each is None else self.each[example]
+
+    def counts(self, examples: Sequence[int], n_tokens: int) -> list[int]:
+        """How many tokens are selected in each of some examples."""
+        if self.each is not None:
+            return [len(self.each[i]) for i in examples]
+        return [n_tokens if self.shared is None else len(self.shared)] * len(examples)
+
+    def flat(self, examples: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
+        """``(row, position, ordinal)`` of every selected token, rows counted along ``examples``.
+
+        ``ordinal`` is the token's place within its example's selection. Not for the whole activation.
+        """
+        selections = [self.of(i) or () for i in examples]
+        counts = [len(s) for s in selections]
+        rows = np.repeat(np.arange(len(selections)), counts)
+        positions = np.fromiter((p for s in selections for p in s), dtype=np.int64, count=sum(counts))
+        ordinals = np.concatenate([np.arange(c) for c in counts]) if counts else np.arange(0)
+        return rows.astype(np.int64), positions, ordinals.astype(np.int64)
+
+
+def resolve_tokens(tokens: Tokens, vit: HookedViT, data: Data | None, image_column: str, where: str) -> Positions:
+    """Positions that a selector means on one model.
+
+    Args:
+        tokens: the selector.
+        vit: the model whose token layout counts.
+        data: the examples; without it, selectors that read a column stay undecided and count as one token.
+        image_column: the image that boxes are drawn on.
+        where: what to name in messages, such as ``"run 'layer5', interchange at blocks.5.resid_post, tokens"``.
+
+    Raises:
+        SpecError: the model has no such token name or patch.
+        DataError: the column is missing or holds something else, or a box leaves no patch.
+    """
+    layout = vit.layout.tokens
+    if isinstance(tokens, str) and tokens == "all":
+        return Positions()
+    if isinstance(tokens, TokenColumn):
+        if data is None:
+            return Positions(shared=(0,))
+        data.require(tokens.column, where)
+        return Positions(each=_from_column(tokens.column, data, vit, where))
+    if isinstance(tokens, TokenBox):
+        if data is None:
+            return Positions(shared=(0,))
+        data.require(tokens.box, where)
+        return Positions(each=_from_boxes(tokens.box, data, vit, image_column))
+    positions: list[int] = []
+    for item in (tokens,) if isinstance(tokens, str) else tokens:
+        if isinstance(item, str):
+            named = layout.positions(item)
+            if named is None:
+                raise SpecError(
+                    f"{where}: {type(vit.module).__name__} has no tokens called {item!r}."
+                    f"{suggest(item, layout.names)} Its tokens: {', '.join(layout.names)}."
+                )
+            positions += named
+        else:
+            _check_patch(item, vit, where)
+            positions.append(len(layout.prefix) + item)
+    return Positions(shared=tuple(positions))
+
+
+def _check_patch(patch: int, vit: HookedViT, where: str) -> None:
+    layout = vit.layout.tokens
+    if not 0 <= patch < layout.n_patches:
+        grid = "x".join(map(str, layout.grid))
+        raise SpecError(f"{where}: patch {patch} is not on the {grid} grid (patches 0 to {layout.n_patches - 1}).")
+
+
+def _from_column(column: str, data: Data, vit: HookedViT, where: str) -> tuple[tuple[int, ...], ...]:
+    first = len(vit.layout.tokens.prefix)
+    rows = []
+    for example, patches in enumerate(data.integers(column)):
+        for patch in patches:
+            _check_patch(patch, vit, f"{where}, column {column!r}, example {example}")
+        if not patches:
+            raise DataError(f"{where}, column {column!r}, example {example}: no patch is selected.")
+        rows.append(tuple(first + patch for patch in patches))
+    return tuple(rows)
+
+
+def _from_boxes(column: str, data: Data, vit: HookedViT, image_column: str) -> tuple[tuple[int, ...], ...]:
+    layout = vit.layout.tokens
+    sizes = data.original_sizes(image_column)
+    rows = []
+    for example, box in enumerate(data.boxes(column)):
+        try:
+            # A tensor is in the model's own pixels already; an image passes through resize and crop.
+            inside = box if sizes is None else vit.preprocess.geometry.map_box(box, sizes[example])
+            patches = patches_of_box(inside, layout.patch_size, (layout.grid[-2], layout.grid[-1]))
+        except DataError as error:
+            raise DataError(f"Column {column!r}, example {example}: {error}") from None
+        rows.append(tuple(len(layout.prefix) + patch for patch in patches))
+    return tuple(rows)

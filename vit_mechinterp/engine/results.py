@@ -1,0 +1,152 @@
+"""What an experiment gave: outputs, captured values, a table, and where it all came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_mechinterp.errors import TensorFileError, suggest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Captures", "Results"]
+
+
+class Captures(Mapping[str, Any]):
+    """Captured values of one run by site: a tensor ``[example, ...]``, or a list of tensors where the number of
+    selected tokens differs between examples."""
+
+    def __init__(self, run: str, values: Mapping[str, Tensor | list[Tensor]]) -> None:
+        self.run = run
+        self._values = dict(values)
+
+    def __getitem__(self, site: str) -> Any:
+        if site not in self._values:
+            raise KeyError(
+                f"Run {self.run!r} did not capture {site}.{suggest(site, self._values)} "
+                f"Captured: {', '.join(self._values) or 'nothing'}."
+            )
+        return self._values[site]
+
+    def __iter__(self) -> Any:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outputs of every run on every example.
+
+    Args:
+        logits: the model's output, ``[run, example, *output]``, float32 (what it is: ``vit.layout.output``).
+        run_names: names of the runs, in order.
+        captures: captured values by run and site, in the model's dtype.
+        labels: integer columns of the data by name, for tables.
+        provenance: digests of spec, model, data and tensors; chunks; versions.
+    """
+
+    logits: Float[Tensor, "run example *output"]
+    run_names: tuple[str, ...]
+    captures: Mapping[str, Captures]
+    labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, run: str) -> Float[Tensor, "example *output"]:
+        """The outputs of one run."""
+        if run not in self.run_names:
+            raise KeyError(f"There is no run {run!r}.{suggest(run, self.run_names)} Runs: {', '.join(self.run_names)}.")
+        return self.logits[self.run_names.index(run)]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per run and example: the output (``logit_0``, ...), the prediction, and the data's labels.
+
+        Outputs of more than two axes are left out; read them from ``logits``.
+        """
+        import pandas as pd
+
+        n_runs, n_examples = self.logits.shape[:2]
+        table: dict[str, Any] = {
+            "run": [name for name in self.run_names for _ in range(n_examples)],
+            "example": list(range(n_examples)) * n_runs,
+        }
+        if self.logits.ndim == 3:
+            flat = self.logits.flatten(0, 1)
+            table |= {f"logit_{i}": flat[:, i].numpy() for i in range(flat.shape[1])}
+            table["prediction"] = flat.argmax(dim=1).numpy()
+        for name, values in self.labels.items():
+            table[name] = list(values) * n_runs
+        return pd.DataFrame(table)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write tensors (safetensors), the table (parquet and CSV) and the provenance (JSON) into a folder."""
+        from safetensors.torch import save_file
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {"logits": self.logits.contiguous()}
+        index: list[dict[str, Any]] = []
+        for n, run in enumerate(self.run_names):
+            for site, value in self.captures.get(run, {}).items():
+                parts = value if isinstance(value, list) else [value]
+                keys = [f"capture.{n}.{site}" + (f".{i}" if isinstance(value, list) else "") for i in range(len(parts))]
+                tensors |= {key: part.contiguous() for key, part in zip(keys, parts, strict=True)}
+                index.append({"run": run, "site": site, "keys": keys, "ragged": isinstance(value, list)})
+        save_file(tensors, path / "results.safetensors")
+        table = self.to_pandas()
+        table.to_parquet(path / "results.parquet")
+        table.to_csv(path / "results.csv", index=False)
+        document = {
+            "runs": list(self.run_names),
+            "captures": index,
+            "labels": {name: list(map(int, values)) for name, values in self.labels.items()},
+            "provenance": dict(self.provenance),
+        }
+        (path / "results.json").write_text(json.dumps(document, indent=2))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Results:
+        """Read what `save` wrote.
+
+        Raises:
+            TensorFileError: a file is missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(folder)
+        try:
+            document = json.loads((path / "results.json").read_text())
+            tensors = load_file(path / "results.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise TensorFileError(f"{path} holds no readable results: {error}.") from None
+        captures: dict[str, dict[str, Tensor | list[Tensor]]] = {run: {} for run in document["runs"]}
+        for entry in document["captures"]:
+            parts = [tensors[key] for key in entry["keys"]]
+            captures[entry["run"]][entry["site"]] = parts if entry["ragged"] else parts[0]
+        return cls(
+            logits=tensors["logits"],
+            run_names=tuple(document["runs"]),
+            captures={run: Captures(run, values) for run, values in captures.items()},
+            labels=document["labels"],
+            provenance=document["provenance"],
+        )
+
+    def __repr__(self) -> str:
+        captured = sum(len(c) for c in self.captures.values())
+        return f"Results({len(self.run_names)} runs x {self.logits.shape[1]} examples, {captured} captures)"
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along examples, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

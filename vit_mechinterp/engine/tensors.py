@@ -1,0 +1,173 @@
+"""Tensors that specs refer to: loaded from safetensors, and checked against the place where they act."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.bind import Bound, Edit
+from vit_mechinterp.errors import SpecError, TensorFileError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import TensorRef
+
+__all__ = ["check_tensors", "digest_of", "load_tensor", "resolve_refs"]
+
+ORTHONORMAL_TOLERANCE = 1e-3
+
+
+def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
+    """Read a tensor that a file reference names.
+
+    Raises:
+        TensorFileError: the file is missing, unreadable, truncated, without that key, or of another hash.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    assert ref.file is not None and ref.key is not None
+    path = Path(ref.file) if folder is None else folder / ref.file
+    if not path.is_file():
+        raise TensorFileError(f"There is no tensor file {path} (for key {ref.key!r}).")
+    if ref.sha256 is not None:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != ref.sha256:
+            raise TensorFileError(f"{path} is not the file that was meant: sha256 {found}, expected {ref.sha256}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            if ref.key not in keys:
+                raise TensorFileError(
+                    f"{path} has no tensor {ref.key!r}.{suggest(ref.key, keys)} It holds: {', '.join(keys)}."
+                )
+            tensor: Tensor = file.get_tensor(ref.key)
+    except SafetensorError as error:
+        raise TensorFileError(f"{path} is no readable safetensors file (truncated or damaged?): {error}.") from None
+    return tensor
+
+
+def resolve_refs(
+    bound: Bound, tensors: Mapping[str, Tensor] | None, vit: HookedViT, folder: Path | None = None
+) -> dict[TensorRef, Tensor]:
+    """The tensor of every reference in the experiment, on the model's device.
+
+    Raises:
+        SpecError: a name is not among ``tensors``; TensorFileError: a file cannot be read.
+    """
+    given = dict(tensors or {})
+    resolved: dict[TensorRef, Tensor] = {}
+    for run in bound.runs:
+        for edit in run.edits:
+            for field, ref in edit.refs:
+                if ref in resolved:
+                    continue
+                if ref.name is None:
+                    tensor = load_tensor(ref, folder)
+                elif ref.name in given:
+                    tensor = torch.as_tensor(given[ref.name])
+                else:
+                    raise SpecError(
+                        f"{edit.where}: {field} names the tensor {ref.name!r}, which was not given."
+                        f"{suggest(ref.name, given)} Given: {', '.join(given) or 'none'}."
+                    )
+                resolved[ref] = tensor.to(vit.device)
+    return resolved
+
+
+def digest_of(tensors: Mapping[TensorRef, Tensor]) -> dict[str, str]:
+    """SHA-256 of the contents of every tensor, by the reference's text."""
+    digests = {}
+    for ref, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{tuple(data.shape)}{data.dtype}".encode())
+        digest.update(np.ascontiguousarray(data.reshape(-1).view(torch.uint8).numpy()).data)
+        digests[str(ref)] = digest.hexdigest()
+    return digests
+
+
+def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: HookedViT, n_examples: int) -> None:
+    """Check every tensor against the site and the tokens that it acts on.
+
+    Raises:
+        SpecError: a direction of the wrong shape, a basis that is not orthonormal, a gate outside 0..1, a choice
+            beyond the leading axis.
+    """
+    checks = {"vector": _check_vector, "basis": _check_basis, "gate": _check_gate, "mean": _check_mean}
+    for run in bound.runs:
+        for edit in run.edits:
+            own = {field: tensors[ref] for field, ref in edit.refs}
+            for field, tensor in own.items():
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    raise SpecError(f"{edit.where}: {field} must hold finite floating-point numbers.")
+                if field in checks:
+                    checks[field](vit, edit, tensor, own, n_examples)
+            if "vectors" in own:
+                rank = own["basis"].shape[-1]
+                _check_rows(vit, edit, "vectors", own["vectors"], rank, n_examples)
+
+
+def _features(vit: HookedViT, edit: Edit) -> int:
+    return vit.sites()[str(edit.site)].shape[-1]
+
+
+def _check_vector(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+    _check_rows(vit, edit, "vector", tensor, _features(vit, edit), n_examples)
+
+
+def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, n_examples: int) -> None:
+    shape = tuple(tensor.shape)
+    if edit.choice is not None:
+        if tensor.ndim < 2 or max(edit.choice) >= shape[0]:
+            raise SpecError(
+                f"{edit.where}: {field} {shape} needs a leading axis of at least {max(edit.choice) + 1} for the "
+                "column that chooses from it."
+            )
+        shape = shape[1:]
+    if shape == (d,):
+        return
+    counts = set(edit.positions.counts(range(n_examples), vit.layout.tokens.n_tokens)) if edit.site.has_tokens else {1}
+    if len(counts) == 1 and shape in ((k := counts.copy().pop(), d), (k * d,)):
+        return
+    known = f"{counts.pop()} tokens" if len(counts) == 1 else "tokens that differ in number between examples"
+    raise SpecError(
+        f"{edit.where}: {field} has shape {tuple(tensor.shape)}; {edit.site} holds {d} features and {known} are "
+        f"selected, so [{d}], or [k, {d}] or [k * {d}] for exactly k tokens, fits."
+    )
+
+
+def _check_basis(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+    d = _features(vit, edit)
+    if tensor.ndim != 2 or tensor.shape[0] != d or tensor.shape[1] > d:
+        raise SpecError(
+            f"{edit.where}: basis has shape {tuple(tensor.shape)}; {edit.site} holds {d} features, so [{d}, r] fits."
+        )
+    gram = tensor.detach().double().T @ tensor.detach().double()
+    off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+    if off > ORTHONORMAL_TOLERANCE:
+        raise SpecError(
+            f"{edit.where}: the columns of basis are not orthonormal (R^T R differs from the identity by {off:.2g}). "
+            "Take its QR decomposition first: torch.linalg.qr(basis).Q."
+        )
+
+
+def _check_gate(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+    rank = own["basis"].shape[-1]
+    if tuple(tensor.shape) != (rank,):
+        raise SpecError(f"{edit.where}: gate has shape {tuple(tensor.shape)}; the basis has {rank} columns.")
+    if float(tensor.min()) < 0 or float(tensor.max()) > 1:
+        raise SpecError(f"{edit.where}: gate must lie in 0..1, got {float(tensor.min()):g} to {float(tensor.max()):g}.")
+
+
+def _check_mean(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+    shape = vit.sites()[str(edit.site)].shape
+    token_axis = 1 if edit.site.is_attention_matrix else 0
+    pooled = bool(getattr(edit.spec, "pool_tokens", False)) and edit.site.has_tokens
+    wanted = shape[:token_axis] + shape[token_axis + 1 :] if pooled else shape
+    if tuple(tensor.shape) != wanted:
+        raise SpecError(
+            f"{edit.where}: mean has shape {tuple(tensor.shape)}; {wanted} fits here (the site's shape for one example"
+            f"{', without its token axis' if pooled else ''})."
+        )
