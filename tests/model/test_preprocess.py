@@ -250,7 +250,7 @@ def test_a_box_beyond_the_grid_is_an_error() -> None:
 
 def test_an_unknown_geometry_refuses_to_guess() -> None:
     geometry = Geometry(unknown="the processor pads")
-    with pytest.raises(DataError, match="the processor pads. Select tokens by patch index"):
+    with pytest.raises(DataError, match=r"the processor pads\. Select tokens by patch index"):
         geometry.map_box((0, 0, 1, 1), (4, 4))
 
 

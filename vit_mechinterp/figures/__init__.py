@@ -1,0 +1,21 @@
+"""Figures for circuits and reports: plain arrays in, matplotlib figures out."""
+
+from __future__ import annotations
+
+from vit_mechinterp.figures.heatmaps import condition_map, head_layer_map
+from vit_mechinterp.figures.images import attention_overlay, contact_sheet
+from vit_mechinterp.figures.lines import das_by_layer, lines_by_layer, stages_over_layers
+from vit_mechinterp.figures.style import PALETTE, png_bytes, save_figure
+
+__all__ = [
+    "PALETTE",
+    "attention_overlay",
+    "condition_map",
+    "contact_sheet",
+    "das_by_layer",
+    "head_layer_map",
+    "lines_by_layer",
+    "png_bytes",
+    "save_figure",
+    "stages_over_layers",
+]
