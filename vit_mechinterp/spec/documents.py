@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, suggest
 
 __all__ = ["dump_yaml", "load_json", "load_yaml", "read_text", "validate"]
 
@@ -80,6 +80,9 @@ def validate(model: type[_Model], data: Any, where: str) -> _Model:
         lines = []
         for problem in error.errors(include_url=False):
             key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+                known = model.model_fields
+                problem["msg"] = f"There is no such key.{suggest(key, known)} Keys: {', '.join(known)}."
             lines.append(
                 ": ".join(part for part in (where, key, problem["msg"].removeprefix("Value error, ")) if part)
             )
