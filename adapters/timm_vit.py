@@ -52,6 +52,16 @@ def refuses(model: Any) -> str | None:
     return None
 
 
+def d_model(model: Any) -> int:
+    """Width of the residual stream."""
+    return int(model.embed_dim)
+
+
+def heads(attention: Any) -> tuple[int, int]:
+    """Number of heads, and the width of one."""
+    return int(attention.num_heads), int(attention.head_dim)
+
+
 VIT = Family(
     name="timm.vit",
     library="timm",
@@ -82,8 +92,8 @@ VIT = Family(
         "resid_post": (Port(""),),
     },
     tokens=tokens,
-    d_model=lambda model: int(model.embed_dim),
-    heads=lambda attention: (int(attention.num_heads), int(attention.head_dim)),
+    d_model=d_model,
+    heads=heads,
     readout=readout,
     refuses=refuses,
 )

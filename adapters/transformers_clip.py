@@ -18,13 +18,18 @@ def tokens(model: Any) -> TokenLayout:
     height, width = size_of(config.image_size)
     patch = size_of(config.patch_size)
     return TokenLayout(
-        prefix=("cls",), grid=(height // patch[0], width // patch[1]), patch_size=patch, image_size=(height, width)
+        prefix=("cls",),
+        grid=(height // patch[0], width // patch[1]),
+        patch_size=patch,
+        image_size=(height, width),
     )
 
 
 def clip_readout(model: Any) -> Readout:
     """``post_layernorm`` acts on CLS alone, and the classifier's mean of patches is not normed at all."""
-    return readout(model, "its last norm acts on CLS alone, after pooling; read pooled, or the last resid_post")
+    return readout(
+        model, "its last norm acts on CLS alone, after pooling; read pooled, or the last resid_post"
+    )
 
 
 def refuses(model: Any) -> str | None:
@@ -32,6 +37,16 @@ def refuses(model: Any) -> str | None:
     if hasattr(base(model, "vision_model")[1], "pre_layrnorm"):
         return "it also holds a text tower; wrap its vision_model" if hasattr(model, "text_model") else None
     return "it has no 'pre_layrnorm'"
+
+
+def d_model(model: Any) -> int:
+    """Width of the residual stream."""
+    return int(_config(model).hidden_size)
+
+
+def heads(attention: Any) -> tuple[int, int]:
+    """Number of heads, and the width of one."""
+    return int(attention.num_heads), int(attention.head_dim)
 
 
 CLIP = Family(
@@ -54,8 +69,8 @@ CLIP = Family(
         "resid_post": (Port(""),),
     },
     tokens=tokens,
-    d_model=lambda model: int(_config(model).hidden_size),
-    heads=lambda attention: (int(attention.num_heads), int(attention.head_dim)),
+    d_model=d_model,
+    heads=heads,
     readout=clip_readout,
     refuses=refuses,
 )

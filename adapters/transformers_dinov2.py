@@ -27,6 +27,16 @@ def dinov2_readout(model: Any) -> Readout:
     return readout(model, Port(base(model, *NAMES)[0] + "layernorm"))
 
 
+def d_model(model: Any) -> int:
+    """Width of the residual stream."""
+    return int(model.config.hidden_size)
+
+
+def heads(attention: Any) -> tuple[int, int]:
+    """Number of heads, and the width of one."""
+    return int(attention.num_attention_heads), int(attention.head_dim)
+
+
 DINOV2 = Family(
     name="transformers.dinov2",
     library="transformers",
@@ -48,7 +58,7 @@ DINOV2 = Family(
         "resid_post": (Port(""),),
     },
     tokens=tokens,
-    d_model=lambda model: int(model.config.hidden_size),
-    heads=lambda attention: (int(attention.num_attention_heads), int(attention.head_dim)),
+    d_model=d_model,
+    heads=heads,
     readout=dinov2_readout,
 )

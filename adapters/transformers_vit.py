@@ -27,6 +27,16 @@ def vit_readout(model: Any) -> Readout:
     return readout(model, Port(base(model, "vit", "deit")[0] + "layernorm"))
 
 
+def d_model(model: Any) -> int:
+    """Width of the residual stream."""
+    return int(model.config.hidden_size)
+
+
+def heads(attention: Any) -> tuple[int, int]:
+    """Number of heads, and the width of one."""
+    return int(attention.num_attention_heads), int(attention.head_dim)
+
+
 VIT = Family(
     name="transformers.vit",
     library="transformers",
@@ -47,7 +57,7 @@ VIT = Family(
         "resid_post": (Port(""),),
     },
     tokens=tokens,
-    d_model=lambda model: int(model.config.hidden_size),
-    heads=lambda attention: (int(attention.num_attention_heads), int(attention.head_dim)),
+    d_model=d_model,
+    heads=heads,
     readout=vit_readout,
 )

@@ -190,7 +190,9 @@ def _stage_numbers(runs: Sequence[Run], by_name: dict[str, Run]) -> dict[str, in
     def visit(name: str, path: tuple[str, ...]) -> int:
         if name in path:
             cycle = " -> ".join((*path[path.index(name) :], name))
-            raise SpecError(f"Runs read each other in a cycle: {cycle}. Break it by reading a clean image instead.")
+            raise SpecError(
+                f"Runs read each other in a cycle: {cycle}. Break it by reading a clean image instead."
+            )
         if name not in depth:
             sources = _run_sources(by_name[name])
             for source in sources:
@@ -240,7 +242,9 @@ def _bind_run(
     names = [c.name for c in captures]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        raise SpecError(f"run {run.name!r} captures {', '.join(twice)} more than once; one capture per site and run.")
+        raise SpecError(
+            f"run {run.name!r} captures {', '.join(twice)} more than once; one capture per site and run."
+        )
     # Sorting is stable: list order counts at one and the same site only.
     return BoundRun(run, tuple(sorted(edits, key=lambda e: e.site)), tuple(captures))
 
@@ -264,14 +268,18 @@ def _bind_edit(
     elif isinstance(spec, Ablate) and spec.method == "mean" and spec.mean is None:
         # Per position the mean is over whole activations; pooled, over the selected tokens alone.
         mean = Read(ColumnOrigin(run.base), site, positions if spec.pool_tokens else Positions(), spec.heads)
-    refs = tuple((name, ref) for name in type(spec).model_fields if isinstance(ref := getattr(spec, name), TensorRef))
+    refs = tuple(
+        (name, ref) for name in type(spec).model_fields if isinstance(ref := getattr(spec, name), TensorRef)
+    )
     choose = getattr(spec, "choose", None)
     choice: tuple[int, ...] | None = None
     if isinstance(choose, Column) and data is not None:
         data.require(choose.column, f"{where}, choose")
         choice = tuple(row[0] if len(row) == 1 else -1 for row in data.integers(choose.column))
         if min(choice) < 0:
-            raise SpecError(f"{where}: column {choose.column!r} must hold one non-negative integer per example.")
+            raise SpecError(
+                f"{where}: column {choose.column!r} must hold one non-negative integer per example."
+            )
     elif isinstance(choose, Column):
         choice = (0,)
     return Edit(spec, site, positions, keys, source, mean, refs, choice, where)
@@ -318,7 +326,9 @@ def check_heads(vit: HookedViT, site: Site, heads: tuple[int, ...] | None, where
     shape = vit.sites()[str(site)].shape
     n_heads = shape[0] if site.is_attention_matrix else shape[1]
     if max(heads) >= n_heads:
-        raise SpecError(f"{where}: head {max(heads)} is out of range; {site} has {n_heads} heads, 0 to {n_heads - 1}.")
+        raise SpecError(
+            f"{where}: head {max(heads)} is out of range; {site} has {n_heads} heads, 0 to {n_heads - 1}."
+        )
 
 
 def _check_pairing(
@@ -336,7 +346,9 @@ def _check_pairing(
             )
         chosen = positions.of(example) or ()
         if len(set(chosen)) != len(chosen):
-            raise SpecError(f"{where}: example {example} selects a base token twice, so its new value is ambiguous.")
+            raise SpecError(
+                f"{where}: example {example} selects a base token twice, so its new value is ambiguous."
+            )
         if positions.each is None and source.positions.each is None:
             return
 

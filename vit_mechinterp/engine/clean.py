@@ -120,7 +120,10 @@ def _assemble(read: Read, pieces: list[tuple[list[int], Tensor]], chunk: range) 
 
 def means_of(schedule: Schedule, clean: Clean) -> dict[Read, Tensor]:
     """Dataset means from a clean pass over the whole dataset."""
-    return {read: _sum(read, clean.values[read])[0] / _sum(read, clean.values[read])[1] for read in schedule.mean_reads}
+    return {
+        read: _sum(read, clean.values[read])[0] / _sum(read, clean.values[read])[1]
+        for read in schedule.mean_reads
+    }
 
 
 def dataset_means(

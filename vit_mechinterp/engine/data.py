@@ -34,7 +34,9 @@ class Data:
             self.columns: list[str] = list(data)
             lengths = {name: len(column) for name, column in data.items()}
             if len(set(lengths.values())) > 1:
-                raise DataError(f"Columns of unequal length: {lengths}. Every column has one entry per example.")
+                raise DataError(
+                    f"Columns of unequal length: {lengths}. Every column has one entry per example."
+                )
             self.n = next(iter(lengths.values()), 0)
         elif hasattr(data, "column_names") and hasattr(data, "__getitem__"):
             self.columns = list(data.column_names)
@@ -71,7 +73,9 @@ class Data:
             batch = self.vit.preprocess(entries)
         else:
             try:
-                batch = torch.stack([torch.as_tensor(np.asarray(e)) if not isinstance(e, Tensor) else e for e in entries])
+                batch = torch.stack(
+                    [torch.as_tensor(np.asarray(e)) if not isinstance(e, Tensor) else e for e in entries]
+                )
             except (TypeError, ValueError, RuntimeError) as error:
                 raise DataError(
                     f"Column {column!r} holds neither PIL images nor float tensors [3, height, width]: {error}"
@@ -101,7 +105,9 @@ class Data:
         for example, entry in enumerate(self.values(column)):
             array = np.asarray(entry)
             if array.dtype.kind not in "iub" or array.ndim > 1:
-                raise DataError(f"Column {column!r}, example {example}: {entry!r} is not an integer or a list of them.")
+                raise DataError(
+                    f"Column {column!r}, example {example}: {entry!r} is not an integer or a list of them."
+                )
             rows.append([int(i) for i in array.reshape(-1)])
         return rows
 
@@ -122,6 +128,19 @@ class Data:
             rows.append((box[0], box[1], box[2], box[3]))
         return rows
 
+    def labels(self) -> dict[str, list[int]]:
+        """Columns called ``label`` or ``..._label`` that hold one integer per example."""
+        found: dict[str, list[int]] = {}
+        for name in self.columns:
+            if name == "label" or name.endswith("_label"):
+                try:
+                    rows = self.integers(name)
+                except DataError:
+                    continue
+                if all(len(row) == 1 for row in rows):
+                    found[name] = [row[0] for row in rows]
+        return found
+
     def fingerprint(self, columns: Sequence[str]) -> str:
         """SHA-256 over the contents of some columns, in order of name."""
         digest = hashlib.sha256(str(self.n).encode())
@@ -134,7 +153,7 @@ class Data:
 
 def _bytes_of(entry: Any) -> bytes:
     if hasattr(entry, "convert"):
-        return f"{entry.mode}{entry.size}".encode() + entry.tobytes()
+        return f"{entry.mode}{entry.size}".encode() + bytes(entry.tobytes())
     if isinstance(entry, Tensor):
         entry = entry.detach().cpu().numpy()
     array = np.asarray(entry)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.bind import Bound, bind, expand_runs
-from vit_mechinterp.engine.clean import Clean, clean_pass, dataset_means, means_of
+from vit_mechinterp.engine.clean import clean_pass, dataset_means, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.plan import describe, schedule_for
+from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.results import Captures, Results
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.tensors import check_tensors, digest_of, resolve_refs
-from vit_mechinterp.engine.values import Read, Values, by_token
+from vit_mechinterp.engine.tensors import check_tensors, load_tensor, resolve_refs
+from vit_mechinterp.engine.values import Read, RunOrigin, Values, by_token
 from vit_mechinterp.engine.wave import Material, run_wave
-from vit_mechinterp.errors import DataError, ExecutionError
+from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep, TensorRef
-from vit_mechinterp.spec.digest import digest
 
-__all__ = ["execute", "versions"]
+__all__ = ["execute"]
 
 _PROGRESS_DELAY = 2.0
 """Seconds after which a progress bar appears."""
@@ -73,7 +73,7 @@ def execute(
     check_images(columns, bound)
     with vit.lock, torch.no_grad(), _bar(vit, schedule, progress) as tick:
         collected, halvings = _with_halving(vit, columns, schedule, resolved, tick)
-    return _results(vit, columns, schedule, bound, resolved, collected, halvings)
+    return _results(vit, columns, schedule, resolved, collected, halvings)
 
 
 def refuse_dropout(vit: HookedViT) -> None:
@@ -89,16 +89,19 @@ def refuse_dropout(vit: HookedViT) -> None:
 def check_images(data: Data, bound: Bound) -> None:
     """Raise DataError before the first forward if an image column does not begin with an image."""
     columns = {run.run.base for run in bound.runs}
-    columns |= {s for run in bound.runs for i in run.run.interventions if isinstance(s := getattr(i, "source", None), str)}
+    columns |= {
+        s
+        for run in bound.runs
+        for i in run.run.interventions
+        if isinstance(s := getattr(i, "source", None), str)
+    }
     for column in sorted(columns):
         data.images(column, [0])
 
 
 def _with_files(
-    named: Mapping[str, TensorRef], tensors: Mapping[str, Tensor] | None, folder: Any
+    named: Mapping[str, TensorRef], tensors: Mapping[str, Tensor] | None, folder: Path | None
 ) -> dict[str, Tensor]:
-    from vit_mechinterp.engine.tensors import load_tensor
-
     given = {name: load_tensor(ref, folder) for name, ref in named.items() if ref.file is not None}
     return {**given, **(tensors or {})}
 
@@ -109,7 +112,12 @@ class _bar:
     def __init__(self, vit: HookedViT, schedule: Schedule, progress: bool) -> None:
         total = describe(vit, schedule, per_example=False).block_evaluations
         self._bar = tqdm(
-            total=total, desc="interventions", unit="block", unit_scale=True, delay=_PROGRESS_DELAY, disable=not progress
+            total=total,
+            desc="interventions",
+            unit="block",
+            unit_scale=True,
+            delay=_PROGRESS_DELAY,
+            disable=not progress,
         )
 
     def __enter__(self) -> Tick:
@@ -124,7 +132,7 @@ class _Collected:
 
     def __init__(self, bound: Bound) -> None:
         self.outputs: dict[str, list[Tensor]] = {run.name: [] for run in bound.runs}
-        self.captures: dict[tuple[str, str], list[tuple[Tensor, Sequence[int] | None]]] = {}
+        self.captures: dict[tuple[str, str], list[tuple[Tensor, list[int] | None]]] = {}
 
 
 def _with_halving(
@@ -157,7 +165,9 @@ def _with_halving(
 
 def _halved(schedule: Schedule) -> Schedule:
     if schedule.width == 1:
-        raise ExecutionError("Out of memory with one row per forward: the model does not fit with its activations.")
+        raise ExecutionError(
+            "Out of memory with one row per forward: the model does not fit with its activations."
+        )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Schedule(
@@ -180,41 +190,34 @@ def _chunk(
         means = means_of(schedule, clean)
     material = Material(bound, chunk, clean, tensors, means)
     part = _Collected(bound)
-    waves: dict[tuple[str, Read], list[Tensor]] = {}
+    captured: dict[tuple[str, Read], list[Tensor]] = {}
     for stage in bound.stages:
         for segments in schedule.waves(stage, chunk):
             result = run_wave(vit, segments, material)
-            for run, output in result.outputs.items():
-                part.outputs[run].append(output.cpu())
+            for name, output in result.outputs.items():
+                part.outputs[name].append(output.cpu())
             for key, value in result.captured.items():
-                waves.setdefault(key, []).append(value)
+                captured.setdefault(key, []).append(value)
             tick(schedule.wave_blocks(segments))
+        in_stage = {run.name for run in stage}
         for read in bound.run_reads:
-            pieces = [value for (_, r), value in waves.items() if r == read for value in value]
-            if pieces:
-                material.run_values[read] = _values(read, pieces, chunk)
+            if isinstance(read.origin, RunOrigin) and read.origin.run in in_stage:
+                material.run_values[read] = _values(read, captured[read.origin.run, read], chunk)
     for run in bound.runs:
         if not run.edits:
             part.outputs[run.name].append(clean.outputs[run.run.base].cpu())
         for capture in run.captures:
             read = capture.read
             if run.is_clean_at(read.site):
-                pieces = [_rows(clean, read)]
+                values = clean.values[read]
             else:
-                pieces = waves[run.name, read]
-            counts = None if read.positions.is_all else [len(read.positions.of(i) or ()) for i in chunk]
-            tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            part.captures[run.name, capture.name] = [(tensor.cpu(), counts)]
+                values = _values(read, captured[run.name, read], chunk)
+            counts = None if values.starts is None else np.diff(values.starts).tolist()
+            part.captures[run.name, capture.name] = [(values.tensor.cpu(), counts)]
     return part
 
 
-def _rows(clean: Clean, read: Read) -> Tensor:
-    return clean.values[read].tensor
-
-
 def _values(read: Read, pieces: list[Tensor], chunk: range) -> Values:
-    import numpy as np
-
     tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if read.positions.is_all:
         return Values(tensor)
@@ -226,72 +229,36 @@ def _results(
     vit: HookedViT,
     data: Data,
     schedule: Schedule,
-    bound: Bound,
     tensors: Mapping[TensorRef, Tensor],
     collected: _Collected,
     halvings: int,
 ) -> Results:
-    logits = torch.stack([torch.cat(collected.outputs[run.name]) for run in bound.runs])
+    runs = schedule.bound.runs
     captures = {
         run.name: Captures(
-            run.name,
-            {c.name: _capture(c.read, collected.captures[run.name, c.name]) for c in run.captures},
+            run.name, {c.name: _capture(c.read, collected.captures[run.name, c.name]) for c in run.captures}
         )
-        for run in bound.runs
+        for run in runs
     }
-    labels = {}
-    for name in data.columns:
-        if name == "label" or name.endswith("_label"):
-            try:
-                labels[name] = [row[0] for row in data.integers(name)]
-            except (DataError, IndexError):
-                continue
-    used = sorted(_columns_used(bound, data))
-    provenance = {
-        "spec": digest([run.run.model_dump(mode="json") for run in bound.runs]),
-        "model": vit.fingerprint(),
-        "model_source": vit.source or type(vit.module).__name__,
-        "data": data.fingerprint(used),
-        "columns": used,
-        "tensors": digest_of(tensors),
-        "examples": data.n,
-        "chunk": schedule.chunk,
-        "rows_per_forward": schedule.width,
-        "halvings": halvings,
-        "device": str(vit.device),
-        "dtype": str(vit.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    return Results(logits, tuple(run.name for run in bound.runs), captures, labels, provenance)
+    return Results(
+        logits=torch.stack([torch.cat(collected.outputs[run.name]) for run in runs]),
+        run_names=tuple(run.name for run in runs),
+        captures=captures,
+        labels=data.labels(),
+        provenance=provenance_of(vit, data, schedule, tensors, halvings),
+    )
 
 
-def _columns_used(bound: Bound, data: Data) -> set[str]:
-    used = {run.run.base for run in bound.runs}
-    for run in bound.runs:
-        text = run.run.model_dump_json()
-        used |= {name for name in data.columns if f'"{name}"' in text}
-    return used
-
-
-def _capture(read: Read, pieces: list[tuple[Tensor, Sequence[int] | None]]) -> Tensor | list[Tensor]:
+def _capture(read: Read, pieces: list[tuple[Tensor, list[int] | None]]) -> Tensor | list[Tensor]:
     """Captured rows in the site's own axis order; a list where the number of tokens differs between examples."""
     if pieces[0][1] is None:
         return by_token(read.site, torch.cat([tensor for tensor, _ in pieces])).contiguous()
     counts = [count for _, own in pieces for count in (own or ())]
     rows = torch.cat([tensor for tensor, _ in pieces])
     if len(set(counts)) == 1:
-        return by_token(read.site, rows.unflatten(0, (-1, counts[0]))).contiguous()
-    parts = rows.split(counts)
-    return [part.transpose(0, 1).contiguous() if read.site.is_attention_matrix else part.contiguous() for part in parts]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("vit-mechinterp", "torch", "timm", "transformers", "datasets", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        return by_token(read.site, rows.reshape(-1, counts[0], *rows.shape[1:])).contiguous()
+    parts = torch.split(rows, counts)
+    return [
+        part.transpose(0, 1).contiguous() if read.site.is_attention_matrix else part.contiguous()
+        for part in parts
+    ]

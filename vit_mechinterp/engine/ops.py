@@ -45,7 +45,7 @@ class Inputs:
         chosen = tensor if self.choice is None else tensor[self.choice]
         leading = 0 if self.choice is None else 1
         if chosen.ndim == leading + 1 and chosen.shape[-1] != n_features:
-            chosen = chosen.unflatten(-1, (-1, n_features))
+            chosen = chosen.reshape(*chosen.shape[:-1], -1, n_features)
         if chosen.ndim == leading + 1:
             return chosen if leading else chosen[None]
         if self.choice is None:
@@ -72,7 +72,9 @@ def register_operator(spec_type: type[Intervention]) -> Callable[[Operator], Ope
     return decorate
 
 
-def apply(spec: Intervention, h: Float[Tensor, "m *features"], inputs: Inputs) -> Float[Tensor, "m *features"]:
+def apply(
+    spec: Intervention, h: Float[Tensor, "m *features"], inputs: Inputs
+) -> Float[Tensor, "m *features"]:
     """Carry out one intervention in float32 (or the activation's dtype, if wider) and cast back.
 
     Raises:

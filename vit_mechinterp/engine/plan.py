@@ -82,13 +82,17 @@ class Plan:
             "  clean forwards",
         ]
         for forward in self.clean:
-            lines.append(f"    {forward.column}: {forward.images} x {forward.blocks} blocks, keeps {_listed(forward.kept)}")
+            lines.append(
+                f"    {forward.column}: {forward.images} x {forward.blocks} blocks, keeps {_listed(forward.kept)}"
+            )
         if not self.clean:
             lines.append("    none")
         for stage in sorted({rows.stage for rows in self.rows}):
             lines.append(f"  rows that join one growing batch{f' (stage {stage + 1})' if stage else ''}")
             for rows in (r for r in self.rows if r.stage == stage):
-                lines.append(f"    {rows.run}: joins at {rows.joins}, {rows.blocks} blocks; {', '.join(rows.edits)}")
+                lines.append(
+                    f"    {rows.run}: joins at {rows.joins}, {rows.blocks} blocks; {', '.join(rows.edits)}"
+                )
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -173,7 +177,9 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
     evaluations = launches = 0
     passes = [(None, schedule.columns)]
     if schedule.means_come_first:
-        means = tuple(dict.fromkeys(r.origin.column for r in schedule.mean_reads if isinstance(r.origin, ColumnOrigin)))
+        means = tuple(
+            dict.fromkeys(r.origin.column for r in schedule.mean_reads if isinstance(r.origin, ColumnOrigin))
+        )
         passes.insert(0, (schedule.mean_reads, means))  # type: ignore[arg-type]
     for reads, columns in passes:
         for column in columns:
@@ -234,7 +240,11 @@ def _notes(schedule: Schedule) -> Iterable[str]:
     if schedule.means_come_first:
         yield "dataset means need a pass of their own, because the dataset spans several chunks"
     if len(schedule.chunks) > 1:
-        permuted = {r.origin.column for r in schedule.clean_reads if isinstance(r.origin, ColumnOrigin) and r.origin.permutation is not None}
+        permuted = {
+            r.origin.column
+            for r in schedule.clean_reads
+            if isinstance(r.origin, ColumnOrigin) and r.origin.permutation is not None
+        }
         for column in sorted(permuted):
             yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"
     if len(schedule.bound.stages) > 1:

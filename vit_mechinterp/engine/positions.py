@@ -58,7 +58,9 @@ class Positions:
         return rows.astype(np.int64), positions, ordinals.astype(np.int64)
 
 
-def resolve_tokens(tokens: Tokens, vit: HookedViT, data: Data | None, image_column: str, where: str) -> Positions:
+def resolve_tokens(
+    tokens: Tokens, vit: HookedViT, data: Data | None, image_column: str, where: str
+) -> Positions:
     """Positions that a selector means on one model.
 
     Args:
@@ -105,7 +107,9 @@ def _check_patch(patch: int, vit: HookedViT, where: str) -> None:
     layout = vit.layout.tokens
     if not 0 <= patch < layout.n_patches:
         grid = "x".join(map(str, layout.grid))
-        raise SpecError(f"{where}: patch {patch} is not on the {grid} grid (patches 0 to {layout.n_patches - 1}).")
+        raise SpecError(
+            f"{where}: patch {patch} is not on the {grid} grid (patches 0 to {layout.n_patches - 1})."
+        )
 
 
 def _from_column(column: str, data: Data, vit: HookedViT, where: str) -> tuple[tuple[int, ...], ...]:

@@ -108,7 +108,9 @@ def prepare(
     columns = Data(data, vit)
     bound = bind(vit, flat, columns)
     if len(bound.stages) > 1:
-        raise SpecError("A run that reads another edited run cannot be prepared for training; use execute for it.")
+        raise SpecError(
+            "A run that reads another edited run cannot be prepared for training; use execute for it."
+        )
     check_tensors(bound, resolve_refs(bound, tensors, vit), vit, columns.n)
     check_images(columns, bound)
     schedule = Schedule(bound, vit.layout.n_layers, columns.n, columns.n, batch_size)

@@ -64,7 +64,9 @@ class Results:
     def __getitem__(self, run: str) -> Float[Tensor, "example *output"]:
         """The outputs of one run."""
         if run not in self.run_names:
-            raise KeyError(f"There is no run {run!r}.{suggest(run, self.run_names)} Runs: {', '.join(self.run_names)}.")
+            raise KeyError(
+                f"There is no run {run!r}.{suggest(run, self.run_names)} Runs: {', '.join(self.run_names)}."
+            )
         return self.logits[self.run_names.index(run)]
 
     def to_pandas(self) -> pd.DataFrame:
@@ -98,7 +100,10 @@ class Results:
         for n, run in enumerate(self.run_names):
             for site, value in self.captures.get(run, {}).items():
                 parts = value if isinstance(value, list) else [value]
-                keys = [f"capture.{n}.{site}" + (f".{i}" if isinstance(value, list) else "") for i in range(len(parts))]
+                keys = [
+                    f"capture.{n}.{site}" + (f".{i}" if isinstance(value, list) else "")
+                    for i in range(len(parts))
+                ]
                 tensors |= {key: part.contiguous() for key, part in zip(keys, parts, strict=True)}
                 index.append({"run": run, "site": site, "keys": keys, "ragged": isinstance(value, list)})
         save_file(tensors, path / "results.safetensors")

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from vit_mechinterp.engine.bind import Bound, BoundRun, Join
-from vit_mechinterp.engine.positions import Positions
+from vit_mechinterp.engine.bind import Bound, BoundRun
+from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import Site
 
@@ -36,7 +36,7 @@ class Segment:
     examples: tuple[int, ...]
 
 
-def permutation(seed: int, n: int) -> np.ndarray:  # type: ignore[type-arg]
+def permutation(seed: int, n: int) -> IntArray:
     """The seeded permutation of a whole dataset that resample ablation draws from."""
     return np.random.default_rng(seed).permutation(n)
 
@@ -132,13 +132,13 @@ class Schedule:
             return example
         return int(self._permutation(read.origin.permutation)[example])
 
-    def _permutation(self, seed: int) -> np.ndarray:  # type: ignore[type-arg]
+    def _permutation(self, seed: int) -> IntArray:
         if seed not in self._permutations:
             self._permutations[seed] = permutation(seed, self.n_examples)
         return self._permutations[seed]
 
     @cached_property
-    def _permutations(self) -> dict[int, np.ndarray]:  # type: ignore[type-arg]
+    def _permutations(self) -> dict[int, IntArray]:
         return {}
 
     def images(self, column: str, chunk: range, reads: Sequence[Read] | None = None) -> list[int]:
@@ -148,7 +148,9 @@ class Schedule:
             wanted.update(chunk)
         return sorted(wanted)
 
-    def waves(self, stage: tuple[BoundRun, ...], chunk: range, width: int | None = None) -> Iterator[list[Segment]]:
+    def waves(
+        self, stage: tuple[BoundRun, ...], chunk: range, width: int | None = None
+    ) -> Iterator[list[Segment]]:
         """Groups of runs whose rows fit into one growing batch, in the order in which their rows join."""
         width = width or self.width
         ordered = sorted(stage, key=lambda run: run.join(self.n_layers))
@@ -170,7 +172,10 @@ def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
     join = run.join(n_layers)
     if starts_at_mlp_out(run):
         # Exact: the row's residual stream is what the block would have computed from its edited increment.
-        return (Read(run.origin, Site(join.layer, "resid_mid")), Read(run.origin, Site(join.layer, "mlp_out")))
+        return (
+            Read(run.origin, Site(join.layer, "resid_mid")),
+            Read(run.origin, Site(join.layer, "mlp_out")),
+        )
     return (Read(run.origin, join.site, Positions()),)
 
 
@@ -183,8 +188,3 @@ def wave_reads(run: BoundRun, bound: Bound) -> list[Read]:
     """Values that must be read off a run's own rows: captures behind its first edit, and what other runs read."""
     own = [c.read for c in run.captures if not run.is_clean_at(c.read.site)]
     return own + [r for r in bound.run_reads if isinstance(r.origin, RunOrigin) and r.origin.run == run.name]
-
-
-def joins(run: BoundRun, n_layers: int) -> Join:
-    """Where a run's rows enter the growing batch."""
-    return run.join(n_layers)

@@ -35,7 +35,9 @@ def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
     if ref.sha256 is not None:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != ref.sha256:
-            raise TensorFileError(f"{path} is not the file that was meant: sha256 {found}, expected {ref.sha256}.")
+            raise TensorFileError(
+                f"{path} is not the file that was meant: sha256 {found}, expected {ref.sha256}."
+            )
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
@@ -45,7 +47,9 @@ def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
                 )
             tensor: Tensor = file.get_tensor(ref.key)
     except SafetensorError as error:
-        raise TensorFileError(f"{path} is no readable safetensors file (truncated or damaged?): {error}.") from None
+        raise TensorFileError(
+            f"{path} is no readable safetensors file (truncated or damaged?): {error}."
+        ) from None
     return tensor
 
 
@@ -113,7 +117,9 @@ def _features(vit: HookedViT, edit: Edit) -> int:
     return vit.sites()[str(edit.site)].shape[-1]
 
 
-def _check_vector(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+def _check_vector(
+    vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int
+) -> None:
     _check_rows(vit, edit, "vector", tensor, _features(vit, edit), n_examples)
 
 
@@ -128,7 +134,11 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
         shape = shape[1:]
     if shape == (d,):
         return
-    counts = set(edit.positions.counts(range(n_examples), vit.layout.tokens.n_tokens)) if edit.site.has_tokens else {1}
+    counts = (
+        set(edit.positions.counts(range(n_examples), vit.layout.tokens.n_tokens))
+        if edit.site.has_tokens
+        else {1}
+    )
     if len(counts) == 1 and shape in ((k := counts.copy().pop(), d), (k * d,)):
         return
     known = f"{counts.pop()} tokens" if len(counts) == 1 else "tokens that differ in number between examples"
@@ -138,7 +148,9 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
     )
 
 
-def _check_basis(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+def _check_basis(
+    vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int
+) -> None:
     d = _features(vit, edit)
     if tensor.ndim != 2 or tensor.shape[0] != d or tensor.shape[1] > d:
         raise SpecError(
@@ -153,15 +165,21 @@ def _check_basis(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, T
         )
 
 
-def _check_gate(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+def _check_gate(
+    vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int
+) -> None:
     rank = own["basis"].shape[-1]
     if tuple(tensor.shape) != (rank,):
         raise SpecError(f"{edit.where}: gate has shape {tuple(tensor.shape)}; the basis has {rank} columns.")
     if float(tensor.min()) < 0 or float(tensor.max()) > 1:
-        raise SpecError(f"{edit.where}: gate must lie in 0..1, got {float(tensor.min()):g} to {float(tensor.max()):g}.")
+        raise SpecError(
+            f"{edit.where}: gate must lie in 0..1, got {float(tensor.min()):g} to {float(tensor.max()):g}."
+        )
 
 
-def _check_mean(vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int) -> None:
+def _check_mean(
+    vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int
+) -> None:
     shape = vit.sites()[str(edit.site)].shape
     token_axis = 1 if edit.site.is_attention_matrix else 0
     pooled = bool(getattr(edit.spec, "pool_tokens", False)) and edit.site.has_tokens

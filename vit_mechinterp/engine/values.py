@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.positions import Positions
+from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.spec import Site
 
 __all__ = ["ColumnOrigin", "Read", "RunOrigin", "Values", "by_token", "gather"]
@@ -49,7 +49,9 @@ def by_token(site: Site, value: Tensor) -> Tensor:
     return value.transpose(1, 2) if site.is_attention_matrix else value
 
 
-def gather(site: Site, value: Tensor, rows: Sequence[int] | slice, read: Read, examples: Sequence[int]) -> Tensor:
+def gather(
+    site: Site, value: Tensor, rows: Sequence[int] | slice, read: Read, examples: Sequence[int]
+) -> Tensor:
     """The selected tokens and heads of some rows of an activation.
 
     Args:
@@ -72,7 +74,7 @@ def gather(site: Site, value: Tensor, rows: Sequence[int] | slice, read: Read, e
     return view
 
 
-def _index(indices: np.ndarray, like: Tensor) -> Tensor:  # type: ignore[type-arg]
+def _index(indices: IntArray, like: Tensor) -> Tensor:
     return torch.as_tensor(indices, device=like.device)
 
 
@@ -85,7 +87,7 @@ class Values:
     """
 
     tensor: Tensor
-    starts: np.ndarray | None = None  # type: ignore[type-arg]
+    starts: IntArray | None = None
 
     def whole(self, local: Sequence[int]) -> Tensor:
         """Whole activations of some examples, ``[row, ...]``."""

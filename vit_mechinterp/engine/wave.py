@@ -192,14 +192,19 @@ class _Wave:
             ordinal = torch.arange(tokens, device=device).repeat(len(examples))
         else:
             row, position, order = edit.positions.flat(examples)
-            where = (torch.as_tensor(row + rows.start, device=device), torch.as_tensor(position, device=device))
+            where = (
+                torch.as_tensor(row + rows.start, device=device),
+                torch.as_tensor(position, device=device),
+            )
             h = view[where]
             counts = edit.positions.counts(examples, 0)
             ordinal = torch.as_tensor(order, device=device)
         selected = h if edit.spec.heads is None else h[:, features]
         new = apply(edit.spec, selected, self._inputs(n, edit, counts, ordinal))
         if new.shape != selected.shape:
-            raise ExecutionError(f"{edit.where}: the operator returned {tuple(new.shape)} for {tuple(selected.shape)}.")
+            raise ExecutionError(
+                f"{edit.where}: the operator returned {tuple(new.shape)} for {tuple(selected.shape)}."
+            )
         if not edit.keys.is_all:
             new = torch.where(_key_mask(edit, examples, counts, view.shape[-1], device), new, selected)
         if edit.spec.heads is not None:
@@ -222,8 +227,8 @@ class _Wave:
             values = self.material.values(edit.source)
             source = values.rows(self.material.local(examples), tokens=edit.source.site.has_tokens)
             if self.material.source_order is not None:
-                count = len(self.material.source_order)
-                source = source.unflatten(0, (-1, count))[:, list(self.material.source_order)].flatten(0, 1)
+                order = list(self.material.source_order)
+                source = source.reshape(len(examples), len(order), *source.shape[1:])[:, order].flatten(0, 1)
         elif isinstance(edit.spec, Ablate) and edit.spec.method == "mean":
             source = self._mean(edit, counts, examples, ordinal)
         return Inputs(ordinal=ordinal, source=source, tensors=tensors, choice=choice)
@@ -258,7 +263,9 @@ class _Wave:
         segment = self.segments[n]
 
         def visitor(value: Tensor) -> None:
-            self.captured[segment.run.name, read] = gather(read.site, value, self.span(n), read, segment.examples)
+            self.captured[segment.run.name, read] = gather(
+                read.site, value, self.span(n), read, segment.examples
+            )
 
         return visitor
 

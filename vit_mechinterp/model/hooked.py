@@ -61,7 +61,9 @@ class ActivationCache(Mapping[str, Tensor]):
             found = self._activations.get(str(Site.parse(name)))
         if found is None:
             captured = ", ".join(self._activations) or "nothing"
-            raise KeyError(f"{name} was not captured.{suggest(name, self._activations)} Captured: {captured}.")
+            raise KeyError(
+                f"{name} was not captured.{suggest(name, self._activations)} Captured: {captured}."
+            )
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -248,7 +250,9 @@ class HookedViT:
 
     def fingerprint(self) -> str:
         """SHA-256 over the module's structure and weights; cached until a weight changes."""
-        state = {name: x for name, x in self.module.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
+        state = {
+            name: x for name, x in self.module.state_dict(keep_vars=True).items() if isinstance(x, Tensor)
+        }
         version = tuple((x.data_ptr(), x._version) for x in state.values())
         if self._fingerprint is None or self._fingerprint[0] != version:
             digest = hashlib.sha256(repr(self.module).encode())
@@ -260,8 +264,11 @@ class HookedViT:
 
     def dropout(self) -> str | None:
         """Path of a module that is in train mode and would drop activations at random; None if there is none."""
+        path: str
         for path, module in self.module.named_modules():
-            if module.training and any(_rate(module, name) > 0 for name in ("p", "drop_prob", "attn_drop", "prob")):
+            if module.training and any(
+                _rate(module, name) > 0 for name in ("p", "drop_prob", "attn_drop", "prob")
+            ):
                 return path
         return None
 
@@ -282,4 +289,3 @@ def _describe(site: Site, shape: tuple[int, ...]) -> SiteInfo:
     elif site.name == "resid_mid":
         note = "a write moves the skip connection and the MLP"
     return SiteInfo(shape, site.axes[1:], note=note)
-

@@ -79,7 +79,9 @@ class Instrument:
                 stack.enter_context(shadowed_forward(block, _hand_on))
             for site in sorted(self._ported()):
                 self._install_port(stack, site)
-            for layer in sorted({s.layer for s in self._visits if s.name in TAP_SITES and s.layer is not None}):
+            for layer in sorted(
+                {s.layer for s in self._visits if s.name in TAP_SITES and s.layer is not None}
+            ):
                 self._install_tap(stack, layer)
             if self._stop is not None:
                 layer, before = self._stop
@@ -152,7 +154,7 @@ class Instrument:
 
         def visit(value: Tensor) -> Tensor:
             z = merged.pop()
-            heads = projection.weight.unflatten(1, (-1, self.layout.d_head))
+            heads = projection.weight.reshape(len(projection.weight), -1, self.layout.d_head)
             z = z.reshape(*value.shape[:-1], heads.shape[1], self.layout.d_head)
             result = torch.einsum("...hd,mhd->...hm", z, heads)
             if scale is not None:

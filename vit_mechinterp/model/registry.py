@@ -137,7 +137,9 @@ def _load_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
     if _is_folder(name):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
-            raise SpecError(f"{folder} has no config.json; a timm folder holds config.json and model.safetensors.")
+            raise SpecError(
+                f"{folder} has no config.json; a timm folder holds config.json and model.safetensors."
+            )
         name = f"local-dir:{folder.resolve()}"
     elif not timm.is_model(name) and "/" not in name and ":" not in name:
         raise SpecError(f"timm has no model {name!r}.{suggest(name.split('.')[0], timm.list_models())}")
@@ -164,7 +166,9 @@ def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> 
         own = config
         if architecture in _VISION_TOWERS.values() and hasattr(config, "vision_config"):
             own = config.vision_config
-        build = model_class if model_class is not transformers.AutoModel else transformers.AutoModel.from_config
+        build = (
+            model_class if model_class is not transformers.AutoModel else transformers.AutoModel.from_config
+        )
         module = build(own, **options)
     assert isinstance(module, nn.Module)
     return module

@@ -77,7 +77,11 @@ class _Interception(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
@@ -102,7 +106,14 @@ class _Interception(TorchFunctionMode):
             # GQA is passed on only where it is on: older signatures lack the argument.
             extra = {"enable_gqa": True} if enable_gqa else {}
             z = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **extra
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                **extra,
             )
         return self._by_token("z", z)
 
