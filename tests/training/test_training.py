@@ -40,6 +40,7 @@ def tiny(**changes: Any) -> TrainingConfig:
         "learning_rate": 3e-3,
         "validate_every": 8,
         "validation_images": 32,
+        "test_images": 48,
         "log_every": 4,
         "device": "cpu",
         **IMAGES,
@@ -87,6 +88,9 @@ def test_the_best_checkpoint_loads_with_timm_and_has_the_recorded_metrics(traine
     assert any(not torch.equal(a, b) for a, b in zip(module.parameters(), initial.parameters(), strict=True))
     held_out = DiscriminationGenerator("val", **IMAGES)
     assert evaluate(module, held_out, 32) == validations[best]
+    assert set(document["test"]) == {"test", "test_iid"}
+    for split, metrics in document["test"].items():
+        assert evaluate(module, DiscriminationGenerator(split, **IMAGES), 48) == metrics
 
 
 def test_a_checkpoint_states_the_transform_of_its_images(trained: Path) -> None:

@@ -59,6 +59,7 @@ class TrainingConfig(BaseModel):
     validation_images: int = Field(
         1024, gt=1, description="held-out images of each validation, the same every time"
     )
+    test_images: int = Field(6400, gt=1, description="images of the evaluation on each test split at the end")
     log_every: int = Field(50, gt=0, description="steps between lines of the log")
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes an accelerator if there is one")
     threads: int | None = Field(None, gt=0, description="CPU threads; None leaves torch's own choice")

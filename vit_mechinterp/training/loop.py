@@ -35,11 +35,13 @@ class TrainingResult:
             ``log.jsonl``.
         best_step: the step of the best checkpoint.
         metrics: of the best checkpoint, on the validation images.
+        test: of the best checkpoint, on images that chose nothing: by split ("test", "test_iid").
     """
 
     folder: Path
     best_step: int
     metrics: dict[str, float]
+    test: dict[str, dict[str, float]]
 
 
 def train(
@@ -53,8 +55,9 @@ def train(
     """Train a model and keep its best checkpoint, measured on held-out images.
 
     AdamW with a one-cycle learning rate; every ``validate_every`` steps the model is evaluated on the first
-    images of the "val" split. Step s sees images ``s * batch_size ...`` of the "train" split, so a resumed
-    run sees what an uninterrupted one would have seen.
+    images of the "val" split; at the end the best checkpoint is evaluated on "test" and "test_iid". Step s
+    sees images ``s * batch_size ...`` of the "train" split, so a resumed run sees what an uninterrupted one
+    would have seen.
 
     Args:
         config: what to train, and how.
@@ -72,7 +75,7 @@ def train(
     folder = Path(folder)
     _check_folder(folder, config, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    with _cpu_threads(config.threads):
+    with _cpu_settings(config.threads):
         return _train(config, folder, resume, command, progress)
 
 
@@ -104,7 +107,6 @@ def _train(
         _keep_log(folder / "log.jsonl", state["step"])
 
     document = {"command": command, "config": config.model_dump(), "versions": _versions()}
-    write_json(folder / "training.json", document | {"progress": state})
     module.train()
     began = time.perf_counter() - state["seconds"]
     steps = tqdm(
@@ -140,7 +142,22 @@ def _train(
                 state |= {"step": done, "seconds": seconds}
                 save_state(folder / "state", modules, optimizer, state)
                 write_json(folder / "training.json", document | {"progress": state})
-    return TrainingResult(folder, state["best_step"], state["best"])
+    test = _test(module, folder, options, config.test_images, progress)
+    write_json(folder / "training.json", document | {"progress": state, "test": test})
+    return TrainingResult(folder, state["best_step"], state["best"], test)
+
+
+def _test(
+    module: nn.Module, folder: Path, options: dict[str, Any], n: int, progress: bool
+) -> dict[str, dict[str, float]]:
+    """Evaluate the best checkpoint on the two test splits."""
+    from safetensors.torch import load_file
+
+    module.load_state_dict(load_file(folder / "model.safetensors"))
+    return {
+        split: evaluate(module, DiscriminationGenerator(split, **options), n, progress=progress)
+        for split in ("test", "test_iid")
+    }
 
 
 def _build_probes(config: TrainingConfig) -> DisentanglementProbes:
@@ -167,12 +184,14 @@ def _check_folder(folder: Path, config: TrainingConfig, resume: bool) -> None:
 
 
 @contextmanager
-def _cpu_threads(threads: int | None) -> Iterator[None]:
+def _cpu_settings(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    torch.set_flush_denormal(True)  # arithmetic on denormal numbers, frequent in optimiser moments, is slow
     try:
         yield
     finally:
+        torch.set_flush_denormal(False)
         torch.set_num_threads(before)
 
 
