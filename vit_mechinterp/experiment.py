@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vit_mechinterp.engine import Results
     from vit_mechinterp.model import HookedViT
 
-__all__ = ["load_data", "load_model", "load_tensors", "read_experiment", "run_experiment"]
+__all__ = ["load_data", "load_model", "read_experiment", "run_experiment"]
 
 
 def read_experiment(document: Experiment | str | Path) -> Experiment:
@@ -81,13 +81,6 @@ def _saved(experiment: Experiment, source: DataSource) -> Any:
     return data
 
 
-def load_tensors(experiment: Experiment) -> dict[str, Tensor]:
-    """Read the named tensors of an experiment from their files; TensorFileError if one cannot be read."""
-    from vit_mechinterp.engine.tensors import load_tensor
-
-    return {name: load_tensor(ref, experiment.folder) for name, ref in experiment.tensors.items()}
-
-
 def run_experiment(
     experiment: Experiment | str | Path,
     out: str | Path | None = None,
@@ -104,7 +97,7 @@ def run_experiment(
         out: a folder for the results (`Results.save`) and a copy of the document; None saves nothing.
         vit: the model, in place of the one that the document names.
         data: the examples, in place of those that the document names.
-        tensors: tensors by name, in addition to (and before) those that the document names.
+        tensors: tensors by name, in addition to, and in place of, those that the document names.
         progress: show progress bars.
 
     Raises:
@@ -115,12 +108,11 @@ def run_experiment(
     from vit_mechinterp.engine import execute
 
     document = read_experiment(experiment)
-    given = {**load_tensors(document), **(tensors or {})}
     results = execute(
         load_model(document) if vit is None else vit,
         document,
         load_data(document) if data is None else data,
-        tensors=given,
+        tensors=tensors,
         batch_size=document.batch_size,
         progress=progress,
     )

@@ -103,6 +103,9 @@ def test_files_that_are_no_experiment(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(SpecError, match="Experiment is a mapping of model, data, runs"):
         Experiment.from_yaml(tmp_path / "list.yaml")
+    (tmp_path / "empty.yaml").write_text("runs: []\n")
+    with pytest.raises(SpecError, match="The experiment has no runs"):
+        Experiment.from_yaml(tmp_path / "empty.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match="Cannot read the document"):
         Experiment.from_yaml(tmp_path / "bytes.yaml")

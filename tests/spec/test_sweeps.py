@@ -87,7 +87,7 @@ def test_site_and_layer_are_independent_axes() -> None:
         ({"name": "{a}{layer}", "over": {"a": {"x": {"layer": 1}}, "layer": [2]}}, "two axes of the sweep set layer"),
         ({"name": "{heads}", "over": {"heads": [1]}}, "has no head axis"),
         ({"interventions": [Ablate(site="logits")], "over": {"layer": [1]}}, "no intervention stands in a block"),
-        ({"interventions": [], "over": {"layer": [1]}}, "at least 1 item"),
+        ({"interventions": [], "over": {"layer": [1]}}, "has no interventions, so there is nothing to change"),
     ],
 )
 def test_malformed_sweeps_say_what_is_wrong(fields: dict[str, Any], text: str) -> None:

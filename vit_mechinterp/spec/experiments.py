@@ -79,11 +79,18 @@ class Experiment(SpecModel):
 
     model: str | None = None
     data: DataSource | None = None
-    runs: tuple[RunOrSweep, ...] = Field(min_length=1)
+    runs: tuple[RunOrSweep, ...]
     tensors: dict[str, TensorRef] = Field(default_factory=dict)
     batch_size: BatchSize = "auto"
     description: str = ""
     _folder: Path | None = PrivateAttr(default=None)
+
+    # A minimal length of the field would be reported a second time when an entry is malformed.
+    @model_validator(mode="after")
+    def _some_runs(self) -> Self:
+        if not self.runs:
+            raise SpecError("The experiment has no runs; a run without interventions, {name: clean}, is one.")
+        return self
 
     @model_validator(mode="after")
     def _tensors_are_files(self) -> Self:

@@ -69,13 +69,15 @@ class Sweep(SpecModel):
     """
 
     name: str = Field(default="layer{layer}", min_length=1)
-    interventions: tuple[AnyIntervention, ...] = Field(min_length=1)
+    interventions: tuple[AnyIntervention, ...]
     base: str = Field(default="base", min_length=1)
     capture: Captures = ()
     over: Annotated[dict[str, Axis], BeforeValidator(_axes, json_schema_input_type=dict[str, Axis])]
 
     @model_validator(mode="after")
     def _every_run_is_valid(self) -> Self:
+        if not self.interventions:
+            raise SpecError(f"The sweep {self.name!r} has no interventions, so there is nothing to change.")
         used = self._name_fields()
         for axis in used:
             if axis not in self.over:
