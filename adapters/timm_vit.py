@@ -13,7 +13,8 @@ from torch import nn
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
 FORMS = Port.has("ls1")
-"""`Block` alone has ``ls1``; its relatives (post-norm, parallel, EVA) compute other things under the same names."""
+"""`Block` alone has ``ls1``; its relatives (post-norm, parallel, EVA) compute other things under the same
+names."""
 
 
 def tokens(model: Any) -> TokenLayout:
@@ -32,7 +33,8 @@ def tokens(model: Any) -> TokenLayout:
 
 
 def readout(model: Any) -> Readout:
-    """``norm``, pooling, ``fc_norm``, ``head``; ``norm`` is an identity where ``fc_norm`` follows the pooling."""
+    """``norm``, pooling, ``fc_norm``, ``head``; ``norm`` is an identity where ``fc_norm`` follows the
+    pooling."""
     normed = not isinstance(model.norm, nn.Identity)
     two_heads = hasattr(model, "head_dist")
     return Readout(

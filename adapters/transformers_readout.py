@@ -12,8 +12,8 @@ from vit_mechinterp.model.layout import Port, Readout
 def readout(model: Any, ln_final: Port | str) -> Readout:
     """Read the output off a model's own head.
 
-    The first of these that the class computes is its output: logits, image embeddings, the pooler's output, the
-    last hidden state.
+    The first of these that the class computes is its output: logits, image embeddings, the pooler's output,
+    the last hidden state.
     """
     if hasattr(model, "cls_classifier"):
         reason = "two heads read two tokens; read ln_final"

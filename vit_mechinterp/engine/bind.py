@@ -55,8 +55,8 @@ class Join:
 class Edit:
     """One intervention, bound: where it acts and what it reads.
 
-    ``mean`` is the read to be averaged over the dataset (mean ablation); ``refs`` are its tensors by field name;
-    ``choice`` holds an index per example.
+    ``mean`` is the read to be averaged over the dataset (mean ablation); ``refs`` are its tensors by field
+    name; ``choice`` holds an index per example.
     """
 
     spec: Intervention
@@ -341,7 +341,8 @@ def _check_pairing(
     for example, (target, paired) in enumerate(zip(targets, sources, strict=True)):
         if target != paired:
             raise SpecError(
-                f"{where}: base and source tokens are paired by position, but example {example} selects {target} base "
+                f"{where}: base and source tokens are paired by position, but example {example} selects "
+                f"{target} base "
                 f"tokens and {paired} source tokens."
             )
         chosen = positions.of(example) or ()

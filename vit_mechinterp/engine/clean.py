@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +35,8 @@ def clean_pass(
     reads: Sequence[Read] | None = None,
     tick: Callable[[int], None] = lambda n: None,
 ) -> Clean:
-    """Run the clean forwards of one chunk, under ``no_grad`` (never inference mode: trainings read the values).
+    """Run the clean forwards of one chunk, under ``no_grad`` (never inference mode: trainings read the
+    values).
 
     Args:
         reads: only these reads (and no outputs); all of the schedule's by default.
@@ -92,10 +94,8 @@ def _forward(
         instrument.stop(stop.layer, before=stop.before)
     output: Tensor | None = None
     with torch.no_grad(), instrument.installed():
-        try:
+        with suppress(StopForward):
             output = vit(data.images(column, batch))
-        except StopForward:
-            pass
         instrument.verify()
     return output
 

@@ -78,13 +78,16 @@ class Data:
                 )
             except (TypeError, ValueError, RuntimeError) as error:
                 raise DataError(
-                    f"Column {column!r} holds neither PIL images nor float tensors [3, height, width]: {error}"
+                    f"Column {column!r} holds neither PIL images nor float tensors [3, height, width]: "
+                    f"{error}"
                 ) from None
         size = self.vit.layout.tokens.image_size
         if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, *size) or not batch.is_floating_point():
             raise DataError(
-                f"Column {column!r} gives {batch.dtype} images of shape {tuple(batch.shape[1:])}; the model takes float "
-                f"(3, {size[0]}, {size[1]}). PIL images are resized by the model's preprocessing; tensors are taken as they are."
+                f"Column {column!r} gives {batch.dtype} images of shape {tuple(batch.shape[1:])}; the "
+                "model takes float "
+                f"(3, {size[0]}, {size[1]}). PIL images are resized by the model's preprocessing; tensors "
+                "are taken as they are."
             )
         return batch.to(self.vit.device, self.vit.dtype)
 
@@ -122,7 +125,8 @@ class Data:
             box = [float(v) for v in np.asarray(entry, dtype=float).reshape(-1)]
             if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
                 raise DataError(
-                    f"Column {column!r}, example {example}: {entry!r} is no box; a box is (x0, y0, x1, y1) in pixels, "
+                    f"Column {column!r}, example {example}: {entry!r} is no box; a box is (x0, y0, x1, "
+                    "y1) in pixels, "
                     "half-open, with x0 < x1 and y0 < y1."
                 )
             rows.append((box[0], box[1], box[2], box[3]))

@@ -48,7 +48,8 @@ def execute(
         runs: runs, sweeps or an experiment.
         data: a ``datasets.Dataset`` or a mapping of columns.
         tensors: tensors that specs refer to by name.
-        batch_size: most rows in one forward, or ``"auto"``. The same batch size, device and threads give the same
+        batch_size: most rows in one forward, or ``"auto"``. The same batch size, device and threads give the
+        same
             bits; others agree to 1e-5 of the output's scale.
         progress: show a bar if it takes longer than two seconds.
 
@@ -62,7 +63,7 @@ def execute(
     folder = runs.folder if isinstance(runs, Experiment) else None
     if isinstance(runs, Experiment) and batch_size == "auto":
         batch_size = runs.batch_size
-    named = {name: ref for name, ref in runs.tensors.items()} if isinstance(runs, Experiment) else {}
+    named = dict(runs.tensors) if isinstance(runs, Experiment) else {}
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_dropout(vit)
     columns = Data(data, vit)
@@ -71,7 +72,7 @@ def execute(
     check_tensors(bound, resolved, vit, columns.n)
     schedule = schedule_for(vit, bound, columns.n, batch_size)
     check_images(columns, bound)
-    with vit.lock, torch.no_grad(), _bar(vit, schedule, progress) as tick:
+    with vit.lock, torch.no_grad(), _Bar(vit, schedule, progress) as tick:
         collected, halvings = _with_halving(vit, columns, schedule, resolved, tick)
     return _results(vit, columns, schedule, resolved, collected, halvings)
 
@@ -81,7 +82,8 @@ def refuse_dropout(vit: HookedViT) -> None:
     path = vit.dropout()
     if path is not None:
         raise ExecutionError(
-            f"{type(vit.module).__name__} is in train mode and would drop activations at random (at {path}), so no two "
+            f"{type(vit.module).__name__} is in train mode and would drop activations at random (at "
+            f"{path}), so no two "
             "forwards could be compared. Call module.eval() first."
         )
 
@@ -106,7 +108,7 @@ def _with_files(
     return {**given, **(tensors or {})}
 
 
-class _bar:
+class _Bar:
     """A progress bar over (row, block) pairs, shown after two seconds."""
 
     def __init__(self, vit: HookedViT, schedule: Schedule, progress: bool) -> None:
@@ -250,7 +252,8 @@ def _results(
 
 
 def _capture(read: Read, pieces: list[tuple[Tensor, list[int] | None]]) -> Tensor | list[Tensor]:
-    """Captured rows in the site's own axis order; a list where the number of tokens differs between examples."""
+    """Captured rows in the site's own axis order; a list where the number of tokens differs between
+    examples."""
     if pieces[0][1] is None:
         return by_token(read.site, torch.cat([tensor for tensor, _ in pieces])).contiguous()
     counts = [count for _, own in pieces for count in (own or ())]

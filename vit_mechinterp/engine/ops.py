@@ -1,8 +1,8 @@
 """What each intervention does, as one pure tensor function.
 
-A function is given the activation at the selected tokens, ``h [m, *features]`` with one row per selected token (of
-any example), and `Inputs` paired with it row by row; it returns the new rows. Functions are found by the type of
-the spec; a third party adds one with `register_operator`.
+A function is given the activation at the selected tokens, ``h [m, *features]`` with one row per selected
+token (of any example), and `Inputs` paired with it row by row; it returns the new rows. Functions are found
+by the type of the spec; a third party adds one with `register_operator`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Inputs:
     choice: Int[Tensor, " m"] | None = None
 
     def rows_of(self, tensor: Tensor, n_features: int) -> Tensor:
-        """Pair a given tensor with the rows: ``[d]``, ``[k, d]`` or ``[k * d]``, behind a leading axis if chosen.
+        """Pair a given tensor with the rows: ``[d]``, ``[k, d]`` or ``[k * d]``, behind a leading axis if
+        chosen.
 
         ``n_features`` is d. Returns ``[m, d]`` or ``[1, d]``.
         """
@@ -61,8 +62,9 @@ _OPERATORS: dict[type[Intervention], Operator] = {}
 def register_operator(spec_type: type[Intervention]) -> Callable[[Operator], Operator]:
     """Decorator: let the engine carry out interventions of ``spec_type`` with the function.
 
-    The function is ``(spec, h [m, *features], inputs) -> [m, *features]`` and is pure. A field ``source`` (with
-    ``source_tokens`` and ``source_site``), fields that hold a `TensorRef`, and ``choose`` are resolved into `Inputs`.
+    The function is ``(spec, h [m, *features], inputs) -> [m, *features]`` and is pure. A field ``source``
+    (with ``source_tokens`` and ``source_site``), fields that hold a `TensorRef`, and ``choose`` are resolved
+    into `Inputs`.
     """
 
     def decorate(operator: Operator) -> Operator:

@@ -43,9 +43,10 @@ class Rows:
 class Plan:
     """What will be computed. ``n_examples`` is None for a plan made without data: all counts are per example.
 
-    ``block_evaluations`` counts (row, block) pairs, clean ones included; ``naive_block_evaluations`` what one run at
-    a time would need, with every source and base forward run anew. ``peak_bytes`` is an estimate of what the engine
-    holds at most beside the model, and ``launches`` the number of forwards of the native module.
+    ``block_evaluations`` counts (row, block) pairs, clean ones included; ``naive_block_evaluations`` what one
+    run at a time would need, with every source and base forward run anew. ``peak_bytes`` is an estimate of
+    what the engine holds at most beside the model, and ``launches`` the number of forwards of the native
+    module.
     """
 
     model: str
@@ -75,7 +76,8 @@ class Plan:
         per = "per example" if self.n_examples is None else f"for {self.n_examples} examples"
         lines = [
             f"Plan {per} on {self.model} ({self.n_layers} blocks)",
-            f"  {self.forwards:.4g} forwards' worth of blocks ({self.block_evaluations} block evaluations) instead of "
+            f"  {self.forwards:.4g} forwards' worth of blocks ({self.block_evaluations} block "
+            "evaluations) instead of "
             f"{self.naive_forwards:.4g} ({self.naive_block_evaluations})",
             f"  {self.launches} launches, {self._chunks()}, at most {self.width} rows each, "
             f"about {_human(self.peak_bytes)} at the peak",
@@ -83,7 +85,8 @@ class Plan:
         ]
         for forward in self.clean:
             lines.append(
-                f"    {forward.column}: {forward.images} x {forward.blocks} blocks, keeps {_listed(forward.kept)}"
+                f"    {forward.column}: {forward.images} x {forward.blocks} blocks, keeps "
+                f"{_listed(forward.kept)}"
             )
         if not self.clean:
             lines.append("    none")
@@ -144,7 +147,8 @@ _CLEAN_BUDGET = 2 * 1024**3
 
 
 def _width(vit: HookedViT) -> int:
-    """Rows per forward: on a CPU as many as keep one activation within its cache, on a GPU as memory allows."""
+    """Rows per forward: on a CPU as many as keep one activation within its cache, on a GPU as memory
+    allows."""
     tokens, d_model = vit.layout.tokens.n_tokens, vit.layout.d_model
     if vit.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(vit.device)
@@ -252,7 +256,10 @@ def _notes(schedule: Schedule) -> Iterable[str]:
     late = [r for r in schedule.bound.runs if r.edits and _late_start(r.first.name if r.first else "")]
     if late:
         names = ", ".join(sorted({str(r.first) for r in late})[:4])
-        yield f"edits inside a block ({names}) join at its input, so the part of the block before them runs again"
+        yield (
+            f"edits inside a block ({names}) join at its input, so the part of the block before them "
+            "runs again"
+        )
 
 
 def _late_start(name: str) -> bool:

@@ -68,7 +68,8 @@ def resolve_tokens(
         vit: the model whose token layout counts.
         data: the examples; without it, selectors that read a column stay undecided and count as one token.
         image_column: the image that boxes are drawn on.
-        where: what to name in messages, such as ``"run 'layer5', interchange at blocks.5.resid_post, tokens"``.
+        where: what to name in messages, such as ``"run 'layer5', interchange at blocks.5.resid_post,
+        tokens"``.
 
     Raises:
         SpecError: the model has no such token name or patch.

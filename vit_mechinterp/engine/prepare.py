@@ -90,7 +90,8 @@ def prepare(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Iterator[Prepared]:
-    """Do the clean forwards of an experiment once, and hold what its runs read; the model is frozen meanwhile.
+    """Do the clean forwards of an experiment once, and hold what its runs read; the model is frozen
+    meanwhile.
 
     Args:
         vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.

@@ -21,8 +21,8 @@ __all__ = ["Captures", "Results"]
 
 
 class Captures(Mapping[str, Any]):
-    """Captured values of one run by site: a tensor ``[example, ...]``, or a list of tensors where the number of
-    selected tokens differs between examples."""
+    """Captured values of one run by site: a tensor ``[example, ...]``, or a list of tensors where the number
+    of selected tokens differs between examples."""
 
     def __init__(self, run: str, values: Mapping[str, Tensor | list[Tensor]]) -> None:
         self.run = run
@@ -90,7 +90,8 @@ class Results:
         return pd.DataFrame(table)
 
     def save(self, folder: str | Path) -> Path:
-        """Write tensors (safetensors), the table (parquet and CSV) and the provenance (JSON) into a folder."""
+        """Write tensors (safetensors), the table (parquet and CSV) and the provenance (JSON) into a
+        folder."""
         from safetensors.torch import save_file
 
         path = Path(folder)

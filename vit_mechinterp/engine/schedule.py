@@ -1,4 +1,5 @@
-"""What has to be computed, in which order: the one description that the plan counts and the engine carries out."""
+"""What has to be computed, in which order: the one description that the plan counts and the engine carries
+out."""
 
 from __future__ import annotations
 
@@ -185,6 +186,7 @@ def starts_at_mlp_out(run: BoundRun) -> bool:
 
 
 def wave_reads(run: BoundRun, bound: Bound) -> list[Read]:
-    """Values that must be read off a run's own rows: captures behind its first edit, and what other runs read."""
+    """Values that must be read off a run's own rows: captures behind its first edit, and what other runs
+    read."""
     own = [c.read for c in run.captures if not run.is_clean_at(c.read.site)]
     return own + [r for r in bound.run_reads if isinstance(r.origin, RunOrigin) and r.origin.run == run.name]

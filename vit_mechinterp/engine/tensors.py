@@ -28,7 +28,8 @@ def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
     """
     from safetensors import SafetensorError, safe_open
 
-    assert ref.file is not None and ref.key is not None
+    assert ref.file is not None
+    assert ref.key is not None
     path = Path(ref.file) if folder is None else folder / ref.file
     if not path.is_file():
         raise TensorFileError(f"There is no tensor file {path} (for key {ref.key!r}).")
@@ -96,7 +97,8 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
     """Check every tensor against the site and the tokens that it acts on.
 
     Raises:
-        SpecError: a direction of the wrong shape, a basis that is not orthonormal, a gate outside 0..1, a choice
+        SpecError: a direction of the wrong shape, a basis that is not orthonormal, a gate outside 0..1, a
+        choice
             beyond the leading axis.
     """
     checks = {"vector": _check_vector, "basis": _check_basis, "gate": _check_gate, "mean": _check_mean}
@@ -128,7 +130,8 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
     if edit.choice is not None:
         if tensor.ndim < 2 or max(edit.choice) >= shape[0]:
             raise SpecError(
-                f"{edit.where}: {field} {shape} needs a leading axis of at least {max(edit.choice) + 1} for the "
+                f"{edit.where}: {field} {shape} needs a leading axis of at least {max(edit.choice) + 1} "
+                "for the "
                 "column that chooses from it."
             )
         shape = shape[1:]
@@ -143,7 +146,8 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
         return
     known = f"{counts.pop()} tokens" if len(counts) == 1 else "tokens that differ in number between examples"
     raise SpecError(
-        f"{edit.where}: {field} has shape {tuple(tensor.shape)}; {edit.site} holds {d} features and {known} are "
+        f"{edit.where}: {field} has shape {tuple(tensor.shape)}; {edit.site} holds {d} features and "
+        f"{known} are "
         f"selected, so [{d}], or [k, {d}] or [k * {d}] for exactly k tokens, fits."
     )
 
@@ -154,13 +158,15 @@ def _check_basis(
     d = _features(vit, edit)
     if tensor.ndim != 2 or tensor.shape[0] != d or tensor.shape[1] > d:
         raise SpecError(
-            f"{edit.where}: basis has shape {tuple(tensor.shape)}; {edit.site} holds {d} features, so [{d}, r] fits."
+            f"{edit.where}: basis has shape {tuple(tensor.shape)}; {edit.site} holds {d} features, so "
+            f"[{d}, r] fits."
         )
     gram = tensor.detach().double().T @ tensor.detach().double()
     off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
     if off > ORTHONORMAL_TOLERANCE:
         raise SpecError(
-            f"{edit.where}: the columns of basis are not orthonormal (R^T R differs from the identity by {off:.2g}). "
+            f"{edit.where}: the columns of basis are not orthonormal (R^T R differs from the identity by "
+            f"{off:.2g}). "
             "Take its QR decomposition first: torch.linalg.qr(basis).Q."
         )
 
@@ -186,6 +192,7 @@ def _check_mean(
     wanted = shape[:token_axis] + shape[token_axis + 1 :] if pooled else shape
     if tuple(tensor.shape) != wanted:
         raise SpecError(
-            f"{edit.where}: mean has shape {tuple(tensor.shape)}; {wanted} fits here (the site's shape for one example"
+            f"{edit.where}: mean has shape {tuple(tensor.shape)}; {wanted} fits here (the site's shape "
+            "for one example"
             f"{', without its token axis' if pooled else ''})."
         )

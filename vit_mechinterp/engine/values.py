@@ -1,7 +1,8 @@
 """Activations at selected tokens, addressed the same way at every site.
 
 Every site is looked at *by token*: ``[row, token, *features]``, where features are ``[d]``, ``[head, d]``, or
-``[head, key]`` at attention matrices (whose tokens are the queries). ``pooled`` and ``logits`` are ``[row, d]``.
+``[head, key]`` at attention matrices (whose tokens are the queries). ``pooled`` and ``logits`` are ``[row,
+d]``.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def gather(
         examples: the example of every row.
 
     Returns:
-        ``[row, token, *features]`` (or ``[row, d]``) if everything is selected, otherwise ``[m, *features]``, one
-        row per selected token, row by row.
+        ``[row, token, *features]`` (or ``[row, d]``) if everything is selected, otherwise ``[m, *features]``,
+        one row per selected token, row by row.
     """
     view = by_token(site, value)[rows]
     if not read.positions.is_all:
@@ -82,8 +83,8 @@ def _index(indices: IntArray, like: Tensor) -> Tensor:
 class Values:
     """What one `Read` gave, for a range of examples.
 
-    ``tensor`` is ``[example, token, *features]`` (or ``[example, d]``) if whole activations were read, otherwise
-    ``[m, *features]`` with ``starts [example + 1]`` saying where each example's tokens begin.
+    ``tensor`` is ``[example, token, *features]`` (or ``[example, d]``) if whole activations were read,
+    otherwise ``[m, *features]`` with ``starts [example + 1]`` saying where each example's tokens begin.
     """
 
     tensor: Tensor

@@ -1,8 +1,9 @@
 """One growing batch: rows of many runs join a single native forward at the block where they start.
 
-The native forward begins on one blank image. Blocks before the first row hand their input on at no cost; the first
-rows to join replace the blank image, later ones are appended, each starting from its example's clean residual stream.
-Every row is edited by its own run's interventions, and the model's own tail serves all rows at once.
+The native forward begins on one blank image. Blocks before the first row hand their input on at no cost; the
+first rows to join replace the blank image, later ones are appended, each starting from its example's clean
+residual stream. Every row is edited by its own run's interventions, and the model's own tail serves all rows
+at once.
 """
 
 from __future__ import annotations
@@ -234,7 +235,8 @@ class _Wave:
         return Inputs(ordinal=ordinal, source=source, tensors=tensors, choice=choice)
 
     def _mean(self, edit: Edit, counts: list[int], examples: Sequence[int], ordinal: Tensor) -> Tensor:
-        """The mean to put in place, paired with the selected tokens: ``[m, *features]`` or ``[1, *features]``."""
+        """The mean to put in place, paired with the selected tokens: ``[m, *features]`` or ``[1,
+        *features]``."""
         pooled = bool(getattr(edit.spec, "pool_tokens", False)) or not edit.site.has_tokens
         if edit.mean is None:
             mean = self.material.tensors[edit.refs[0][1]]

@@ -38,8 +38,8 @@ def lock_of(module: nn.Module) -> threading.RLock:
 class SiteInfo:
     """What a site holds.
 
-    ``shape`` is the shape for one example (without the batch axis), ``axes`` names its axes, ``note`` says what
-    the library's user should know about this site on this model.
+    ``shape`` is the shape for one example (without the batch axis), ``axes`` names its axes, ``note`` says
+    what the library's user should know about this site on this model.
     """
 
     shape: tuple[int, ...]
@@ -80,8 +80,8 @@ class ActivationCache(Mapping[str, Tensor]):
 class HookedViT:
     """A native timm or HuggingFace ViT behind one interface; the module itself is not changed.
 
-    Made by `load` and `wrap`. Whatever a call installs on the module is gone when the call returns. One lock per
-    native module makes calls from several threads safe.
+    Made by `load` and `wrap`. Whatever a call installs on the module is gone when the call returns. One lock
+    per native module makes calls from several threads safe.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, source: str | None = None) -> None:
@@ -184,7 +184,8 @@ class HookedViT:
         """Canonical names of the model's sites that ``names`` (names or globs) stand for, without repeats.
 
         Raises:
-            SpecError: a name or glob fits nothing; UnsupportedSiteError, with the reason, where the model has no
+            SpecError: a name or glob fits nothing; UnsupportedSiteError, with the reason, where the model has
+            no
                 such site.
         """
         available = self.site_names()
@@ -263,7 +264,8 @@ class HookedViT:
         return self._fingerprint[1]
 
     def dropout(self) -> str | None:
-        """Path of a module that is in train mode and would drop activations at random; None if there is none."""
+        """Path of a module that is in train mode and would drop activations at random; None if there is
+        none."""
         path: str
         for path, module in self.module.named_modules():
             if module.training and any(
@@ -285,7 +287,10 @@ def _describe(site: Site, shape: tuple[int, ...]) -> SiteInfo:
     elif site.name in TAP_SITES:
         note = "read at the fused attention call"
     elif site.name == "attn.result":
-        note = "derived from z and the output projection; a write moves attn_out by the change, summed over heads"
+        note = (
+            "derived from z and the output projection; a write moves attn_out by the change, summed "
+            "over heads"
+        )
     elif site.name == "resid_mid":
         note = "a write moves the skip connection and the MLP"
     return SiteInfo(shape, site.axes[1:], note=note)

@@ -38,7 +38,8 @@ class Port:
         part: ``(i, n)`` for chunk ``i`` of ``n`` along the last axis (packed gated MLPs).
         in_place: write with ``copy_``. The residual stream between attention and MLP is one tensor with two
             readers, the next norm and the skip connection; only a write in place reaches both.
-        requires: attributes, relative to the block, that must exist for this port to apply; with a value, they
+        requires: attributes, relative to the block, that must exist for this port to apply; with a value,
+        they
             must also equal it.
     """
 
@@ -69,8 +70,9 @@ class Port:
 class TokenLayout:
     """The token axis of the residual stream: prefix tokens, then the patch grid (row-major), then a suffix.
 
-    ``prefix`` and ``suffix`` name one token per entry; a name may repeat (``("cls", "registers", "registers")``).
-    ``patch_size`` is ``(height, width)`` in pixels of the model's input, ``image_size`` the input's size.
+    ``prefix`` and ``suffix`` name one token per entry; a name may repeat (``("cls", "registers",
+    "registers")``). ``patch_size`` is ``(height, width)`` in pixels of the model's input, ``image_size`` the
+    input's size.
     """
 
     prefix: tuple[str, ...]
@@ -123,8 +125,10 @@ class Readout:
     """How a model turns the last residual stream into its output.
 
     Args:
-        output: field of a dict-like native output that ``vit(x)`` returns; None if the model returns a tensor.
-        ports: for ``ln_final``, ``pooled`` and ``logits``, a port relative to the model, or the reason why the
+        output: field of a dict-like native output that ``vit(x)`` returns; None if the model returns a
+        tensor.
+        ports: for ``ln_final``, ``pooled`` and ``logits``, a port relative to the model, or the reason why
+        the
             model has no such site.
     """
 
@@ -143,8 +147,10 @@ class Family:
         ports: for every block site outside the attention call, the ports where it may appear; the first that
             applies to a block is used.
         attention: path from a block to the module that makes one ``scaled_dot_product_attention`` call.
-        out_projection: path from a block to the linear layer that mixes the heads back into the residual stream.
-        attention_scale: paths from a block to the vector that multiplies the attention increment (LayerScale).
+        out_projection: path from a block to the linear layer that mixes the heads back into the residual
+        stream.
+        attention_scale: paths from a block to the vector that multiplies the attention increment
+        (LayerScale).
         readout: reads how the model turns its last residual stream into an output.
         tokens: reads the token layout off the model.
         d_model: reads the width of the residual stream off the model.
@@ -208,7 +214,8 @@ class Layout:
 
 
 def lookup(root: Any, path: str) -> Any:
-    """Follow a dotted path of attributes, list indices and module children; a sentinel if a step is missing."""
+    """Follow a dotted path of attributes, list indices and module children; a sentinel if a step is
+    missing."""
     current = root
     for step in path.split(".") if path else ():
         current = current[int(step)] if step.isdigit() else getattr(current, step, _MISSING)

@@ -27,7 +27,8 @@ _BUILT_IN: list[Family] = []
 def register(family: Family) -> Family:
     """Make one more family known; it is tried before the built-in ones.
 
-    Packages can do the same with an entry point in the group ``vit_mechinterp.adapters`` that names a `Family`.
+    Packages can do the same with an entry point in the group ``vit_mechinterp.adapters`` that names a
+    `Family`.
 
     Raises:
         SpecError: a family of that name is registered already.
@@ -74,7 +75,8 @@ def wrap(module: nn.Module, *, check: bool = False, source: str | None = None) -
     raise UnsupportedModelError(
         f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:\n"
         + "\n".join(reasons)
-        + "\nIf this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that holds "
+        + "\nIf this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model "
+        "that holds "
         "one, wrap that part of it."
     )
 
@@ -91,7 +93,8 @@ def load(name: str, *, pretrained: bool = True, check: bool = False, **options: 
     """Load a ViT by one string, in eval mode.
 
     Args:
-        name: ``"timm/NAME"``; ``"hf/ORG/NAME"``; a folder in either library's format (``"hf/./my-vit"`` written
+        name: ``"timm/NAME"``; ``"hf/ORG/NAME"``; a folder in either library's format (``"hf/./my-vit"``
+        written
             by ``save_pretrained``, ``"timm/./my-vit"`` with ``config.json`` and ``model.safetensors``); or
             ``"vmi/NAME"`` for a checkpoint that ships with this package.
         pretrained: whether to load weights; without them the architecture is initialised at random.
@@ -106,7 +109,8 @@ def load(name: str, *, pretrained: bool = True, check: bool = False, **options: 
     if not rest or library not in ("timm", "hf", "vmi"):
         raise SpecError(
             f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as 'hf/./FOLDER' or "
-            f"'timm/./FOLDER', or 'vmi/NAME' with one of {', '.join(checkpoints()) or 'no shipped checkpoints'}."
+            "'timm/./FOLDER', or 'vmi/NAME' with one of "
+            f"{', '.join(checkpoints()) or 'no shipped checkpoints'}."
         )
     if library == "hf":
         module = _load_transformers(rest, pretrained, options)

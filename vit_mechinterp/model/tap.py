@@ -1,9 +1,9 @@
 """The attention tap: read and edit q, k, v, scores, pattern and z where attention is computed.
 
-timm and transformers call ``torch.nn.functional.scaled_dot_product_attention`` once per block. While a block is
-tapped, its attention module's ``forward`` runs inside a `TorchFunctionMode` that intercepts that one call. q, k,
-v and z pass through and the fused kernel still runs; scores and pattern exist only in explicit math, which is
-done in the tapped block alone. The module is shadowed on the instance and restored on exit.
+timm and transformers call ``torch.nn.functional.scaled_dot_product_attention`` once per block. While a block
+is tapped, its attention module's ``forward`` runs inside a `TorchFunctionMode` that intercepts that one call.
+q, k, v and z pass through and the fused kernel still runs; scores and pattern exist only in explicit math,
+which is done in the tapped block alone. The module is shadowed on the instance and restored on exit.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str) -> Ite
         if interception.calls != 1:
             raise ExecutionError(
                 f"{where} ({type(attention).__name__}) made {interception.calls} calls of "
-                "scaled_dot_product_attention where one was expected, so its attention cannot be read or edited. "
-                "Load the model with fused attention (transformers: attn_implementation='sdpa'; timm: fused_attn)."
+                "scaled_dot_product_attention where one was expected, so its attention cannot be read or "
+                "edited. "
+                "Load the model with fused attention (transformers: attn_implementation='sdpa'; timm: "
+                "fused_attn)."
             )
         return output
 
