@@ -76,7 +76,7 @@ def test_the_best_checkpoint_loads_with_timm_and_has_the_recorded_metrics(traine
     document = json.loads((trained / "training.json").read_text())
     assert document["command"] == "vit-mechinterp train"
     assert TrainingConfig.model_validate(document["config"]) == tiny()
-    assert set(document["versions"]) == {"torch", "timm", "accelerate", "numpy"}
+    assert set(document["versions"]) == {"python", "torch", "timm", "accelerate", "numpy"}
     validations = {line["step"]: line["validation"] for line in lines_of(trained) if "validation" in line}
     assert list(validations) == [8, 16, 20]
     best = document["progress"]["best_step"]

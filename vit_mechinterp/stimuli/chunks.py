@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["CHUNK", "ChunkedGenerator"]
 
@@ -43,7 +44,7 @@ class ChunkedGenerator(ABC, Generic[BatchT]):
         return batch
 
 
-def _arrays(batch: Any) -> dict[str, np.ndarray[Any, Any]]:
+def _arrays(batch: Any) -> dict[str, NDArray[Any]]:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 

@@ -45,8 +45,7 @@ class DiscriminationBatch:
         different_kind: index into ``("none", "both", "shape", "color")`` ``[n]``.
         shape, color: ids of the two objects ``[n, 2]``.
         box: cells of the two objects as (x0, y0, x1, y1), half-open pixels ``[n, 2, 4]``.
-        tokens: patch indices of the two objects, row-major, prefix tokens not counted ``[n, 2,
-            tokens_per_object]``.
+        tokens: their patch indices, row-major, prefix tokens not counted ``[n, 2, tokens_per_object]``.
     """
 
     pixels: UInt8[np.ndarray, "image channel height width"]
@@ -149,9 +148,7 @@ class DiscriminationGenerator(ChunkedGenerator[DiscriminationBatch]):
 def object_metadata(
     shape: NDArray[np.int64], color: NDArray[np.int64], box: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> dict[str, NDArray[np.int64]]:
-    """Name the metadata of two objects ``[n, 2, ...]`` by column: ``shape_1, color_1, box_1, object_1_tokens,
-    shape_2, ...``.
-    """
+    """Name the columns of two objects: ``shape_1, color_1, box_1, object_1_tokens, shape_2``, and so on."""
     columns: dict[str, NDArray[np.int64]] = {}
     for index, name in enumerate(("1", "2")):
         columns[f"shape_{name}"] = shape[:, index]

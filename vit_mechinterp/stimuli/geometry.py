@@ -67,9 +67,7 @@ class Geometry:
         return self.span**2
 
     def corner_pairs(self) -> NDArray[np.int64]:
-        """Every ordered pair of corners (x, y in pixels) at which two cells share no patch: ``[pairs, 2,
-        2]``.
-        """
+        """Corners (x, y in pixels) of all ordered pairs of cells that share no patch: ``[pairs, 2, 2]``."""
         return _corner_pairs(self.grid, self.span) * self.patch
 
     def boxes(self, corner: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,5 +1,5 @@
-"""Stimuli by name, so that an experiment written as a document can ask for them: ``{stimuli: discrimination,
-split: test, n: 100}``.
+"""Stimuli by name, so that an experiment written as a document can ask for them:
+``{stimuli: discrimination, split: test, n: 100}``.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ from vit_mechinterp.training.objective import objective
 
 __all__ = ["TrainingResult", "train"]
 
+_LIBRARIES = ("torch", "timm", "accelerate", "numpy")
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -218,5 +220,6 @@ def _write_line(log: Any, line: dict[str, Any]) -> None:
 
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
+    from platform import python_version
 
-    return {name: version(name) for name in ("torch", "timm", "accelerate", "numpy")}
+    return {"python": python_version()} | {name: version(name) for name in _LIBRARIES}
