@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from vit_mechinterp.spec.experiments import DataSource, Experiment
-from vit_mechinterp.spec.interventions import (
+from vit_mechinterp.spec.interventions import Ablate, AddDirection, InjectSubspace, Interchange
+from vit_mechinterp.spec.ops import (
     OPS,
-    Ablate,
-    AddDirection,
     AnyIntervention,
-    InjectSubspace,
-    Interchange,
     Intervention,
     RunSource,
     SourcedIntervention,

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.spec.base import SpecModel, as_index
-from vit_mechinterp.spec.interventions import AnyIntervention, Intervention
+from vit_mechinterp.spec.ops import AnyIntervention, Intervention
 from vit_mechinterp.spec.runs import Captures, Run
 from vit_mechinterp.spec.sites import Site
 
