@@ -123,6 +123,8 @@ def plan(
     Raises:
         SpecError: a run does not fit the model; DataError: the data lacks what a run reads.
     """
+    if isinstance(runs, Experiment) and batch_size == "auto":
+        batch_size = runs.batch_size
     flat = expand_runs(runs, vit.layout.n_layers)
     columns = None if data is None else Data(data, vit)
     bound = bind(vit, flat, columns)

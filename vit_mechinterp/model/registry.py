@@ -112,17 +112,22 @@ def load(name: str, *, pretrained: bool = True, check: bool = False, **options: 
             "'timm/./FOLDER', or 'vmi/NAME' with one of "
             f"{', '.join(checkpoints()) or 'no shipped checkpoints'}."
         )
-    if library == "hf":
-        module = _load_transformers(rest, pretrained, options)
-    elif library == "timm":
-        module = _load_timm(rest, pretrained, options)
-    else:
+    if library == "vmi":
         if rest not in checkpoints():
             raise SpecError(
                 f"This package ships no checkpoint {rest!r}.{suggest(rest, checkpoints())} "
                 f"It ships: {', '.join(checkpoints())}."
             )
-        module = _load_timm(str(CHECKPOINTS / rest), pretrained, options)
+        library, rest = "timm", str(CHECKPOINTS / rest)
+    build = _load_timm if library == "timm" else _load_transformers
+    try:
+        module = build(rest, pretrained, options)
+    except OSError as error:
+        # Missing files, names unknown to the hub and no way to reach it all arrive as an OSError.
+        raise SpecError(
+            f"{name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, or give a local folder "
+            "as 'hf/./FOLDER' or 'timm/./FOLDER'; pretrained=False needs no weights."
+        ) from error
     return wrap(module.eval(), check=check, source=name)
 
 
@@ -159,6 +164,10 @@ def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> 
     import transformers
 
     path = str(Path(name).expanduser()) if _is_folder(name) else name
+    if _is_folder(name) and not (Path(path) / "config.json").is_file():
+        raise SpecError(
+            f"{path} has no config.json; a transformers folder is one that save_pretrained wrote."
+        )
     config = transformers.AutoConfig.from_pretrained(path)
     architecture = (config.architectures or [""])[0]
     architecture = _VISION_TOWERS.get(architecture, architecture)
