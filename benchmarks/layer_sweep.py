@@ -1,8 +1,8 @@
 """A sweep of one intervention over all layers: one run at a time with plain hooks, and as one plan.
 
-Interchange of four per-example tokens at every block output. All ways give the same numbers, which is asserted
-before anything is timed. Times are ratios to one plain forward of the same images, measured in the same process,
-so they carry over between machines better than seconds do.
+Interchange of four per-example tokens at every block output. All ways give the same numbers, which is
+asserted before anything is timed. Times are ratios to one plain forward of the same images, measured in the
+same process, so they carry over between machines better than seconds do.
 
     python benchmarks/layer_sweep.py --model timm/vit_small_patch16_224 --examples 8
 """

@@ -125,7 +125,8 @@ def load(name: str, *, pretrained: bool = True, check: bool = False, **options: 
     except OSError as error:
         # Missing files, names unknown to the hub and no way to reach it all arrive as an OSError.
         raise SpecError(
-            f"{name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, or give a local folder "
+            f"{name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, or give a local "
+            "folder "
             "as 'hf/./FOLDER' or 'timm/./FOLDER'; pretrained=False needs no weights."
         ) from error
     return wrap(module.eval(), check=check, source=name)
