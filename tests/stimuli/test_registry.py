@@ -22,7 +22,11 @@ def test_build_makes_what_the_functions_make() -> None:
     ]
     pairs = stimuli.build("discrimination_counterfactuals", attribute="color", n=4, **SMALL)
     assert {"base", "source", "edited_tokens", "source_other_box"} <= set(pairs.column_names)
-    assert stimuli.names() == ["discrimination", "discrimination_counterfactuals"]
+    assert stimuli.names() == [
+        "discrimination",
+        "discrimination_counterfactuals",
+        "discrimination_exchanges",
+    ]
 
 
 @pytest.mark.parametrize(

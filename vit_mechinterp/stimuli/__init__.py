@@ -1,8 +1,8 @@
 """Images whose structure is known: what each shows, where, and which patches cover it.
 
-`discrimination` and `counterfactuals` make datasets; `DiscriminationGenerator` and `CounterfactualGenerator`
-make the same images as tensors, at training speed; `build` makes them by name. Images are the same in every
-process for the same options and seed.
+`discrimination`, `counterfactuals` and `object_exchanges` make datasets; `DiscriminationGenerator` and
+`CounterfactualGenerator` make the same images as tensors, at training speed; `build` makes them by name.
+Images are the same in every process for the same options and seed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vit_mechinterp.stimuli.counterfactuals import (
     counterfactuals,
 )
 from vit_mechinterp.stimuli.discrimination import DiscriminationBatch, DiscriminationGenerator, discrimination
+from vit_mechinterp.stimuli.exchanges import object_exchanges
 from vit_mechinterp.stimuli.geometry import Geometry
 from vit_mechinterp.stimuli.registry import build, names, register
 from vit_mechinterp.stimuli.render import Normalization, shape_gallery
@@ -36,6 +37,7 @@ __all__ = [
     "counterfactuals",
     "discrimination",
     "names",
+    "object_exchanges",
     "register",
     "shape_gallery",
     "shape_masks",

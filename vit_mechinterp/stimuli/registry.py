@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.stimuli.counterfactuals import counterfactuals
 from vit_mechinterp.stimuli.discrimination import discrimination
+from vit_mechinterp.stimuli.exchanges import object_exchanges
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +21,7 @@ __all__ = ["build", "names", "register"]
 _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "discrimination": discrimination,
     "discrimination_counterfactuals": counterfactuals,
+    "discrimination_exchanges": object_exchanges,
 }
 
 
