@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,13 +54,14 @@ class Data:
                 f"Columns: {', '.join(self.columns)}."
             )
 
-    def values(self, column: str, examples: Sequence[int] | None = None) -> Sequence[Any]:
-        """Raw entries of a column, of all examples or of some."""
+    def values(self, column: str, examples: Iterable[int] | None = None) -> Iterator[Any]:
+        """Raw entries of a column, of all examples or of some, one at a time."""
+        indices = range(self.n) if examples is None else examples
         if isinstance(self._data, Mapping):
             entries = self._data[column]
-            return entries if examples is None else [entries[i] for i in examples]
+            return (entries[i] for i in indices)
         rows = self._data.select_columns([column])
-        return list(rows[column]) if examples is None else [rows[int(i)][column] for i in examples]
+        return (rows[int(i)][column] for i in indices)
 
     def images(self, column: str, examples: Sequence[int]) -> Float[Tensor, "example 3 height width"]:
         """Images of some examples as the model takes them, on the model's device.
@@ -68,7 +69,7 @@ class Data:
         Raises:
             DataError: an entry is neither a PIL image nor a tensor of the model's input size.
         """
-        entries = self.values(column, examples)
+        entries = list(self.values(column, examples))
         if all(hasattr(entry, "convert") for entry in entries):
             batch = self.vit.preprocess(entries)
         else:
@@ -93,10 +94,12 @@ class Data:
 
     def original_sizes(self, column: str) -> list[tuple[int, int]] | None:
         """``(width, height)`` of every PIL image of a column; None if it holds tensors in model pixels."""
-        entries = self.values(column)
-        if all(hasattr(entry, "convert") for entry in entries):
-            return [(entry.size[0], entry.size[1]) for entry in entries]
-        return None
+        sizes = []
+        for entry in self.values(column):
+            if not hasattr(entry, "convert"):
+                return None
+            sizes.append((int(entry.size[0]), int(entry.size[1])))
+        return sizes
 
     def integers(self, column: str) -> list[list[int]]:
         """A column of integers or of lists of integers, one list per example.

@@ -269,10 +269,14 @@ class HookedViT:
         path: str
         for path, module in self.module.named_modules():
             if module.training and any(
-                _rate(module, name) > 0 for name in ("p", "drop_prob", "attn_drop", "prob")
+                _rate(module, name) > 0 for name in _DROP_RATES
             ):
                 return path
         return None
+
+
+# Names under which torch, timm and transformers keep the rate at which a module drops activations.
+_DROP_RATES = ("p", "prob", "drop_prob", "dropout", "attention_dropout")
 
 
 def _rate(module: nn.Module, name: str) -> float:
