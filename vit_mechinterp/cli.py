@@ -49,8 +49,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from vit_mechinterp.model import load
     from vit_mechinterp.model.conformance import check
-    from vit_mechinterp.model.registry import load
 
     report = check(load(arguments.model, pretrained=arguments.pretrained))
     print(report)
@@ -58,7 +58,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _sites(arguments: argparse.Namespace) -> int:
-    from vit_mechinterp.model.registry import load
+    from vit_mechinterp.model import load
 
     sites = load(arguments.model, pretrained=arguments.pretrained).sites()
     width = max(map(len, sites))

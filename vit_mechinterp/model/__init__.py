@@ -2,7 +2,8 @@
 
 from vit_mechinterp.model.hooked import ActivationCache, HookedViT, SiteInfo
 from vit_mechinterp.model.layout import Family, Layout, Port, Readout, TokenLayout
-from vit_mechinterp.model.registry import families, load, register, wrap
+from vit_mechinterp.model.loading import checkpoints, load
+from vit_mechinterp.model.registry import families, register, wrap
 
 __all__ = [
     "ActivationCache",
@@ -13,6 +14,7 @@ __all__ = [
     "Readout",
     "SiteInfo",
     "TokenLayout",
+    "checkpoints",
     "families",
     "load",
     "register",

@@ -1,0 +1,121 @@
+"""From one string to a `HookedViT`: names of timm and HuggingFace models, local folders, shipped checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from vit_mechinterp.errors import SpecError, TensorFileError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.registry import wrap
+
+__all__ = ["checkpoints", "load"]
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+
+
+def load(name: str, *, pretrained: bool = True, check: bool = False, **options: Any) -> HookedViT:
+    """Load a ViT by one string, in eval mode.
+
+    Args:
+        name: ``"timm/NAME"``; ``"hf/ORG/NAME"``; a folder in either library's format (``"hf/./my-vit"``
+        written
+            by ``save_pretrained``, ``"timm/./my-vit"`` with ``config.json`` and ``model.safetensors``); or
+            ``"vmi/NAME"`` for a checkpoint that ships with this package.
+        pretrained: whether to load weights; without them the architecture is initialised at random.
+        check: run the conformance checks as well.
+        options: passed on to ``timm.create_model`` or ``from_pretrained``.
+
+    Raises:
+        SpecError: the string has another form, or names nothing that can be loaded.
+        TensorFileError: the weights are truncated or damaged.
+        UnsupportedModelError: no family describes the model.
+    """
+    library, _, rest = name.partition("/")
+    if not rest or library not in ("timm", "hf", "vmi"):
+        raise SpecError(
+            f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as 'hf/./FOLDER' or "
+            "'timm/./FOLDER', or 'vmi/NAME' with one of "
+            f"{', '.join(checkpoints()) or 'no shipped checkpoints'}."
+        )
+    if library == "vmi":
+        if rest not in checkpoints():
+            raise SpecError(
+                f"This package ships no checkpoint {rest!r}.{suggest(rest, checkpoints())} "
+                f"It ships: {', '.join(checkpoints())}."
+            )
+        library, rest = "timm", str(CHECKPOINTS / rest)
+    build = _load_timm if library == "timm" else _load_transformers
+    try:
+        module = build(rest, pretrained, options)
+    except SafetensorError as error:
+        raise TensorFileError(
+            f"{name!r}: its weights are no readable safetensors file (truncated or damaged?): {error}."
+        ) from error
+    except OSError as error:
+        # Missing files, names unknown to the hub and no way to reach it all arrive as an OSError.
+        raise SpecError(
+            f"{name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, or give a local "
+            "folder "
+            "as 'hf/./FOLDER' or 'timm/./FOLDER'; pretrained=False needs no weights."
+        ) from error
+    return wrap(module.eval(), check=check, source=name)
+
+
+def checkpoints() -> list[str]:
+    """Names of the checkpoints that ship with this package."""
+    return sorted(folder.parent.name for folder in CHECKPOINTS.glob("*/config.json"))
+
+
+def _is_folder(name: str) -> bool:
+    return name.startswith((".", "/", "~"))
+
+
+def _load_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if _is_folder(name):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise SpecError(
+                f"{folder} has no config.json; a timm folder holds config.json and model.safetensors."
+            )
+        name = f"local-dir:{folder.resolve()}"
+    elif not timm.is_model(name) and "/" not in name and ":" not in name:
+        raise SpecError(f"timm has no model {name!r}.{suggest(name.split('.')[0], timm.list_models())}")
+    module: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return module
+
+
+# Checkpoints of two towers, and the class that loads the vision tower alone.
+_VISION_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection"}
+
+
+def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    path = str(Path(name).expanduser()) if _is_folder(name) else name
+    if _is_folder(name) and not (Path(path) / "config.json").is_file():
+        raise SpecError(
+            f"{path} has no config.json; a transformers folder is one that save_pretrained wrote."
+        )
+    config = transformers.AutoConfig.from_pretrained(path)
+    architecture = (config.architectures or [""])[0]
+    architecture = _VISION_TOWERS.get(architecture, architecture)
+    model_class = getattr(transformers, architecture, transformers.AutoModel)
+    if pretrained:
+        # Weights come from safetensors alone, so nothing is unpickled and no remote code runs.
+        module = model_class.from_pretrained(path, use_safetensors=True, **options)
+    else:
+        own = config
+        if architecture in _VISION_TOWERS.values() and hasattr(config, "vision_config"):
+            own = config.vision_config
+        build = (
+            model_class if model_class is not transformers.AutoModel else transformers.AutoModel.from_config
+        )
+        module = build(own, **options)
+    assert isinstance(module, nn.Module)
+    return module
