@@ -12,9 +12,8 @@ from torch import nn
 
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-FORMS = Port.has("ls1")
-"""`Block` alone has ``ls1``; its relatives (post-norm, parallel, EVA) compute other things under the same
-names."""
+BLOCK = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
+ATTENTION = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
 
 
 def tokens(model: Any) -> TokenLayout:
@@ -24,27 +23,32 @@ def tokens(model: Any) -> TokenLayout:
         prefix += ("distillation",)
     prefix += ("registers",) * (model.num_prefix_tokens - len(prefix))
     patches = model.patch_embed
+    # A convolutional stem makes a patch larger than its own stride.
+    height, width = patches.feat_ratio(as_scalar=False)
     return TokenLayout(
         prefix=prefix,
         grid=tuple(patches.grid_size),
-        patch_size=tuple(patches.patch_size),
+        patch_size=(int(height), int(width)),
         image_size=tuple(patches.img_size),
     )
 
 
 def readout(model: Any) -> Readout:
-    """``norm``, pooling, ``fc_norm``, ``head``; ``norm`` is an identity where ``fc_norm`` follows the
-    pooling."""
+    """``norm``, pooling, ``fc_norm``, ``head``; ``norm`` is an identity where ``fc_norm`` follows pooling."""
     normed = not isinstance(model.norm, nn.Identity)
-    two_heads = hasattr(model, "head_dist")
-    return Readout(
-        output=None,
-        ports={
-            "ln_final": Port("norm") if normed else "its last norm acts on the pooled vector; read pooled",
-            "pooled": "two heads read two tokens; read ln_final" if two_heads else Port("head", "input"),
-            "logits": Port(""),
-        },
-    )
+    ln_final: Port | str = Port("norm") if normed else "its last norm acts on the pooled vector; read pooled"
+    if hasattr(model, "head_dist"):
+        pooled = "two heads read two tokens; read ln_final"
+        return Readout(None, {"ln_final": ln_final, "pooled": pooled, "logits": Port("")})
+    headless = isinstance(model.head, nn.Identity)
+    if not model.global_pool and getattr(model, "attn_pool", None) is None:
+        unpooled = "the model is made without pooling; read ln_final"
+        name = "last_hidden_state" if headless else "logits of every token"
+        return Readout(None, {"ln_final": ln_final, "pooled": unpooled, "logits": unpooled}, name)
+    if headless:
+        ports = {"ln_final": ln_final, "pooled": Port(""), "logits": "the model has no head"}
+        return Readout(None, ports, "pooled")
+    return Readout(None, {"ln_final": ln_final, "pooled": Port("head", "input"), "logits": Port("")})
 
 
 def refuses(model: Any) -> str | None:
@@ -71,9 +75,10 @@ VIT = Family(
     attention="attn",
     out_projection="attn.proj",
     attention_scale=("ls1.gamma",),
+    parts={"": BLOCK, "attn": ATTENTION},
     ports={
         "resid_pre": (Port("", "input"),),
-        "ln1": (Port("norm1", requires=(FORMS,)),),
+        "ln1": (Port("norm1"),),
         "attn.result": (Port("attn.proj", "input"),),
         "attn_out": (Port("drop_path1"),),
         "resid_mid": (Port("norm2", "input", in_place=True),),

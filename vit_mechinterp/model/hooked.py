@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError, suggest
+from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
-from vit_mechinterp.model.layout import TAP_SITES, Layout
+from vit_mechinterp.model.layout import TAP_SITES, Layout, lookup
 from vit_mechinterp.spec import Site, expand, is_glob, site_names
 
 if TYPE_CHECKING:
@@ -58,7 +58,10 @@ class ActivationCache(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         found = self._activations.get(name)
         if found is None:
-            found = self._activations.get(str(Site.parse(name)))
+            try:
+                found = self._activations.get(str(Site.parse(name)))
+            except SpecError as error:
+                raise KeyError(str(error)) from None
         if found is None:
             captured = ", ".join(self._activations) or "nothing"
             raise KeyError(
@@ -90,7 +93,6 @@ class HookedViT:
         self.source = source
         self._sites: dict[str, SiteInfo] | None = None
         self._preprocess: Preprocess | None = None
-        self._fingerprint: tuple[tuple[tuple[int, int], ...], str] | None = None
         self.lock = lock_of(module)
 
     def __repr__(self) -> str:
@@ -170,7 +172,7 @@ class HookedViT:
 
         Raises:
             SpecError: a name fits no site of the model.
-            ExecutionError: on leaving, if a site did not fire in a forward that ran inside.
+            ExecutionError: on leaving, if a site fired in none of the forwards that ran inside.
         """
         instrument = Instrument(self.module, self.layout)
         for pattern, visitor in visitors.items():
@@ -178,15 +180,15 @@ class HookedViT:
                 instrument.visit(Site.parse(name), visitor)
         with self.lock, instrument.installed():
             yield self
-            instrument.verify()
+            # A forward inside may stop early or skip blocks (`execute` does), or fail and be caught.
+            instrument.verify(every=False)
 
     def expand(self, names: Iterable[str]) -> list[str]:
         """Canonical names of the model's sites that ``names`` (names or globs) stand for, without repeats.
 
         Raises:
             SpecError: a name or glob fits nothing; UnsupportedSiteError, with the reason, where the model has
-            no
-                such site.
+                no such site.
         """
         available = self.site_names()
         found: dict[str, None] = {}
@@ -250,27 +252,19 @@ class HookedViT:
         return torch.zeros(batch, 3, *self.layout.tokens.image_size, device=self.device, dtype=self.dtype)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the module's structure and weights; cached until a weight changes."""
-        state = {
-            name: x for name, x in self.module.state_dict(keep_vars=True).items() if isinstance(x, Tensor)
-        }
-        version = tuple((x.data_ptr(), x._version) for x in state.values())
-        if self._fingerprint is None or self._fingerprint[0] != version:
-            digest = hashlib.sha256(repr(self.module).encode())
-            for name, x in sorted(state.items()):
-                digest.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
-                digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            self._fingerprint = (version, digest.hexdigest())
-        return self._fingerprint[1]
+        """SHA-256 over the module's structure and weights; made anew at every call."""
+        return fingerprint(self.module)
+
+    def has_own_return(self, layer: int) -> bool:
+        """Whether somebody else acts on what a block returns: a hook, or a forward of the instance's own."""
+        block: nn.Module = lookup(self.module, self.layout.block_path(layer))
+        return bool(block._forward_hooks) or "forward" in vars(block)
 
     def dropout(self) -> str | None:
-        """Path of a module that is in train mode and would drop activations at random; None if there is
-        none."""
+        """Path of a module that is in train mode and would drop activations at random, or None."""
         path: str
         for path, module in self.module.named_modules():
-            if module.training and any(
-                _rate(module, name) > 0 for name in _DROP_RATES
-            ):
+            if module.training and any(_rate(module, name) > 0 for name in _DROP_RATES):
                 return path
         return None
 

@@ -39,8 +39,7 @@ class Port:
         in_place: write with ``copy_``. The residual stream between attention and MLP is one tensor with two
             readers, the next norm and the skip connection; only a write in place reaches both.
         requires: attributes, relative to the block, that must exist for this port to apply; with a value,
-        they
-            must also equal it.
+            they must also equal it.
     """
 
     path: str
@@ -126,14 +125,15 @@ class Readout:
 
     Args:
         output: field of a dict-like native output that ``vit(x)`` returns; None if the model returns a
-        tensor.
+            tensor.
+        name: what ``vit(x)`` is where the model returns a tensor.
         ports: for ``ln_final``, ``pooled`` and ``logits``, a port relative to the model, or the reason why
-        the
-            model has no such site.
+            the model has no such site.
     """
 
     output: str | None
     ports: Mapping[str, Port | str]
+    name: str = "logits"
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,15 @@ class Family:
             applies to a block is used.
         attention: path from a block to the module that makes one ``scaled_dot_product_attention`` call.
         out_projection: path from a block to the linear layer that mixes the heads back into the residual
-        stream.
+            stream.
         attention_scale: paths from a block to the vector that multiplies the attention increment
-        (LayerScale).
+            (LayerScale).
         readout: reads how the model turns its last residual stream into an output.
         tokens: reads the token layout off the model.
         d_model: reads the width of the residual stream off the model.
         heads: reads ``(n_heads, d_head)`` off an attention module.
+        parts: for the block (path ``""``) and modules in it, the submodules and parameters that they may
+            hold. What holds others computes other things under the same names, and is refused.
         absent: sites that the family cannot have, and why.
         refuses: returns a reason why a module of this family cannot be supported, or None.
     """
@@ -170,6 +172,7 @@ class Family:
     d_model: Callable[[nn.Module], int]
     heads: Callable[[nn.Module], tuple[int, int]]
     attention_scale: tuple[str, ...] = ()
+    parts: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
     absent: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Callable[[nn.Module], str | None] = lambda module: None
 
@@ -195,8 +198,8 @@ class Layout:
 
     @property
     def output(self) -> str:
-        """What ``vit(x)`` returns: ``"logits"``, or the field of the native output that it is read from."""
-        return self.readout.output or "logits"
+        """What ``vit(x)`` returns: ``"logits"``, another field of the native output, or its last features."""
+        return self.readout.output or self.readout.name
 
     def block_path(self, layer: int) -> str:
         """Dotted path from the model to a block."""
@@ -244,9 +247,34 @@ def missing_for(family: Family, module: nn.Module) -> str | None:
         for site, ports in family.ports.items():
             if site in family.absent or site in _OPTIONAL or any(port.applies_to(block) for port in ports):
                 continue
-            probed = " or ".join(repr(port.path) for port in ports)
+            probed = " or ".join(dict.fromkeys(_needed(port) for port in ports))
             return f"{blocks_path}.{index} ({type(block).__name__}) has no {probed} for {site}"
-    return family.refuses(module)
+        for path, known in family.parts.items():
+            part = lookup(block, path)
+            held = [name for name, _ in (*part.named_children(), *part.named_parameters(recurse=False))]
+            foreign = ", ".join(repr(name) for name in held if name not in known)
+            if foreign:
+                where = f"{blocks_path}.{index}" + (f".{path}" if path else "")
+                return f"{where} ({type(part).__name__}) also holds {foreign}, unknown to this family"
+    return _refusal(family, module, lookup(blocks[0], family.attention))
+
+
+def _needed(port: Port) -> str:
+    conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in port.requires]
+    return repr(port.path) + (f" with {' and '.join(conditions)}" if conditions else "")
+
+
+def _refusal(family: Family, module: nn.Module, attention: nn.Module) -> str | None:
+    """Why the family's readers refuse the module; a module they cannot read is none of the family's."""
+    try:
+        reason = family.refuses(module)
+        if reason is None:
+            for read in (family.tokens, family.d_model, family.readout):
+                read(module)
+            family.heads(attention)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"its structure cannot be read ({type(error).__name__}: {error})"
+    return reason
 
 
 _OPTIONAL = frozenset({"mlp.pre_linear"})

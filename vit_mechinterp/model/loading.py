@@ -1,4 +1,4 @@
-"""From one string to a `HookedViT`: names of timm and HuggingFace models, local folders, shipped checkpoints."""
+"""From one string to a `HookedViT`: timm and HuggingFace names, local folders, shipped checkpoints."""
 
 from __future__ import annotations
 

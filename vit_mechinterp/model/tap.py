@@ -9,7 +9,7 @@ which is done in the tapped block alone. The module is shadowed on the instance 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,8 @@ def shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str) -> Iterator[None]:
     """Let ``visits`` see, and replace, the tensors inside one attention module's call.
 
+    Taps on one module add up: a later one is given what the earlier ones returned.
+
     Args:
         attention: the module whose forward makes one attention call.
         visits: functions by site: ``q``, ``k``, ``v``, ``z`` are given ``[batch, token, head, d_head]``,
@@ -53,29 +55,52 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str) -> Ite
     Raises:
         ExecutionError: during a forward, if the module did not make exactly one attention call.
     """
-    native = attention.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Interception(visits) as interception:
-            output = native(*args, **kwargs)
-        if interception.calls != 1:
-            raise ExecutionError(
-                f"{where} ({type(attention).__name__}) made {interception.calls} calls of "
-                "scaled_dot_product_attention where one was expected, so its attention cannot be read or "
-                "edited. "
-                "Load the model with fused attention (transformers: attn_implementation='sdpa'; timm: "
-                "fused_attn)."
-            )
-        return output
-
-    with shadowed_forward(attention, forward):
+    there = vars(attention).get("forward")
+    if isinstance(there, _Tap):
+        there.taps.append(visits)
+        try:
+            yield
+        finally:
+            there.taps[:] = [tap for tap in there.taps if tap is not visits]
+        return
+    tap = _Tap(attention.forward, visits, f"{where} ({type(attention).__name__})")
+    with shadowed_forward(attention, tap):
         yield
 
 
+class _Tap:
+    """A forward whose one attention call is seen by every tap on the module, in the order of their coming."""
+
+    def __init__(self, native: Callable[..., Any], visits: Mapping[str, Visit], where: str) -> None:
+        self.native = native
+        self.taps = [visits]
+        self.where = where
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Interception(self.taps) as interception:
+            output = self.native(*args, **kwargs)
+        if interception.calls != 1:
+            raise ExecutionError(
+                f"{self.where} made {interception.calls} calls of scaled_dot_product_attention where one "
+                "was expected, so its attention cannot be read or edited; sites outside that call can. "
+                + (_UNFUSED if interception.calls == 0 else "Its family's adapter should refuse this module.")
+            )
+        return output
+
+
+_UNFUSED = (
+    "Use fused attention: attn_implementation='sdpa' when loading with transformers (or "
+    "model.set_attn_implementation('sdpa')); fused_attn=True on every attention module of timm."
+)
+
+
 class _Interception(TorchFunctionMode):
-    def __init__(self, visits: Mapping[str, Visit]) -> None:
+    def __init__(self, taps: Sequence[Mapping[str, Visit]]) -> None:
         super().__init__()
-        self.visits = visits
+        self.visits: dict[str, list[Visit]] = {}
+        for tap in taps:
+            for site, visit in tap.items():
+                self.visits.setdefault(site, []).append(visit)
         self.calls = 0
 
     def __torch_function__(
@@ -121,8 +146,12 @@ class _Interception(TorchFunctionMode):
 
     def _by_token(self, site: str, x: Tensor) -> Tensor:
         """Visit ``[batch, head, token, d_head]`` as ``[batch, token, head, d_head]``."""
-        visit = self.visits.get(site)
-        return x if visit is None else visit(x.transpose(1, 2)).transpose(1, 2)
+        return self._visit(site, x.transpose(1, 2)).transpose(1, 2) if site in self.visits else x
+
+    def _visit(self, site: str, x: Tensor) -> Tensor:
+        for visit in self.visits.get(site, ()):
+            x = visit(x)
+        return x
 
     def _explicit(
         self,
@@ -144,12 +173,10 @@ class _Interception(TorchFunctionMode):
             scores = scores.masked_fill(~causal, -math.inf)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        if "scores" in self.visits:
-            scores = self.visits["scores"](scores)
-        # Softmax in float32, as the fused kernels accumulate.
-        pattern = torch.softmax(scores.float(), dim=-1).to(value.dtype)
-        if "pattern" in self.visits:
-            pattern = self.visits["pattern"](pattern)
+        scores = self._visit("scores", scores)
+        # Softmax in float32 at least, as the fused kernels accumulate.
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        pattern = self._visit("pattern", torch.softmax(scores, dim=-1, dtype=precise).to(value.dtype))
         if dropout_p > 0:
             pattern = F.dropout(pattern, dropout_p)
         return pattern @ value
