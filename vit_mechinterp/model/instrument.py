@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
-from vit_mechinterp.model.layout import TAP_SITES, Layout, Port, is_missing, lookup
+from vit_mechinterp.model.layout import TAP_SITES, Difference, Layout, Port, is_missing, lookup
 from vit_mechinterp.model.tap import shadowed_forward, tapped
 from vit_mechinterp.spec import Site
 
@@ -82,7 +82,8 @@ class Instrument:
             stack.callback(count.remove)
             for layer in self._skipped:
                 block = lookup(self.module, self.layout.block_path(layer))
-                stack.enter_context(shadowed_forward(block, _hand_on))
+                hand_on = _hand_on_tuple if self.layout.family.returns_tuple else _hand_on
+                stack.enter_context(shadowed_forward(block, hand_on))
             for site in sorted(self._ported()):
                 self._install_port(stack, site)
             for layer in sorted(
@@ -135,8 +136,7 @@ class Instrument:
         if site.name == "attn_out" and Site(site.layer, "attn.result") in self._visits:
             self._install_result(stack, site)
             return
-        port = self.layout.ports[str(site)]
-        self._hook(stack, port, lambda value: self._run(site, value))
+        self._hook(stack, self.layout.ports[str(site)], lambda value: self._run(site, value))
 
     def _install_tap(self, stack: ExitStack, layer: int) -> None:
         path = self.layout.attention_path(layer)
@@ -187,24 +187,66 @@ class Instrument:
         stack.callback(block.register_forward_hook(forget).remove)
         self._hook(stack, self.layout.ports[str(attn_out)], visit)
 
-    def _hook(self, stack: ExitStack, port: Port, visit: Callable[[Tensor], Tensor]) -> None:
+    def _hook(self, stack: ExitStack, port: Port | Difference, visit: Callable[[Tensor], Tensor]) -> None:
+        if isinstance(port, Difference):
+            self._hook_difference(stack, port, visit)
+            return
         module: nn.Module = lookup(self.module, port.path)
+        meant = self._counting(stack, port)
         if port.side == "input":
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                return _replace_input(port, args, kwargs, visit)
+                return _replace_input(port, args, kwargs, visit) if meant() else None
 
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         else:
 
             def after(module: nn.Module, args: Any, output: Any) -> Any:
-                return _replace_output(port, output, visit)
+                return _replace_output(port, output, visit) if meant() else None
 
             stack.callback(module.register_forward_hook(after).remove)
+
+    def _counting(self, stack: ExitStack, port: Port) -> Callable[[], bool]:
+        """A function to be asked at every call of a port's module: is this the call that is meant?"""
+        if port.call is None:
+            return lambda: True
+        calls = [0]
+
+        def begin(module: nn.Module, args: Any) -> None:
+            calls[0] = 0
+
+        def meant() -> bool:
+            calls[0] += 1
+            return calls[0] - 1 == port.call
+
+        block: nn.Module = lookup(self.module, port.scope)
+        stack.callback(block.register_forward_pre_hook(begin).remove)
+        return meant
+
+    def _hook_difference(self, stack: ExitStack, port: Difference, visit: Callable[[Tensor], Tensor]) -> None:
+        """Visit an increment where the site behind it is reached, before that site's own visits."""
+        earlier: list[Tensor] = []
+
+        def keep(value: Tensor) -> Tensor:
+            earlier[:] = [value]
+            return value
+
+        def increment(value: Tensor) -> Tensor:
+            before = earlier.pop()
+            found = value - before
+            new = visit(found)
+            return value if new is found else before + new
+
+        self._hook(stack, self.layout.ports[port.minus], keep)
+        self._hook(stack, self.layout.ports[port.of], increment)
 
 
 def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
+
+
+def _hand_on_tuple(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    return (hidden_states,)
 
 
 def _stop(module: nn.Module, args: Any, output: Any = None) -> None:
@@ -218,7 +260,7 @@ def _replace_input(
     value = args[0] if name is None else kwargs[name]
     if port.in_place:
         # Visitors are given a copy: what one of them keeps must not change when another one writes.
-        value.copy_(visit(value.clone()))
+        value.copy_(_visit_part(port, value.clone(), visit))
         return None
     new = _visit_part(port, value, visit)
     if new is value:
@@ -240,6 +282,12 @@ def _replace_output(port: Port, output: Any, visit: Callable[[Tensor], Tensor]) 
 
 
 def _visit_part(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tensor:
+    if port.spatial:
+        # [batch, height, width, channel] at the model, [batch, token, channel] to visitors.
+        height, width = value.shape[1:3]
+        tokens = value.flatten(1, 2)
+        new = visit(tokens)
+        return value if new is tokens else new.reshape(len(new), height, width, new.shape[-1])
     if port.part is None:
         return visit(value)
     index, count = port.part

@@ -8,7 +8,7 @@ module, checks every path on every block, and returns a `Layout`: plain facts, n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import nn
 from vit_mechinterp.errors import UnsupportedModelError
 from vit_mechinterp.spec import GLOBAL_SITES
 
-__all__ = ["Family", "Layout", "Port", "Readout", "TokenLayout", "lookup", "resolve"]
+__all__ = ["Difference", "Family", "Layout", "Port", "Readout", "TokenLayout", "lookup", "resolve"]
 
 _MISSING = object()
 _ANY = object()
@@ -38,8 +38,12 @@ class Port:
         part: ``(i, n)`` for chunk ``i`` of ``n`` along the last axis (packed gated MLPs).
         in_place: write with ``copy_``. The residual stream between attention and MLP is one tensor with two
             readers, the next norm and the skip connection; only a write in place reaches both.
+        call: which of the module's calls within one block is meant, for a module that a block calls twice (a
+            dropout shared by attention and MLP).
+        spatial: the tensor is ``[batch, height, width, channel]``; visitors see it with one token axis.
         requires: attributes, relative to the block, that must exist for this port to apply; with a value,
             they must also equal it.
+        scope: path of the block whose beginning starts the count of calls; set by `resolve`.
     """
 
     path: str
@@ -47,22 +51,43 @@ class Port:
     field: str | None = None
     part: tuple[int, int] | None = None
     in_place: bool = False
+    call: int | None = None
+    spatial: bool = False
     requires: tuple[tuple[str, Any], ...] = ()
+    scope: str = ""
 
     def applies_to(self, block: nn.Module) -> bool:
         """Whether the module and the required attributes exist on ``block``."""
-        found = lookup(block, self.path)
-        if not isinstance(found, nn.Module):
-            return False
-        return all(
-            (value := lookup(block, path)) is not _MISSING and (wanted is _ANY or value == wanted)
-            for path, wanted in self.requires
-        )
+        return isinstance(lookup(block, self.path), nn.Module) and _fulfils(block, self.requires)
 
     @staticmethod
     def has(path: str, value: Any = _ANY) -> tuple[str, Any]:
         """A requirement: the attribute at ``path`` exists (and equals ``value``, if one is given)."""
         return (path, value)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An increment of the residual stream that no module puts out: one site's value minus an earlier one's.
+
+    Read when the later site is reached; a write replaces the later site's value by the earlier one's plus the
+    new increment. Both are names of block sites with ports of their own.
+    """
+
+    of: str
+    minus: str
+    requires: tuple[tuple[str, Any], ...] = ()
+
+    def applies_to(self, block: nn.Module) -> bool:
+        """Whether the required attributes exist on ``block``."""
+        return _fulfils(block, self.requires)
+
+
+def _fulfils(block: nn.Module, requires: tuple[tuple[str, Any], ...]) -> bool:
+    return all(
+        (value := lookup(block, path)) is not _MISSING and (wanted is _ANY or value == wanted)
+        for path, wanted in requires
+    )
 
 
 @dataclass(frozen=True)
@@ -157,14 +182,15 @@ class Family:
         heads: reads ``(n_heads, d_head)`` off an attention module.
         parts: for the block (path ``""``) and modules in it, the submodules and parameters that they may
             hold. What holds others computes other things under the same names, and is refused.
-        absent: sites that the family cannot have, and why.
+        absent: sites that the family cannot have, and why; a function of the block where blocks differ.
+        returns_tuple: whether a block returns a tuple whose first element is the residual stream.
         refuses: returns a reason why a module of this family cannot be supported, or None.
     """
 
     name: str
     library: str
     blocks: tuple[str, ...]
-    ports: Mapping[str, tuple[Port, ...]]
+    ports: Mapping[str, tuple[Port | Difference, ...]]
     attention: str
     out_projection: str
     readout: Callable[[nn.Module], Readout]
@@ -173,8 +199,16 @@ class Family:
     heads: Callable[[nn.Module], tuple[int, int]]
     attention_scale: tuple[str, ...] = ()
     parts: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
-    absent: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    absent: Mapping[str, str | Callable[[nn.Module], str | None]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    returns_tuple: bool = False
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+
+    def lacks(self, site: str, block: nn.Module) -> str | None:
+        """Why a block of this family has no such site; None if it has one."""
+        reason = self.absent.get(site)
+        return reason(block) if callable(reason) else reason
 
 
 @dataclass(frozen=True)
@@ -193,7 +227,7 @@ class Layout:
     d_head: int
     tokens: TokenLayout
     readout: Readout
-    ports: Mapping[str, Port]
+    ports: Mapping[str, Port | Difference]
     absent: Mapping[str, str]
 
     @property
@@ -245,7 +279,11 @@ def missing_for(family: Family, module: nn.Module) -> str | None:
             if is_missing(lookup(block, path)):
                 return f"{blocks_path}.{index} ({type(block).__name__}) has no {path!r}"
         for site, ports in family.ports.items():
-            if site in family.absent or site in _OPTIONAL or any(port.applies_to(block) for port in ports):
+            if (
+                family.lacks(site, block)
+                or site in _OPTIONAL
+                or any(port.applies_to(block) for port in ports)
+            ):
                 continue
             probed = " or ".join(dict.fromkeys(_needed(port) for port in ports))
             return f"{blocks_path}.{index} ({type(block).__name__}) has no {probed} for {site}"
@@ -259,9 +297,10 @@ def missing_for(family: Family, module: nn.Module) -> str | None:
     return _refusal(family, module, lookup(blocks[0], family.attention))
 
 
-def _needed(port: Port) -> str:
+def _needed(port: Port | Difference) -> str:
     conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in port.requires]
-    return repr(port.path) + (f" with {' and '.join(conditions)}" if conditions else "")
+    path = f"{port.of} - {port.minus}" if isinstance(port, Difference) else repr(port.path)
+    return path + (f" with {' and '.join(conditions)}" if conditions else "")
 
 
 def _refusal(family: Family, module: nn.Module, attention: nn.Module) -> str | None:
@@ -299,23 +338,29 @@ def resolve(family: Family, module: nn.Module) -> Layout:
     blocks_path = _blocks_path(family, module)
     assert blocks_path is not None
     blocks = list(lookup(module, blocks_path))
-    ports: dict[str, Port] = {}
+    ports: dict[str, Port | Difference] = {}
     absent: dict[str, str] = {}
     for layer, block in enumerate(blocks):
         for site, alternatives in family.ports.items():
-            name = f"blocks.{layer}.{site}"
+            name, scope = f"blocks.{layer}.{site}", f"{blocks_path}.{layer}"
             port = next((p for p in alternatives if p.applies_to(block)), None)
-            if site in family.absent:
-                absent[name] = family.absent[site]
+            if reason := family.lacks(site, block):
+                absent[name] = reason
             elif port is None:
                 absent[name] = "the MLP of this block is not gated"
+            elif isinstance(port, Difference):
+                ports[name] = Difference(f"blocks.{layer}.{port.of}", f"blocks.{layer}.{port.minus}")
             else:
-                path = f"{blocks_path}.{layer}" + (f".{port.path}" if port.path else "")
-                ports[name] = Port(path, port.side, port.field, port.part, port.in_place)
+                ports[name] = replace(port, path=f"{scope}.{port.path}" if port.path else scope, scope=scope)
+        for site in TAP_SITES:
+            if reason := family.lacks(site, block):
+                absent[f"blocks.{layer}.{site}"] = reason
     readout = family.readout(module)
     for site in GLOBAL_SITES:
         if site == "embed":
-            ports["embed"] = Port(f"{blocks_path}.0", "input")
+            first = ports["blocks.0.resid_pre"]
+            assert isinstance(first, Port)
+            ports["embed"] = first
             continue
         found = readout.ports[site]
         if isinstance(found, Port):

@@ -3,7 +3,9 @@
 timm and transformers call ``torch.nn.functional.scaled_dot_product_attention`` once per block. While a block
 is tapped, its attention module's ``forward`` runs inside a `TorchFunctionMode` that intercepts that one call.
 q, k, v and z pass through and the fused kernel still runs; scores and pattern exist only in explicit math,
-which is done in the tapped block alone. The module is shadowed on the instance and restored on exit.
+which is done in the tapped block alone. Attention that is written out (eager attention, families without
+fused attention) is a product, a softmax and a product; these are intercepted instead, and nothing is
+recomputed. The module is shadowed on the instance and restored on exit.
 """
 
 from __future__ import annotations
@@ -79,19 +81,18 @@ class _Tap:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Interception(self.taps) as interception:
             output = self.native(*args, **kwargs)
-        if interception.calls != 1:
+        if interception.calls != 1 or interception.is_open:
             raise ExecutionError(
-                f"{self.where} made {interception.calls} calls of scaled_dot_product_attention where one "
-                "was expected, so its attention cannot be read or edited; sites outside that call can. "
-                + (_UNFUSED if interception.calls == 0 else "Its family's adapter should refuse this module.")
+                f"{self.where} made {interception.calls} attention calls where one was expected "
+                "(scaled_dot_product_attention, or a product, a softmax and a product), so its attention cannot "
+                "be read or edited; sites outside that call can. Use fused attention where the model offers it: "
+                "attn_implementation='sdpa' in transformers, fused_attn in timm."
             )
         return output
 
 
-_UNFUSED = (
-    "Use fused attention: attn_implementation='sdpa' when loading with transformers (or "
-    "model.set_attn_implementation('sdpa')); fused_attn=True on every attention module of timm."
-)
+_PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
+_SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 
 
 class _Interception(TorchFunctionMode):
@@ -102,6 +103,9 @@ class _Interception(TorchFunctionMode):
             for site, visit in tap.items():
                 self.visits.setdefault(site, []).append(visit)
         self.calls = 0
+        self._keys: int | None = None
+        self.is_open = False
+        """Whether a softmax was seen whose product with the values has not come yet."""
 
     def __torch_function__(
         self,
@@ -110,10 +114,29 @@ class _Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.calls += 1
+            return self._attend(*args, **kwargs)
+        if func in _PRODUCTS and not kwargs and args[0].ndim == args[1].ndim == 4:
+            return self._multiply(func, *args)
+        if func in _SOFTMAXES and args[0].ndim == 4 and args[0].shape[-1] == self._keys:
+            return self._normalise(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _multiply(self, func: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
+        """Queries by transposed keys, or the pattern by the values."""
+        if self.is_open and left.shape[-1] == self._keys:
+            self.is_open = False
+            return self._by_token("z", func(left, self._by_token("v", right)))
+        self._keys = right.shape[-1]
+        query, key = self._by_token("q", left), self._by_token("k", right.transpose(-2, -1))
+        return func(query, key.transpose(-2, -1))
+
+    def _normalise(self, func: Callable[..., Tensor], scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
+        self.is_open = True
+        return self._visit("pattern", func(self._visit("scores", scores), *args, **kwargs))
 
     def _attend(
         self,
