@@ -1,23 +1,20 @@
 """What an adapter declares about a family of ViTs, and what is read off one live module.
 
 A `Family` is a row of metadata: where the blocks are, at which module boundary every site appears, and three
-small readers for what only the live module knows (token layout, width, output). `resolve` lays the row over a
-module, checks every path on every block, and returns a `Layout`: plain facts, no tensors.
+small readers for what only the live module knows (token layout, width, output). Laid over a module (see
+`vit_mechinterp.model.resolve`) it becomes a `Layout`: plain facts, no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import nn
 
-from vit_mechinterp.errors import UnsupportedModelError
-from vit_mechinterp.spec import GLOBAL_SITES
-
-__all__ = ["Family", "Layout", "Port", "Readout", "TokenLayout", "lookup", "resolve"]
+__all__ = ["Family", "Layout", "Port", "Readout", "TokenLayout", "is_missing", "lookup"]
 
 _MISSING = object()
 _ANY = object()
@@ -59,6 +56,12 @@ class Port:
             for path, wanted in self.requires
         )
 
+    @property
+    def needs(self) -> str:
+        """The module and the attributes without which the port does not apply, for messages."""
+        conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in self.requires]
+        return repr(self.path) + (f" with {' and '.join(conditions)}" if conditions else "")
+
     @staticmethod
     def has(path: str, value: Any = _ANY) -> tuple[str, Any]:
         """A requirement: the attribute at ``path`` exists (and equals ``value``, if one is given)."""
@@ -79,6 +82,11 @@ class TokenLayout:
     patch_size: tuple[int, int]
     image_size: tuple[int, int]
     suffix: tuple[str, ...] = ()
+
+    def resized(self, image_size: tuple[int, int]) -> TokenLayout:
+        """The layout for images of another size ``(height, width)``, in whole patches."""
+        grid = tuple(edge // patch for edge, patch in zip(image_size, self.patch_size, strict=True))
+        return replace(self, grid=(*self.grid[:-2], *grid), image_size=image_size)
 
     @property
     def n_patches(self) -> int:
@@ -159,6 +167,7 @@ class Family:
             hold. What holds others computes other things under the same names, and is refused.
         absent: sites that the family cannot have, and why.
         refuses: returns a reason why a module of this family cannot be supported, or None.
+        any_size: whether a module takes images of other sizes than ``tokens`` reads off it.
     """
 
     name: str
@@ -175,6 +184,7 @@ class Family:
     parts: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
     absent: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    any_size: Callable[[nn.Module], bool] = lambda module: False
 
 
 @dataclass(frozen=True)
@@ -230,108 +240,3 @@ def lookup(root: Any, path: str) -> Any:
 def is_missing(value: Any) -> bool:
     """Whether `lookup` failed."""
     return value is _MISSING or value is None
-
-
-def missing_for(family: Family, module: nn.Module) -> str | None:
-    """Return why ``family`` does not describe ``module`` (the paths that were probed), or None if it does."""
-    blocks_path = _blocks_path(family, module)
-    if blocks_path is None:
-        return f"no list of blocks at {' or '.join(repr(p) for p in family.blocks)}"
-    blocks = list(lookup(module, blocks_path))
-    if not blocks:
-        return f"{blocks_path} is empty"
-    for index, block in enumerate(blocks):
-        for path in (family.attention, family.out_projection):
-            if is_missing(lookup(block, path)):
-                return f"{blocks_path}.{index} ({type(block).__name__}) has no {path!r}"
-        for site, ports in family.ports.items():
-            if site in family.absent or site in _OPTIONAL or any(port.applies_to(block) for port in ports):
-                continue
-            probed = " or ".join(dict.fromkeys(_needed(port) for port in ports))
-            return f"{blocks_path}.{index} ({type(block).__name__}) has no {probed} for {site}"
-        for path, known in family.parts.items():
-            part = lookup(block, path)
-            held = [name for name, _ in (*part.named_children(), *part.named_parameters(recurse=False))]
-            foreign = ", ".join(repr(name) for name in held if name not in known)
-            if foreign:
-                where = f"{blocks_path}.{index}" + (f".{path}" if path else "")
-                return f"{where} ({type(part).__name__}) also holds {foreign}, unknown to this family"
-    return _refusal(family, module, lookup(blocks[0], family.attention))
-
-
-def _needed(port: Port) -> str:
-    conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in port.requires]
-    return repr(port.path) + (f" with {' and '.join(conditions)}" if conditions else "")
-
-
-def _refusal(family: Family, module: nn.Module, attention: nn.Module) -> str | None:
-    """Why the family's readers refuse the module; a module they cannot read is none of the family's."""
-    try:
-        reason = family.refuses(module)
-        if reason is None:
-            for read in (family.tokens, family.d_model, family.readout):
-                read(module)
-            family.heads(attention)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"its structure cannot be read ({type(error).__name__}: {error})"
-    return reason
-
-
-_OPTIONAL = frozenset({"mlp.pre_linear"})
-
-
-def _blocks_path(family: Family, module: nn.Module) -> str | None:
-    for path in family.blocks:
-        if isinstance(lookup(module, path), (nn.ModuleList, nn.Sequential)):
-            return path
-    return None
-
-
-def resolve(family: Family, module: nn.Module) -> Layout:
-    """Lay a family's row over a live module.
-
-    Raises:
-        UnsupportedModelError: the row does not fit; the message says which path was missing where.
-    """
-    reason = missing_for(family, module)
-    if reason is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} is not a {family.name} model: {reason}.")
-    blocks_path = _blocks_path(family, module)
-    assert blocks_path is not None
-    blocks = list(lookup(module, blocks_path))
-    ports: dict[str, Port] = {}
-    absent: dict[str, str] = {}
-    for layer, block in enumerate(blocks):
-        for site, alternatives in family.ports.items():
-            name = f"blocks.{layer}.{site}"
-            port = next((p for p in alternatives if p.applies_to(block)), None)
-            if site in family.absent:
-                absent[name] = family.absent[site]
-            elif port is None:
-                absent[name] = "the MLP of this block is not gated"
-            else:
-                path = f"{blocks_path}.{layer}" + (f".{port.path}" if port.path else "")
-                ports[name] = Port(path, port.side, port.field, port.part, port.in_place)
-    readout = family.readout(module)
-    for site in GLOBAL_SITES:
-        if site == "embed":
-            ports["embed"] = Port(f"{blocks_path}.0", "input")
-            continue
-        found = readout.ports[site]
-        if isinstance(found, Port):
-            ports[site] = found
-        else:
-            absent[site] = found
-    n_heads, d_head = family.heads(lookup(blocks[0], family.attention))
-    return Layout(
-        family=family,
-        blocks_path=blocks_path,
-        n_layers=len(blocks),
-        n_heads=n_heads,
-        d_model=family.d_model(module),
-        d_head=d_head,
-        tokens=family.tokens(module),
-        readout=readout,
-        ports=MappingProxyType(ports),
-        absent=MappingProxyType(absent),
-    )
