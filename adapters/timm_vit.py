@@ -103,4 +103,5 @@ VIT = Family(
     heads=heads,
     readout=readout,
     refuses=refuses,
+    any_size=lambda model: bool(getattr(model, "dynamic_img_size", False)),
 )

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from vit_mechinterp.adapters.transformers_readout import base, readout, size_of
+from vit_mechinterp.adapters.transformers_readout import base, readout, refusal, size_of
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
+
+NAMES = ("vision_model",)
+PARTS = frozenset(
+    {"embeddings", "pre_layrnorm", "encoder", "post_layernorm"}
+)  # "layrnorm" is transformers' own
+BLOCK = frozenset({"layer_norm1", "self_attn", "layer_norm2", "mlp"})
+ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
 
 
 def _config(model: Any) -> Any:
@@ -34,9 +41,11 @@ def clip_readout(model: Any) -> Readout:
 
 def refuses(model: Any) -> str | None:
     """Two towers in one module have two inputs."""
-    if hasattr(base(model, "vision_model")[1], "pre_layrnorm"):
-        return "it also holds a text tower; wrap its vision_model" if hasattr(model, "text_model") else None
-    return "it has no 'pre_layrnorm'"
+    if hasattr(model, "text_model"):
+        return "it also holds a text tower; wrap its vision_model"
+    if not hasattr(base(model, *NAMES)[1], "pre_layrnorm"):
+        return "it has no 'pre_layrnorm'"
+    return refusal(model, NAMES, PARTS, tokens(model))
 
 
 def d_model(model: Any) -> int:
@@ -55,6 +64,7 @@ CLIP = Family(
     blocks=("vision_model.encoder.layers", "encoder.layers"),
     attention="self_attn",
     out_projection="self_attn.out_proj",
+    parts={"": BLOCK, "self_attn": ATTENTION},
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layer_norm1"),),

@@ -1,21 +1,29 @@
-"""transformers' ViT and DeiT (with and without teacher)."""
+"""transformers' ViT, DeiT (with and without teacher), ViT-MSN and I-JEPA."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vit_mechinterp.adapters.transformers_readout import base, readout, size_of
+from vit_mechinterp.adapters.transformers_readout import base, readout, refusal, size_of
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
+
+NAMES = ("vit", "deit", "ijepa")
+PARTS = frozenset({"embeddings", "layers", "layernorm", "pooler"})
+BLOCK = frozenset({"layernorm_before", "attention", "layernorm_after", "mlp", "dropout"})
+ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
 def tokens(model: Any) -> TokenLayout:
-    """CLS, DeiT's distillation token, patches."""
-    embeddings = base(model, "vit", "deit")[1].embeddings
+    """CLS (not in I-JEPA), DeiT's distillation token, patches."""
+    embeddings = base(model, *NAMES)[1].embeddings
     height, width = size_of(model.config.image_size)
     patch = size_of(model.config.patch_size)
-    distilled = getattr(embeddings, "distillation_token", None) is not None
+    cls = getattr(embeddings, "cls_token", None)
+    prefix = ("cls",) * (0 if cls is None else cls.shape[1])
+    if getattr(embeddings, "distillation_token", None) is not None:
+        prefix += ("distillation",)
     return TokenLayout(
-        prefix=("cls", "distillation") if distilled else ("cls",),
+        prefix=prefix,
         grid=(height // patch[0], width // patch[1]),
         patch_size=patch,
         image_size=(height, width),
@@ -24,7 +32,16 @@ def tokens(model: Any) -> TokenLayout:
 
 def vit_readout(model: Any) -> Readout:
     """The final norm acts on all tokens."""
-    return readout(model, Port(base(model, "vit", "deit")[0] + "layernorm"))
+    return readout(
+        model,
+        Port(base(model, *NAMES)[0] + "layernorm"),
+        pools=getattr(model, "pooler", None) is not None,
+    )
+
+
+def refuses(model: Any) -> str | None:
+    """Masked autoencoders and other models around the same blocks."""
+    return refusal(model, NAMES, PARTS, tokens(model))
 
 
 def d_model(model: Any) -> int:
@@ -40,9 +57,10 @@ def heads(attention: Any) -> tuple[int, int]:
 VIT = Family(
     name="transformers.vit",
     library="transformers",
-    blocks=("vit.layers", "deit.layers", "layers"),
+    blocks=("vit.layers", "deit.layers", "ijepa.layers", "layers"),
     attention="attention",
     out_projection="attention.o_proj",
+    parts={"": BLOCK, "attention": ATTENTION},
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layernorm_before"),),
@@ -60,4 +78,5 @@ VIT = Family(
     d_model=d_model,
     heads=heads,
     readout=vit_readout,
+    refuses=refuses,
 )

@@ -22,7 +22,11 @@ MATRICES = ("attn.scores", "attn.pattern")
 def by_hand(module: nn.Module, images: Tensor, touch: Touch) -> Tensor:
     """The forward of a tiny model; ``touch(site, value)`` is called at every site, in order, and returns the value to
     go on with."""
-    forward = {"VisionTransformer": _timm, "ViTForImageClassification": _vit, "CLIPVisionModelWithProjection": _clip}
+    forward = {
+        "VisionTransformer": _timm,
+        "ViTForImageClassification": _vit,
+        "CLIPVisionModelWithProjection": _clip,
+    }
     return forward.get(type(module).__name__, _dinov2)(module, images, touch)
 
 
@@ -38,7 +42,9 @@ def _timm(module: Any, images: Tensor, touch: Touch) -> Tensor:
         scales = [getattr(scale, "gamma", None) for scale in (block.ls1, block.ls2)]
         first, act = [mlp.fc1], mlp.act
         if type(mlp).__name__ == "GluMlp":
-            first = [lambda h, m=mlp, i=i: m.fc1(h).chunk(2, -1)[i] for i in (0, 1)]  # SiLU acts on the first half
+            first = [
+                lambda h, m=mlp, i=i: m.fc1(h).chunk(2, -1)[i] for i in (0, 1)
+            ]  # SiLU acts on the first half
         x = _block(layer, x, touch, block.norm1, qkv, attn.proj, scales, block.norm2, first, act, mlp.fc2)
     if not isinstance(module.norm, nn.Identity):
         x = touch("ln_final", module.norm(x))
@@ -60,7 +66,9 @@ def _transformers(blocks: Any, x: Tensor, touch: Touch, names: Sequence[str], ou
         first = [mlp.gate_proj, mlp.up_proj] if gated else [mlp.fc1]
         act, last = (nn.functional.silu, mlp.down_proj) if gated else (mlp.activation_fn, mlp.fc2)
         norms = getattr(block, names[0]), getattr(block, names[2])
-        x = _block(layer, x, touch, norms[0], qkv, getattr(attention, out), scales, norms[1], first, act, last)
+        x = _block(
+            layer, x, touch, norms[0], qkv, getattr(attention, out), scales, norms[1], first, act, last
+        )
     return x
 
 
@@ -73,7 +81,9 @@ def _vit(module: Any, images: Tensor, touch: Touch) -> Tensor:
 
 def _dinov2(module: Any, images: Tensor, touch: Touch) -> Tensor:
     base = module.dinov2_with_registers
-    x = _transformers(base.encoder.layer, base.embeddings(images), touch, ("norm1", "attention", "norm2"), "o_proj")
+    x = _transformers(
+        base.encoder.layer, base.embeddings(images), touch, ("norm1", "attention", "norm2"), "o_proj"
+    )
     x = touch("ln_final", base.layernorm(x))
     pooled = torch.cat([x[:, 0], x[:, 1 + module.config.num_register_tokens :].mean(1)], dim=1)
     return touch("logits", module.classifier(touch("pooled", pooled)))
@@ -120,7 +130,9 @@ class Oracle:
         tensors: given tensors by name.
     """
 
-    def __init__(self, tiny: Tiny, module: nn.Module, columns: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tiny: Tiny, module: nn.Module, columns: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
         self.tiny, self.module, self.columns, self.tensors = tiny, module, columns, tensors
         self.documents: dict[str, Mapping[str, Any]] = {}
         self._clean: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
@@ -191,7 +203,11 @@ class Oracle:
         source = self._source(edit, base)
         for i in range(len(value)):
             targets = self.positions(edit.get("tokens", "all"), i) if has_tokens else [None]
-            places = self.positions(edit.get("source_tokens", edit.get("tokens", "all")), i) if has_tokens else [None]
+            places = (
+                self.positions(edit.get("source_tokens", edit.get("tokens", "all")), i)
+                if has_tokens
+                else [None]
+            )
             for k, token in enumerate(targets):
                 for head in edit.get("heads", range(new.shape[2])) if has_heads else [None]:
                     index = tuple(n for n in (i, token, head) if n is not None)
@@ -225,7 +241,13 @@ class Oracle:
         return int(np.random.default_rng(edit.get("seed", 0)).permutation(len(self.columns["base"]))[example])
 
     def _mean(
-        self, edit: Mapping[str, Any], by_token: Any, base: str, targets: Any, token: int | None, head: int | None
+        self,
+        edit: Mapping[str, Any],
+        by_token: Any,
+        base: str,
+        targets: Any,
+        token: int | None,
+        head: int | None,
     ) -> Tensor | None:
         if edit.get("method") != "mean":
             return None
@@ -241,12 +263,20 @@ class Oracle:
         if not edit.get("pool_tokens"):
             return clean[(slice(None), token, *place)].mean(0)
         selected = [
-            clean[(i, t, *place)] for i in range(len(clean)) for t in self.positions(edit.get("tokens", "all"), i)
+            clean[(i, t, *place)]
+            for i in range(len(clean))
+            for t in self.positions(edit.get("tokens", "all"), i)
         ]
         return torch.stack(selected).mean(0)
 
     def _cell(
-        self, edit: Mapping[str, Any], h: Tensor, source: Tensor | None, mean: Tensor | None, example: int, k: int
+        self,
+        edit: Mapping[str, Any],
+        h: Tensor,
+        source: Tensor | None,
+        mean: Tensor | None,
+        example: int,
+        k: int,
     ) -> Tensor:
         """One token's (one head's) new value; it is the k-th of its example's selection."""
         match edit["op"]:
@@ -258,7 +288,11 @@ class Oracle:
             case "inject_subspace":
                 basis = self.tensors[edit["basis"]].to(h.dtype)
                 gate = self.tensors[edit["gate"]].to(h.dtype) if "gate" in edit else torch.ones_like(basis[0])
-                wanted = source @ basis if source is not None else self._row(edit, "vectors", basis.shape[1], example, k)
+                wanted = (
+                    source @ basis
+                    if source is not None
+                    else self._row(edit, "vectors", basis.shape[1], example, k)
+                )
                 for n in range(basis.shape[1]):  # orthonormal columns can be written one after another
                     h = h + gate[n] * (wanted[n] - h @ basis[:, n]) * basis[:, n]
                 return h

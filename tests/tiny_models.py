@@ -71,7 +71,9 @@ def stirred(module: nn.Module) -> nn.Module:
 
 
 def _timm(**options: Any) -> Callable[[], nn.Module]:
-    return lambda: VisionTransformer(**{"embed_dim": 24, "depth": N_LAYERS, "num_heads": 3, "num_classes": 5, **options})
+    return lambda: VisionTransformer(
+        **{"embed_dim": 24, "depth": N_LAYERS, "num_heads": 3, "num_classes": 5, **options}
+    )
 
 
 def _vit() -> nn.Module:

@@ -82,7 +82,7 @@ def _document(world: World, site: str, name: str, make: Callable[..., Document],
     return {"name": f"{name} at {site}", "interventions": [{"site": site, **selection, **edit}]}
 
 
-@pytest.mark.parametrize("tiny", (*MAIN, TIMM_POOLED), ids=lambda tiny: tiny.name)
+@pytest.mark.parametrize("tiny", [*MAIN, TIMM_POOLED], ids=lambda tiny: tiny.name)
 def test_the_oracle_is_the_native_model(tiny: Tiny) -> None:
     world = world_of(tiny)
     with torch.no_grad():

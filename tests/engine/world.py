@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -60,7 +60,11 @@ class World:
         """Every site of the model, in forward order."""
         blocks = [f"blocks.{layer}.{site}" for layer in range(N_LAYERS) for site in BLOCK_SITES]
         names = ["embed", *blocks, "ln_final", "pooled", "logits"]
-        return [name for name in names if name.split(".", 2)[-1] not in self.tiny.missing and name not in self.tiny.missing]
+        return [
+            name
+            for name in names
+            if name.split(".", 2)[-1] not in self.tiny.missing and name not in self.tiny.missing
+        ]
 
     def shape(self, site: str) -> tuple[int, ...]:
         """Shape of a site for one example, as the oracle sees it."""
@@ -88,7 +92,11 @@ class World:
 
     @torch.no_grad()
     def check(
-        self, documents: Sequence[Mapping[str, Any]], results: Results, tolerance: float = TOLERANCE, effect: float = 1e-4
+        self,
+        documents: Sequence[Mapping[str, Any]],
+        results: Results,
+        tolerance: float = TOLERANCE,
+        effect: float = 1e-4,
     ) -> None:
         """Assert that outputs and captures are the oracle's, and that every run changed every example's output.
 
@@ -138,13 +146,17 @@ class _Tensors(dict[str, Tensor]):
             value = torch.tensor([1.0, 0.5, 0.8])
         else:
             numbers = [int(n) for n in rest[0].split(".")]
-            sizes = {"flat": [numbers[0] * numbers[-1]], "kinds": [4, *numbers], "kindsflat": [4, numbers[0] * numbers[-1]]}
+            sizes = {
+                "flat": [numbers[0] * numbers[-1]],
+                "kinds": [4, *numbers],
+                "kindsflat": [4, numbers[0] * numbers[-1]],
+            }
             value = torch.randn(sizes.get(kind, numbers), generator=draw)
         self[name] = value
         return value
 
 
-@lru_cache(maxsize=None)
+@cache
 def world_of(tiny: Tiny, n: int = 3) -> World:
     """A world shared by tests that do not change its model."""
     return World(tiny, n)

@@ -155,3 +155,17 @@ def test_drawing_never_loads_pyplot() -> None:
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bands_surround_their_own_line() -> None:
+    low, high = [0.8, 0.6, 0.1, 0.0], [1.0, 0.8, 0.3, 0.2]
+    figure = figures.lines_by_layer(LINES, bands={"within object": (low, high)})
+    (axes,) = figure.axes
+    (band,) = axes.collections
+    corners = {(float(x), float(y)) for x, y in band.get_paths()[0].vertices}
+    assert corners >= {(i, y) for ends in (low, high) for i, y in enumerate(ends)}
+    assert matplotlib.colors.to_hex(band.get_facecolor()[0]) == axes.lines[0].get_color().lower()
+    with pytest.raises(DataError, match="band for 'CLS', but lines only for within object, background"):
+        figures.lines_by_layer(LINES, bands={"CLS": (low, high)})
+    with pytest.raises(DataError, match="one value per layer"):
+        figures.lines_by_layer(LINES, bands={"background": (low[:3], high)})

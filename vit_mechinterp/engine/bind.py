@@ -6,9 +6,8 @@ Nothing here runs a model (apart from one forward of a blank image, once per wra
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
+from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, Join
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
@@ -29,106 +28,6 @@ from vit_mechinterp.spec import (
 )
 
 __all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "bind"]
-
-
-@dataclass(frozen=True, order=True)
-class Join:
-    """Where a row enters the growing batch: at a block's input, or behind its output."""
-
-    layer: int
-    behind: bool
-
-    @property
-    def site(self) -> Site:
-        """The site whose clean value a joining row starts from."""
-        if self.behind:
-            return Site(self.layer, "resid_post")
-        return Site(None, "embed") if self.layer == 0 else Site(self.layer, "resid_pre")
-
-    @property
-    def first_block(self) -> int:
-        """The first block that the row passes through."""
-        return self.layer + self.behind
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One intervention, bound: where it acts and what it reads.
-
-    ``mean`` is the read to be averaged over the dataset (mean ablation); ``refs`` are its tensors by field
-    name; ``choice`` holds an index per example.
-    """
-
-    spec: Intervention
-    site: Site
-    positions: Positions
-    keys: Positions
-    source: Read | None
-    mean: Read | None
-    refs: tuple[tuple[str, TensorRef], ...]
-    choice: tuple[int, ...] | None
-    where: str
-
-
-@dataclass(frozen=True)
-class BoundCapture:
-    """One value to keep from a run, under the name that the results give it."""
-
-    name: str
-    read: Read
-
-
-@dataclass(frozen=True)
-class BoundRun:
-    """One run, bound: edits in forward order, and captures told apart by whether the edits reach them."""
-
-    run: Run
-    edits: tuple[Edit, ...]
-    captures: tuple[BoundCapture, ...]
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.run.name
-
-    @cached_property
-    def first(self) -> Site | None:
-        """The site of the first edit; None for a clean run."""
-        return self.edits[0].site if self.edits else None
-
-    @cached_property
-    def origin(self) -> ColumnOrigin:
-        """Where the run's clean values come from."""
-        return ColumnOrigin(self.run.base)
-
-    def is_clean_at(self, site: Site) -> bool:
-        """Whether the run's value at a site is the clean forward's."""
-        return self.first is None or site < self.first
-
-    def join(self, n_layers: int) -> Join:
-        """Where the run's rows enter the growing batch; only for runs with edits."""
-        assert self.first is not None
-        layer, name = self.first.layer, self.first.name
-        if layer is None:
-            return Join(0, False) if name == "embed" else Join(n_layers - 1, True)
-        return Join(layer, name in ("mlp_out", "resid_post"))
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Every run of an experiment, bound to a model (and to data, if given), in stages.
-
-    A run whose source is another run's edited value stands in a later stage than that run.
-    """
-
-    runs: tuple[BoundRun, ...]
-    stages: tuple[tuple[BoundRun, ...], ...]
-    run_reads: tuple[Read, ...]
-    """Values of edited runs that other runs read."""
-
-    def named(self, name: str) -> BoundRun:
-        """The run of a name."""
-        return next(run for run in self.runs if run.name == name)
 
 
 def expand_runs(runs: Run | Sweep | Experiment | Iterable[Run | Sweep], n_layers: int) -> list[Run]:
@@ -246,7 +145,10 @@ def _bind_run(
             f"run {run.name!r} captures {', '.join(twice)} more than once; one capture per site and run."
         )
     # Sorting is stable: list order counts at one and the same site only.
-    return BoundRun(run, tuple(sorted(edits, key=lambda e: e.site)), tuple(captures))
+    edits.sort(key=lambda edit: edit.site)
+    layer = edits[0].site.layer if edits else None
+    through = layer is not None and vit.has_own_return(layer)
+    return BoundRun(run, tuple(edits), tuple(captures), through)
 
 
 def _bind_edit(
@@ -258,6 +160,7 @@ def _bind_edit(
     vit.check_site(site)
     check_heads(vit, site, spec.heads, where)
     positions = resolve_tokens(spec.tokens, vit, data, run.base, f"{where}, tokens")
+    _check_distinct(positions, where)
     keys = resolve_tokens(spec.keys, vit, data, run.base, f"{where}, keys")
     source = mean = None
     if isinstance(spec, SourcedIntervention) and spec.source is not None:
@@ -342,16 +245,16 @@ def _check_pairing(
         if target != paired:
             raise SpecError(
                 f"{where}: base and source tokens are paired by position, but example {example} selects "
-                f"{target} base "
-                f"tokens and {paired} source tokens."
+                f"{target} base tokens and {paired} source tokens."
             )
-        chosen = positions.of(example) or ()
+
+
+def _check_distinct(positions: Positions, where: str) -> None:
+    """Refuse a token that is selected twice: its new value would be ambiguous."""
+    for example, chosen in enumerate(positions.each or (positions.shared or (),)):
         if len(set(chosen)) != len(chosen):
-            raise SpecError(
-                f"{where}: example {example} selects a base token twice, so its new value is ambiguous."
-            )
-        if positions.each is None and source.positions.each is None:
-            return
+            place = f"example {example} selects" if positions.each else "the selection names"
+            raise SpecError(f"{where}: {place} a base token twice, so its new value is ambiguous.")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,6 +32,9 @@ class Data:
         self._data = data
         if isinstance(data, Mapping):
             self.columns: list[str] = list(data)
+            unsized = [name for name, column in data.items() if not hasattr(column, "__len__")]
+            if unsized:
+                raise DataError(f"Not columns, but single values: {', '.join(unsized)}.")
             lengths = {name: len(column) for name, column in data.items()}
             if len(set(lengths.values())) > 1:
                 raise DataError(
@@ -70,33 +73,55 @@ class Data:
             DataError: an entry is neither a PIL image nor a tensor of the model's input size.
         """
         entries = list(self.values(column, examples))
-        if all(hasattr(entry, "convert") for entry in entries):
+        if all(map(_is_picture, entries)):
             batch = self.vit.preprocess(entries)
-        else:
-            try:
-                batch = torch.stack(
-                    [torch.as_tensor(np.asarray(e)) if not isinstance(e, Tensor) else e for e in entries]
-                )
-            except (TypeError, ValueError, RuntimeError) as error:
+            size = (3, *self.vit.layout.tokens.image_size)
+            if tuple(batch.shape[1:]) != size:
                 raise DataError(
-                    f"Column {column!r} holds neither PIL images nor float tensors [3, height, width]: "
-                    f"{error}"
-                ) from None
-        size = self.vit.layout.tokens.image_size
-        if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, *size) or not batch.is_floating_point():
-            raise DataError(
-                f"Column {column!r} gives {batch.dtype} images of shape {tuple(batch.shape[1:])}; the "
-                "model takes float "
-                f"(3, {size[0]}, {size[1]}). PIL images are resized by the model's preprocessing; tensors "
-                "are taken as they are."
-            )
+                    f"Column {column!r}: the model's preprocessing makes {tuple(batch.shape[1:])} of its "
+                    f"images, and the model takes {size}. Give tensors, or repair the preprocessing."
+                )
+        else:
+            batch = torch.stack([self._tensor(column, i, e) for i, e in zip(examples, entries, strict=True)])
         return batch.to(self.vit.device, self.vit.dtype)
+
+    def check_images(self, column: str) -> None:
+        """Preprocess one image, and look at every entry that costs nothing to look at.
+
+        Raises:
+            DataError: an entry is neither a PIL image nor a tensor of the model's input size, or both occur.
+        """
+        # Images in a Dataset are decoded when they are read, and their type is known beforehand.
+        decoded = type(getattr(self._data, "features", {}).get(column)).__name__ == "Image"
+        pictures = set()
+        for example, entry in enumerate(self.values(column, range(1) if decoded else None)):
+            pictures.add(_is_picture(entry))
+            if not _is_picture(entry):
+                self._tensor(column, example, entry)
+        if len(pictures) > 1:
+            raise DataError(
+                f"Column {column!r} mixes PIL images and tensors; a column holds one or the other."
+            )
+        self.images(column, [0])
+
+    def _tensor(self, column: str, example: int, entry: Any) -> Tensor:
+        """An entry that is no PIL image, as the tensor that the model takes."""
+        size = (3, *self.vit.layout.tokens.image_size)
+        tensor = _array(entry)
+        found = "something else" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        if tensor is None or tuple(tensor.shape) != size or not tensor.is_floating_point():
+            raise DataError(
+                f"Column {column!r}, example {example} is no image of this model: {found}. It takes PIL "
+                f"images, which its own preprocessing resizes, or float tensors {size}, which are taken "
+                "as they are."
+            )
+        return tensor
 
     def original_sizes(self, column: str) -> list[tuple[int, int]] | None:
         """``(width, height)`` of every PIL image of a column; None if it holds tensors in model pixels."""
         sizes = []
         for entry in self.values(column):
-            if not hasattr(entry, "convert"):
+            if not _is_picture(entry):
                 return None
             sizes.append((int(entry.size[0]), int(entry.size[1])))
         return sizes
@@ -109,12 +134,12 @@ class Data:
         """
         rows: list[list[int]] = []
         for example, entry in enumerate(self.values(column)):
-            array = np.asarray(entry)
-            if array.dtype.kind not in "iub" or array.ndim > 1:
+            array = _array(entry)
+            if array is None or array.is_floating_point() or array.is_complex() or array.ndim > 1:
                 raise DataError(
                     f"Column {column!r}, example {example}: {entry!r} is not an integer or a list of them."
                 )
-            rows.append([int(i) for i in array.reshape(-1)])
+            rows.append([int(i) for i in array.reshape(-1).tolist()])
         return rows
 
     def boxes(self, column: str) -> list[tuple[float, float, float, float]]:
@@ -125,12 +150,12 @@ class Data:
         """
         rows = []
         for example, entry in enumerate(self.values(column)):
-            box = [float(v) for v in np.asarray(entry, dtype=float).reshape(-1)]
+            array = _array(entry)
+            box = [] if array is None else [float(edge) for edge in array.reshape(-1).tolist()]
             if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
                 raise DataError(
-                    f"Column {column!r}, example {example}: {entry!r} is no box; a box is (x0, y0, x1, "
-                    "y1) in pixels, "
-                    "half-open, with x0 < x1 and y0 < y1."
+                    f"Column {column!r}, example {example}: {entry!r} is no box; a box is (x0, y0, x1, y1) "
+                    "in pixels, half-open, with x0 < x1 and y0 < y1."
                 )
             rows.append((box[0], box[1], box[2], box[3]))
         return rows
@@ -158,12 +183,33 @@ class Data:
         return digest.hexdigest()
 
 
-def _bytes_of(entry: Any) -> bytes:
-    if hasattr(entry, "convert"):
-        return f"{entry.mode}{entry.size}".encode() + bytes(entry.tobytes())
+def _is_picture(entry: Any) -> bool:
+    """Whether an entry is a PIL image (PIL itself need not be imported)."""
+    return hasattr(entry, "convert")
+
+
+def _array(entry: Any) -> Tensor | None:
+    """An entry as a tensor; None if it holds no numbers, or lists of unequal length."""
     if isinstance(entry, Tensor):
-        entry = entry.detach().cpu().numpy()
-    array = np.asarray(entry)
+        return entry
+    try:
+        return torch.as_tensor(np.asarray(entry))
+    except (TypeError, ValueError):
+        return None
+
+
+def _bytes_of(entry: Any) -> bytes:
+    if _is_picture(entry):
+        # The pixels of a palette image are indices, which say nothing without the palette.
+        picture = entry.convert("RGBA") if entry.mode == "P" else entry
+        return f"{entry.mode}{entry.size}".encode() + bytes(picture.tobytes())
+    if isinstance(entry, Tensor):
+        raw = entry.detach().cpu().contiguous()
+        return f"{tuple(raw.shape)}{raw.dtype}".encode() + raw.reshape(-1).view(torch.uint8).numpy().tobytes()
+    try:
+        array = np.asarray(entry)
+    except ValueError:
+        return repr(entry).encode()
     if array.dtype == object:
         return repr(entry).encode()
     return f"{array.shape}{array.dtype.kind}".encode() + np.ascontiguousarray(array).tobytes()

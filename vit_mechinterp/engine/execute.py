@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,14 +83,13 @@ def refuse_dropout(vit: HookedViT) -> None:
     path = vit.dropout()
     if path is not None:
         raise ExecutionError(
-            f"{type(vit.module).__name__} is in train mode and would drop activations at random (at "
-            f"{path}), so no two "
-            "forwards could be compared. Call module.eval() first."
+            f"{type(vit.module).__name__} is in train mode and would drop activations at random (at {path}), "
+            "so no two forwards could be compared. Call module.eval() first."
         )
 
 
 def check_images(data: Data, bound: Bound) -> None:
-    """Raise DataError before the first forward if an image column does not begin with an image."""
+    """Raise DataError before the first forward if an image column holds something else."""
     columns = {run.run.base for run in bound.runs}
     columns |= {
         s
@@ -98,7 +98,7 @@ def check_images(data: Data, bound: Bound) -> None:
         if isinstance(s := getattr(i, "source", None), str)
     }
     for column in sorted(columns):
-        data.images(column, [0])
+        data.check_images(column)
 
 
 def _with_files(
@@ -143,21 +143,20 @@ def _with_halving(
     """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again."""
     collected = _Collected(schedule.bound)
     halvings = 0
-    while True:
-        try:
+    means: dict[Read, Tensor] | None = None
+    while means is None:
+        with suppress(torch.OutOfMemoryError):
             means = dataset_means(vit, data, schedule, tick) if schedule.means_come_first else {}
-            break
-        except torch.OutOfMemoryError:
-            schedule = _halved(schedule)
-            halvings += 1
+        if means is None:
+            # Out here the failed forward's frames are gone, and its memory with them.
+            schedule, halvings = _halved(schedule), halvings + 1
     for chunk in schedule.chunks:
-        while True:
-            try:
+        part: _Collected | None = None
+        while part is None:
+            with suppress(torch.OutOfMemoryError):
                 part = _chunk(vit, data, schedule, chunk, tensors, means, tick)
-                break
-            except torch.OutOfMemoryError:
-                schedule = _halved(schedule)
-                halvings += 1
+            if part is None:
+                schedule, halvings = _halved(schedule), halvings + 1
         for run, output in part.outputs.items():
             collected.outputs[run] += output
         for key, pieces in part.captures.items():

@@ -12,6 +12,7 @@ from vit_mechinterp.engine.bind import Bound, bind, expand_runs
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.schedule import Schedule, join_reads
 from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, RunSource, Sweep
 
@@ -136,8 +137,10 @@ def schedule_for(
     vit: HookedViT, bound: Bound, n_examples: int | None, batch_size: int | Literal["auto"]
 ) -> Schedule:
     """Choose chunk and width: rows by throughput, examples by the bytes that their clean values take."""
+    if batch_size != "auto" and not (hasattr(batch_size, "__index__") and batch_size > 0):
+        raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
     n = n_examples or 1
-    width = _width(vit) if batch_size == "auto" else batch_size
+    width = _width(vit) if batch_size == "auto" else int(batch_size)
     draft = Schedule(bound, vit.layout.n_layers, n, 1, width)
     per_example = sum(_read_bytes(vit, read) for read in draft.clean_reads)
     chunk = max(1, min(n, width, _CLEAN_BUDGET // max(1, per_example)))
@@ -255,7 +258,7 @@ def _notes(schedule: Schedule) -> Iterable[str]:
             yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"
     if len(schedule.bound.stages) > 1:
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
-    late = [r for r in schedule.bound.runs if r.edits and _late_start(r.first.name if r.first else "")]
+    late = [r for r in schedule.bound.runs if r.first and _late_start(r.first.name, through=r.through)]
     if late:
         names = ", ".join(sorted({str(r.first) for r in late})[:4])
         yield (
@@ -264,8 +267,9 @@ def _notes(schedule: Schedule) -> Iterable[str]:
         )
 
 
-def _late_start(name: str) -> bool:
-    return name not in ("embed", "resid_pre", "ln1", "resid_post", "mlp_out", "ln_final", "pooled", "logits")
+def _late_start(name: str, *, through: bool) -> bool:
+    early = ("embed", "resid_pre", "ln1", "resid_post", "ln_final", "pooled", "logits")
+    return name not in early and (through or name != "mlp_out")
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.bind import Bound
+from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import digest_of
@@ -30,7 +30,8 @@ def provenance_of(
 
     ``halvings`` counts how often the rows per forward were halved because memory ran out.
     """
-    used = columns_used(schedule.bound, data)
+    # Labels are in the table of the results, so they count as read.
+    used = sorted({*columns_used(schedule.bound, data), *data.labels()})
     return {
         "spec": digest([run.run.model_dump(mode="json") for run in schedule.bound.runs]),
         "model": vit.fingerprint(),

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vit_mechinterp.engine.bind import Bound, BoundRun
+from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import Site
@@ -181,8 +181,8 @@ def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
 
 
 def starts_at_mlp_out(run: BoundRun) -> bool:
-    """Whether a run's first edit is of an MLP's increment."""
-    return run.first is not None and run.first.name == "mlp_out"
+    """Whether a run's rows join behind a block with an MLP increment of their own."""
+    return run.first is not None and run.first.name == "mlp_out" and not run.through
 
 
 def wave_reads(run: BoundRun, bound: Bound) -> list[Read]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.bind import Bound, Edit
+from vit_mechinterp.engine.bound import Bound, Edit
 from vit_mechinterp.errors import SpecError, TensorFileError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
@@ -33,13 +33,11 @@ def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
     path = Path(ref.file) if folder is None else folder / ref.file
     if not path.is_file():
         raise TensorFileError(f"There is no tensor file {path} (for key {ref.key!r}).")
-    if ref.sha256 is not None:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != ref.sha256:
+    try:
+        if ref.sha256 is not None and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != ref.sha256:
             raise TensorFileError(
                 f"{path} is not the file that was meant: sha256 {found}, expected {ref.sha256}."
             )
-    try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             if ref.key not in keys:
@@ -47,7 +45,9 @@ def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
                     f"{path} has no tensor {ref.key!r}.{suggest(ref.key, keys)} It holds: {', '.join(keys)}."
                 )
             tensor: Tensor = file.get_tensor(ref.key)
-    except SafetensorError as error:
+    except TensorFileError:
+        raise
+    except (OSError, SafetensorError) as error:
         raise TensorFileError(
             f"{path} is no readable safetensors file (truncated or damaged?): {error}."
         ) from None
@@ -130,9 +130,8 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
     if edit.choice is not None:
         if tensor.ndim < 2 or max(edit.choice) >= shape[0]:
             raise SpecError(
-                f"{edit.where}: {field} {shape} needs a leading axis of at least {max(edit.choice) + 1} "
-                "for the "
-                "column that chooses from it."
+                f"{edit.where}: {field} {shape} needs a leading axis of at least {max(edit.choice) + 1} for "
+                "the column that chooses from it."
             )
         shape = shape[1:]
     if shape == (d,):
@@ -144,11 +143,12 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
     )
     if len(counts) == 1 and shape in ((k := counts.copy().pop(), d), (k * d,)):
         return
+    holder = f"the basis has {d} columns" if field == "vectors" else f"{edit.site} holds {d} features"
+    choosing = "" if edit.choice is None else ", behind the leading axis to choose from"
     known = f"{counts.pop()} tokens" if len(counts) == 1 else "tokens that differ in number between examples"
     raise SpecError(
-        f"{edit.where}: {field} has shape {tuple(tensor.shape)}; {edit.site} holds {d} features and "
-        f"{known} are "
-        f"selected, so [{d}], or [k, {d}] or [k * {d}] for exactly k tokens, fits."
+        f"{edit.where}: {field} has shape {tuple(tensor.shape)}; {holder} and {known} are selected, so "
+        f"[{d}], or [k, {d}] or [k * {d}] for exactly k tokens, fits{choosing}."
     )
 
 
@@ -166,8 +166,7 @@ def _check_basis(
     if off > ORTHONORMAL_TOLERANCE:
         raise SpecError(
             f"{edit.where}: the columns of basis are not orthonormal (R^T R differs from the identity by "
-            f"{off:.2g}). "
-            "Take its QR decomposition first: torch.linalg.qr(basis).Q."
+            f"{off:.2g}). Take its QR decomposition first: torch.linalg.qr(basis).Q."
         )
 
 

@@ -37,6 +37,7 @@ def lines_by_layer(
     label: str = "",
     limits: tuple[float, float] | None = (0.0, 1.0),
     references: Mapping[str, float] | None = None,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     backdrop: Sequence[float] | None = None,
     first_peak_layer: int = 0,
 ) -> Figure:
@@ -48,18 +49,27 @@ def lines_by_layer(
         label: what the y axis measures.
         limits: fixed range of the y axis; None fits it to the data.
         references: name to value, drawn as horizontal dotted lines (chance, no effect).
+        bands: name of a line to the lower and upper ends ``[layer]`` of its interval, drawn as a tint.
         backdrop: values in 0..1 ``[layer]`` that tint the background of every layer, blue to red
             (paper A, Figs. 3 to 5).
         first_peak_layer: stars look for the peak from this layer on.
 
     Raises:
-        DataError: there is no line, or the lengths differ.
+        DataError: there is no line, or the lengths differ, or a band belongs to no line.
     """
     n_layers = _common_length(lines)
+    for name, (low, high) in (bands or {}).items():
+        if name not in lines:
+            raise DataError(f"There is a band for {name!r}, but lines only for {', '.join(lines)}.")
+        _common_length({name: lines[name], f"{name}, low": low, f"{name}, high": high})
     figure = new_figure(2.6 + 0.38 * max(n_layers, 8), 3.2)
     axes = figure.add_subplot()
     _tint(axes, backdrop)
     _draw_lines(axes, lines, limits, references or {}, first_peak_layer)
+    for index, name in enumerate(lines):
+        if bands and name in bands:
+            color = PALETTE[index % len(PALETTE)]
+            axes.fill_between(range(n_layers), *bands[name], color=color, alpha=0.16, linewidth=0, zorder=2)
     layer_axis(axes, n_layers)
     axes.set_ylabel(label)
     axes.set_title(title)
@@ -117,7 +127,7 @@ def das_by_layer(
     controls: Mapping[str, Sequence[float]] | None = None,
     control_name: str = "wrong object",
     chance: float = 0.5,
-    no_effect: float | None = None,
+    no_effect: float | Mapping[str, float] | None = None,
     backdrop: Sequence[float] | None = None,
     title: str = "",
     label: str = "interchange accuracy",
@@ -129,7 +139,8 @@ def das_by_layer(
         controls: attribute to the accuracy ``[layer]`` of its control, in the same colour, dashed.
         control_name: what the control is called in the labels.
         chance: accuracy of guessing.
-        no_effect: accuracy if the intervention changed nothing, about one minus the base accuracy.
+        no_effect: accuracy if the intervention changed nothing, about one minus the base accuracy; one value
+            for all, or attribute to its own, drawn in its colour where they differ.
         backdrop: values in 0..1 ``[layer]`` that tint the background of every layer.
         title: above the axes.
         label: what the y axis measures.
@@ -138,8 +149,8 @@ def das_by_layer(
         DataError: the lengths differ, or a control has no attribute to belong to.
     """
     controls = controls or {}
-    orphans = sorted(set(controls) - set(accuracy))
-    if orphans:
+    own = set(controls) | (set(no_effect) if isinstance(no_effect, Mapping) else set())
+    if orphans := sorted(own - set(accuracy)):
         raise DataError(f"There are controls for {orphans}, but accuracies only for {sorted(accuracy)}.")
     n_layers = _common_length({**accuracy, **{f"{name} control": line for name, line in controls.items()}})
     figure = new_figure(3.2 + 0.38 * max(n_layers, 8), 3.4)
@@ -155,8 +166,13 @@ def das_by_layer(
         if name in controls:
             axes.plot(controls[name], color=color, linestyle=(0, (4, 2)), linewidth=1.4, alpha=0.75, zorder=2)
             ends.append((f"{name}, {control_name}", float(controls[name][-1]), color))
-    references = {"chance": chance} if no_effect is None else {"chance": chance, "no effect": no_effect}
-    ends += _draw_references(axes, references)
+    ends += _draw_references(axes, {"chance": chance})
+    if isinstance(no_effect, Mapping) and len(set(no_effect.values())) > 1:
+        for (name, value), color in zip(no_effect.items(), PALETTE, strict=False):
+            ends += _draw_references(axes, {f"{name}, no effect": value}, color)
+    elif no_effect is not None:
+        value = next(iter(no_effect.values())) if isinstance(no_effect, Mapping) else no_effect
+        ends += _draw_references(axes, {"no effect": value})
     layer_axis(axes, n_layers)
     axes.set_ylabel(label)
     axes.set_title(title)
@@ -184,10 +200,12 @@ def _draw_lines(
     label_line_ends(axes, ends)
 
 
-def _draw_references(axes: Axes, references: Mapping[str, float]) -> list[tuple[str, float, str]]:
+def _draw_references(
+    axes: Axes, references: Mapping[str, float], color: str = MUTED
+) -> list[tuple[str, float, str]]:
     for value in references.values():
-        axes.axhline(value, color=MUTED, linewidth=1.1, linestyle=(0, (1, 1.6)), zorder=1)
-    return [(name, value, MUTED) for name, value in references.items()]
+        axes.axhline(value, color=color, linewidth=1.1, linestyle=(0, (1, 1.6)), zorder=1)
+    return [(name, value, color) for name, value in references.items()]
 
 
 def _frame(axes: Axes) -> None:

@@ -1,8 +1,8 @@
 """What an adapter declares about a family of ViTs, and what is read off one live module.
 
 A `Family` is a row of metadata: where the blocks are, at which module boundary every site appears, and three
-small readers for what only the live module knows (token layout, width, output). `resolve` lays the row over a
-module, checks every path on every block, and returns a `Layout`: plain facts, no tensors.
+small readers for what only the live module knows (token layout, width, output). Laid over a module (see
+`vit_mechinterp.model.resolve`) it becomes a `Layout`: plain facts, no tensors.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from vit_mechinterp.errors import UnsupportedModelError
-from vit_mechinterp.spec import GLOBAL_SITES
-
-__all__ = ["Difference", "Family", "Layout", "Port", "Readout", "TokenLayout", "lookup", "resolve"]
+__all__ = ["Difference", "Family", "Layout", "Port", "Readout", "TokenLayout", "is_missing", "lookup"]
 
 _MISSING = object()
 _ANY = object()
@@ -60,6 +57,11 @@ class Port:
         """Whether the module and the required attributes exist on ``block``."""
         return isinstance(lookup(block, self.path), nn.Module) and _fulfils(block, self.requires)
 
+    @property
+    def needs(self) -> str:
+        """The module and the attributes without which the port does not apply, for messages."""
+        return repr(self.path) + _conditions(self.requires)
+
     @staticmethod
     def has(path: str, value: Any = _ANY) -> tuple[str, Any]:
         """A requirement: the attribute at ``path`` exists (and equals ``value``, if one is given)."""
@@ -82,12 +84,22 @@ class Difference:
         """Whether the required attributes exist on ``block``."""
         return _fulfils(block, self.requires)
 
+    @property
+    def needs(self) -> str:
+        """The sites and the attributes without which the increment does not apply, for messages."""
+        return f"{self.of} - {self.minus}" + _conditions(self.requires)
+
 
 def _fulfils(block: nn.Module, requires: tuple[tuple[str, Any], ...]) -> bool:
     return all(
         (value := lookup(block, path)) is not _MISSING and (wanted is _ANY or value == wanted)
         for path, wanted in requires
     )
+
+
+def _conditions(requires: tuple[tuple[str, Any], ...]) -> str:
+    conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in requires]
+    return f" with {' and '.join(conditions)}" if conditions else ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,11 @@ class TokenLayout:
     patch_size: tuple[int, int]
     image_size: tuple[int, int]
     suffix: tuple[str, ...] = ()
+
+    def resized(self, image_size: tuple[int, int]) -> TokenLayout:
+        """The layout for images of another size ``(height, width)``, in whole patches."""
+        grid = tuple(edge // patch for edge, patch in zip(image_size, self.patch_size, strict=True))
+        return replace(self, grid=(*self.grid[:-2], *grid), image_size=image_size)
 
     @property
     def n_patches(self) -> int:
@@ -185,6 +202,7 @@ class Family:
         absent: sites that the family cannot have, and why; a function of the block where blocks differ.
         returns_tuple: whether a block returns a tuple whose first element is the residual stream.
         refuses: returns a reason why a module of this family cannot be supported, or None.
+        any_size: whether a module takes images of other sizes than ``tokens`` reads off it.
     """
 
     name: str
@@ -204,6 +222,7 @@ class Family:
     )
     returns_tuple: bool = False
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    any_size: Callable[[nn.Module], bool] = lambda module: False
 
     def lacks(self, site: str, block: nn.Module) -> str | None:
         """Why a block of this family has no such site; None if it has one."""
@@ -264,119 +283,3 @@ def lookup(root: Any, path: str) -> Any:
 def is_missing(value: Any) -> bool:
     """Whether `lookup` failed."""
     return value is _MISSING or value is None
-
-
-def missing_for(family: Family, module: nn.Module) -> str | None:
-    """Return why ``family`` does not describe ``module`` (the paths that were probed), or None if it does."""
-    blocks_path = _blocks_path(family, module)
-    if blocks_path is None:
-        return f"no list of blocks at {' or '.join(repr(p) for p in family.blocks)}"
-    blocks = list(lookup(module, blocks_path))
-    if not blocks:
-        return f"{blocks_path} is empty"
-    for index, block in enumerate(blocks):
-        for path in (family.attention, family.out_projection):
-            if is_missing(lookup(block, path)):
-                return f"{blocks_path}.{index} ({type(block).__name__}) has no {path!r}"
-        for site, ports in family.ports.items():
-            if (
-                family.lacks(site, block)
-                or site in _OPTIONAL
-                or any(port.applies_to(block) for port in ports)
-            ):
-                continue
-            probed = " or ".join(dict.fromkeys(_needed(port) for port in ports))
-            return f"{blocks_path}.{index} ({type(block).__name__}) has no {probed} for {site}"
-        for path, known in family.parts.items():
-            part = lookup(block, path)
-            held = [name for name, _ in (*part.named_children(), *part.named_parameters(recurse=False))]
-            foreign = ", ".join(repr(name) for name in held if name not in known)
-            if foreign:
-                where = f"{blocks_path}.{index}" + (f".{path}" if path else "")
-                return f"{where} ({type(part).__name__}) also holds {foreign}, unknown to this family"
-    return _refusal(family, module, lookup(blocks[0], family.attention))
-
-
-def _needed(port: Port | Difference) -> str:
-    conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in port.requires]
-    path = f"{port.of} - {port.minus}" if isinstance(port, Difference) else repr(port.path)
-    return path + (f" with {' and '.join(conditions)}" if conditions else "")
-
-
-def _refusal(family: Family, module: nn.Module, attention: nn.Module) -> str | None:
-    """Why the family's readers refuse the module; a module they cannot read is none of the family's."""
-    try:
-        reason = family.refuses(module)
-        if reason is None:
-            for read in (family.tokens, family.d_model, family.readout):
-                read(module)
-            family.heads(attention)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"its structure cannot be read ({type(error).__name__}: {error})"
-    return reason
-
-
-_OPTIONAL = frozenset({"mlp.pre_linear"})
-
-
-def _blocks_path(family: Family, module: nn.Module) -> str | None:
-    for path in family.blocks:
-        if isinstance(lookup(module, path), (nn.ModuleList, nn.Sequential)):
-            return path
-    return None
-
-
-def resolve(family: Family, module: nn.Module) -> Layout:
-    """Lay a family's row over a live module.
-
-    Raises:
-        UnsupportedModelError: the row does not fit; the message says which path was missing where.
-    """
-    reason = missing_for(family, module)
-    if reason is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} is not a {family.name} model: {reason}.")
-    blocks_path = _blocks_path(family, module)
-    assert blocks_path is not None
-    blocks = list(lookup(module, blocks_path))
-    ports: dict[str, Port | Difference] = {}
-    absent: dict[str, str] = {}
-    for layer, block in enumerate(blocks):
-        for site, alternatives in family.ports.items():
-            name, scope = f"blocks.{layer}.{site}", f"{blocks_path}.{layer}"
-            port = next((p for p in alternatives if p.applies_to(block)), None)
-            if reason := family.lacks(site, block):
-                absent[name] = reason
-            elif port is None:
-                absent[name] = "the MLP of this block is not gated"
-            elif isinstance(port, Difference):
-                ports[name] = Difference(f"blocks.{layer}.{port.of}", f"blocks.{layer}.{port.minus}")
-            else:
-                ports[name] = replace(port, path=f"{scope}.{port.path}" if port.path else scope, scope=scope)
-        for site in TAP_SITES:
-            if reason := family.lacks(site, block):
-                absent[f"blocks.{layer}.{site}"] = reason
-    readout = family.readout(module)
-    for site in GLOBAL_SITES:
-        if site == "embed":
-            first = ports["blocks.0.resid_pre"]
-            assert isinstance(first, Port)
-            ports["embed"] = first
-            continue
-        found = readout.ports[site]
-        if isinstance(found, Port):
-            ports[site] = found
-        else:
-            absent[site] = found
-    n_heads, d_head = family.heads(lookup(blocks[0], family.attention))
-    return Layout(
-        family=family,
-        blocks_path=blocks_path,
-        n_layers=len(blocks),
-        n_heads=n_heads,
-        d_model=family.d_model(module),
-        d_head=d_head,
-        tokens=family.tokens(module),
-        readout=readout,
-        ports=MappingProxyType(ports),
-        absent=MappingProxyType(absent),
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from vit_mechinterp.errors import SpecError, TensorFileError, suggest
+from vit_mechinterp.errors import SpecError, TensorFileError, VitMechInterpError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.registry import wrap
 
@@ -17,15 +17,23 @@ __all__ = ["checkpoints", "load"]
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 
-def load(name: str, *, pretrained: bool = True, check: bool = False, **options: Any) -> HookedViT:
+def load(
+    name: str,
+    *,
+    pretrained: bool = True,
+    image_size: int | tuple[int, int] | None = None,
+    check: bool = False,
+    **options: Any,
+) -> HookedViT:
     """Load a ViT by one string, in eval mode.
 
     Args:
         name: ``"timm/NAME"``; ``"hf/ORG/NAME"``; a folder in either library's format (``"hf/./my-vit"``
-        written
-            by ``save_pretrained``, ``"timm/./my-vit"`` with ``config.json`` and ``model.safetensors``); or
-            ``"vmi/NAME"`` for a checkpoint that ships with this package.
+            written by ``save_pretrained``, ``"timm/./my-vit"`` with ``config.json`` and
+            ``model.safetensors``); or ``"vmi/NAME"`` for a checkpoint that ships with this package.
         pretrained: whether to load weights; without them the architecture is initialised at random.
+        image_size: see `wrap`; where a model takes images of any size, what its own preprocessing makes is
+            the default.
         check: run the conformance checks as well.
         options: passed on to ``timm.create_model`` or ``from_pretrained``.
 
@@ -48,21 +56,34 @@ def load(name: str, *, pretrained: bool = True, check: bool = False, **options: 
                 f"It ships: {', '.join(checkpoints())}."
             )
         library, rest = "timm", str(CHECKPOINTS / rest)
+    if options.get("trust_remote_code"):
+        raise SpecError(
+            f"{name!r}: code from a model repository is never run (trust_remote_code). Load the module "
+            "yourself, and wrap it."
+        )
     build = _load_timm if library == "timm" else _load_transformers
     try:
-        module = build(rest, pretrained, options)
+        module = build(rest, pretrained, options).eval()
+    except VitMechInterpError:
+        raise
     except SafetensorError as error:
         raise TensorFileError(
             f"{name!r}: its weights are no readable safetensors file (truncated or damaged?): {error}."
         ) from error
-    except OSError as error:
-        # Missing files, names unknown to the hub and no way to reach it all arrive as an OSError.
+    except (OSError, RuntimeError, ValueError) as error:
+        # Missing files, names unknown to the hub, no way to reach it, unknown tags, weights that do not fit.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise SpecError(
-            f"{name!r} could not be loaded: {str(error).splitlines()[0]} Check the name, or give a local "
-            "folder "
-            "as 'hf/./FOLDER' or 'timm/./FOLDER'; pretrained=False needs no weights."
+            f"{name!r} could not be loaded: {reason}. Check the name, or give a local folder as "
+            "'hf/./FOLDER' or 'timm/./FOLDER'; pretrained=False needs no weights."
         ) from error
-    return wrap(module.eval(), check=check, source=name)
+    vit = wrap(module, image_size=image_size, source=name)
+    if image_size is None and pretrained and vit.layout.family.any_size(module):
+        made = vit.preprocess.geometry
+        if made.unknown is None:
+            width, height = made.input_size(vit.layout.tokens.image_size[::-1])
+            vit = wrap(vit, image_size=(height, width))
+    return wrap(vit, check=check)
 
 
 def checkpoints() -> list[str]:
@@ -83,6 +104,11 @@ def _load_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
             raise SpecError(
                 f"{folder} has no config.json; a timm folder holds config.json and model.safetensors."
             )
+        if pretrained and not any(folder.glob("*.safetensors")):
+            raise SpecError(
+                f"{folder} has no model.safetensors, and weights in other formats are not read: they can run "
+                "code."
+            )
         name = f"local-dir:{folder.resolve()}"
     elif not timm.is_model(name) and "/" not in name and ":" not in name:
         raise SpecError(f"timm has no model {name!r}.{suggest(name.split('.')[0], timm.list_models())}")
@@ -102,7 +128,7 @@ def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> 
         raise SpecError(
             f"{path} has no config.json; a transformers folder is one that save_pretrained wrote."
         )
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     architecture = (config.architectures or [""])[0]
     architecture = _VISION_TOWERS.get(architecture, architecture)
     model_class = getattr(transformers, architecture, transformers.AutoModel)
@@ -110,12 +136,9 @@ def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> 
         # Weights come from safetensors alone, so nothing is unpickled and no remote code runs.
         module = model_class.from_pretrained(path, use_safetensors=True, **options)
     else:
-        own = config
-        if architecture in _VISION_TOWERS.values() and hasattr(config, "vision_config"):
-            own = config.vision_config
-        build = (
-            model_class if model_class is not transformers.AutoModel else transformers.AutoModel.from_config
-        )
-        module = build(own, **options)
+        if architecture in _VISION_TOWERS.values():
+            config = getattr(config, "vision_config", config)
+        build = model_class.from_config if model_class is transformers.AutoModel else model_class._from_config
+        module = build(config, **options)
     assert isinstance(module, nn.Module)
     return module

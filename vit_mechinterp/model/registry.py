@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module, metadata
 
 from torch import nn
 
 from vit_mechinterp.errors import SpecError, UnsupportedModelError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.layout import Family, missing_for, resolve
+from vit_mechinterp.model.layout import Family
+from vit_mechinterp.model.resolve import missing_for, resolve
 
 __all__ = ["families", "register", "wrap"]
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "vit_mechinterp.adapters"
 
@@ -36,32 +40,61 @@ def register(family: Family) -> Family:
 def families() -> list[Family]:
     """Every known family, in the order in which they are tried: registered, entry points, built in."""
     if not _BUILT_IN:
-        for entry in metadata.entry_points(group=ENTRY_POINTS):
-            _BUILT_IN.append(entry.load())
-        _BUILT_IN.extend(import_module("vit_mechinterp.adapters").FAMILIES)
+        own = import_module("vit_mechinterp.adapters").FAMILIES
+        _BUILT_IN.extend([*_from_other_packages(), *own])
     return [*reversed(_REGISTERED.values()), *_BUILT_IN]
 
 
-def wrap(module: nn.Module, *, check: bool = False, source: str | None = None) -> HookedViT:
+def _from_other_packages() -> list[Family]:
+    """What entry points name; one that cannot be loaded is reported and left out."""
+    found: list[Family] = []
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            family = entry.load()
+        except Exception as error:
+            logger.warning("The adapter %s (%s) cannot be loaded: %s", entry.name, entry.value, error)
+            continue
+        if isinstance(family, Family):
+            found.append(family)
+        else:
+            logger.warning("The adapter %s (%s) is no vit_mechinterp Family.", entry.name, entry.value)
+    return found
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    check: bool = False,
+    source: str | None = None,
+) -> HookedViT:
     """See a native ViT through one set of names; the module is not changed.
 
     Args:
         module: any module that a known family describes.
+        image_size: height and width in pixels of the images to come, for a module that takes images of any
+            size (DINOv2 of transformers, ``dynamic_img_size`` of timm); the module's own by default.
         check: run the conformance checks as well (a few dozen small forwards).
         source: where the module came from (a model string), for its preprocessing.
 
     Raises:
         UnsupportedModelError: no family describes it; for each, what was probed and what was missing.
+        SpecError: the module does not take images of that size.
     """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if isinstance(module, HookedViT):
-        return module
+        if size in (None, module.layout.tokens.image_size):
+            if check:
+                _require_conformance(module)
+            return module
+        module, source = module.module, source or module.source
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(f"wrap takes a torch module, not {type(module).__name__}.")
     reasons: list[str] = []
     for family in families():
         reason = missing_for(family, module)
         if reason is None:
-            vit = HookedViT(module, resolve(family, module), source)
+            vit = HookedViT(module, resolve(family, module, size), source)
             if check:
                 _require_conformance(vit)
             return vit
@@ -69,9 +102,8 @@ def wrap(module: nn.Module, *, check: bool = False, source: str | None = None) -
     raise UnsupportedModelError(
         f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:\n"
         + "\n".join(reasons)
-        + "\nIf this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model "
-        "that holds "
-        "one, wrap that part of it."
+        + "\nIf this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that "
+        "holds one, wrap that part of it."
     )
 
 

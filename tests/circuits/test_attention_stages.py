@@ -1,0 +1,201 @@
+"""Shares of attention, worked out by hand and against a native model's own attention matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import vit_mechinterp as vmi
+from vit_mechinterp.circuits import attention_shares as shares_module
+from vit_mechinterp.circuits.attention_shares import attention_shares
+from vit_mechinterp.circuits.attention_stages import attention_stages, peak_heads
+from vit_mechinterp.errors import DataError, ExecutionError, SpecError
+
+# Tokens: CLS, four patches; object 1 covers patches 0 and 1, object 2 patch 2, the background is patch 3.
+OBJECTS = torch.tensor([[[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]], dtype=torch.bool)
+SETS = torch.cat([OBJECTS, torch.tensor([[[0, 0, 0, 0, 1], [1, 0, 0, 0, 0]]], dtype=torch.bool)], dim=1)
+
+
+def model(**options) -> VisionTransformer:
+    torch.manual_seed(0)
+    module = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=2, **options
+    ).eval()
+    # Wide weights, so that attention is far from uniform.
+    with torch.no_grad():
+        for block in module.blocks:
+            block.attn.qkv.weight.mul_(20)
+    return module
+
+
+def data(n: int = 5) -> dict:
+    draw = torch.Generator().manual_seed(1)
+    # Cells of 16 px on a 4 x 4 grid of 8-px patches: two by two tokens each.
+    cells = {"left": ([0, 1, 4, 5], [0, 0, 16, 16]), "right": ([10, 11, 14, 15], [16, 16, 32, 32])}
+    sides = [("left", "right") if i % 2 else ("right", "left") for i in range(n)]
+    columns = {"base": torch.randn(n, 3, 32, 32, generator=draw)}
+    for k in (1, 2):
+        columns[f"object_{k}_tokens"] = [cells[side[k - 1]][0] for side in sides]
+        columns[f"box_{k}"] = [cells[side[k - 1]][1] for side in sides]
+    return columns
+
+
+def native_patterns(module: VisionTransformer, images: torch.Tensor) -> np.ndarray:
+    """Attention [layer, image, head, query, key] from timm's own unfused path: what enters attn_drop."""
+    patterns, hooks = [], []
+    for block in module.blocks:
+        block.attn.fused_attn = False
+        hooks.append(block.attn.attn_drop.register_forward_pre_hook(lambda _, args: patterns.append(args[0])))
+    with torch.no_grad():
+        module(images)
+    for block, hook in zip(module.blocks, hooks, strict=True):
+        hook.remove()
+        block.attn.fused_attn = True
+    return torch.stack(patterns).double().numpy()
+
+
+def by_loops(patterns: np.ndarray, columns: dict) -> dict[str, np.ndarray]:
+    """The formulas with plain loops over layers, heads and images."""
+    n_layers, n_images, n_heads, n_tokens, _ = patterns.shape
+    kinds = {name: np.zeros((n_layers, n_heads)) for name in ("WO_direct", "WP", "BG", "CLS")}
+    for layer, image, head in np.ndindex(n_layers, n_images, n_heads):
+        a = patterns[layer, image, head]
+        o = [[1 + p for p in columns[f"object_{k}_tokens"][image]] for k in (1, 2)]
+        background = [t for t in range(1, n_tokens) if t not in o[0] + o[1]]
+
+        def r(x: list[int], y: list[int], a: np.ndarray = a) -> float:
+            return sum(a[q, k] for q in x for k in y) / sum(a[q].sum() for q in x)
+
+        kinds["WO_direct"][layer, head] += max(r(o[0], o[0]), r(o[1], o[1])) / n_images
+        kinds["WP"][layer, head] += max(r(o[0], o[1]), r(o[1], o[0])) / n_images
+        kinds["BG"][layer, head] += max(r(o[0], background), r(o[1], background)) / n_images
+        kinds["CLS"][layer, head] += max(r(o[0], [0]), r(o[1], [0])) / n_images
+    return kinds
+
+
+def test_shares_of_a_pattern_worked_out_by_hand() -> None:
+    rows = [
+        [1.0, 0.0, 0.0, 0.0, 0.0],
+        [0.1, 0.4, 0.2, 0.2, 0.1],
+        [0.3, 0.1, 0.1, 0.1, 0.4],
+        [0.2, 0.3, 0.1, 0.3, 0.1],
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+    ]
+    shares = attention_shares(torch.tensor([[rows]]), OBJECTS, SETS)
+    # Object 1 is the mean of rows 1 and 2, object 2 is row 3; columns: object 1, object 2, background, CLS.
+    expected = torch.tensor([[0.4, 0.15, 0.25, 0.2], [0.4, 0.3, 0.1, 0.2]])
+    assert torch.allclose(shares[0, 0], expected, atol=1e-7)
+
+
+def test_the_shares_of_an_object_add_up_to_one() -> None:
+    pattern = torch.softmax(3 * torch.randn(1, 4, 5, 5), dim=-1)
+    shares = attention_shares(pattern, OBJECTS, SETS)
+    assert torch.allclose(shares.sum(dim=-1), torch.ones(1, 4, 2), atol=1e-6)
+    # Rows that are scaled as a whole give the same shares.
+    assert torch.allclose(attention_shares(3 * pattern, OBJECTS, SETS), shares, atol=1e-6)
+
+
+def test_the_table_equals_loops_over_the_native_attention_matrix() -> None:
+    module, columns = model(), data()
+    expected = by_loops(native_patterns(module, columns["base"]), columns)
+    result = attention_stages(vmi.wrap(module), columns)
+    table = result.table
+    assert list(table.columns) == [
+        "layer",
+        "head",
+        "WO_direct",
+        "WO_complement",
+        "WP",
+        "BG",
+        "CLS",
+        "heat",
+        "images",
+    ]
+    assert list(zip(table["layer"], table["head"], strict=True)) == [
+        (x, h) for x in range(3) for h in range(3)
+    ]
+    for name, values in expected.items():
+        np.testing.assert_allclose(table[name].to_numpy().reshape(3, 3), values, atol=2e-6, err_msg=name)
+        assert np.ptp(values) > 0.01, f"{name} does not depend on the head, so nothing was compared"
+    np.testing.assert_allclose(table["WO_complement"], 1 - table["WP"] - table["BG"], atol=1e-12)
+    np.testing.assert_allclose(table["heat"], table["WP"] + table["BG"], atol=1e-12)
+    assert (table["images"] == 5).all()
+
+
+def test_boxes_and_patch_indices_mean_the_same() -> None:
+    vit, columns = vmi.wrap(model()), data()
+    boxes = attention_stages(vit, columns)
+    assert boxes.provenance["objects"] == [{"box": "box_1"}, {"box": "box_2"}]
+    indices = {name: values for name, values in columns.items() if not name.startswith("box")}
+    tokens = attention_stages(vit, indices)
+    assert tokens.provenance["objects"] == [{"column": "object_1_tokens"}, {"column": "object_2_tokens"}]
+    assert boxes.table.equals(tokens.table)
+    selected = attention_stages(vit, columns, [{"box": "box_1"}, {"column": "object_2_tokens"}])
+    assert boxes.table.equals(selected.table)
+
+
+def test_batches_change_nothing_and_no_hook_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, columns = model(), data()
+    whole = attention_stages(vmi.wrap(module), columns).table
+    monkeypatch.setattr(shares_module, "_PATTERN_BYTES", 2 * 3 * 3 * 17**2 * 4)
+    np.testing.assert_allclose(attention_stages(vmi.wrap(module), columns).table, whole, atol=1e-6)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
+    assert all("forward" not in vars(m) for m in module.modules())
+    assert all(block.attn.fused_attn for block in module.blocks)
+
+
+def test_a_model_without_cls_has_no_such_column_and_registers_have_their_own() -> None:
+    without = attention_stages(vmi.wrap(model(class_token=False, global_pool="avg")), data())
+    assert "CLS" not in without.table
+    sums = without.table[["WO_direct", "WP", "BG"]].sum(axis=1)
+    assert (sums >= 1 - 1e-6).all()  # largest values over two objects add up to at least one
+    registers = attention_stages(vmi.wrap(model(reg_tokens=2)), data()).table
+    assert registers["registers"].between(1e-3, 1).all()
+
+
+def test_figures_show_the_table() -> None:
+    result = attention_stages(vmi.wrap(model()), data(), wo_mode="complement")
+    figures = result.figures()
+    assert list(figures) == ["stages", "within_object"] == list(result.captions)
+    heat, below = figures["stages"].axes[:2]
+    np.testing.assert_allclose(
+        heat.images[0].get_array(), result.table["heat"].to_numpy().reshape(3, 3).T, atol=1e-12
+    )
+    assert heat.images[0].get_clim() == (0.0, 1.0)
+    best = result.table.groupby("layer").max()
+    lines = [line.get_ydata() for line in below.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(lines, [best[name] for name in ("WO_complement", "WP", "BG", "CLS")])
+    stars = [line.get_xdata()[0] for line in below.lines if line.get_marker() == "*"]
+    assert stars == [int(best[name].argmax()) for name in ("WO_complement", "WP", "BG", "CLS")]
+
+
+def test_what_is_said_is_what_was_found() -> None:
+    result = attention_stages(vmi.wrap(model()), data(), first_peak_layer=1)
+    peaks = peak_heads(result.table, first_layer=1)
+    for kind, (layer, head, value) in peaks.items():
+        column = "WO_direct" if kind == "WO" else kind
+        later = result.table[result.table["layer"] >= 1]
+        assert value == later[column].max()
+        assert later.set_index(["layer", "head"])[column][layer, head] == value
+        assert f"{value:.2f} (layer {layer}, head {head})" in result.description
+    assert result.provenance["examples"] == 5
+    assert result.provenance["columns"] == ["base", "box_1", "box_2"]
+
+
+def test_errors_say_what_is_wrong() -> None:
+    vit, columns = vmi.wrap(model()), data()
+    with pytest.raises(SpecError, match=r"wo_mode='both' is not known\. Choose 'direct' or 'complement'"):
+        attention_stages(vit, columns, wo_mode="both")  # type: ignore[arg-type]
+    with pytest.raises(
+        DataError,
+        match="needs to know where an object is: a column 'box_1' of pixel boxes or 'object_1_tokens'",
+    ):
+        attention_stages(vit, {"base": columns["base"]})
+    with pytest.raises(DataError, match="Example 0: a token is in two objects, or outside the patch grid"):
+        attention_stages(vit, columns, [{"box": "box_1"}, {"box": "box_1"}])
+    with pytest.raises(DataError, match="outside the patch grid"):
+        attention_stages(vit, columns, [{"box": "box_1"}, "cls"])
+    with pytest.raises(ExecutionError, match="train mode"):
+        attention_stages(vmi.wrap(model(attn_drop_rate=0.1).train()), columns)

@@ -1,0 +1,117 @@
+"""Bound runs: specs with every selector resolved, and where their rows enter the growing batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from vit_mechinterp.engine.positions import Positions
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.spec import Intervention, Run, Site, TensorRef
+
+__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join"]
+
+
+@dataclass(frozen=True, order=True)
+class Join:
+    """Where a row enters the growing batch: at a block's input, or behind its output."""
+
+    layer: int
+    behind: bool
+
+    @property
+    def site(self) -> Site:
+        """The site whose clean value a joining row starts from."""
+        if self.behind:
+            return Site(self.layer, "resid_post")
+        return Site(None, "embed") if self.layer == 0 else Site(self.layer, "resid_pre")
+
+    @property
+    def first_block(self) -> int:
+        """The first block that the row passes through."""
+        return self.layer + self.behind
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One intervention, bound: where it acts and what it reads.
+
+    ``mean`` is the read to be averaged over the dataset (mean ablation); ``refs`` are its tensors by field
+    name; ``choice`` holds an index per example.
+    """
+
+    spec: Intervention
+    site: Site
+    positions: Positions
+    keys: Positions
+    source: Read | None
+    mean: Read | None
+    refs: tuple[tuple[str, TensorRef], ...]
+    choice: tuple[int, ...] | None
+    where: str
+
+
+@dataclass(frozen=True)
+class BoundCapture:
+    """One value to keep from a run, under the name that the results give it."""
+
+    name: str
+    read: Read
+
+
+@dataclass(frozen=True)
+class BoundRun:
+    """One run, bound: edits in forward order, and captures told apart by whether the edits reach them.
+
+    ``through`` says that rows must pass through the whole block of the first edit, because somebody else acts
+    on what the block returns.
+    """
+
+    run: Run
+    edits: tuple[Edit, ...]
+    captures: tuple[BoundCapture, ...]
+    through: bool = False
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run.name
+
+    @cached_property
+    def first(self) -> Site | None:
+        """The site of the first edit; None for a clean run."""
+        return self.edits[0].site if self.edits else None
+
+    @cached_property
+    def origin(self) -> ColumnOrigin:
+        """Where the run's clean values come from."""
+        return ColumnOrigin(self.run.base)
+
+    def is_clean_at(self, site: Site) -> bool:
+        """Whether the run's value at a site is the clean forward's."""
+        return self.first is None or site < self.first
+
+    def join(self, n_layers: int) -> Join:
+        """Where the run's rows enter the growing batch; only for runs with edits."""
+        assert self.first is not None
+        layer, name = self.first.layer, self.first.name
+        if layer is None:
+            return Join(0, False) if name == "embed" else Join(n_layers - 1, True)
+        return Join(layer, name == "resid_post" or (name == "mlp_out" and not self.through))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Every run of an experiment, bound to a model (and to data, if given), in stages.
+
+    A run whose source is another run's edited value stands in a later stage than that run.
+    """
+
+    runs: tuple[BoundRun, ...]
+    stages: tuple[tuple[BoundRun, ...], ...]
+    run_reads: tuple[Read, ...]
+    """Values of edited runs that other runs read."""
+
+    def named(self, name: str) -> BoundRun:
+        """The run of a name."""
+        return next(run for run in self.runs if run.name == name)
