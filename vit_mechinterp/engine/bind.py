@@ -147,7 +147,10 @@ def _bind_run(
     # Sorting is stable: list order counts at one and the same site only.
     edits.sort(key=lambda edit: edit.site)
     layer = edits[0].site.layer if edits else None
-    through = layer is not None and vit.has_own_return(layer)
+    # Without a middle of the stream, what a block returns is not its middle plus the MLP's increment.
+    through = layer is not None and (
+        vit.has_own_return(layer) or f"blocks.{layer}.resid_mid" in vit.layout.absent
+    )
     return BoundRun(run, tuple(edits), tuple(captures), through)
 
 

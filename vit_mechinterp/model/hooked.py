@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_mechinterp.errors import SpecError, UnsupportedSiteError, suggest
+from vit_mechinterp.errors import ExecutionError, SpecError, UnsupportedSiteError, suggest
 from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import TAP_SITES, Layout, lookup
@@ -104,7 +104,14 @@ class HookedViT:
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        native = self.module(x)
+        family = self.layout.family
+        if family.one_image is not None and len(x) > 1:
+            raise ExecutionError(
+                f"{type(self.module).__name__} takes one image per forward, not {len(x)}: {family.one_image}. "
+                "Pass images one at a time; execute does so with batch_size=1."
+            )
+        args, kwargs = family.inputs(self.module, x)
+        native = self.module(*args, **kwargs)
         output: Tensor = native if self.layout.readout.output is None else native[self.layout.readout.output]
         return output
 
@@ -248,8 +255,8 @@ class HookedViT:
         return {name: _describe(Site.parse(name), shapes[name]) for name in self.site_names()}
 
     def blank(self, batch: int) -> Tensor:
-        """A batch of blank images, ``[batch, 3, height, width]``, as the model takes them."""
-        return torch.zeros(batch, 3, *self.layout.tokens.image_size, device=self.device, dtype=self.dtype)
+        """A batch of blank images, ``[batch, 3, height, width]``, as the model takes them (videos: with frames)."""
+        return torch.zeros(batch, *self.layout.tokens.input_shape, device=self.device, dtype=self.dtype)
 
     def fingerprint(self) -> str:
         """SHA-256 over the module's structure and weights; made anew at every call."""

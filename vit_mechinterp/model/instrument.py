@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
-from vit_mechinterp.model.layout import TAP_SITES, Difference, Layout, Port, is_missing, lookup
+from vit_mechinterp.model.layout import TAP_SITES, Layout
+from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 from vit_mechinterp.model.tap import shadowed_forward, tapped
+from vit_mechinterp.model.visiting import replace_input, replace_output
 from vit_mechinterp.spec import Site
 
 __all__ = ["Instrument", "StopForward", "Visitor"]
@@ -87,7 +90,7 @@ class Instrument:
             for site in sorted(self._ported()):
                 self._install_port(stack, site)
             for layer in sorted(
-                {s.layer for s in self._visits if s.name in TAP_SITES and s.layer is not None}
+                {s.layer for s in self._visits if self._is_tapped(s) and s.layer is not None}
             ):
                 self._install_tap(stack, layer)
             if self._stop is not None:
@@ -118,8 +121,11 @@ class Instrument:
     def _count_forward(self, module: nn.Module, args: Any) -> None:
         self.forwards += 1
 
+    def _is_tapped(self, site: Site) -> bool:
+        return site.name in TAP_SITES and str(site) not in self.layout.ports
+
     def _ported(self) -> set[Site]:
-        sites = {s for s in self._visits if s.name not in TAP_SITES}
+        sites = {s for s in self._visits if not self._is_tapped(s)}
         # A visit to the per-head results is written back through the increment that they add up to.
         return sites | {Site(s.layer, "attn_out") for s in sites if s.name == "attn.result"}
 
@@ -143,9 +149,9 @@ class Instrument:
         visits = {
             name.removeprefix("attn."): (lambda value, site=Site(layer, name): self._run(site, value))
             for name in TAP_SITES
-            if Site(layer, name) in self._visits
+            if Site(layer, name) in self._visits and self._is_tapped(Site(layer, name))
         }
-        stack.enter_context(tapped(lookup(self.module, path), visits, path))
+        stack.enter_context(tapped(lookup(self.module, path), visits, path, self.layout.n_heads))
 
     def _install_result(self, stack: ExitStack, attn_out: Site) -> None:
         """Per-head results: each head's z through its columns of the output projection (and LayerScale)."""
@@ -169,8 +175,11 @@ class Instrument:
             z = merged.pop()
             result = _EDITED_RESULTS.get(projection)
             if result is None:
-                heads = projection.weight.reshape(len(projection.weight), -1, self.layout.d_head)
-                z = z.reshape(*value.shape[:-1], heads.shape[1], self.layout.d_head)
+                # The heads come first where the projection serves the MLP as well.
+                shape = self.layout.n_heads, self.layout.d_head
+                width = shape[0] * shape[1]
+                heads = projection.weight[:, :width].unflatten(-1, shape)
+                z = z[..., :width].reshape(*value.shape[:-1], *shape)
                 result = torch.einsum("...hd,mhd->...hm", z, heads)
                 if scale is not None:
                     result = result * scale
@@ -187,24 +196,28 @@ class Instrument:
         stack.callback(block.register_forward_hook(forget).remove)
         self._hook(stack, self.layout.ports[str(attn_out)], visit)
 
-    def _hook(self, stack: ExitStack, port: Port | Difference, visit: Callable[[Tensor], Tensor]) -> None:
+    def _hook(self, stack: ExitStack, port: Port | Difference | Share, visit: Callable[[Tensor], Tensor]) -> None:
         if isinstance(port, Difference):
             self._hook_difference(stack, port, visit)
+            return
+        if isinstance(port, Share):
+            self._hook_share(stack, port, visit)
             return
         module: nn.Module = lookup(self.module, port.path)
         meant = self._counting(stack, port)
         if port.side == "input":
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                return _replace_input(port, args, kwargs, visit) if meant() else None
+                return replace_input(port, args, kwargs, visit) if meant() else None
 
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         else:
 
             def after(module: nn.Module, args: Any, output: Any) -> Any:
-                return _replace_output(port, output, visit) if meant() else None
+                return replace_output(port, output, visit) if meant() else None
 
-            stack.callback(module.register_forward_hook(after).remove)
+            hook = module.register_forward_hook(after, prepend=self.layout.family.recorded)
+            stack.callback(hook.remove)
 
     def _counting(self, stack: ExitStack, port: Port) -> Callable[[], bool]:
         """A function to be asked at every call of a port's module: is this the call that is meant?"""
@@ -241,6 +254,36 @@ class Instrument:
         self._hook(stack, self.layout.ports[port.of], increment)
 
 
+    def _hook_share(self, stack: ExitStack, share: Share, visit: Callable[[Tensor], Tensor]) -> None:
+        """Visit a share of an increment where the sum is put out."""
+        projection: nn.Linear = lookup(self.module, share.projection)
+        scale = None if share.scale is None else lookup(self.module, share.scale)
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept[:] = [args[0]]
+
+        def move(module: nn.Module, args: Any, total: Tensor) -> Tensor | None:
+            found = _contribution(share, projection, kept.pop())
+            found = found if is_missing(scale) else found * scale
+            new = visit(found)
+            return None if new is found else total + (new - found)
+
+        stack.callback(projection.register_forward_pre_hook(keep).remove)
+        through: nn.Module = lookup(self.module, share.through)
+        stack.callback(through.register_forward_hook(move).remove)
+
+
+def _contribution(share: Share, projection: nn.Linear, features: Tensor) -> Tensor:
+    if share.inputs == "all":
+        return F.linear(features, projection.weight, projection.bias)
+    if share.inputs == "first":
+        own = slice(0, share.n_first)
+        return F.linear(features[..., own], projection.weight[:, own], projection.bias)
+    own = slice(share.n_first, None)
+    return F.linear(features[..., own], projection.weight[:, own])
+
+
 def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
@@ -251,49 +294,3 @@ def _hand_on_tuple(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Te
 
 def _stop(module: nn.Module, args: Any, output: Any = None) -> None:
     raise StopForward
-
-
-def _replace_input(
-    port: Port, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    name = None if args else next(iter(kwargs))
-    value = args[0] if name is None else kwargs[name]
-    if port.in_place:
-        # Visitors are given a copy: what one of them keeps must not change when another one writes.
-        value.copy_(_visit_part(port, value.clone(), visit))
-        return None
-    new = _visit_part(port, value, visit)
-    if new is value:
-        return None
-    return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
-
-
-def _replace_output(port: Port, output: Any, visit: Callable[[Tensor], Tensor]) -> Any:
-    if port.field is not None:
-        value = output[port.field]
-        new = _visit_part(port, value, visit)
-        if new is not value:
-            # A copy, so that the caller's view of the native output type is kept and nothing else changes.
-            output = type(output)(**{**output, port.field: new})
-        return output
-    if isinstance(output, tuple):
-        return (_visit_part(port, output[0], visit), *output[1:])
-    return _visit_part(port, output, visit)
-
-
-def _visit_part(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tensor:
-    if port.spatial:
-        # [batch, height, width, channel] at the model, [batch, token, channel] to visitors.
-        height, width = value.shape[1:3]
-        tokens = value.flatten(1, 2)
-        new = visit(tokens)
-        return value if new is tokens else new.reshape(len(new), height, width, new.shape[-1])
-    if port.part is None:
-        return visit(value)
-    index, count = port.part
-    chunks = list(value.chunk(count, dim=-1))
-    new = visit(chunks[index])
-    if new is chunks[index] and not value.requires_grad:
-        return value
-    chunks[index] = new
-    return torch.cat(chunks, dim=-1)

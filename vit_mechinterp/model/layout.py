@@ -12,94 +12,24 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Difference", "Family", "Layout", "Port", "Readout", "TokenLayout", "is_missing", "lookup"]
+from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 
-_MISSING = object()
-_ANY = object()
+__all__ = [
+    "Difference",
+    "Family",
+    "Layout",
+    "Port",
+    "Readout",
+    "Share",
+    "TokenLayout",
+    "is_missing",
+    "lookup",
+]
 
 TAP_SITES = ("attn.q", "attn.k", "attn.v", "attn.scores", "attn.pattern", "attn.z")
 """Sites that live inside the attention call and are reached by the tap, in forward order."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """One tensor that enters or leaves a module: the place where a site can be read and written.
-
-    Args:
-        path: dotted path of the module, relative to the block (or to the model); ``""`` is the block itself.
-        side: whether the tensor is the module's first input or its output.
-        field: name of the tensor in a dict-like output (a HuggingFace ``ModelOutput``); otherwise the output
-            itself, or its first element if it is a tuple.
-        part: ``(i, n)`` for chunk ``i`` of ``n`` along the last axis (packed gated MLPs).
-        in_place: write with ``copy_``. The residual stream between attention and MLP is one tensor with two
-            readers, the next norm and the skip connection; only a write in place reaches both.
-        call: which of the module's calls within one block is meant, for a module that a block calls twice (a
-            dropout shared by attention and MLP).
-        spatial: the tensor is ``[batch, height, width, channel]``; visitors see it with one token axis.
-        requires: attributes, relative to the block, that must exist for this port to apply; with a value,
-            they must also equal it.
-        scope: path of the block whose beginning starts the count of calls; set by `resolve`.
-    """
-
-    path: str
-    side: Literal["input", "output"] = "output"
-    field: str | None = None
-    part: tuple[int, int] | None = None
-    in_place: bool = False
-    call: int | None = None
-    spatial: bool = False
-    requires: tuple[tuple[str, Any], ...] = ()
-    scope: str = ""
-
-    def applies_to(self, block: nn.Module) -> bool:
-        """Whether the module and the required attributes exist on ``block``."""
-        return isinstance(lookup(block, self.path), nn.Module) and _fulfils(block, self.requires)
-
-    @property
-    def needs(self) -> str:
-        """The module and the attributes without which the port does not apply, for messages."""
-        return repr(self.path) + _conditions(self.requires)
-
-    @staticmethod
-    def has(path: str, value: Any = _ANY) -> tuple[str, Any]:
-        """A requirement: the attribute at ``path`` exists (and equals ``value``, if one is given)."""
-        return (path, value)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """An increment of the residual stream that no module puts out: one site's value minus an earlier one's.
-
-    Read when the later site is reached; a write replaces the later site's value by the earlier one's plus the
-    new increment. Both are names of block sites with ports of their own.
-    """
-
-    of: str
-    minus: str
-    requires: tuple[tuple[str, Any], ...] = ()
-
-    def applies_to(self, block: nn.Module) -> bool:
-        """Whether the required attributes exist on ``block``."""
-        return _fulfils(block, self.requires)
-
-    @property
-    def needs(self) -> str:
-        """The sites and the attributes without which the increment does not apply, for messages."""
-        return f"{self.of} - {self.minus}" + _conditions(self.requires)
-
-
-def _fulfils(block: nn.Module, requires: tuple[tuple[str, Any], ...]) -> bool:
-    return all(
-        (value := lookup(block, path)) is not _MISSING and (wanted is _ANY or value == wanted)
-        for path, wanted in requires
-    )
-
-
-def _conditions(requires: tuple[tuple[str, Any], ...]) -> str:
-    conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in requires]
-    return f" with {' and '.join(conditions)}" if conditions else ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +38,8 @@ class TokenLayout:
 
     ``prefix`` and ``suffix`` name one token per entry; a name may repeat (``("cls", "registers",
     "registers")``). ``patch_size`` is ``(height, width)`` in pixels of the model's input, ``image_size`` the
-    input's size.
+    input's size. For video the grid is ``[t, h, w]`` and ``frames`` the number of frames of the input; it is
+    None for images.
     """
 
     prefix: tuple[str, ...]
@@ -116,6 +47,13 @@ class TokenLayout:
     patch_size: tuple[int, int]
     image_size: tuple[int, int]
     suffix: tuple[str, ...] = ()
+    frames: int | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example of the model's input: ``[3, height, width]``, for video with frames in front."""
+        frames = () if self.frames is None else (self.frames,)
+        return (*frames, 3, *self.image_size)
 
     def resized(self, image_size: tuple[int, int]) -> TokenLayout:
         """The layout for images of another size ``(height, width)``, in whole patches."""
@@ -187,8 +125,9 @@ class Family:
         library: the top-level package whose modules the row describes; used in messages.
         blocks: paths from the model to its list of blocks; the first that exists is used.
         ports: for every block site outside the attention call, the ports where it may appear; the first that
-            applies to a block is used.
-        attention: path from a block to the module that makes one ``scaled_dot_product_attention`` call.
+            applies to a block is used. A site inside the call that has a port is not tapped.
+        attention: path from a block to the module that makes one ``scaled_dot_product_attention`` call; ``""``
+            where the block itself makes it.
         out_projection: path from a block to the linear layer that mixes the heads back into the residual
             stream.
         attention_scale: paths from a block to the vector that multiplies the attention increment
@@ -201,6 +140,13 @@ class Family:
             hold. What holds others computes other things under the same names, and is refused.
         absent: sites that the family cannot have, and why; a function of the block where blocks differ.
         returns_tuple: whether a block returns a tuple whose first element is the residual stream.
+        inputs: makes the arguments of the native call from a batch of images, where the call needs more than
+            the images (random choices to be pinned, patches instead of images).
+        one_image: why the module takes only one image per forward, or None. Such a module packs all images
+            into one sequence, so that rows can neither join nor leave the batch on the way.
+        recorded: whether the output is made from values that transformers' own recording hooks keep; then
+            edits must come before these hooks.
+        strangers: layers whose sites cannot be named, and why (a token axis that is not the stream's).
         refuses: returns a reason why a module of this family cannot be supported, or None.
         any_size: whether a module takes images of other sizes than ``tokens`` reads off it.
     """
@@ -208,7 +154,7 @@ class Family:
     name: str
     library: str
     blocks: tuple[str, ...]
-    ports: Mapping[str, tuple[Port | Difference, ...]]
+    ports: Mapping[str, tuple[Port | Difference | Share, ...]]
     attention: str
     out_projection: str
     readout: Callable[[nn.Module], Readout]
@@ -221,6 +167,10 @@ class Family:
         default_factory=lambda: MappingProxyType({})
     )
     returns_tuple: bool = False
+    inputs: Callable[[nn.Module, Tensor], tuple[tuple[Any, ...], dict[str, Any]]] = lambda module, x: ((x,), {})
+    one_image: str | None = None
+    recorded: bool = False
+    strangers: Callable[[nn.Module], Mapping[int, str]] = lambda module: MappingProxyType({})
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     any_size: Callable[[nn.Module], bool] = lambda module: False
 
@@ -246,7 +196,7 @@ class Layout:
     d_head: int
     tokens: TokenLayout
     readout: Readout
-    ports: Mapping[str, Port | Difference]
+    ports: Mapping[str, Port | Difference | Share]
     absent: Mapping[str, str]
 
     @property
@@ -260,26 +210,11 @@ class Layout:
 
     def attention_path(self, layer: int) -> str:
         """Dotted path from the model to a block's attention module."""
-        return f"{self.blocks_path}.{layer}.{self.family.attention}"
+        inside = f".{self.family.attention}" if self.family.attention else ""
+        return f"{self.blocks_path}.{layer}{inside}"
 
     def __str__(self) -> str:
         return (
             f"{self.family.name}: {self.n_layers} blocks, {self.n_heads} heads of {self.d_head}, "
             f"width {self.d_model}, {self.tokens}"
         )
-
-
-def lookup(root: Any, path: str) -> Any:
-    """Follow a dotted path of attributes, list indices and module children; a sentinel if a step is
-    missing."""
-    current = root
-    for step in path.split(".") if path else ():
-        current = current[int(step)] if step.isdigit() else getattr(current, step, _MISSING)
-        if current is _MISSING:
-            return _MISSING
-    return current
-
-
-def is_missing(value: Any) -> bool:
-    """Whether `lookup` failed."""
-    return value is _MISSING or value is None

@@ -14,6 +14,7 @@ from vit_mechinterp.model.layout import (
     Family,
     Layout,
     Port,
+    Share,
     TokenLayout,
     is_missing,
     lookup,
@@ -103,9 +104,14 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     blocks_path = _blocks_path(family, module)
     assert blocks_path is not None
     blocks = list(lookup(module, blocks_path))
-    ports: dict[str, Port | Difference] = {}
+    n_heads, d_head = family.heads(lookup(blocks[0], family.attention))
+    ports: dict[str, Port | Difference | Share] = {}
     absent: dict[str, str] = {}
+    strangers = family.strangers(module)
     for layer, block in enumerate(blocks):
+        if layer in strangers:
+            absent.update({f"blocks.{layer}.{site}": strangers[layer] for site in (*family.ports, *TAP_SITES)})
+            continue
         for site, alternatives in family.ports.items():
             name, scope = f"blocks.{layer}.{site}", f"{blocks_path}.{layer}"
             port = next((p for p in alternatives if p.applies_to(block)), None)
@@ -115,8 +121,11 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
                 absent[name] = "the MLP of this block is not gated"
             elif isinstance(port, Difference):
                 ports[name] = Difference(f"blocks.{layer}.{port.of}", f"blocks.{layer}.{port.minus}")
+            elif isinstance(port, Share):
+                ports[name] = port.resolved(scope, n_heads * d_head)
             else:
-                ports[name] = replace(port, path=f"{scope}.{port.path}" if port.path else scope, scope=scope)
+                path = f"{scope}.{port.path}" if port.path else scope
+                ports[name] = replace(port, path=path, scope=scope, head_shape=(n_heads, d_head))
         for site in TAP_SITES:
             if reason := family.lacks(site, block):
                 absent[f"blocks.{layer}.{site}"] = reason
@@ -128,7 +137,6 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
             ports[site] = found
         else:
             absent[site] = found
-    n_heads, d_head = family.heads(lookup(blocks[0], family.attention))
     return Layout(
         family=family,
         blocks_path=blocks_path,

@@ -43,7 +43,9 @@ def shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str) -> Iterator[None]:
+def tapped(
+    attention: nn.Module, visits: Mapping[str, Visit], where: str, n_heads: int = 1
+) -> Iterator[None]:
     """Let ``visits`` see, and replace, the tensors inside one attention module's call.
 
     Taps on one module add up: a later one is given what the earlier ones returned.
@@ -53,6 +55,7 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str) -> Ite
         visits: functions by site: ``q``, ``k``, ``v``, ``z`` are given ``[batch, token, head, d_head]``,
             ``scores`` and ``pattern`` ``[batch, head, query, key]``; each returns the tensor to go on with.
         where: the module's path, for messages.
+        n_heads: number of heads, for a module that folds them into the batch.
 
     Raises:
         ExecutionError: during a forward, if the module did not make exactly one attention call.
@@ -65,7 +68,7 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str) -> Ite
         finally:
             there.taps[:] = [tap for tap in there.taps if tap is not visits]
         return
-    tap = _Tap(attention.forward, visits, f"{where} ({type(attention).__name__})")
+    tap = _Tap(attention.forward, visits, f"{where} ({type(attention).__name__})", n_heads)
     with shadowed_forward(attention, tap):
         yield
 
@@ -73,13 +76,16 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str) -> Ite
 class _Tap:
     """A forward whose one attention call is seen by every tap on the module, in the order of their coming."""
 
-    def __init__(self, native: Callable[..., Any], visits: Mapping[str, Visit], where: str) -> None:
+    def __init__(
+        self, native: Callable[..., Any], visits: Mapping[str, Visit], where: str, n_heads: int
+    ) -> None:
         self.native = native
         self.taps = [visits]
         self.where = where
+        self.n_heads = n_heads
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Interception(self.taps) as interception:
+        with _Interception(self.taps, self.n_heads) as interception:
             output = self.native(*args, **kwargs)
         if interception.calls != 1 or interception.is_open:
             raise ExecutionError(
@@ -96,8 +102,9 @@ _SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 
 
 class _Interception(TorchFunctionMode):
-    def __init__(self, taps: Sequence[Mapping[str, Visit]]) -> None:
+    def __init__(self, taps: Sequence[Mapping[str, Visit]], n_heads: int) -> None:
         super().__init__()
+        self.n_heads = n_heads
         self.visits: dict[str, list[Visit]] = {}
         for tap in taps:
             for site, visit in tap.items():
@@ -117,6 +124,8 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.calls += 1
+            if args and args[0].ndim == 3:
+                return self._attend_folded(*args, **kwargs)
             return self._attend(*args, **kwargs)
         if func in _PRODUCTS and not kwargs and args[0].ndim == args[1].ndim == 4:
             return self._multiply(func, *args)
@@ -137,6 +146,13 @@ class _Interception(TorchFunctionMode):
         self.calls += 1
         self.is_open = True
         return self._visit("pattern", func(self._visit("scores", scores), *args, **kwargs))
+
+    def _attend_folded(self, *folded: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Heads folded into the batch, ``[batch * head, token, d_head]``."""
+        apart = (x.unflatten(0, (-1, self.n_heads)) for x in folded)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.n_heads))
+        return self._attend(*apart, attn_mask=attn_mask, **kwargs).flatten(0, 1)
 
     def _attend(
         self,

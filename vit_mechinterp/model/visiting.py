@@ -1,0 +1,78 @@
+"""Let a visitor see, and replace, the tensor at a port, in the shape that the site's name promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_mechinterp.model.ports import Port
+
+__all__ = ["replace_input", "replace_output"]
+
+
+def replace_input(
+    port: Port, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    name = None if args else next(iter(kwargs))
+    value = args[0] if name is None else kwargs[name]
+    if port.in_place:
+        # Visitors are given a copy: what one of them keeps must not change when another one writes.
+        value.copy_(_visit(port, value.clone(), visit))
+        return None
+    new = _visit(port, value, visit)
+    if new is value:
+        return None
+    return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
+
+
+def replace_output(port: Port, output: Any, visit: Callable[[Tensor], Tensor]) -> Any:
+    if port.field is not None:
+        value = output[port.field]
+        new = _visit(port, value, visit)
+        if new is not value:
+            # A copy, so that the caller's view of the native output type is kept and nothing else changes.
+            output = type(output)(**{**output, port.field: new})
+        return output
+    if isinstance(output, tuple):
+        return (_visit(port, output[0], visit), *output[1:])
+    return _visit(port, output, visit)
+
+
+def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tensor:
+    """Visit the part of a tensor that a port means, and put it back."""
+    if port.spatial:
+        seen = value.flatten(1, 2)
+    elif port.head_first:
+        seen = value.transpose(1, 2)
+    elif port.heads is not None or port.part is not None:
+        start, stop = _span(port, value.shape[-1])
+        seen = value[..., start:stop]
+        if port.heads is not None:
+            seen = seen.unflatten(-1, port.head_shape)
+    else:
+        return visit(value)
+    new = visit(seen)
+    # Under autograd what was seen is handed on, so that the gradient of the output reaches it.
+    if new is seen and not value.requires_grad:
+        return value
+    if port.spatial:
+        return new.unflatten(1, value.shape[1:3])
+    if port.head_first:
+        return new.transpose(1, 2)
+    if port.heads is not None:
+        new = new.flatten(-2)
+    return torch.cat([value[..., :start], new, value[..., stop:]], dim=-1)
+
+
+def _span(port: Port, width: int) -> tuple[int, int]:
+    """First and last (excluded) feature of the part that is meant."""
+    if port.heads is not None:
+        own = port.head_shape[0] * port.head_shape[1]
+        return (0, own) if port.heads == "first" else (width - own, width)
+    assert port.part is not None
+    index, count = port.part
+    each = -(-width // count)
+    return index * each, min((index + 1) * each, width)
