@@ -3,12 +3,35 @@
 if __name__ == "adapters":
     raise ImportError("This folder is part of vit_mechinterp; import vit_mechinterp.adapters.")
 
+from vit_mechinterp.adapters.timm_cait import CAIT
+from vit_mechinterp.adapters.timm_differential import DIFFERENTIAL
+from vit_mechinterp.adapters.timm_encoder import ENCODER
+from vit_mechinterp.adapters.timm_gemma4 import GEMMA4
+from vit_mechinterp.adapters.timm_naflex import NAFLEX
+from vit_mechinterp.adapters.timm_parallel import PARALLEL, PARALLEL_DIFFERENTIAL, PARALLEL_THINGS
+from vit_mechinterp.adapters.timm_post_norm import POST_NORM
+from vit_mechinterp.adapters.timm_sam import SAM as TIMM_SAM
 from vit_mechinterp.adapters.timm_vit import VIT as TIMM_VIT
+from vit_mechinterp.adapters.timm_xcit import XCIT
 from vit_mechinterp.adapters.transformers_clip import CLIP
 from vit_mechinterp.adapters.transformers_dinov2 import DINOV2
 from vit_mechinterp.adapters.transformers_vit import VIT as TRANSFORMERS_VIT
 
-FAMILIES = (TIMM_VIT, TRANSFORMERS_VIT, DINOV2, CLIP)
+TIMM = (
+    TIMM_SAM,
+    TIMM_VIT,
+    POST_NORM,
+    NAFLEX,
+    DIFFERENTIAL,
+    PARALLEL,
+    PARALLEL_DIFFERENTIAL,
+    PARALLEL_THINGS,
+    ENCODER,
+    GEMMA4,
+    CAIT,
+    XCIT,
+)
+FAMILIES = (*TIMM, TRANSFORMERS_VIT, DINOV2, CLIP)
 """In the order in which they are tried."""
 
 __all__ = ["FAMILIES"]

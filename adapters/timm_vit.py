@@ -1,7 +1,8 @@
-"""timm's `VisionTransformer` with `Block`: ViT, DeiT, AugReg, MAE, DINO, DINOv2 with registers, CLIP, SigLIP.
+"""timm's ViTs with norms before attention and MLP: ViT, DeiT, MAE, DINOv2 and v3, CLIP, SigLIP, EVA, BEiT, hybrids.
 
 ``drop_path1`` and ``drop_path2`` are always modules and sit after LayerScale, so their outputs are the exact
-increments of the residual stream.
+increments of the residual stream. Packed, separate and bypassed projections, rotary positions, relative position
+bias, query and key norms and grouped queries all end in one attention call and need nothing of their own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from torch import nn
 
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-BLOCK = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
-ATTENTION = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
+SCALES = {"ls1", "ls2", "gamma_1", "gamma_2"}
+BLOCK = frozenset({"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"} | SCALES)
+PROJECTIONS = {"qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "proj"}
+BIASES = {"rel_pos", "relative_position_bias_table"}
+ATTENTION = frozenset({"q_norm", "k_norm", "attn_drop", "norm", "gate", "proj_drop"} | PROJECTIONS | BIASES)
 
 
 def tokens(model: Any) -> TokenLayout:
@@ -51,8 +55,16 @@ def readout(model: Any) -> Readout:
     return Readout(None, {"ln_final": ln_final, "pooled": Port("head", "input"), "logits": Port("")})
 
 
+def norms_follow(model: Any) -> bool:
+    """Whether the blocks' norms come after attention and MLP; their parts are the same, in another order."""
+    order = [name for name, _ in model.blocks[0].named_children()]
+    return order.index("norm1") > order.index("attn")
+
+
 def refuses(model: Any) -> str | None:
-    """Whether the model's patch grid is unknown until it sees an image."""
+    """Whether norms follow the branches, or the model's patch grid is unknown until it sees an image."""
+    if norms_follow(model):
+        return "its norms come after attention and MLP, not before"
     if getattr(model.patch_embed, "grid_size", None) is None:
         return "its patch grid is not fixed; create it with img_size"
     return None
@@ -65,7 +77,8 @@ def d_model(model: Any) -> int:
 
 def heads(attention: Any) -> tuple[int, int]:
     """Number of heads, and the width of one."""
-    return int(attention.num_heads), int(attention.head_dim)
+    n_heads = int(attention.num_heads)
+    return n_heads, int(attention.proj.in_features) // n_heads
 
 
 VIT = Family(
@@ -74,7 +87,7 @@ VIT = Family(
     blocks=("blocks",),
     attention="attn",
     out_projection="attn.proj",
-    attention_scale=("ls1.gamma",),
+    attention_scale=("ls1.gamma", "gamma_1"),
     parts={"": BLOCK, "attn": ATTENTION},
     ports={
         "resid_pre": (Port("", "input"),),
@@ -88,13 +101,15 @@ VIT = Family(
             Port("mlp.fc1", part=(1, 2), requires=(Port.has("mlp.gate_last", True),)),
             Port("mlp.fc1", part=(0, 2), requires=(Port.has("mlp.gate_last", False),)),
             Port("mlp.fc1"),
+            Port("mlp.w0"),
         ),
         "mlp.pre_linear": (
             Port("mlp.fc1_x"),
             Port("mlp.fc1", part=(0, 2), requires=(Port.has("mlp.gate_last", True),)),
             Port("mlp.fc1", part=(1, 2), requires=(Port.has("mlp.gate_last", False),)),
+            Port("mlp.w1"),
         ),
-        "mlp.post": (Port("mlp.fc2", "input"),),
+        "mlp.post": (Port("mlp.fc2", "input"), Port("mlp.w2", "input")),
         "mlp_out": (Port("drop_path2"),),
         "resid_post": (Port(""),),
     },

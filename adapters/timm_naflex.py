@@ -1,0 +1,30 @@
+"""timm's `NaFlexVit`, given images: its tokens are made by a module of their own, for images of any size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vit_mechinterp.adapters.timm_vit import VIT, norms_follow
+from vit_mechinterp.model.layout import TokenLayout
+
+
+def tokens(model: Any) -> TokenLayout:
+    """CLS, registers, patches; the size of images is the one of the pretrained configuration if no other is set."""
+    embeds = model.embeds
+    height, width = embeds.default_img_size or tuple(model.pretrained_cfg["input_size"][-2:])
+    cls = ("cls",) if embeds.cls_token is not None else ()
+    return TokenLayout(
+        prefix=cls + ("registers",) * (model.num_prefix_tokens - len(cls)),
+        grid=tuple(embeds.dynamic_feat_size((height, width))),
+        patch_size=tuple(embeds.patch_size),
+        image_size=(height, width),
+    )
+
+
+def refuses(model: Any) -> str | None:
+    """Whether norms follow the branches."""
+    return "its norms come after attention and MLP, not before" if norms_follow(model) else None
+
+
+NAFLEX = replace(VIT, name="timm.naflex", tokens=tokens, refuses=refuses, any_size=lambda model: True)

@@ -1,0 +1,93 @@
+"""Any architecture of timm, tiny: the entry point of the name, with its configuration overridden.
+
+What makes a family different survives: the block and attention classes, norms, scales and gates, prefix tokens,
+rotary and relative positions, pooling, and differences between blocks. Grids are not square, so that rows and
+columns cannot be mistaken for each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.models import _registry
+from torch import nn
+
+MODULES = (
+    "vision_transformer",
+    "eva",
+    "deit",
+    "vision_transformer_hybrid",
+    "naflexvit",
+    "vision_transformer_relpos",
+    "vitamin",
+    "beit",
+    "qwen3_vit",
+    "deepseek_vit",
+    "gemma4_vit",
+    "vision_transformer_sam",
+    "cait",
+    "xcit",
+)
+"""timm's modules whose every name is covered."""
+
+N_CLASSES = 5
+
+
+def names(module: str | None = None) -> list[str]:
+    """The names that timm lists for a module, or for all covered ones."""
+    modules = MODULES if module is None else (module,)
+    return [name for name in timm.list_models() if module_of(name) in modules]
+
+
+def module_of(name: str) -> str:
+    """The timm module that defines a name."""
+    return str(_registry._model_to_module[name])
+
+
+def shrunk(name: str, **options: Any) -> nn.Module:
+    """The architecture of a name with a few small blocks, weights as initialised, in eval mode."""
+    module = module_of(name)
+    overrides: dict[str, Any] = {"depth": 3, "embed_dim": 32, "num_heads": 4}
+    if module not in ("vision_transformer_hybrid", "vitamin"):
+        overrides |= {"patch_size": 8, "img_size": (16, 24)}
+    overrides |= _SPECIAL.get(module, dict)()
+    if not (module in ("qwen3_vit", "deepseek_vit", "gemma4_vit") and "_enc" in name):
+        overrides["num_classes"] = N_CLASSES
+    if module == "eva":
+        overrides |= _eva(name)
+    if module == "vision_transformer_hybrid":
+        overrides |= _hybrid(name)
+    return timm.create_model(name, pretrained=False, **{**overrides, **options}).eval()
+
+
+def _eva(name: str) -> dict[str, Any]:
+    if "sapiens2" in name and "base" not in name:
+        # As in the full models, only the blocks in the middle share keys and values between heads.
+        return {"num_kv_heads": (4, 2, 4)}
+    if "sapiens2" in name:
+        return {"num_kv_heads": (4, 4, 4)}
+    return {}
+
+
+def _hybrid(name: str) -> dict[str, Any]:
+    return {"img_size": (64, 96)}
+
+
+def _vitamin() -> dict[str, Any]:
+    from timm.models.vitamin import VitCfg, VitConvCfg
+
+    convolutions = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+    stem = VitCfg(embed_dim=(8, 16, 32), depths=(1, 1, 1), stem_width=8, conv_cfg=convolutions, head_type="1d")
+    return {"embed_cfg": stem, "img_size": (32, 48)}
+
+
+_SPECIAL = {
+    "vitamin": _vitamin,
+    "vision_transformer_sam": lambda: {"window_size": 2, "global_attn_indexes": (1,), "img_size": (24, 40)},
+    "qwen3_vit": lambda: {"img_size": (16, 32), "pos_embed_grid_size": 4},
+    "deepseek_vit": dict,
+    "gemma4_vit": lambda: {
+        "img_size": (24, 48), "head_dim": 8, "intermediate_size": 24, "position_embedding_size": 16,
+    },
+}  # fmt: skip
