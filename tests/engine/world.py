@@ -98,7 +98,7 @@ class World:
         tolerance: float = TOLERANCE,
         effect: float | None = 1e-4,
     ) -> None:
-        """Assert that outputs and captures are the oracle's, and that every run changed every example's output.
+        """Assert that outputs and captures (of whole sites) are the oracle's, and that every run changed every example's output.
 
         ``effect`` is the least change, as a share of the output's scale; None asks for no change.
         """
@@ -118,8 +118,8 @@ class World:
                 and not change > max(effect, 10 * tolerance)
             ):
                 idle.append(f"{document['name']}: {change:.2g}")
-            for site in document.get("capture", ()):
-                captured = results.captures[document["name"]][site]
+            for site, captured in results.captures[document["name"]].items():
+                assert captured.shape == values[site].shape
                 size = float(values[site].abs().max())
                 if not float((captured - values[site]).abs().max()) <= tolerance * max(size, 1):
                     wrong.append(f"{document['name']}: capture of {site}")
