@@ -96,11 +96,11 @@ class World:
         documents: Sequence[Mapping[str, Any]],
         results: Results,
         tolerance: float = TOLERANCE,
-        effect: float = 1e-4,
+        effect: float | None = 1e-4,
     ) -> None:
-        """Assert that outputs and captures are the oracle's, and that every run changed every example's output.
+        """Assert that outputs and captures (of whole sites) are the oracle's, and that every run changed every example's output.
 
-        ``effect`` is the least change, as a share of the output's scale.
+        ``effect`` is the least change, as a share of the output's scale; None asks for no change.
         """
         self.oracle.documents = {document["name"]: document for document in documents}
         assert results.logits.dtype == torch.float32
@@ -112,10 +112,14 @@ class World:
             if not error <= tolerance:
                 wrong.append(f"{document['name']}: {error:.2g}")
             change = float((output - clean).flatten(1).abs().amax(1).min()) / self.scale
-            if document.get("interventions") and not change > max(effect, 10 * tolerance):
+            if (
+                effect is not None
+                and document.get("interventions")
+                and not change > max(effect, 10 * tolerance)
+            ):
                 idle.append(f"{document['name']}: {change:.2g}")
-            for site in document.get("capture", ()):
-                captured = results.captures[document["name"]][site]
+            for site, captured in results.captures[document["name"]].items():
+                assert captured.shape == values[site].shape
                 size = float(values[site].abs().max())
                 if not float((captured - values[site]).abs().max()) <= tolerance * max(size, 1):
                     wrong.append(f"{document['name']}: capture of {site}")
@@ -154,6 +158,34 @@ class _Tensors(dict[str, Tensor]):
             value = torch.randn(sizes.get(kind, numbers), generator=draw)
         self[name] = value
         return value
+
+
+class Counted:
+    """Counts, with hooks of its own, the rows that really pass through every block of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = ("norm1", "layernorm_before", "layer_norm1")
+        self.norms = [m for path, m in module.named_modules() if path.rsplit(".", 1)[-1] in names]
+        self.rows = [0] * len(self.norms)
+
+    @property
+    def total(self) -> int:
+        """(row, block) pairs."""
+        return sum(self.rows)
+
+    def __enter__(self) -> Counted:
+        def counting(layer: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                self.rows[layer] += len(output)
+
+            return hook
+
+        self.handles = [norm.register_forward_hook(counting(n)) for n, norm in enumerate(self.norms)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 @cache

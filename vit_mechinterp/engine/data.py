@@ -135,7 +135,8 @@ class Data:
         rows: list[list[int]] = []
         for example, entry in enumerate(self.values(column)):
             array = _array(entry)
-            if array is None or array.is_floating_point() or array.is_complex() or array.ndim > 1:
+            whole = array is not None and not (array.is_floating_point() or array.is_complex())
+            if array is None or array.ndim > 1 or not (whole or array.numel() == 0):
                 raise DataError(
                     f"Column {column!r}, example {example}: {entry!r} is not an integer or a list of them."
                 )

@@ -15,6 +15,7 @@ from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.clean import Clean, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.execute import check_images, refuse_dropout
+from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.schedule import Schedule, Segment
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.wave import Material, run_wave
@@ -30,16 +31,21 @@ class Prepared:
 
     Attributes:
         n_examples: number of examples held.
+        most_source_tokens: tokens in the largest source selection of any run and example; 0 without sources.
         clean_evaluations: (row, block) pairs that the clean forwards took.
         nbytes: bytes of clean values held.
     """
 
-    def __init__(self, vit: HookedViT, schedule: Schedule, clean: Clean, clean_evaluations: int) -> None:
+    def __init__(
+        self, vit: HookedViT, data: Data, schedule: Schedule, clean: Clean, clean_evaluations: int
+    ) -> None:
         self.vit = vit
+        self._data = data
         self._schedule = schedule
         self._clean = clean
         self._means = means_of(schedule, clean)
         self.n_examples = schedule.n_examples
+        self.most_source_tokens = _most_source_tokens(vit, schedule)
         self.clean_evaluations = clean_evaluations
         self.nbytes = sum(values.nbytes for values in clean.values.values())
 
@@ -47,6 +53,10 @@ class Prepared:
     def run_names(self) -> tuple[str, ...]:
         """Names of the runs, in the order of the outputs."""
         return tuple(run.name for run in self._schedule.bound.runs)
+
+    def provenance(self) -> dict[str, Any]:
+        """Digests of spec, model and data, device and versions, as `execute` gives them."""
+        return provenance_of(self.vit, self._data, self._schedule, {}, halvings=0)
 
     def __call__(
         self,
@@ -61,8 +71,18 @@ class Prepared:
         Args:
             examples: which examples, in any order.
             tensors: tensors that the specs refer to by name; they may change from call to call.
-            source_order: a permutation of each source selection's tokens (training DAS, Lepori et al., A.6).
+            source_order: the order in which every source selection's tokens are paired with the base's, a
+                permutation of ``range(most_source_tokens)`` (for training DAS, Lepori et al. 2024); an
+                example of fewer tokens leaves out those it lacks.
+
+        Raises:
+            SpecError: ``source_order`` is no such permutation.
         """
+        if source_order is not None and sorted(source_order) != list(range(self.most_source_tokens)):
+            raise SpecError(
+                f"source_order={list(source_order)} is no order of the sources' tokens: give each of "
+                f"0 to {self.most_source_tokens - 1} once."
+            )
         bound = self._schedule.bound
         refs = resolve_refs(bound, tensors, self.vit)
         material = Material(
@@ -79,6 +99,17 @@ class Prepared:
             if not run.edits:
                 outputs[run.name] = self._clean.outputs[run.run.base][index]
         return torch.stack([outputs[run.name] for run in bound.runs])
+
+
+def _most_source_tokens(vit: HookedViT, schedule: Schedule) -> int:
+    every, n_tokens = range(schedule.n_examples), vit.layout.tokens.n_tokens
+    counts = [
+        max(edit.source.positions.counts(every, n_tokens)) if edit.site.has_tokens else 1
+        for run in schedule.bound.runs
+        for edit in run.edits
+        if edit.source is not None
+    ]
+    return max(counts, default=0)
 
 
 @contextmanager
@@ -130,7 +161,7 @@ def prepare(
                 parameter.requires_grad_(False)
             with bar:
                 clean = clean_pass(vit, columns, schedule, range(columns.n), tick=tick)
-            yield Prepared(vit, schedule, clean, evaluations)
+            yield Prepared(vit, columns, schedule, clean, evaluations)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)

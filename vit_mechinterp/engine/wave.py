@@ -228,8 +228,7 @@ class _Wave:
             values = self.material.values(edit.source)
             source = values.rows(self.material.local(examples), tokens=edit.source.site.has_tokens)
             if self.material.source_order is not None:
-                order = list(self.material.source_order)
-                source = source.reshape(len(examples), len(order), *source.shape[1:])[:, order].flatten(0, 1)
+                source = source[_reordered(counts, self.material.source_order, device)]
         elif isinstance(edit.spec, Ablate) and edit.spec.method == "mean":
             source = self._mean(edit, counts, examples, ordinal)
         return Inputs(ordinal=ordinal, source=source, tensors=tensors, choice=choice)
@@ -270,6 +269,14 @@ class _Wave:
             )
 
         return visitor
+
+
+def _reordered(counts: Sequence[int], order: Sequence[int], device: torch.device) -> Tensor:
+    """Rows of every example's selection in one order; an example of few tokens leaves out those it lacks."""
+    within = {count: np.array([k for k in order if k < count], dtype=np.int64) for count in set(counts)}
+    starts = np.cumsum([0, *counts[:-1]])
+    rows = [start + within[count] for start, count in zip(starts, counts, strict=True)]
+    return torch.as_tensor(np.concatenate(rows), device=device)
 
 
 def _key_mask(

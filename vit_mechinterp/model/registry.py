@@ -62,7 +62,7 @@ def _from_other_packages() -> list[Family]:
 
 
 def wrap(
-    module: nn.Module,
+    module: nn.Module | HookedViT,
     *,
     image_size: int | tuple[int, int] | None = None,
     check: bool = False,
@@ -71,7 +71,7 @@ def wrap(
     """See a native ViT through one set of names; the module is not changed.
 
     Args:
-        module: any module that a known family describes.
+        module: any module that a known family describes, or one that is wrapped already.
         image_size: height and width in pixels of the images to come, for a module that takes images of any
             size (DINOv2 of transformers, ``dynamic_img_size`` of timm); the module's own by default.
         check: run the conformance checks as well (a few dozen small forwards).
@@ -87,7 +87,7 @@ def wrap(
             if check:
                 _require_conformance(module)
             return module
-        module, source = module.module, source or module.source
+        return wrap(module.module, image_size=size, check=check, source=source or module.source)
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(f"wrap takes a torch module, not {type(module).__name__}.")
     reasons: list[str] = []

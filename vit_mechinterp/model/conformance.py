@@ -1,0 +1,121 @@
+"""What a model must show before anyone trusts what is read from it and written to it.
+
+Third parties run the same checks on their own models and families: ``check(vit)``, ``load(..., check=True)``,
+or ``vit-mechinterp check MODEL``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_mechinterp.model.conformance_blocks import writes_and_identities
+from vit_mechinterp.model.conformance_forwards import (
+    capture_only,
+    fires_once,
+    growth_and_skip,
+    interchange_of_images,
+    interchange_with_itself,
+    native_output,
+    single_row,
+    token_layout,
+    write_back,
+)
+from vit_mechinterp.model.conformance_report import Record, Report, Row
+from vit_mechinterp.model.conformance_subject import Subject, deviation
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.snapshot import differences, snapshot
+
+__all__ = ["CHECKS", "Report", "Row", "check"]
+
+CHECKS = {
+    "native output": native_output,
+    "fires once, with its shape": fires_once,
+    "prefix + grid + suffix": token_layout,
+    "capture only": capture_only,
+    "write back": write_back,
+    "interchange with itself": interchange_with_itself,
+    "interchange of images": interchange_of_images,
+    "writes and identities": writes_and_identities,
+    "growth and skip": growth_and_skip,
+    "single row": single_row,
+}
+"""In the order in which they run; the first ones decide which sites the later ones use."""
+
+
+def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0) -> Report:
+    """Run every check on a model, on random images; the model is left as it was.
+
+    Costs about as much as 40 forwards of ``n_images`` images, and twice an image per block.
+
+    Args:
+        vit: the model, on any device, in any floating-point dtype; tolerances follow its precision.
+        n_images: how many random images to use (at least 2).
+        seed: of the images and of what is written.
+
+    Returns:
+        All findings. A check that raises is a failed check, and the next one runs.
+    """
+    record = Record()
+    dropping = vit.dropout()
+    with record.under("eval mode"):
+        text = f"{dropping} drops activations at random in train mode; call module.eval()" if dropping else ""
+        record.add(dropping is None, detail=text)
+    devices = [vit.device] if vit.device.type == "cuda" else []
+    if dropping is None:
+        with vit.lock, torch.no_grad(), torch.random.fork_rng(devices):
+            _run(vit, max(n_images, 2), seed, record)
+    return Report(f"{type(vit.module).__name__}, {vit.layout}", tuple(record.rows))
+
+
+def _run(vit: HookedViT, n_images: int, seed: int, record: Record) -> None:
+    with record.under("first forward"):
+        vit(vit.blank(1))  # transformers installs hooks of its own in a first forward
+        before = snapshot(vit.module)
+        subject = Subject(vit, n_images, seed)
+    if record.rows[-1].check == "first forward":
+        return
+    for name, part in CHECKS.items():
+        with record.under(name):
+            part(subject, record)
+    with record.under("module unchanged"):
+        _unchanged(subject, record, before)
+    with record.under("module unchanged after an exception"):
+        _unchanged_after_exceptions(subject, record, before)
+
+
+def _unchanged(subject: Subject, record: Record, before: Mapping[str, Any], site: str = "") -> None:
+    places = differences(before, snapshot(subject.vit.module))
+    if places:
+        record.add(False, site, f"changed: {', '.join(places[:5])}" + (", ..." if len(places) > 5 else ""))
+    else:
+        record.near(deviation(subject.vit(subject.images), subject.native), 0, site, "the output")
+
+
+class _OnPurposeError(Exception):
+    pass
+
+
+def _unchanged_after_exceptions(subject: Subject, record: Record, before: Mapping[str, Any]) -> None:
+    """A hook that raises, at every kind of place where something is installed, beside others that do not."""
+
+    def fail(value: Tensor) -> None:
+        raise _OnPurposeError
+
+    layer = subject.layout.n_layers // 2
+    names = ("resid_pre", "attn.q", "attn.pattern", "attn.result", "resid_mid", "mlp.post")
+    wanted = [f"blocks.{layer}.{name}" for name in names]
+    for name in [site for site in (*wanted, "pooled", "logits") if site in subject.sites]:
+        raised = False
+        try:
+            with subject.vit.hooks({**dict.fromkeys(subject.sites, torch.clone), name: fail}):
+                subject.vit(subject.images)
+        except _OnPurposeError:
+            raised = True
+        if raised:
+            _unchanged(subject, record, before, name)
+        else:
+            record.add(False, name, "a hook that raised did not stop the forward")

@@ -1,0 +1,189 @@
+"""Checks that compare whole forwards: what changes nothing, what must change everything, rows that join."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vit_mechinterp.model.conformance_report import Record
+from vit_mechinterp.model.conformance_subject import Subject, deviation, explicit, keeping, returning
+from vit_mechinterp.model.instrument import Visitor
+from vit_mechinterp.spec import Site
+
+
+def native_output(subject: Subject, record: Record) -> None:
+    """The wrapped output is the native one, bit for bit."""
+    native = subject.vit.module(subject.images)
+    field = subject.layout.readout.output
+    record.near(deviation(subject.native, native if field is None else native[field]), 0, detail="the output")
+
+
+def fires_once(subject: Subject, record: Record) -> None:
+    """Every declared site fires once in a forward, with its shape; later checks leave out the others."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def noting(name: str) -> Visitor:
+        def visitor(value: Tensor) -> None:
+            shapes[name].append(tuple(value.shape))
+
+        return visitor
+
+    def forward(names: Sequence[str]) -> float:
+        shapes.update({name: [] for name in names})
+        subject.run({name: noting(name) for name in names}, verify=False)
+        return 0.0
+
+    errors = subject.culprits(subject.sites, forward, 0.0)
+    good = []
+    for name in subject.sites:
+        wanted, found = _expected_shape(subject, Site.parse(name)), shapes[name]
+        if len(found) == 1 and _fits(found[0], wanted):
+            good.append(name)
+            record.add(True, name)
+        else:
+            sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+            seen = f"fired {len(found)} times, with shapes {found[:3]}; expected once, with ({sizes})"
+            record.add(False, name, errors[name][1] or seen)
+    subject.sites = good
+
+
+def _expected_shape(subject: Subject, site: Site) -> tuple[int | None, ...]:
+    """The shape that follows from the layout; None where it leaves an axis open."""
+    layout = subject.layout
+    n_tokens = layout.tokens.n_tokens
+    sizes: dict[str, int | None] = {
+        "batch": len(subject.images),
+        "token": n_tokens,
+        "query": n_tokens,
+        "key": n_tokens,
+        "head": None if site.name in ("attn.k", "attn.v") else layout.n_heads,  # fewer if queries are grouped
+        "d_head": layout.d_head,
+        "d_model": layout.d_model if site.has_tokens else None,
+    }
+    return tuple(sizes.get(axis) for axis in site.axes)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(w in (None, n) for w, n in zip(wanted, shape, strict=True))
+
+
+def token_layout(subject: Subject, record: Record) -> None:
+    """The tokens add up, prefix and suffix do not see the image, and patches stand where the grid says."""
+    tokens = subject.layout.tokens
+    if "embed" not in subject.sites:
+        record.add(False, "embed", "it cannot be read")
+        return
+    n_rows, n_columns = tokens.grid[-2:]
+    corners = list(dict.fromkeys([(0, n_columns - 1), (n_rows - 1, 0), (n_rows // 2, n_columns // 2)]))
+    images = subject.images[:1].repeat(1 + len(corners), 1, 1, 1)
+    height, width = tokens.patch_size
+    for image, (row, column) in zip(images[1:], corners, strict=True):
+        patch = image[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        patch.copy_(patch + 3 * subject.noise(patch.shape))
+    kept: dict[str, Tensor] = {}
+    subject.run({"embed": keeping(kept, "embed")}, images, stop=0, before=True)
+    embed = kept["embed"]
+    found = embed.shape[1]
+    record.add(found == tokens.n_tokens, "embed", f"{found} tokens, and the layout is {tokens}")
+    if found != tokens.n_tokens:
+        return
+    moved = (embed[1:] - embed[:1]).abs().amax(dim=-1).float()
+    first = len(tokens.prefix)
+    outside = torch.cat([moved[:, :first], moved[:, first + tokens.n_patches :]], dim=1)
+    text = "tokens outside the grid depend on the image" if bool(outside.any()) else ""
+    record.add(not text, "embed", text)
+    for (row, column), change in zip(corners, moved, strict=True):
+        inside = change[first : first + tokens.n_patches].unflatten(0, tokens.grid)
+        place = int(inside.reshape(-1, n_rows * n_columns).amax(dim=0).argmax())
+        text = f"patch ({row}, {column}) of the image is token {divmod(place, n_columns)} of the grid"
+        right = place == row * n_columns + column
+        record.add(right, "embed", "" if right else text)
+
+
+def _changes_nothing(subject: Subject, record: Record, visitor: Callable[[str], Visitor]) -> None:
+    """No visit of this kind changes the output; explicit attention may, by rounding."""
+    groups = (
+        ([name for name in subject.sites if not explicit(name)], 0.0),
+        ([name for name in subject.sites if explicit(name)], subject.unit * subject.layout.n_layers),
+    )
+    for names, allowed in groups:
+
+        def forward(chosen: Sequence[str]) -> float:
+            return deviation(subject.output({name: visitor(name) for name in chosen}), subject.native)
+
+        found = subject.culprits(names, forward, allowed)
+        for name in names:
+            if found[name][1]:
+                record.add(False, name, found[name][1])
+            else:
+                record.near(found[name][0], allowed, name, "the output")
+
+
+def capture_only(subject: Subject, record: Record) -> None:
+    """Looking changes nothing."""
+    kept: dict[str, Tensor] = {}
+    _changes_nothing(subject, record, lambda name: keeping(kept, name))
+
+
+def write_back(subject: Subject, record: Record) -> None:
+    """Writing a copy of what is there changes nothing."""
+    _changes_nothing(subject, record, lambda name: torch.clone)
+
+
+def interchange_with_itself(subject: Subject, record: Record) -> None:
+    """Writing what another forward on the same images had there changes nothing."""
+    values = subject.values
+    _changes_nothing(subject, record, lambda name: returning(values[name].clone()))
+
+
+def interchange_of_images(subject: Subject, record: Record) -> None:
+    """The whole residual stream of other images gives the other images' output: nothing goes past it."""
+    other = subject.native.roll(1, dims=0)
+    apart = deviation(other, subject.native)
+    last = subject.layout.n_layers - 1
+    stream = ("resid_pre", "resid_mid", "resid_post")
+    sites = [f"blocks.{layer}.{name}" for layer in dict.fromkeys((0, last // 2, last)) for name in stream]
+    for name in ("embed", *sites, "ln_final", "pooled", "logits"):
+        if name not in subject.sites:
+            continue
+        if apart == 0:
+            record.add(False, name, "the output is the same for different images (is the head all zeros?)")
+            continue
+        output = subject.output({name: returning(subject.values[name].roll(1, dims=0))})
+        record.near(deviation(output, other), 10 * subject.unit, name, "the output")
+
+
+def growth_and_skip(subject: Subject, record: Record) -> None:
+    """Rows that join a batch behind skipped blocks, or a growing one, agree with a forward of their own."""
+    last = subject.layout.n_layers - 1
+    for start, join in dict.fromkeys([(0, last), (last // 2, last // 2), (last, last)]):
+        first, second = f"blocks.{start}.resid_pre", f"blocks.{join}.resid_post"
+        if first not in subject.sites or second not in subject.sites:
+            continue
+        early, late = (_shifted(subject, subject.values[name]) for name in (first, second))
+        singly = [subject.output({first: returning(early)}), subject.output({second: returning(late)})]
+        joins = {first: returning(early), second: _appending(late)}
+        together = subject.run(joins, subject.vit.blank(1), skip=range(start))
+        assert together is not None
+        if torch.equal(singly[0], subject.native) or torch.equal(singly[1], subject.native):
+            record.add(False, second, "what was written did not change the output, so nothing is shown")
+            continue
+        share = deviation(together, torch.cat(singly))
+        record.near(share, 10 * subject.unit, second, f"a batch of rows from {first}, then from here,")
+
+
+def _appending(rows: Tensor) -> Visitor:
+    return lambda value: torch.cat([value, rows])
+
+
+def _shifted(subject: Subject, value: Tensor) -> Tensor:
+    return value + subject.noise(value.shape) * value.float().std().to(value.dtype)
+
+
+def single_row(subject: Subject, record: Record) -> None:
+    """An image alone has the output that it has in a batch."""
+    alone = subject.vit(subject.images[:1])
+    scale = float(subject.native.double().abs().max())
+    record.near(deviation(alone, subject.native[:1], scale), 10 * subject.unit, detail="the output")

@@ -1,0 +1,111 @@
+"""What conformance checks found, as rows and as a readable table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Record", "Report", "Row"]
+
+MOST_FAILURES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding: a check, the site that it is about (or ``""``), and what was seen.
+
+    ``deviation`` is the largest difference found, as a share of the compared values' scale, where a check
+    compares numbers.
+    """
+
+    check: str
+    site: str
+    passed: bool
+    detail: str = ""
+    deviation: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings on one model; ``print`` shows one line per check, and every failure."""
+
+    model: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed (and there was one)."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The findings that did not pass."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per finding: ``check``, ``site``, ``passed``, ``detail``, ``deviation``."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows])
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(row.check for row in self.rows))
+        width = max(map(len, names), default=0)
+        lines = [self.model]
+        for name in names:
+            rows = [row for row in self.rows if row.check == name]
+            good = sum(row.passed for row in rows)
+            verdict = "passed" if good == len(rows) else "FAILED"
+            line = f"  {verdict}  {name:{width}}  {f'{good}/{len(rows)}':>9}  {_summary(rows)}"
+            lines.append(line.rstrip())
+        failures = self.failures
+        for row in failures[:MOST_FAILURES_SHOWN]:
+            where = f"{row.site}: " if row.site else ""
+            lines.append(f"  {row.check}: {where}{row.detail or 'failed'}")
+        if len(failures) > MOST_FAILURES_SHOWN:
+            lines.append(f"  ... and {len(failures) - MOST_FAILURES_SHOWN} more (to_pandas() lists all)")
+        lines.append("  The model conforms." if self.passed else "  The model does not conform.")
+        return "\n".join(lines)
+
+
+def _summary(rows: list[Row]) -> str:
+    deviations = [row.deviation for row in rows if row.deviation is not None]
+    if deviations:
+        largest = max(deviations)
+        return "exact" if largest == 0 else f"largest difference {largest:.0e} of the scale"
+    details = {row.detail for row in rows}
+    return details.pop() if len(details) == 1 and rows[0].passed else ""
+
+
+@dataclass
+class Record:
+    """Collects findings; a check that raises is a failed check, and the next one runs."""
+
+    rows: list[Row] = field(default_factory=list)
+    check: str = ""
+
+    @contextmanager
+    def under(self, check: str) -> Iterator[None]:
+        """Everything inside is recorded under this check's name."""
+        self.check = check
+        try:
+            yield
+        except Exception as error:
+            self.add(False, detail=f"{type(error).__name__}: {error}")
+
+    def add(self, passed: bool, site: str = "", detail: str = "", deviation: float | None = None) -> None:
+        """Record one finding under the current check."""
+        self.rows.append(Row(self.check, site, passed, detail, deviation))
+
+    def near(self, deviation: float, allowed: float, site: str = "", detail: str = "") -> None:
+        """Record a comparison of numbers; it passes up to ``allowed`` (0: only if they are bit-identical)."""
+        passed = deviation <= allowed
+        wanted = "bit-identity" if allowed == 0 else f"at most {allowed:.0e}"
+        seen = detail or "differs"
+        text = "" if passed else f"{seen} by {deviation:.1e} of the scale where {wanted} is required"
+        self.add(passed, site, text, deviation)

@@ -1,0 +1,139 @@
+"""The model under examination: images, reference values, tolerances, and ways to run it with visitors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.instrument import Instrument, StopForward, Visitor
+from vit_mechinterp.spec import Site
+
+__all__ = ["Subject", "deviation", "explicit", "keeping", "returning"]
+
+
+def explicit(name: str) -> bool:
+    """Whether a site exists in explicit attention only, so that reading it replaces the fused kernel."""
+    return name.endswith(("attn.scores", "attn.pattern"))
+
+
+def deviation(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
+    """The largest difference as a share of ``scale`` (of what was wanted, by default); 0 if bit-identical."""
+    if found.shape != wanted.shape:
+        return math.inf
+    if torch.equal(found, wanted):
+        return 0.0
+    if scale is None:
+        scale = float(wanted.double().abs().max())
+    difference = float((found.double() - wanted.double()).abs().max())
+    return difference / max(scale, 1e-30) if math.isfinite(difference) else math.inf
+
+
+class Subject:
+    """One model with ``n`` random images, and what is known of its clean forwards.
+
+    Everything random comes from ``seed``. ``sites`` are the sites that checks rely on: all of the model's,
+    until those that do not fire as declared are left out.
+    """
+
+    def __init__(self, vit: HookedViT, n_images: int, seed: int) -> None:
+        self.vit = vit
+        self.layout = vit.layout
+        self.generator = torch.Generator().manual_seed(seed)
+        self.images = self.noise((n_images, 3, *self.layout.tokens.image_size))
+        self.native = vit(self.images)
+        self.sites = vit.site_names()
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers, drawn on the CPU so that every device is given the same."""
+        drawn = torch.randn(tuple(shape), generator=self.generator)
+        return drawn.to(self.vit.device, self.vit.dtype)
+
+    @property
+    def unit(self) -> float:
+        """What rounding may do to one block: 1e-6 in float32, in proportion to the precision elsewhere."""
+        precision = torch.finfo(self.vit.dtype).eps
+        device = self.vit.device.type
+        if torch.is_autocast_enabled(device):
+            precision = max(precision, torch.finfo(torch.get_autocast_dtype(device)).eps)
+        if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+            precision = max(precision, 2.0**-10)
+        return 8 * precision
+
+    def run(
+        self,
+        visitors: Mapping[str, Visitor],
+        images: Tensor | None = None,
+        *,
+        skip: Iterable[int] = (),
+        stop: int | None = None,
+        before: bool = False,
+        verify: bool = True,
+    ) -> Tensor | None:
+        """One forward with visitors in place; None if it was stopped at block ``stop``."""
+        instrument = Instrument(self.vit.module, self.layout)
+        for name, visitor in visitors.items():
+            instrument.visit(Site.parse(name), visitor)
+        instrument.skip(skip)
+        if stop is not None:
+            instrument.stop(stop, before=before)
+        with instrument.installed():
+            try:
+                output = self.vit(self.images if images is None else images)
+            except StopForward:
+                output = None
+            if verify:
+                instrument.verify()
+        return output
+
+    def output(self, visitors: Mapping[str, Visitor]) -> Tensor:
+        """The output of one whole forward on the images, with visitors in place."""
+        output = self.run(visitors)
+        assert output is not None
+        return output
+
+    def capture(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Values at sites in one clean forward."""
+        kept: dict[str, Tensor] = {}
+        self.run({name: keeping(kept, name) for name in names})
+        return kept
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """Values at every site, those outside scores and pattern from a forward that stayed fused."""
+        fused = self.capture(name for name in self.sites if not explicit(name))
+        return {**self.capture(filter(explicit, self.sites)), **fused}
+
+    def culprits(
+        self, names: Sequence[str], deviates: Callable[[Sequence[str]], float], allowed: float
+    ) -> dict[str, tuple[float, str]]:
+        """How far each of several sites deviates, and what it raised; tried together, then in halves."""
+        try:
+            found, error = deviates(names), ""
+        except Exception as raised:
+            found, error = math.inf, f"{type(raised).__name__}: {raised}"
+        if found <= allowed or len(names) <= 1:
+            return dict.fromkeys(names, (found, error))
+        middle = len(names) // 2
+        return {
+            **self.culprits(names[:middle], deviates, allowed),
+            **self.culprits(names[middle:], deviates, allowed),
+        }
+
+
+def returning(new: Tensor) -> Visitor:
+    """A visitor that writes a given value."""
+    return lambda value: new
+
+
+def keeping(kept: dict[str, Tensor], name: str) -> Visitor:
+    """A visitor that keeps the value at a site."""
+
+    def visitor(value: Tensor) -> None:
+        kept[name] = value
+
+    return visitor
