@@ -13,9 +13,17 @@ from vit_mechinterp.adapters.timm_post_norm import POST_NORM
 from vit_mechinterp.adapters.timm_sam import SAM as TIMM_SAM
 from vit_mechinterp.adapters.timm_vit import VIT as TIMM_VIT
 from vit_mechinterp.adapters.timm_xcit import XCIT
-from vit_mechinterp.adapters.transformers_clip import CLIP
-from vit_mechinterp.adapters.transformers_dinov2 import DINOV2
+from vit_mechinterp.adapters.transformers_beit import BEIT, DATA2VEC
+from vit_mechinterp.adapters.transformers_bert import BERT
+from vit_mechinterp.adapters.transformers_blip import BLIP
+from vit_mechinterp.adapters.transformers_clip import CLIP, SIGLIP
+from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, EOMT_STYLE
+from vit_mechinterp.adapters.transformers_gated import AIMV2, PIXTRAL
+from vit_mechinterp.adapters.transformers_internvl import INTERNVL
+from vit_mechinterp.adapters.transformers_sam import SAM as TRANSFORMERS_SAM
+from vit_mechinterp.adapters.transformers_timm_wrapper import around
 from vit_mechinterp.adapters.transformers_vit import VIT as TRANSFORMERS_VIT
+from vit_mechinterp.adapters.transformers_vjepa2 import VJEPA2
 
 TIMM = (
     TIMM_SAM,
@@ -31,7 +39,23 @@ TIMM = (
     CAIT,
     XCIT,
 )
-FAMILIES = (*TIMM, TRANSFORMERS_VIT, DINOV2, CLIP)
+TRANSFORMERS = (
+    TRANSFORMERS_VIT,
+    BEIT,
+    DATA2VEC,
+    BERT,
+    INTERNVL,
+    DINOV2,
+    EOMT_STYLE,
+    CLIP,
+    SIGLIP,
+    BLIP,
+    AIMV2,
+    PIXTRAL,
+    TRANSFORMERS_SAM,
+    VJEPA2,
+)
+FAMILIES = (*TIMM, *TRANSFORMERS, *map(around, TIMM))
 """In the order in which they are tried."""
 
 __all__ = ["FAMILIES"]

@@ -1,35 +1,50 @@
-"""The vision tower of transformers' CLIP, bare, with projection, or with a classifier."""
+"""transformers' vision towers in the style of CLIP and SigLIP: ``self_attn`` between ``layer_norm1`` and 2.
+
+CLIP and its relatives (MetaCLIP 2, AltCLIP, Chinese-CLIP, MLCD, OWL-ViT, OWLv2, Kosmos-2, the
+tower of CLIPSeg) norm CLS alone at the end; SigLIP and its relatives (SigLIP 2, Idefics 2 and 3, SmolVLM, GIT)
+norm all tokens.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from vit_mechinterp.adapters.transformers_readout import base, readout, refusal, size_of
+import torch
+from torch import Tensor
+
+from vit_mechinterp.adapters.transformers_readout import (
+    base,
+    config_of,
+    d_model,
+    grid_of,
+    heads,
+    prefix_of,
+    readout,
+    refusal,
+)
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-NAMES = ("vision_model",)
-PARTS = frozenset(
-    {"embeddings", "pre_layrnorm", "encoder", "post_layernorm"}
-)  # "layrnorm" is transformers' own
+NAMES = ("vision_model", "model")
+PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # the first is transformers' own spelling
+CLIP_PARTS = frozenset({"embeddings", *PRE_NORMS, "encoder", "post_layernorm"})
+MLCD_PARTS = frozenset({"vision_rotary_embedding", "class_pos_emb"})
+SIGLIP_PARTS = frozenset({"embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head"})
 BLOCK = frozenset({"layer_norm1", "self_attn", "layer_norm2", "mlp"})
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
+NORM_ALL = ("GitVisionTransformer",)
+"""Classes built like CLIP's whose last norm acts on all tokens; nothing that they hold tells it."""
 
 
-def _config(model: Any) -> Any:
-    return getattr(model.config, "vision_config", model.config)
-
-
-def tokens(model: Any) -> TokenLayout:
+def clip_tokens(model: Any) -> TokenLayout:
     """CLS, patches."""
-    config = _config(model)
-    height, width = size_of(config.image_size)
-    patch = size_of(config.patch_size)
-    return TokenLayout(
-        prefix=("cls",),
-        grid=(height // patch[0], width // patch[1]),
-        patch_size=patch,
-        image_size=(height, width),
-    )
+    return grid_of(model, prefix_of(base(model, *NAMES)[1].embeddings))
+
+
+def _norms_all(model: Any) -> bool:
+    """Whether the last norm acts on all tokens: always where there is no CLS to pool."""
+    inner = base(model, *NAMES)[1]
+    return not prefix_of(inner.embeddings) or type(inner).__name__ in NORM_ALL
 
 
 def clip_readout(model: Any) -> Readout:
@@ -39,29 +54,21 @@ def clip_readout(model: Any) -> Readout:
     )
 
 
-def refuses(model: Any) -> str | None:
-    """Two towers in one module have two inputs."""
+def clip_refuses(model: Any) -> str | None:
+    """Two towers in one module have two inputs; towers that norm all tokens are SigLIP's relatives."""
     if hasattr(model, "text_model"):
         return "it also holds a text tower; wrap its vision_model"
-    if not hasattr(base(model, *NAMES)[1], "pre_layrnorm"):
-        return "it has no 'pre_layrnorm'"
-    return refusal(model, NAMES, PARTS, tokens(model))
-
-
-def d_model(model: Any) -> int:
-    """Width of the residual stream."""
-    return int(_config(model).hidden_size)
-
-
-def heads(attention: Any) -> tuple[int, int]:
-    """Number of heads, and the width of one."""
-    return int(attention.num_heads), int(attention.head_dim)
+    if not any(hasattr(base(model, *NAMES)[1], name) for name in (*PRE_NORMS, "class_pos_emb")):
+        return f"it has no {' or '.join(map(repr, PRE_NORMS))}"
+    if _norms_all(model):
+        return "its last norm acts on all tokens"
+    return refusal(model, NAMES, CLIP_PARTS | MLCD_PARTS, clip_tokens(model))
 
 
 CLIP = Family(
     name="transformers.clip",
     library="transformers",
-    blocks=("vision_model.encoder.layers", "encoder.layers"),
+    blocks=("vision_model.encoder.layers", "model.encoder.layers", "encoder.layers"),
     attention="self_attn",
     out_projection="self_attn.out_proj",
     parts={"": BLOCK, "self_attn": ATTENTION},
@@ -78,9 +85,60 @@ CLIP = Family(
         "mlp_out": (Port("mlp"),),
         "resid_post": (Port(""),),
     },
-    tokens=tokens,
+    tokens=clip_tokens,
     d_model=d_model,
     heads=heads,
     readout=clip_readout,
-    refuses=refuses,
+    refuses=clip_refuses,
+)
+
+
+def takes_patches(model: Any) -> bool:
+    """Whether the model takes flattened patches in place of images (SigLIP 2)."""
+    return hasattr(base(model, *NAMES)[1].embeddings, "position_embedding_size")
+
+
+def siglip_tokens(model: Any) -> TokenLayout:
+    """Patches alone, except in GIT."""
+    if not takes_patches(model):
+        return clip_tokens(model)
+    config = config_of(model)
+    side, patch = int(config.num_patches**0.5), int(config.patch_size)
+    return TokenLayout((), (side, side), (patch, patch), (side * patch, side * patch))
+
+
+def siglip_readout(model: Any) -> Readout:
+    """``post_layernorm`` acts on all tokens, an attention head pools them."""
+    prefix, inner = base(model, *NAMES)
+    return readout(model, Port(prefix + "post_layernorm"), pools=hasattr(inner, "head"))
+
+
+def siglip_inputs(model: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """SigLIP 2 takes flattened patches, a mask of the real ones, and the grid's height and width."""
+    if not takes_patches(model):
+        return (x,), {}
+    side = int(config_of(model).patch_size)
+    rows, columns = x.shape[2] // side, x.shape[3] // side
+    patches = x.reshape(len(x), x.shape[1], rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
+    shapes = torch.tensor([[rows, columns]] * len(x), device=x.device)
+    mask = torch.ones(len(x), rows * columns, dtype=torch.int32, device=x.device)
+    return (patches.reshape(len(x), rows * columns, -1), mask, shapes), {}
+
+
+def siglip_refuses(model: Any) -> str | None:
+    """Two towers in one module have two inputs."""
+    if hasattr(model, "text_model"):
+        return "it also holds a text tower; wrap its vision_model"
+    if not _norms_all(model):
+        return "its last norm acts on CLS alone"
+    return refusal(model, NAMES, SIGLIP_PARTS, siglip_tokens(model))
+
+
+SIGLIP = dataclasses.replace(
+    CLIP,
+    name="transformers.siglip",
+    tokens=siglip_tokens,
+    readout=siglip_readout,
+    inputs=siglip_inputs,
+    refuses=siglip_refuses,
 )

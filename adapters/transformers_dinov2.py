@@ -1,55 +1,96 @@
-"""transformers' DINOv2, with and without registers; plain and gated MLPs."""
+"""transformers' DINOv2 and its relatives: LayerScale modules behind attention and MLP, plain or gated MLPs.
+
+DINOv2 (with and without registers), DINOv3, TIPSv2, RADIO, Sapiens2 and the encoder part of EoMT.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from vit_mechinterp.adapters.transformers_readout import base, readout, refusal, size_of
+from vit_mechinterp.adapters.transformers_readout import (
+    base,
+    config_of,
+    d_model,
+    grid_of,
+    heads,
+    prefix_of,
+    readout,
+    refusal,
+    size_of,
+)
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-NAMES = ("dinov2", "dinov2_with_registers")
-PARTS = frozenset({"embeddings", "encoder", "layernorm"})
+NAMES = ("dinov2", "dinov2_with_registers", "vision_model")
+ENCODER = frozenset({"embeddings", "encoder", "layernorm"})
+ROPE = frozenset({"embeddings", "rope_embeddings", "model", "norm", "layer"})
+RADIO = frozenset({"input_conditioner"})
+EOMT = frozenset({"query", "layers", "upscale_block", "mask_head", "class_predictor", "criterion"})
 BLOCK = frozenset({"norm1", "attention", "layer_scale1", "norm2", "mlp", "layer_scale2", "drop_path"})
-ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q_norm", "k_norm"})
 
 
 def tokens(model: Any) -> TokenLayout:
     """CLS, registers, patches."""
-    registers = getattr(base(model, *NAMES)[1].embeddings, "register_tokens", None)
-    height, width = size_of(model.config.image_size)
-    patch = size_of(model.config.patch_size)
-    return TokenLayout(
-        prefix=("cls",) + ("registers",) * (0 if registers is None else registers.shape[1]),
-        grid=(height // patch[0], width // patch[1]),
-        patch_size=patch,
-        image_size=(height, width),
-    )
+    inner = base(model, *NAMES)[1]
+    own = getattr(inner.embeddings, "cls_register_token", None)
+    if own is None:
+        return grid_of(inner, prefix_of(inner.embeddings))
+    config = config_of(inner)
+    prefix = ("cls",) * config.num_cls_tokens + ("registers",) * (len(own) - config.num_cls_tokens)
+    side, patch = config.image_size, size_of(config.patch_size)
+    height, width = size_of(side)
+    return TokenLayout(prefix, (height // patch[0], width // patch[1]), patch, (height, width))
 
 
 def dinov2_readout(model: Any) -> Readout:
     """The final norm acts on all tokens; the classifier reads CLS beside the mean of the patches."""
-    return readout(model, Port(base(model, *NAMES)[0] + "layernorm"))
+    prefix, inner = base(model, *NAMES)
+    if hasattr(inner, "input_conditioner"):
+        reason = "it gives out its last residual stream as it is; read the last resid_post"
+        ports: dict[str, Port | str] = {site: reason for site in ("ln_final", "pooled", "logits")}
+        return Readout("last_hidden_state", ports)
+    if hasattr(inner, "class_predictor"):
+        queries = "its object queries are read out one by one, with those of earlier blocks; read logits"
+        logits = Port("", field="class_queries_logits")
+        return Readout(
+            "class_queries_logits", {"ln_final": queries, "pooled": queries, "logits": logits}
+        )
+    norm = "layernorm" if hasattr(inner, "layernorm") else "norm"
+    return readout(model, Port(prefix + norm))
+
+
+def strangers(model: Any) -> Mapping[int, str]:
+    """EoMT's object queries join the stream in front of its last blocks."""
+    if not hasattr(model, "class_predictor"):
+        return {}
+    layers = range(len(model.layers) - model.config.num_blocks, len(model.layers))
+    reason = "object queries have joined the stream, so its tokens are not those of the layout"
+    return dict.fromkeys(layers, reason)
 
 
 def refuses(model: Any) -> str | None:
     """Backbones and other models around the same blocks."""
-    return refusal(model, NAMES, PARTS, tokens(model))
-
-
-def d_model(model: Any) -> int:
-    """Width of the residual stream."""
-    return int(model.config.hidden_size)
-
-
-def heads(attention: Any) -> tuple[int, int]:
-    """Number of heads, and the width of one."""
-    return int(attention.num_attention_heads), int(attention.head_dim)
+    inner = base(model, *NAMES)[1]
+    parts = ENCODER | ROPE | RADIO | (EOMT if hasattr(inner, "class_predictor") else frozenset())
+    if hasattr(model, "class_predictor") and model.config.num_blocks >= len(model.layers):
+        return "object queries are in the stream of all its blocks"
+    return refusal(model, NAMES, parts, tokens(model))
 
 
 DINOV2 = Family(
     name="transformers.dinov2",
     library="transformers",
-    blocks=("dinov2.encoder.layer", "dinov2_with_registers.encoder.layer", "encoder.layer"),
+    blocks=(
+        "dinov2.encoder.layer",
+        "dinov2_with_registers.encoder.layer",
+        "vision_model.encoder.layer",
+        "encoder.layer",
+        "model.layer",
+        "layer",
+        "layers",
+    ),
     attention="attention",
     out_projection="attention.o_proj",
     parts={"": BLOCK, "attention": ATTENTION},
@@ -61,8 +102,8 @@ DINOV2 = Family(
         "attn_out": (Port("layer_scale1"),),
         "resid_mid": (Port("norm2", "input", in_place=True),),
         "ln2": (Port("norm2"),),
-        "mlp.pre": (Port("mlp.gate_proj"), Port("mlp.fc1")),
-        "mlp.pre_linear": (Port("mlp.up_proj"),),
+        "mlp.pre": (Port("mlp.gate_proj"), Port("mlp.fc1"), Port("mlp.up_proj")),
+        "mlp.pre_linear": (Port("mlp.up_proj", requires=(Port.has("mlp.gate_proj"),)),),
         "mlp.post": (Port("mlp.down_proj", "input"), Port("mlp.fc2", "input")),
         "mlp_out": (Port("layer_scale2"),),
         "resid_post": (Port(""),),
@@ -71,6 +112,14 @@ DINOV2 = Family(
     d_model=d_model,
     heads=heads,
     readout=dinov2_readout,
+    strangers=strangers,
     refuses=refuses,
-    any_size=lambda model: True,  # positions are interpolated to whatever size comes
+    any_size=lambda model: not hasattr(model, "class_predictor"),  # positions are interpolated or rotary
+)
+
+EOMT_STYLE = dataclasses.replace(
+    DINOV2,
+    name="transformers.eomt",
+    out_projection="attention.out_proj",
+    ports={**DINOV2.ports, "attn.result": (Port("attention.out_proj", "input"),)},
 )

@@ -65,8 +65,6 @@ def refusal(model: Any, names: Collection[str], parts: Collection[str], layout: 
         return "it is a backbone that gives several feature maps; wrap the model class of the same weights"
     if hasattr(inner.embeddings, "random_masking"):
         return "it drops patches at random, also in eval mode"
-    if not getattr(model, "_supports_sdpa", False):
-        return "its attention does not call scaled_dot_product_attention"
     if not getattr(model.config, "return_dict", True):
         return "config.return_dict is False; set it to True"
     positions = positions_of(inner.embeddings)
@@ -82,6 +80,59 @@ def positions_of(embeddings: Any) -> int | None:
     if table is not None:
         return int(table.shape[1])
     return getattr(getattr(embeddings, "position_embedding", None), "num_embeddings", None)
+
+
+def config_of(model: Any) -> Any:
+    """The configuration of the vision part."""
+    return getattr(model.config, "vision_config", model.config)
+
+
+def d_model(model: Any) -> int:
+    """Width of the residual stream."""
+    return int(config_of(model).hidden_size)
+
+
+def heads(attention: Any) -> tuple[int, int]:
+    """Number of heads, and the width of one."""
+    names = ("num_attention_heads", "num_heads")
+    count = next(int(getattr(attention, name)) for name in names if hasattr(attention, name))
+    width = getattr(attention, "head_dim", getattr(attention, "attention_head_size", None))
+    if width is None:
+        width = attention.qkv.out_features // (3 * count)
+    return count, int(width)
+
+
+def grid_of(
+    model: Any, prefix: tuple[str, ...], suffix: tuple[str, ...] = (), *, frames: tuple[int, int] | None = None
+) -> TokenLayout:
+    """The token layout for the image and patch size of the configuration.
+
+    ``frames`` is the number of frames of a video and the number of frames that one patch spans.
+    """
+    config = config_of(model)
+    height, width = size_of(config.image_size)
+    patch = size_of(config.patch_size)
+    grid = (height // patch[0], width // patch[1])
+    return TokenLayout(
+        prefix=prefix,
+        grid=grid if frames is None else (frames[0] // frames[1], *grid),
+        patch_size=patch,
+        image_size=(height, width),
+        suffix=suffix,
+        frames=None if frames is None else frames[0],
+    )
+
+
+def prefix_of(embeddings: Any) -> tuple[str, ...]:
+    """CLS, distillation token and registers, as the embeddings hold and concatenate them."""
+    cls = next(
+        (t for n in ("cls_token", "class_embedding") if (t := getattr(embeddings, n, None)) is not None), None
+    )
+    prefix = () if cls is None else ("cls",) * (1 if cls.ndim == 1 else int(cls.shape[1]))
+    if getattr(embeddings, "distillation_token", None) is not None:
+        prefix += ("distillation",)
+    registers = getattr(embeddings, "register_tokens", None)
+    return prefix + ("registers",) * (0 if registers is None else int(registers.shape[1]))
 
 
 def size_of(value: Any) -> tuple[int, int]:

@@ -1,63 +1,76 @@
-"""transformers' ViT, DeiT (with and without teacher), ViT-MSN and I-JEPA."""
+"""transformers' ViT, DeiT (with and without teacher), ViT-MSN, ViT-MAE, I-JEPA, Pixio, and ViViT for video."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vit_mechinterp.adapters.transformers_readout import base, readout, refusal, size_of
+import torch
+from torch import Tensor
+
+from vit_mechinterp.adapters.transformers_readout import (
+    base,
+    d_model,
+    grid_of,
+    heads,
+    prefix_of,
+    readout,
+    refusal,
+)
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-NAMES = ("vit", "deit", "ijepa")
+NAMES = ("vit", "deit", "ijepa", "vivit")
 PARTS = frozenset({"embeddings", "layers", "layernorm", "pooler"})
-BLOCK = frozenset({"layernorm_before", "attention", "layernorm_after", "mlp", "dropout"})
+BLOCK = frozenset({"layernorm_before", "attention", "layernorm_after", "mlp", "dropout", "drop_path"})
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
 def tokens(model: Any) -> TokenLayout:
-    """CLS (not in I-JEPA), DeiT's distillation token, patches."""
-    embeddings = base(model, *NAMES)[1].embeddings
-    height, width = size_of(model.config.image_size)
-    patch = size_of(model.config.patch_size)
-    cls = getattr(embeddings, "cls_token", None)
-    prefix = ("cls",) * (0 if cls is None else cls.shape[1])
-    if getattr(embeddings, "distillation_token", None) is not None:
-        prefix += ("distillation",)
+    """CLS (several in Pixio, none in I-JEPA), DeiT's distillation token, patches or tubelets."""
+    prefix = prefix_of(base(model, *NAMES)[1].embeddings)
+    tubelet = getattr(model.config, "tubelet_size", None)
+    if tubelet is None:
+        return grid_of(model, prefix)
+    depth, height, width = tubelet
+    image = int(model.config.image_size)
     return TokenLayout(
         prefix=prefix,
-        grid=(height // patch[0], width // patch[1]),
-        patch_size=patch,
-        image_size=(height, width),
+        grid=(model.config.num_frames // depth, image // height, image // width),
+        patch_size=(height, width),
+        image_size=(image, image),
+        frames=int(model.config.num_frames),
     )
 
 
 def vit_readout(model: Any) -> Readout:
     """The final norm acts on all tokens."""
-    return readout(
-        model,
-        Port(base(model, *NAMES)[0] + "layernorm"),
-        pools=getattr(model, "pooler", None) is not None,
-    )
+    prefix, inner = base(model, *NAMES)
+    pools = getattr(model, "pooler", None) is not None or hasattr(inner.embeddings, "n_cls_tokens")
+    return readout(model, Port(prefix + "layernorm"), pools=pools)
+
+
+def inputs(model: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """ViT-MAE shuffles its patches by random numbers, also in eval mode; rising numbers keep their order."""
+    embeddings = base(model, *NAMES)[1].embeddings
+    if not hasattr(embeddings, "random_masking"):
+        return (x,), {}
+    order = torch.arange(embeddings.patch_embeddings.num_patches, device=x.device, dtype=torch.float32)
+    return (x,), {"noise": order.expand(len(x), -1)}
 
 
 def refuses(model: Any) -> str | None:
-    """Masked autoencoders and other models around the same blocks."""
+    """Masked autoencoders that mask, and other models around the same blocks."""
+    if hasattr(base(model, *NAMES)[1].embeddings, "random_masking") and model.config.mask_ratio != 0:
+        return (
+            f"it drops {model.config.mask_ratio:.0%} of its patches at random, also in eval mode; set "
+            "config.mask_ratio = 0"
+        )
     return refusal(model, NAMES, PARTS, tokens(model))
-
-
-def d_model(model: Any) -> int:
-    """Width of the residual stream."""
-    return int(model.config.hidden_size)
-
-
-def heads(attention: Any) -> tuple[int, int]:
-    """Number of heads, and the width of one."""
-    return int(attention.num_attention_heads), int(attention.head_dim)
 
 
 VIT = Family(
     name="transformers.vit",
     library="transformers",
-    blocks=("vit.layers", "deit.layers", "ijepa.layers", "layers"),
+    blocks=("vit.layers", "deit.layers", "ijepa.layers", "vivit.layers", "layers"),
     attention="attention",
     out_projection="attention.o_proj",
     parts={"": BLOCK, "attention": ATTENTION},
@@ -78,5 +91,6 @@ VIT = Family(
     d_model=d_model,
     heads=heads,
     readout=vit_readout,
+    inputs=inputs,
     refuses=refuses,
 )
