@@ -16,7 +16,7 @@ from vit_mechinterp.adapters.timm_xcit import XCIT
 from vit_mechinterp.adapters.transformers_beit import BEIT, DATA2VEC
 from vit_mechinterp.adapters.transformers_bert import BERT
 from vit_mechinterp.adapters.transformers_blip import BLIP
-from vit_mechinterp.adapters.transformers_clip import CLIP, SIGLIP
+from vit_mechinterp.adapters.transformers_clip import CLIP, JANUS, MLCD, SIGLIP
 from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, EOMT_STYLE
 from vit_mechinterp.adapters.transformers_gated import AIMV2, PIXTRAL
 from vit_mechinterp.adapters.transformers_internvl import INTERNVL
@@ -48,7 +48,9 @@ TRANSFORMERS = (
     DINOV2,
     EOMT_STYLE,
     CLIP,
+    MLCD,
     SIGLIP,
+    JANUS,
     BLIP,
     AIMV2,
     PIXTRAL,

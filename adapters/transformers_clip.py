@@ -28,10 +28,13 @@ from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 NAMES = ("vision_model", "model")
 PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # the first is transformers' own spelling
 CLIP_PARTS = frozenset({"embeddings", *PRE_NORMS, "encoder", "post_layernorm"})
-MLCD_PARTS = frozenset({"vision_rotary_embedding", "class_pos_emb"})
+MLCD_PARTS = frozenset({"embeddings", "vision_rotary_embedding", "class_pos_emb", "pre_layrnorm", "encoder"})
 SIGLIP_PARTS = frozenset({"embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head"})
 BLOCK = frozenset({"layer_norm1", "self_attn", "layer_norm2", "mlp"})
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
+JANUS_ATTENTION = frozenset(
+    {"q_proj", "k_proj", "v_proj", "projection_layer", "projection_dropout", "q_norm", "k_norm"}
+)
 NORM_ALL = ("GitVisionTransformer",)
 """Classes built like CLIP's whose last norm acts on all tokens; nothing that they hold tells it."""
 
@@ -58,11 +61,11 @@ def clip_refuses(model: Any) -> str | None:
     """Two towers in one module have two inputs; towers that norm all tokens are SigLIP's relatives."""
     if hasattr(model, "text_model"):
         return "it also holds a text tower; wrap its vision_model"
-    if not any(hasattr(base(model, *NAMES)[1], name) for name in (*PRE_NORMS, "class_pos_emb")):
+    if not any(hasattr(base(model, *NAMES)[1], name) for name in PRE_NORMS):
         return f"it has no {' or '.join(map(repr, PRE_NORMS))}"
     if _norms_all(model):
         return "its last norm acts on all tokens"
-    return refusal(model, NAMES, CLIP_PARTS | MLCD_PARTS, clip_tokens(model))
+    return refusal(model, NAMES, CLIP_PARTS, clip_tokens(model))
 
 
 CLIP = Family(
@@ -90,6 +93,21 @@ CLIP = Family(
     heads=heads,
     readout=clip_readout,
     refuses=clip_refuses,
+)
+
+
+def mlcd_refuses(model: Any) -> str | None:
+    """Models that hold more than the tower."""
+    if not hasattr(base(model, *NAMES)[1], "class_pos_emb"):
+        return "it has no 'class_pos_emb'"
+    return refusal(model, NAMES, MLCD_PARTS | {"post_layernorm"}, clip_tokens(model))
+
+
+MLCD = dataclasses.replace(
+    CLIP,
+    name="transformers.mlcd",
+    ports={**CLIP.ports, "attn.result": (Port("self_attn.out_proj", "input", token_first=True),)},
+    refuses=mlcd_refuses,
 )
 
 
@@ -134,6 +152,11 @@ def siglip_refuses(model: Any) -> str | None:
     return refusal(model, NAMES, SIGLIP_PARTS, siglip_tokens(model))
 
 
+def janus_readout(model: Any) -> Readout:
+    """``post_layernorm`` acts on all tokens, and once more on a pooled vector that is made of them."""
+    return readout(model, Port(base(model, *NAMES)[0] + "post_layernorm", call=0))
+
+
 SIGLIP = dataclasses.replace(
     CLIP,
     name="transformers.siglip",
@@ -141,4 +164,16 @@ SIGLIP = dataclasses.replace(
     readout=siglip_readout,
     inputs=siglip_inputs,
     refuses=siglip_refuses,
+)
+
+JANUS = dataclasses.replace(
+    SIGLIP,
+    name="transformers.janus",
+    out_projection="self_attn.projection_layer",
+    parts={"": BLOCK, "self_attn": JANUS_ATTENTION},
+    ports={
+        **CLIP.ports,
+        "attn.result": (Port("self_attn.projection_layer", "input"),),
+    },
+    readout=janus_readout,
 )

@@ -7,8 +7,9 @@ from typing import Any
 from vit_mechinterp.adapters.transformers_readout import base, d_model, grid_of, heads, readout, refusal
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-NAMES = ("vision_model",)
+NAMES = ("vision_model", "transformer")
 PARTS = frozenset({"embeddings", "encoder", "rms_norm", "head"})
+OVIS2_HEADS = ("head_linear", "head_norm")
 BLOCK = frozenset({"rms_norm1", "attention", "rms_norm2", "ffn"})
 PIXTRAL_PARTS = frozenset({"patch_conv", "ln_pre", "transformer", "patch_positional_embedding"})
 PIXTRAL_BLOCK = frozenset({"attention_norm", "attention", "ffn_norm", "feed_forward"})
@@ -23,15 +24,21 @@ def tokens(model: Any) -> TokenLayout:
 def aimv2_readout(model: Any) -> Readout:
     """The last norm acts on all tokens, an attention head pools them."""
     prefix, inner = base(model, *NAMES)
-    norm = "rms_norm" if hasattr(inner, "rms_norm") else "encoder.rms_norm"
-    return readout(model, Port(prefix + norm), pools=hasattr(inner, "head"))
+    ln_final = Port(prefix + "rms_norm")
+    if hasattr(model, "head_linear"):
+        unpooled = "groups of tokens are read out one by one; read ln_final"
+        ports: dict[str, Port | str] = {"pooled": unpooled, "logits": Port("head_norm")}
+        return Readout("pooler_output", {"ln_final": ln_final, **ports})
+    return readout(model, ln_final, pools=hasattr(inner, "head"))
 
 
 def aimv2_refuses(model: Any) -> str | None:
     """Two towers in one module have two inputs."""
     if hasattr(model, "text_model"):
         return "it also holds a text tower; wrap its vision_model"
-    return refusal(model, NAMES, PARTS, tokens(model))
+    if hasattr(model, "head_linear") and model.config.tokenize_function == "gumbel_argmax":
+        return "it draws its visual words at random, also in eval mode"
+    return refusal(model, (*NAMES, *OVIS2_HEADS), PARTS, tokens(model))
 
 
 def pixtral_readout(model: Any) -> Readout:
@@ -50,7 +57,7 @@ def pixtral_refuses(model: Any) -> str | None:
 AIMV2 = Family(
     name="transformers.aimv2",
     library="transformers",
-    blocks=("vision_model.encoder.layers", "encoder.layers"),
+    blocks=("vision_model.encoder.layers", "transformer.encoder.layers", "encoder.layers"),
     attention="attention",
     out_projection="attention.out_proj",
     parts={"": BLOCK, "attention": ATTENTION},

@@ -17,7 +17,7 @@ from vit_mechinterp.adapters.transformers_readout import (
 )
 from vit_mechinterp.model.layout import Difference, Family, Port, Readout, TokenLayout
 
-PARTS = frozenset({"embeddings", "encoder", "layernorm"})
+PARTS = frozenset({"embeddings", "encoder", "layers", "layernorm"})
 BLOCK = frozenset(
     {"layernorm_before", "attention", "layernorm_after", "mlp", "dropout", "lambda_1", "lambda_2"}
     | {"drop_path1", "drop_path2"}
@@ -48,7 +48,7 @@ def refuses(model: Any) -> str | None:
 INTERNVL = Family(
     name="transformers.internvl",
     library="transformers",
-    blocks=("encoder.layer", "encoder.layers"),
+    blocks=("encoder.layer", "layers"),
     attention="attention",
     out_projection="attention.projection_layer",
     attention_scale=("lambda_1",),

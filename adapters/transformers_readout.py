@@ -63,23 +63,22 @@ def refusal(model: Any, names: Collection[str], parts: Collection[str], layout: 
             )
     if hasattr(model, "out_features"):
         return "it is a backbone that gives several feature maps; wrap the model class of the same weights"
-    if hasattr(inner.embeddings, "random_masking"):
-        return "it drops patches at random, also in eval mode"
     if not getattr(model.config, "return_dict", True):
         return "config.return_dict is False; set it to True"
     positions = positions_of(inner.embeddings)
     embedded = layout.n_tokens - layout.prefix.count("registers")
-    if positions is not None and positions != embedded:
+    # Some embed the patches alone, some have a position for a CLS that they do not use.
+    if positions is not None and positions not in (embedded, layout.n_patches, layout.n_patches + 1):
         return f"it has {positions} position embeddings, and {embedded} tokens would be expected ({layout})"
     return None
 
 
 def positions_of(embeddings: Any) -> int | None:
     """Number of learned positions; registers have none."""
-    table = getattr(embeddings, "position_embeddings", None)
-    if table is not None:
-        return int(table.shape[1])
-    return getattr(getattr(embeddings, "position_embedding", None), "num_embeddings", None)
+    table = getattr(embeddings, "position_embeddings", getattr(embeddings, "position_embedding", None))
+    if isinstance(table, nn.Embedding):
+        return table.num_embeddings
+    return None if table is None else int(table.shape[1])
 
 
 def config_of(model: Any) -> Any:

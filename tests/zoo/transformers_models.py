@@ -38,6 +38,8 @@ def _nested(package: str, names: str, config: str, **vision: Any) -> dict[str, B
 
 
 VIT = {**TINY, **WIDE}
+PLAIN = {**TINY, **SQUARE}
+PAIRS = {**TINY, "image_size": (16, 16), "patch_size": (8, 8)}
 CLIP = {**TINY, **SQUARE, "projection_dim": 20}
 BEIT = {**TINY, "image_size": 16, "patch_size": 8, "layer_scale_init_value": 0.3}
 BERT = {**TINY, "image_size": (16, 24), "patch_size": 8}
@@ -54,7 +56,7 @@ BUILDERS: dict[str, Build] = {
     **_row("vit_msn", "ViTMSNModel ViTMSNForImageClassification", "ViTMSNConfig", **VIT, num_labels=5),
     **_row("vit_mae", "ViTMAEModel", "ViTMAEConfig", **VIT, mask_ratio=0.0),
     **_row("ijepa", "IJepaModel IJepaForImageClassification", "IJepaConfig", **VIT, num_labels=5),
-    **_row("pixio", "PixioModel", "PixioConfig", **VIT, n_cls_tokens=3),
+    **_row("pixio", "PixioModel", "PixioConfig", **PLAIN, n_cls_tokens=3),
     **_row(
         "vivit",
         "VivitModel VivitForVideoClassification",
@@ -82,10 +84,6 @@ BUILDERS: dict[str, Build] = {
         use_shared_relative_position_bias=True,
         use_absolute_position_embeddings=True,
     ),
-    **{
-        name: _of("data2vec", name, "Data2VecVisionConfig", **BEIT, use_relative_position_bias=True, num_labels=5)
-        for name in ()
-    },
     **_row("yolos", "YolosModel YolosForObjectDetection", "YolosConfig", **{**BERT, "image_size": [16, 24]}, num_detection_tokens=3),
     **_row("dpt", "DPTModel", "DPTConfig", **TINY, **SQUARE, is_hybrid=False, backbone_out_indices=[0, 1, 2]),
     **_row(
@@ -97,18 +95,18 @@ BUILDERS: dict[str, Build] = {
         tubelet_size=2,
         num_labels=5,
     ),
-    **_row("dinov2", "Dinov2Model Dinov2ForImageClassification", "Dinov2Config", **VIT, num_labels=5),
-    "Dinov2Model gated": _of("dinov2", "Dinov2Model", "Dinov2Config", **VIT, use_swiglu_ffn=True),
+    **_row("dinov2", "Dinov2Model Dinov2ForImageClassification", "Dinov2Config", **PLAIN, num_labels=5),
+    "Dinov2Model gated": _of("dinov2", "Dinov2Model", "Dinov2Config", **PLAIN, use_swiglu_ffn=True),
     **_row(
         "dinov2_with_registers",
         "Dinov2WithRegistersModel Dinov2WithRegistersForImageClassification",
         "Dinov2WithRegistersConfig",
-        **VIT,
+        **PLAIN,
         num_labels=5,
     ),
     **_row("dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig", **VIT, num_register_tokens=2),
     "DINOv3ViTModel gated": _of("dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig", **VIT, use_gated_mlp=True),
-    **_row("tipsv2", "Tipsv2VisionModel", "Tipsv2VisionConfig", **VIT),
+    **_row("tipsv2", "Tipsv2VisionModel", "Tipsv2VisionConfig", **PLAIN),
     **_row("radio", "RadioModel", "RadioConfig", **TINY, **SQUARE, max_img_size=32),
     **_row(
         "sapiens2",
@@ -146,12 +144,12 @@ BUILDERS: dict[str, Build] = {
         "internvl",
         "InternVLVisionModel",
         "InternVLVisionConfig",
-        **VIT,
+        **PAIRS,
         use_qk_norm=True,
         use_mean_pooling=False,
         layer_scale_init_value=0.3,
     ),
-    **_row("qianfan_ocr", "QianfanOCRVisionModel", "QianfanOCRVisionConfig", **VIT, layer_scale_init_value=0.3),
+    **_row("qianfan_ocr", "QianfanOCRVisionModel", "QianfanOCRVisionConfig", **PAIRS, layer_scale_init_value=0.3),
     **_row("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", **CLIP),
     **_row("ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", **CLIP),
     **_row("pixtral", "PixtralVisionModel", "PixtralVisionConfig", **TINY, **SQUARE),

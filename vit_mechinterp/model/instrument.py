@@ -161,11 +161,13 @@ class Instrument:
         projection: nn.Linear = lookup(block, self.layout.family.out_projection)
         scales = [lookup(block, path) for path in self.layout.family.attention_scale]
         scale = next((s for s in scales if not is_missing(s)), None)
+        port = self.layout.ports[f"blocks.{layer}.attn.result"]
+        token_first = isinstance(port, Port) and port.token_first
         merged: list[Tensor] = []
         result_site = Site(layer, "attn.result")
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            merged.append(args[0])
+            merged.append(args[0].transpose(0, 1) if token_first else args[0])
             _EDITED_RESULTS.pop(projection, None)
 
         def forget(module: nn.Module, args: Any, output: Any) -> None:
@@ -284,12 +286,12 @@ def _contribution(share: Share, projection: nn.Linear, features: Tensor) -> Tens
     return F.linear(features[..., own], projection.weight[:, own])
 
 
-def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+def _hand_on(*args: Any, **kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
-def _hand_on_tuple(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-    return (hidden_states,)
+def _hand_on_tuple(*args: Any, **kwargs: Any) -> tuple[Any]:
+    return (_hand_on(*args, **kwargs),)
 
 
 def _stop(module: nn.Module, args: Any, output: Any = None) -> None:

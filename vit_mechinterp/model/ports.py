@@ -31,6 +31,7 @@ class Port:
         heads: the first or the last features of the tensor are all heads side by side; visitors see these
             alone, as ``[batch, token, head, d_head]``.
         head_first: the tensor is ``[batch, head, token, d_head]``; visitors see the token axis first.
+        token_first: the tensor is ``[token, batch, channel]``; visitors see the batch first.
         requires: attributes, relative to the block, that must exist for this port to apply; with a value,
             they must also equal it.
         scope: path of the block whose beginning starts the count of calls; set by `resolve`.
@@ -46,6 +47,7 @@ class Port:
     spatial: bool = False
     heads: Literal["first", "last"] | None = None
     head_first: bool = False
+    token_first: bool = False
     requires: tuple[tuple[str, Any], ...] = ()
     scope: str = ""
     head_shape: tuple[int, int] = (0, 0)

@@ -47,6 +47,8 @@ def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tens
         seen = value.flatten(1, 2)
     elif port.head_first:
         seen = value.transpose(1, 2)
+    elif port.token_first:
+        seen = value.transpose(0, 1)
     elif port.heads is not None or port.part is not None:
         start, stop = _span(port, value.shape[-1])
         seen = value[..., start:stop]
@@ -62,6 +64,8 @@ def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tens
         return new.unflatten(1, value.shape[1:3])
     if port.head_first:
         return new.transpose(1, 2)
+    if port.token_first:
+        return new.transpose(0, 1)
     if port.heads is not None:
         new = new.flatten(-2)
     return torch.cat([value[..., :start], new, value[..., stop:]], dim=-1)
