@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vit_mechinterp.adapters.timm_vit import VIT
 from vit_mechinterp.model.layout import Port, Readout, TokenLayout
@@ -39,6 +39,12 @@ def readout(model: Any) -> Readout:
     return Readout(None, ports)
 
 
+def mixing(attention: Any, pattern: Tensor) -> Tensor:
+    """The linear map over heads behind the softmax."""
+    mixed: Tensor = attention.proj_w(pattern.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return mixed
+
+
 CAIT = replace(
     VIT,
     name="timm.cait",
@@ -52,6 +58,7 @@ CAIT = replace(
     },
     tokens=tokens,
     readout=readout,
+    mixing=mixing,
     refuses=lambda model: None,
     any_size=lambda model: False,
 )

@@ -1,7 +1,8 @@
 """timm's ViTs with differential attention: every head subtracts a second attention pattern from its first.
 
-Queries and keys therefore come in pairs, ``2 * n_heads`` of half the width, and a head's output is normalised by
-itself before the output projection: ``attn.z`` is what enters that projection.
+Queries and keys therefore come in pairs: the first half of a head's ``attn.q`` and ``attn.k`` makes its first
+pattern, the second half the one that is subtracted. A head's output is normalised by itself before the output
+projection; ``attn.z`` is what enters that projection.
 """
 
 from __future__ import annotations

@@ -56,5 +56,6 @@ ENCODER = replace(
     tokens=tokens,
     readout=readout,
     refuses=lambda model: None,
+    counts_rows=True,
     any_size=lambda model: True,
 )

@@ -39,6 +39,7 @@ XCIT = replace(
         "attn_out": (Port("drop_path1"),),
         "mlp_out": (Port("drop_path2"),),
     },
+    mixing=None,
     absent={
         **{f"attn.{site}": CHANNELS for site in ("q", "k", "scores", "pattern")},
         "resid_mid": "a convolution adds to the stream between attention and MLP, so there is no single middle",

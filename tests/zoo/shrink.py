@@ -85,8 +85,8 @@ def _vitamin() -> dict[str, Any]:
 _SPECIAL = {
     "vitamin": _vitamin,
     "vision_transformer_sam": lambda: {"window_size": 2, "global_attn_indexes": (1,), "img_size": (24, 40)},
-    "qwen3_vit": lambda: {"img_size": (16, 32), "pos_embed_grid_size": 4},
-    "deepseek_vit": dict,
+    "qwen3_vit": lambda: {"img_size": (16, 32), "pos_embed_grid_size": 4, "out_features": 6},
+    "deepseek_vit": lambda: {"out_features": 6},
     "gemma4_vit": lambda: {
         "img_size": (24, 48), "head_dim": 8, "intermediate_size": 24, "position_embedding_size": 16,
     },

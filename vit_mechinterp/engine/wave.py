@@ -81,7 +81,7 @@ def run_wave(vit: HookedViT, segments: Sequence[Segment], material: Material) ->
     """
     wave = _Wave(vit, segments, material)
     with wave.instrument.installed():
-        output = vit(vit.blank(1))
+        output = vit(vit.beginning(wave.starts[-1]))
         wave.instrument.verify()
     wave.verify()
     outputs = {s.run.name: output[wave.span(n)].float() for n, s in enumerate(segments)}

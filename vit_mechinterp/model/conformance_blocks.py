@@ -181,8 +181,8 @@ def _attention(subject: Subject, edited: Edited, record: Record) -> None:
             soft = values["attn.scores"].double().softmax(dim=-1)
             holds("attn.pattern", soft, torch.ones_like(soft), "the softmax of the scores")
         if edited.has("attn.v", "attn.z"):
-            v = values["attn.v"]
-            holds("attn.z", _mix(pattern, v), _mix(pattern.abs(), v.abs()), "pattern @ v")
+            v, applied = values["attn.v"], _applied(subject, edited.layer, pattern)
+            holds("attn.z", _mix(applied, v), _mix(applied.abs(), v.abs()), "pattern @ v")
     if edited.has("attn.result", "attn_out"):
         result = values["attn.result"].double()
         _, bias, gain = _projection(subject, edited.layer)
@@ -205,7 +205,7 @@ def _pattern_by_hand(subject: Subject, edited: Edited, record: Record) -> None:
     def agrees(site: str, wanted: Tensor) -> None:
         record.near(deviation(values[site][row].double(), wanted), allowed, edited.name(site), site)
 
-    z = _mix(values["attn.pattern"], values["attn.v"])[row]
+    z = _mix(_applied(subject, edited.layer, values["attn.pattern"]), values["attn.v"])[row]
     agrees("attn.z", z)
     if deviation(increment(values["attn.z"][0].double()), values["attn_out"][0].double()) > allowed:
         return  # a norm or a gate stands between z and the projection
@@ -245,6 +245,14 @@ def _projection(subject: Subject, layer: int) -> tuple[Tensor, Tensor | None, Te
     scales = [lookup(block, path) for path in family.attention_scale]
     gain = next((scale.double() for scale in scales if not is_missing(scale)), 1.0)
     return projection.weight.double(), None if projection.bias is None else projection.bias.double(), gain
+
+
+def _applied(subject: Subject, layer: int, pattern: Tensor) -> Tensor:
+    """What multiplies v: the pattern, in families with talking heads mixed between heads."""
+    mixing = subject.layout.family.mixing
+    if mixing is None:
+        return pattern
+    return mixing(lookup(subject.vit.module, subject.layout.attention_path(layer)), pattern)
 
 
 def _mix(pattern: Tensor, v: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def growth_and_skip(subject: Subject, record: Record) -> None:
         early, late = (_shifted(subject, subject.values[name]) for name in (first, second))
         singly = [subject.output({first: returning(early)}), subject.output({second: returning(late)})]
         joins = {first: returning(early), second: _appending(late)}
-        together = subject.run(joins, subject.vit.blank(1), skip=range(start))
+        together = subject.run(joins, subject.vit.beginning(len(early) + len(late)), skip=range(start))
         assert together is not None
         if torch.equal(singly[0], subject.native) or torch.equal(singly[1], subject.native):
             record.add(False, second, "what was written did not change the output, so nothing is shown")

@@ -258,6 +258,11 @@ class HookedViT:
         """A batch of blank images, ``[batch, 3, height, width]``, as the model takes them (videos: with frames)."""
         return torch.zeros(batch, *self.layout.tokens.input_shape, device=self.device, dtype=self.dtype)
 
+    def beginning(self, rows: int) -> Tensor:
+        """Blank images with which a growing batch begins: one, or as many as it has ``rows`` in the end where the
+        model counts them."""
+        return self.blank(rows if self.layout.family.counts_rows else 1)
+
     def fingerprint(self) -> str:
         """SHA-256 over the module's structure and weights; made anew at every call."""
         return fingerprint(self.module)

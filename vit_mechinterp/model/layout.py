@@ -147,6 +147,10 @@ class Family:
         recorded: whether the output is made from values that transformers' own recording hooks keep; then
             edits must come before these hooks.
         strangers: layers whose sites cannot be named, and why (a token axis that is not the stream's).
+        mixing: what becomes of the pattern before it multiplies the values, given the attention module, for
+            families whose heads read each other's patterns; None where nothing does.
+        counts_rows: whether the model, behind its blocks, expects as many rows as images went in. Then a
+            growing batch begins with as many blank images as it has rows in the end.
         refuses: returns a reason why a module of this family cannot be supported, or None.
         any_size: whether a module takes images of other sizes than ``tokens`` reads off it.
     """
@@ -171,6 +175,8 @@ class Family:
     one_image: str | None = None
     recorded: bool = False
     strangers: Callable[[nn.Module], Mapping[int, str]] = lambda module: MappingProxyType({})
+    mixing: Callable[[nn.Module, Tensor], Tensor] | None = None
+    counts_rows: bool = False
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     any_size: Callable[[nn.Module], bool] = lambda module: False
 

@@ -30,7 +30,8 @@ class Port:
         spatial: the tensor is ``[batch, height, width, channel]``; visitors see it with one token axis.
         heads: the first or the last features of the tensor are all heads side by side; visitors see these
             alone, as ``[batch, token, head, d_head]``.
-        head_first: the tensor is ``[batch, head, token, d_head]``; visitors see the token axis first.
+        head_first: the tensor is ``[batch, head, token, d_head]``; visitors see the token axis first. Where it has
+            several narrower heads for each of the model's, visitors see these side by side, as one.
         token_first: the tensor is ``[token, batch, channel]``; visitors see the batch first.
         requires: attributes, relative to the block, that must exist for this port to apply; with a value,
             they must also equal it.

@@ -19,7 +19,7 @@ from vit_mechinterp.model.layout import (
     is_missing,
     lookup,
 )
-from vit_mechinterp.spec import GLOBAL_SITES
+from vit_mechinterp.spec import BLOCK_SITES, GLOBAL_SITES
 
 __all__ = ["missing_for", "resolve"]
 
@@ -126,8 +126,8 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
             else:
                 path = f"{scope}.{port.path}" if port.path else scope
                 ports[name] = replace(port, path=path, scope=scope, head_shape=(n_heads, d_head))
-        for site in TAP_SITES:
-            if reason := family.lacks(site, block):
+        for site in BLOCK_SITES:
+            if site not in family.ports and (reason := family.lacks(site, block)):
                 absent[f"blocks.{layer}.{site}"] = reason
     readout = family.readout(module)
     ports["embed"] = ports["blocks.0.resid_pre"]

@@ -25,6 +25,7 @@ def replace_input(
     new = _visit(port, value, visit)
     if new is value:
         return None
+    new = _laid_out_as(value, new)
     return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
 
 
@@ -41,12 +42,19 @@ def replace_output(port: Port, output: Any, visit: Callable[[Tensor], Tensor]) -
     return _visit(port, output, visit)
 
 
+def _laid_out_as(value: Tensor, new: Tensor) -> Tensor:
+    """The replacement in the memory layout of what it replaces: what kernels round depends on it."""
+    if new.shape != value.shape or new.stride() == value.stride() or 0 in value.stride():
+        return new
+    return torch.empty_strided(value.shape, value.stride(), dtype=new.dtype, device=new.device).copy_(new)
+
+
 def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tensor:
     """Visit the part of a tensor that a port means, and put it back."""
     if port.spatial:
         seen = value.flatten(1, 2)
     elif port.head_first:
-        seen = value.transpose(1, 2)
+        seen = value.transpose(1, 2).flatten(2).unflatten(-1, port.head_shape)
     elif port.token_first:
         seen = value.transpose(0, 1)
     elif port.heads is not None or port.part is not None:
@@ -63,7 +71,7 @@ def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tens
     if port.spatial:
         return new.unflatten(1, value.shape[1:3])
     if port.head_first:
-        return new.transpose(1, 2)
+        return new.flatten(2).unflatten(-1, (value.shape[1], value.shape[3])).transpose(1, 2)
     if port.token_first:
         return new.transpose(0, 1)
     if port.heads is not None:
