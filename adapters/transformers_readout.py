@@ -74,7 +74,9 @@ def refusal(model: Any, names: Collection[str], parts: Collection[str], layout: 
 
 
 def positions_of(embeddings: Any) -> int | None:
-    """Number of learned positions; registers have none."""
+    """Number of learned positions; registers have none. None where they are interpolated or cut to size."""
+    if hasattr(embeddings, "max_rows"):
+        return None
     table = getattr(embeddings, "position_embeddings", getattr(embeddings, "position_embedding", None))
     if isinstance(table, nn.Embedding):
         return table.num_embeddings

@@ -75,7 +75,7 @@ class Data:
         entries = list(self.values(column, examples))
         if all(map(_is_picture, entries)):
             batch = self.vit.preprocess(entries)
-            size = (3, *self.vit.layout.tokens.image_size)
+            size = self.vit.layout.tokens.input_shape
             if tuple(batch.shape[1:]) != size:
                 raise DataError(
                     f"Column {column!r}: the model's preprocessing makes {tuple(batch.shape[1:])} of its "
@@ -106,7 +106,7 @@ class Data:
 
     def _tensor(self, column: str, example: int, entry: Any) -> Tensor:
         """An entry that is no PIL image, as the tensor that the model takes."""
-        size = (3, *self.vit.layout.tokens.image_size)
+        size = self.vit.layout.tokens.input_shape
         tensor = _array(entry)
         found = "something else" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         if tensor is None or tuple(tensor.shape) != size or not tensor.is_floating_point():

@@ -53,7 +53,7 @@ def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0) -> Report:
 
     Args:
         vit: the model, on any device, in any floating-point dtype; tolerances follow its precision.
-        n_images: how many random images to use (at least 2).
+        n_images: how many random images to use (at least 2; 1 where the model takes one per forward).
         seed: of the images and of what is written.
 
     Returns:
@@ -67,7 +67,7 @@ def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0) -> Report:
     devices = [vit.device] if vit.device.type == "cuda" else []
     if dropping is None:
         with vit.lock, torch.no_grad(), torch.random.fork_rng(devices):
-            _run(vit, max(n_images, 2), seed, record)
+            _run(vit, 1 if vit.layout.family.one_image else max(n_images, 2), seed, record)
     return Report(f"{type(vit.module).__name__}, {vit.layout}", tuple(record.rows))
 
 

@@ -86,7 +86,10 @@ class Edited:
 def writes_and_identities(subject: Subject, record: Record) -> None:
     """Both, block by block, then the way from every block's output to the model's."""
     check = record.check
+    strangers = subject.layout.family.strangers(subject.vit.module)
     for layer in range(subject.layout.n_layers):
+        if layer in strangers:
+            continue
         sites = [name for name in BLOCK_SITES if f"blocks.{layer}.{name}" in subject.sites]
         if "resid_pre" not in sites:
             record.add(False, f"blocks.{layer}.resid_pre", "the block's input cannot be written")
@@ -228,7 +231,13 @@ def _reaches_output(subject: Subject, record: Record) -> None:
 
         return visitor
 
-    images = subject.images[:1].repeat(len(names) + 2, 1, 1, 1)
+    if subject.layout.family.one_image:
+        for name in rows:
+            rows[name] = 0
+            moved = deviation(subject.output({name: moving(name)}), subject.native) > 0
+            record.add(moved, name, "" if moved else "the output did not change")
+        return
+    images = torch.cat([subject.images[:1]] * (len(names) + 2))
     output = subject.run({name: moving(name) for name in rows}, images)
     assert output is not None
     noise = deviation(output[-1], output[0])

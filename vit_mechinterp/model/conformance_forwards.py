@@ -15,7 +15,8 @@ from vit_mechinterp.spec import Site
 
 def native_output(subject: Subject, record: Record) -> None:
     """The wrapped output is the native one, bit for bit."""
-    native = subject.vit.module(subject.images)
+    args, kwargs = subject.layout.family.inputs(subject.vit.module, subject.images)
+    native = subject.vit.module(*args, **kwargs)
     field = subject.layout.readout.output
     record.near(deviation(subject.native, native if field is None else native[field]), 0, detail="the output")
 
@@ -39,7 +40,9 @@ def fires_once(subject: Subject, record: Record) -> None:
     good = []
     for name in subject.sites:
         wanted, found = _expected_shape(subject, Site.parse(name)), shapes[name]
-        if len(found) == 1 and _fits(found[0], wanted):
+        # Logits may be of every token: then they have more axes.
+        size = found[0][: len(wanted)] if found and name == "logits" else next(iter(found), ())
+        if len(found) == 1 and _fits(size, wanted):
             good.append(name)
             record.add(True, name)
         else:
@@ -77,14 +80,17 @@ def token_layout(subject: Subject, record: Record) -> None:
         return
     n_rows, n_columns = tokens.grid[-2:]
     corners = list(dict.fromkeys([(0, n_columns - 1), (n_rows - 1, 0), (n_rows // 2, n_columns // 2)]))
-    images = subject.images[:1].repeat(1 + len(corners), 1, 1, 1)
+    images = torch.cat([subject.images[:1]] * (1 + len(corners)))
     height, width = tokens.patch_size
     for image, (row, column) in zip(images[1:], corners, strict=True):
-        patch = image[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        patch = image[..., row * height : (row + 1) * height, column * width : (column + 1) * width]
         patch.copy_(patch + 3 * subject.noise(patch.shape))
     kept: dict[str, Tensor] = {}
-    subject.run({"embed": keeping(kept, "embed")}, images, stop=0, before=True)
-    embed = kept["embed"]
+    embeds = []
+    for batch in images.split(1) if subject.layout.family.one_image else [images]:
+        subject.run({"embed": keeping(kept, "embed")}, batch, stop=0, before=True)
+        embeds.append(kept["embed"])
+    embed = torch.cat(embeds)
     found = embed.shape[1]
     record.add(found == tokens.n_tokens, "embed", f"{found} tokens, and the layout is {tokens}")
     if found != tokens.n_tokens:
@@ -140,7 +146,12 @@ def interchange_with_itself(subject: Subject, record: Record) -> None:
 
 def interchange_of_images(subject: Subject, record: Record) -> None:
     """The whole residual stream of other images gives the other images' output: nothing goes past it."""
-    other = subject.native.roll(1, dims=0)
+    other, values = subject.native.roll(1, dims=0), subject.values
+    if subject.layout.family.one_image:
+        another = subject.noise(subject.images.shape)
+        other, kept = subject.vit(another), {}
+        subject.run({name: keeping(kept, name) for name in subject.sites}, another)
+        values = kept
     apart = deviation(other, subject.native)
     last = subject.layout.n_layers - 1
     stream = ("resid_pre", "resid_mid", "resid_post")
@@ -151,7 +162,7 @@ def interchange_of_images(subject: Subject, record: Record) -> None:
         if apart == 0:
             record.add(False, name, "the output is the same for different images (is the head all zeros?)")
             continue
-        output = subject.output({name: returning(subject.values[name].roll(1, dims=0))})
+        output = subject.output({name: returning(values[name].roll(1, dims=0))})
         record.near(deviation(output, other), 10 * subject.unit, name, "the output")
 
 
@@ -164,6 +175,12 @@ def growth_and_skip(subject: Subject, record: Record) -> None:
             continue
         early, late = (_shifted(subject, subject.values[name]) for name in (first, second))
         singly = [subject.output({first: returning(early)}), subject.output({second: returning(late)})]
+        if subject.layout.family.one_image:
+            joined = subject.run({first: returning(early)}, subject.vit.blank(1), skip=range(start))
+            assert joined is not None
+            share = deviation(joined, singly[0])
+            record.near(share, 10 * subject.unit, first, f"a row from {first}, alone,")
+            continue
         joins = {first: returning(early), second: _appending(late)}
         together = subject.run(joins, subject.vit.beginning(len(early) + len(late)), skip=range(start))
         assert together is not None

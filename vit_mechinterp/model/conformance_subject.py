@@ -44,7 +44,7 @@ class Subject:
         self.vit = vit
         self.layout = vit.layout
         self.generator = torch.Generator().manual_seed(seed)
-        self.images = self.noise((n_images, 3, *self.layout.tokens.image_size))
+        self.images = self.noise((n_images, *self.layout.tokens.input_shape))
         self.native = vit(self.images)
         self.sites = vit.site_names()
 
