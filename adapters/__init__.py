@@ -16,11 +16,14 @@ from vit_mechinterp.adapters.timm_xcit import XCIT
 from vit_mechinterp.adapters.transformers_beit import BEIT, DATA2VEC
 from vit_mechinterp.adapters.transformers_bert import BERT
 from vit_mechinterp.adapters.transformers_blip import BLIP
-from vit_mechinterp.adapters.transformers_clip import CLIP, JANUS, MLCD, SIGLIP
+from vit_mechinterp.adapters.transformers_clip import CLIP, JANUS, MLCD, PHI4, SIGLIP
 from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, EOMT_STYLE
 from vit_mechinterp.adapters.transformers_gated import AIMV2, PIXTRAL
-from vit_mechinterp.adapters.transformers_internvl import INTERNVL
+from vit_mechinterp.adapters.transformers_internvl import INTERNVL, STEP3
+from vit_mechinterp.adapters.transformers_llama4 import LLAMA4
+from vit_mechinterp.adapters.transformers_mgp_str import MGP_STR
 from vit_mechinterp.adapters.transformers_sam import SAM as TRANSFORMERS_SAM
+from vit_mechinterp.adapters.transformers_sam import SAM3
 from vit_mechinterp.adapters.transformers_timm_wrapper import around
 from vit_mechinterp.adapters.transformers_vit import VIT as TRANSFORMERS_VIT
 from vit_mechinterp.adapters.transformers_vjepa2 import VJEPA2
@@ -51,10 +54,15 @@ TRANSFORMERS = (
     MLCD,
     SIGLIP,
     JANUS,
+    PHI4,
     BLIP,
     AIMV2,
     PIXTRAL,
     TRANSFORMERS_SAM,
+    SAM3,
+    STEP3,
+    LLAMA4,
+    MGP_STR,
     VJEPA2,
 )
 FAMILIES = (*TIMM, *TRANSFORMERS, *map(around, TIMM))

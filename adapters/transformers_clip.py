@@ -143,12 +143,27 @@ def siglip_inputs(model: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
     return (patches.reshape(len(x), rows * columns, -1), mask, shapes), {}
 
 
+def masks_its_pool(model: Any) -> bool:
+    """Whether the pooling head is given a padding mask with one row per image (Phi-4 multimodal)."""
+    inner = base(model, *NAMES)[1]
+    return hasattr(inner, "head") and hasattr(inner.embeddings, "num_patches_per_side")
+
+
+def phi4_refuses(model: Any) -> str | None:
+    """Models whose pooling head takes any number of rows."""
+    if not masks_its_pool(model):
+        return "its pooling head has no mask"
+    return refusal(model, NAMES, SIGLIP_PARTS, siglip_tokens(model))
+
+
 def siglip_refuses(model: Any) -> str | None:
     """Two towers in one module have two inputs."""
     if hasattr(model, "text_model"):
         return "it also holds a text tower; wrap its vision_model"
     if not _norms_all(model):
         return "its last norm acts on CLS alone"
+    if masks_its_pool(model):
+        return "its pooling head masks as many rows as images went in"
     return refusal(model, NAMES, SIGLIP_PARTS, siglip_tokens(model))
 
 
@@ -177,3 +192,5 @@ JANUS = dataclasses.replace(
     },
     readout=janus_readout,
 )
+
+PHI4 = dataclasses.replace(SIGLIP, name="transformers.phi4", refuses=phi4_refuses, counts_rows=True)

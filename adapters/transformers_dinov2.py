@@ -26,7 +26,7 @@ NAMES = ("dinov2", "dinov2_with_registers", "vision_model")
 ENCODER = frozenset({"embeddings", "encoder", "layernorm"})
 ROPE = frozenset({"embeddings", "rope_embeddings", "model", "norm", "layer"})
 RADIO = frozenset({"input_conditioner"})
-EOMT = frozenset({"query", "layers", "upscale_block", "mask_head", "class_predictor", "criterion"})
+EOMT = frozenset({"query", "layers", "upscale_block", "mask_head", "class_predictor", "criterion", "dropout"})
 BLOCK = frozenset({"norm1", "attention", "layer_scale1", "norm2", "mlp", "layer_scale2", "drop_path"})
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q_norm", "k_norm"})
 

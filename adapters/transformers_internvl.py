@@ -1,10 +1,11 @@
-"""The vision towers of transformers' InternVL and Qianfan-OCR: LayerScale as bare parameters, no module behind it.
+"""Vision towers whose LayerScale is a bare parameter with no module behind it: InternVL, Qianfan-OCR, Step 3.7.
 
 The increments of the residual stream leave no module; they are differences of the stream's values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from vit_mechinterp.adapters.transformers_readout import (
@@ -71,4 +72,28 @@ INTERNVL = Family(
     heads=heads,
     readout=internvl_readout,
     refuses=refuses,
+)
+
+STEP3_PARTS = frozenset({"embeddings", "pre_layernorm", "rotary_emb", "layers", "downsampler1", "downsampler2"})
+STEP3_BLOCK = frozenset({"layernorm_before", "self_attn", "layernorm_after", "mlp", "lambda_1", "lambda_2"})
+
+
+def step3_readout(model: Any) -> Readout:
+    """Convolutions make the output of the last block."""
+    convolved = "convolutions follow the last block; read the last resid_post"
+    ports: dict[str, Port | str] = dict.fromkeys(("ln_final", "pooled", "logits"), convolved)
+    return Readout("last_hidden_state", ports)
+
+
+STEP3 = dataclasses.replace(
+    INTERNVL,
+    name="transformers.step3",
+    blocks=("layers",),
+    attention="self_attn",
+    out_projection="self_attn.out_proj",
+    parts={"": STEP3_BLOCK, "self_attn": frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})},
+    ports={**INTERNVL.ports, "attn.result": (Port("self_attn.out_proj", "input"),)},
+    readout=step3_readout,
+    refuses=lambda model: refusal(model, (), STEP3_PARTS, tokens(model)),
+    counts_rows=True,  # the output is made into a map with as many rows as images went in
 )

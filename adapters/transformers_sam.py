@@ -7,6 +7,7 @@ relative, the bias is made of q: an edit of ``attn.q`` does not change the bias.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from vit_mechinterp.adapters.transformers_readout import base, d_model, grid_of,
 from vit_mechinterp.model.layout import TAP_SITES, Difference, Family, Port, Readout, TokenLayout
 
 NAMES = ("vision_encoder",)
-PARTS = frozenset({"patch_embed", "pos_embed", "layers", "neck", "projector"})
+PARTS = frozenset({"patch_embed", "pos_embed", "layers", "neck", "proj", "post_conv", "net_2", "net_3"})
 BLOCK = frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"})
 ATTENTION = frozenset({"qkv", "proj", "rel_pos_h", "rel_pos_w"})
 
@@ -81,4 +82,45 @@ SAM = Family(
     heads=heads,
     readout=sam_readout,
     refuses=refuses,
+)
+
+SAM3_PARTS = frozenset({"embeddings", "layer_norm", "layers"})
+SAM3_BLOCK = frozenset({"layer_norm1", "rotary_emb", "attention", "layer_norm2", "mlp", "dropout"})
+
+
+def sam3_readout(model: Any) -> Readout:
+    """There is no norm behind the last block."""
+    reason = "its output is the last residual stream; read the last resid_post"
+    ports: dict[str, Port | str] = dict.fromkeys(("ln_final", "pooled", "logits"), reason)
+    return Readout("last_hidden_state", ports)
+
+
+def sam3_refuses(model: Any) -> str | None:
+    """Other models around the same blocks; learned positions are tiled to the size of the image."""
+    held = {name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))}
+    foreign = ", ".join(map(repr, sorted(held - SAM3_PARTS)))
+    return f"it also holds {foreign}, unknown to this family" if foreign else None
+
+
+SAM3 = dataclasses.replace(
+    SAM,
+    name="transformers.sam3",
+    blocks=("layers",),
+    attention="attention",
+    out_projection="attention.o_proj",
+    parts={"": SAM3_BLOCK, "attention": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})},
+    ports={
+        **SAM.ports,
+        "attn.result": (Port("attention.o_proj", "input", spatial=True),),
+        "attn_out": (
+            Port("attention", spatial=True, requires=(Port.has("window_size", 0),)),
+            Difference("resid_mid", "resid_pre"),
+        ),
+        "mlp.pre": (Port("mlp.fc1", spatial=True),),
+        "mlp.post": (Port("mlp.fc2", "input", spatial=True),),
+        "mlp_out": (Port("dropout", spatial=True),),
+    },
+    readout=sam3_readout,
+    refuses=sam3_refuses,
+    counts_rows=True,  # the output is reshaped to as many rows as images went in
 )

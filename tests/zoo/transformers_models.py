@@ -42,6 +42,15 @@ PLAIN = {**TINY, **SQUARE}
 PAIRS = {**TINY, "image_size": (16, 16), "patch_size": (8, 8)}
 CLIP = {**TINY, **SQUARE, "projection_dim": 20}
 BEIT = {**TINY, "image_size": 16, "patch_size": 8, "layer_scale_init_value": 0.3}
+SAM = {
+    **TINY,
+    "mlp_dim": 48,
+    "image_size": 32,
+    "patch_size": 8,
+    "output_channels": 12,
+    "window_size": 3,
+    "global_attn_indexes": [1],
+}
 BERT = {**TINY, "image_size": (16, 24), "patch_size": 8}
 
 BUILDERS: dict[str, Build] = {
@@ -175,6 +184,28 @@ BUILDERS: dict[str, Build] = {
         window_size=3,
         global_attn_indexes=[1],
     ),
+    **_row("got_ocr2", "GotOcr2VisionEncoder", "GotOcr2VisionConfig", **SAM),
+    **_row(
+        "deepseek_ocr2",
+        "DeepseekOcr2SamVisionEncoder",
+        "DeepseekOcr2SamVisionConfig",
+        **SAM,
+        downsample_channels=[12, 12],
+    ),
+    **_row(
+        "unlimited_ocr",
+        "UnlimitedOcrSamVisionEncoder",
+        "UnlimitedOcrSamVisionConfig",
+        **SAM,
+        downsample_channels=[12, 12],
+    ),
+    **_row("slanext", "SLANeXtVisionEncoder", "SLANeXtVisionConfig", **SAM),
+    **_row("phi4_multimodal", "Phi4MultimodalVisionModel", "Phi4MultimodalVisionConfig", **TINY, **SQUARE),
+    **_row("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", **TINY, **SQUARE, num_blocks=1, num_queries=5, num_upscale_blocks=1),
+    **_row("sam3", "Sam3ViTModel", "Sam3ViTConfig", **TINY, image_size=32, pretrain_image_size=16, patch_size=8, window_size=2, global_attn_indexes=[1]),
+    **_row("mgp_str", "MgpstrModel", "MgpstrConfig", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2.0, image_size=[16, 24], patch_size=8),
+    **_row("llama4", "Llama4VisionModel", "Llama4VisionConfig", **{**TINY, "intermediate_size": 128}, **SQUARE, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+    **_row("step3p7", "Step3p7VisionModel", "Step3p7VisionConfig", **TINY, **SQUARE),
     **_row(
         "vjepa2",
         "VJEPA2Model VJEPA2ForVideoClassification",

@@ -28,8 +28,10 @@ def deviation(found: Tensor, wanted: Tensor, scale: float | None = None) -> floa
     if torch.equal(found, wanted):
         return 0.0
     if scale is None:
-        scale = float(wanted.double().abs().max())
-    difference = float((found.double() - wanted.double()).abs().max())
+        finite = wanted.double()[torch.isfinite(wanted)]  # scores are infinite where a mask forbids a key
+        scale = float(finite.abs().max()) if len(finite) else 0.0
+    apart = torch.where(found == wanted, 0.0, found.double() - wanted.double())
+    difference = float(apart.abs().max())
     return difference / max(scale, 1e-30) if math.isfinite(difference) else math.inf
 
 

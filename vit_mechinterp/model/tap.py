@@ -127,11 +127,15 @@ class _Interception(TorchFunctionMode):
             if args and args[0].ndim == 3:
                 return self._attend_folded(*args, **kwargs)
             return self._attend(*args, **kwargs)
-        if func in _PRODUCTS and not kwargs and args[0].ndim == args[1].ndim == 4:
+        if func in _PRODUCTS and not kwargs and self._has_heads(args[0]) and args[0].ndim == args[1].ndim:
             return self._multiply(func, *args)
-        if func in _SOFTMAXES and args[0].ndim == 4 and args[0].shape[-1] == self._keys:
+        if func in _SOFTMAXES and self._has_heads(args[0]) and args[0].shape[-1] == self._keys:
             return self._normalise(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _has_heads(self, x: Tensor) -> bool:
+        """Whether a tensor is ``[batch, head, ., .]``, or with heads folded into the batch."""
+        return x.ndim == 4 or (x.ndim == 3 and len(x) % self.n_heads == 0)
 
     def _multiply(self, func: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
         """Queries by transposed keys, or the pattern by the values."""
@@ -185,9 +189,13 @@ class _Interception(TorchFunctionMode):
 
     def _by_token(self, site: str, x: Tensor) -> Tensor:
         """Visit ``[batch, head, token, d_head]`` as ``[batch, token, head, d_head]``."""
+        if site in self.visits and x.ndim == 3:
+            return self._by_token(site, x.unflatten(0, (-1, self.n_heads))).flatten(0, 1)
         return self._visit(site, x.transpose(1, 2)).transpose(1, 2) if site in self.visits else x
 
     def _visit(self, site: str, x: Tensor) -> Tensor:
+        if site in self.visits and x.ndim == 3:
+            return self._visit(site, x.unflatten(0, (-1, self.n_heads))).flatten(0, 1)
         for visit in self.visits.get(site, ()):
             x = visit(x)
         return x
