@@ -7,10 +7,14 @@ columns cannot be mistaken for each other.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import timm
+from timm.layers import HybridEmbed, StdConv2dSame
 from timm.models import _registry
+from timm.models.resnetv2 import ResNetV2
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 MODULES = (
@@ -58,6 +62,8 @@ def shrunk(name: str, **options: Any) -> nn.Module:
         overrides |= _eva(name)
     if module == "vision_transformer_hybrid":
         overrides |= _hybrid(name)
+    if module == "gemma4_vit":
+        options = {"pretrained_cfg_overlay": {"input_size": (3, *overrides["img_size"])}, **options}
     return timm.create_model(name, pretrained=False, **{**overrides, **options}).eval()
 
 
@@ -71,7 +77,24 @@ def _eva(name: str) -> dict[str, Any]:
 
 
 def _hybrid(name: str) -> dict[str, Any]:
-    return {"img_size": (64, 96)}
+    """A shallow backbone of the same kind: a deep one sees all of so small an image from every patch."""
+    size: dict[str, Any] = {"img_size": (64, 96)}
+    if "_mci_" in name:
+        stem = ConvStem(channels=(8, 8, 32), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=nn.GELU)
+        return size | {"embed_layer": partial(HybridEmbed, backbone=stem, proj=False)}
+    if "_resnet" in name:
+        backbone = timm.create_model("test_resnet", features_only=True, out_indices=[4])
+        return {**size, "embed_layer": partial(HybridEmbed, backbone=backbone)}
+    if "_r_" in name:
+        return size
+    stages = 4 if "_s32_" in name else 3
+    size = {"img_size": (96, 128)}
+    convolution = partial(StdConv2dSame, eps=1e-8)
+    backbone = ResNetV2(
+        layers=(1,) * stages, channels=(128,) * stages, num_classes=0, global_pool="", preact=False,
+        stem_type="same", conv_layer=convolution,
+    )  # fmt: skip
+    return {**size, "embed_layer": partial(HybridEmbed, backbone=backbone)}
 
 
 def _vitamin() -> dict[str, Any]:
