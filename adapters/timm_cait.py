@@ -1,7 +1,8 @@
 """timm's CaiT: talking-heads attention over the patches, then a class token that only reads them.
 
-Talking heads mix between heads on both sides of the softmax: ``attn.scores`` are the mixed logits that enter it,
-``attn.pattern`` is what comes out of it, and a linear map over the heads stands between the pattern and ``attn.z``.
+Talking heads mix between heads on both sides of the softmax: ``attn.scores`` are the mixed logits that enter
+it, ``attn.pattern`` is what comes out of it, and a linear map over the heads stands between the pattern and
+``attn.z``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ def tokens(model: Any) -> TokenLayout:
 
 
 def readout(model: Any) -> Readout:
-    """Blocks in which the class token reads the patches, a norm, the class token or the mean, a linear layer."""
-    ln_final = "the class token joins behind the last block, so the last norm acts on other tokens than the blocks"
+    """Blocks in which the class token reads the patches, a norm, that token or the mean, a linear layer."""
+    ln_final = (
+        "the class token joins behind the last block, so the last norm acts on other tokens than the blocks"
+    )
     ports: dict[str, Port | str] = {"ln_final": ln_final, "pooled": Port("head", "input"), "logits": Port("")}
     if not model.global_pool:
         unpooled = "the model is made without pooling"

@@ -14,9 +14,7 @@ from vit_mechinterp.adapters.timm_vit import ATTENTION, VIT
 from vit_mechinterp.model.layout import Port
 
 TWO_PATTERNS = "differential attention computes two per head and subtracts them, so there is no single one"
-LAMBDAS = frozenset(
-    {"lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "sub_norm"}
-)
+LAMBDAS = frozenset({"lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "sub_norm"})
 
 
 def heads(attention: Any) -> tuple[int, int]:

@@ -30,7 +30,9 @@ def classifier_readout(model: Any, ln_final: Port | str) -> Readout:
         name = "features of every token" if headless else "logits of every token"
         return Readout(None, {"ln_final": ln_final, "pooled": unpooled, "logits": unpooled}, name)
     if headless:
-        return Readout(None, {"ln_final": ln_final, "pooled": Port(""), "logits": "the model has no head"}, "pooled")
+        return Readout(
+            None, {"ln_final": ln_final, "pooled": Port(""), "logits": "the model has no head"}, "pooled"
+        )
     return Readout(None, {"ln_final": ln_final, "pooled": Port("head", "input"), "logits": Port("")})
 
 

@@ -1,4 +1,4 @@
-"""timm's vision tower of Gemma 4: norms before and behind attention and MLP, one drop-path module for both."""
+"""timm's vision tower of Gemma 4: norms before and behind attention and MLP, one drop path for both."""
 
 from __future__ import annotations
 

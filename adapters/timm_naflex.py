@@ -10,7 +10,7 @@ from vit_mechinterp.model.layout import TokenLayout
 
 
 def tokens(model: Any) -> TokenLayout:
-    """CLS, registers, patches; the size of images is the one of the pretrained configuration if no other is set."""
+    """CLS, registers, patches; images of the pretrained configuration's size if no other is set."""
     embeds = model.embeds
     height, width = embeds.default_img_size or tuple(model.pretrained_cfg["input_size"][-2:])
     cls = ("cls",) if embeds.cls_token is not None else ()

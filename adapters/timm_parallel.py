@@ -1,6 +1,7 @@
 """timm's ViTs whose blocks run attention and MLP side by side, on one input and into one sum.
 
-Such a block has no stream between attention and MLP. Where both leave through one sum, each increment is its share.
+Such a block has no stream between attention and MLP. Where both leave through one sum, each increment is its
+share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""timm's ViTs with norms behind attention and MLP: `ResPostBlock`, its relative-position twin, `EvaBlockPostNorm`."""
+"""timm's ViTs with norms behind both: `ResPostBlock`, `ResPostRelPosBlock`, `EvaBlockPostNorm`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ POST_NORM = replace(
     parts={**VIT.parts, "": frozenset({"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"})},
     ports={**VIT.ports, "resid_mid": (Port("mlp", "input", in_place=True),)},
     absent={
-        "ln1": "its norm acts on what attention puts out; read resid_pre before attention, attn_out behind the norm",
-        "ln2": "its norm acts on what the MLP puts out; read resid_mid before the MLP, mlp_out behind the norm",
+        "ln1": "its norm acts on what attention puts out; read resid_pre before it, attn_out behind the norm",
+        "ln2": "its norm acts on what the MLP puts out; read resid_mid before it, mlp_out behind the norm",
         "attn.result": "a norm acts on the sum of the heads, so no head has an increment of its own",
     },
     refuses=refuses,

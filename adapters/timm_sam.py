@@ -1,7 +1,7 @@
 """timm's `VisionTransformerSAM`: the stream is an image, and most blocks attend within windows.
 
-The decomposed relative position bias is made from the queries before the attention call, so an edit of ``attn.q``
-changes the dot product and leaves the bias.
+The decomposed relative position bias is made from the queries before the attention call, so an edit of
+``attn.q`` changes the dot product and leaves the bias.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ SAM = Family(
             Port("drop_path1", spatial=True, requires=(Port.has("window_size", 0),)),
             Difference("resid_mid", "resid_pre"),
         ),
-        **{site: VIT.ports[site] for site in ("resid_mid", "ln2", "mlp.pre", "mlp.pre_linear", "mlp.post", "mlp_out")},
+        **{
+            site: VIT.ports[site]
+            for site in ("resid_mid", "ln2", "mlp.pre", "mlp.pre_linear", "mlp.post", "mlp_out")
+        },
         "resid_post": (Port("", spatial=True),),
     },
     absent={f"attn.{site}": in_windows for site in ("q", "k", "v", "scores", "pattern", "z", "result")},

@@ -1,8 +1,9 @@
-"""timm's ViTs with norms before attention and MLP: ViT, DeiT, MAE, DINOv2 and v3, CLIP, SigLIP, EVA, BEiT, hybrids.
+"""timm's ViTs with norms before attention and MLP: ViT, DeiT, DINOv2 and v3, CLIP, SigLIP, EVA, BEiT and more.
 
 ``drop_path1`` and ``drop_path2`` are always modules and sit after LayerScale, so their outputs are the exact
-increments of the residual stream. Packed, separate and bypassed projections, rotary positions, relative position
-bias, query and key norms and grouped queries all end in one attention call and need nothing of their own.
+increments of the residual stream. Packed, separate and bypassed projections, rotary positions, relative
+position bias, query and key norms and grouped queries all end in one attention call and need nothing of their
+own.
 """
 
 from __future__ import annotations

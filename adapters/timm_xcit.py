@@ -1,4 +1,4 @@
-"""timm's XCiT: attention between channels, and a convolution over the patches as a third branch of every block."""
+"""timm's XCiT: attention between channels, and a convolution over the patches as a third branch."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ XCIT = replace(
     mixing=None,
     absent={
         **{f"attn.{site}": CHANNELS for site in ("q", "k", "scores", "pattern")},
-        "resid_mid": "a convolution adds to the stream between attention and MLP, so there is no single middle",
+        "resid_mid": "a convolution adds to the stream between attention and MLP, so it has two middles",
     },
 )

@@ -80,7 +80,9 @@ def _hybrid(name: str) -> dict[str, Any]:
     """A shallow backbone of the same kind: a deep one sees all of so small an image from every patch."""
     size: dict[str, Any] = {"img_size": (64, 96)}
     if "_mci_" in name:
-        stem = ConvStem(channels=(8, 8, 32), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=nn.GELU)
+        stem = ConvStem(
+            channels=(8, 8, 32), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=nn.GELU
+        )
         return size | {"embed_layer": partial(HybridEmbed, backbone=stem, proj=False)}
     if "_resnet" in name:
         backbone = timm.create_model("test_resnet", features_only=True, out_indices=[4])
@@ -101,7 +103,9 @@ def _vitamin() -> dict[str, Any]:
     from timm.models.vitamin import VitCfg, VitConvCfg
 
     convolutions = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
-    stem = VitCfg(embed_dim=(8, 16, 32), depths=(1, 1, 1), stem_width=8, conv_cfg=convolutions, head_type="1d")
+    stem = VitCfg(
+        embed_dim=(8, 16, 32), depths=(1, 1, 1), stem_width=8, conv_cfg=convolutions, head_type="1d"
+    )
     return {"embed_cfg": stem, "img_size": (32, 48)}
 
 

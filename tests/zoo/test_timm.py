@@ -48,7 +48,11 @@ def tiny(name: str) -> HookedViT:
     torch.manual_seed(0)
     module = shrunk(name)
     # A convolutional stem keeps its own initialisation, under which a token sees its own patch best.
-    stem = copy.deepcopy(module.patch_embed) if hasattr(getattr(module, "patch_embed", None), "backbone") else None
+    stem = (
+        copy.deepcopy(module.patch_embed)
+        if hasattr(getattr(module, "patch_embed", None), "backbone")
+        else None
+    )
     stirred(module)
     if stem is not None:
         module.patch_embed = stem
@@ -103,7 +107,17 @@ def test_shrinking_keeps_what_differs_between_blocks() -> None:
     assert shrunk("beit_base_patch16_224").blocks[0].attn.relative_position_bias_table is not None
 
 
-SWEPT = ("resid_pre", "attn.q", "attn.pattern", "attn.z", "attn.result", "attn_out", "resid_mid", "mlp_out", "resid_post")
+SWEPT = (
+    "resid_pre",
+    "attn.q",
+    "attn.pattern",
+    "attn.z",
+    "attn.result",
+    "attn_out",
+    "resid_mid",
+    "mlp_out",
+    "resid_post",
+)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -1,7 +1,8 @@
 """Checks inside the blocks: where a write goes, where it must not go, and what adds up to what.
 
 Every block is run once on many rows, which start from one image's clean residual stream; each but two is
-written to at one site of the block. So every identity is tested on values that were edited upstream of it too.
+written to at one site of the block. So every identity is tested on values that were edited upstream of it,
+too.
 """
 
 from __future__ import annotations

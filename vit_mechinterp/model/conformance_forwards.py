@@ -101,10 +101,10 @@ def token_layout(subject: Subject, record: Record) -> None:
     text = "tokens outside the grid depend on the image" if bool(outside.any()) else ""
     record.add(not text, "embed", text)
     for (row, column), change in zip(corners, moved, strict=True):
-        inside = change[first : first + tokens.n_patches].unflatten(0, tokens.grid)
+        inside = change[first : first + tokens.n_patches].reshape(tokens.grid)
         change = inside.reshape(-1, n_rows * n_columns).amax(dim=0)
         place = divmod(int(change.argmax()), n_columns)
-        # Where more than one token moves, a convolutional stem looks beyond its patch, and a neighbour may move most.
+        # Where several tokens move, a convolutional stem sees beyond its patch; a neighbour may move most.
         reach = int((change > 0).sum() > 1)
         text = f"patch ({row}, {column}) of the image is token {place} of the grid"
         right = max(abs(place[0] - row), abs(place[1] - column)) <= reach

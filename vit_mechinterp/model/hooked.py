@@ -107,7 +107,7 @@ class HookedViT:
         family = self.layout.family
         if family.one_image is not None and len(x) > 1:
             raise ExecutionError(
-                f"{type(self.module).__name__} takes one image per forward, not {len(x)}: {family.one_image}. "
+                f"{type(self.module).__name__} takes one image a forward, not {len(x)}: {family.one_image}. "
                 "Pass images one at a time; execute does so with batch_size=1."
             )
         args, kwargs = family.inputs(self.module, x)
@@ -255,12 +255,11 @@ class HookedViT:
         return {name: _describe(Site.parse(name), shapes[name]) for name in self.site_names()}
 
     def blank(self, batch: int) -> Tensor:
-        """A batch of blank images, ``[batch, 3, height, width]``, as the model takes them (videos: with frames)."""
+        """Blank images ``[batch, 3, height, width]`` (videos: with frames), as the model takes them."""
         return torch.zeros(batch, *self.layout.tokens.input_shape, device=self.device, dtype=self.dtype)
 
     def beginning(self, rows: int) -> Tensor:
-        """Blank images with which a growing batch begins: one, or as many as it has ``rows`` in the end where the
-        model counts them."""
+        """Blank images to begin a batch that grows to ``rows``: one, or all where the model counts them."""
         return self.blank(rows if self.layout.family.counts_rows else 1)
 
     def fingerprint(self) -> str:

@@ -180,7 +180,7 @@ class Instrument:
                 # The heads come first where the projection serves the MLP as well.
                 shape = self.layout.n_heads, self.layout.d_head
                 width = shape[0] * shape[1]
-                heads = projection.weight[:, :width].unflatten(-1, shape)
+                heads = projection.weight[:, :width].reshape(-1, *shape)
                 z = z[..., :width].reshape(*value.shape[:-1], *shape)
                 result = torch.einsum("...hd,mhd->...hm", z, heads)
                 if scale is not None:
@@ -198,7 +198,9 @@ class Instrument:
         stack.callback(block.register_forward_hook(forget).remove)
         self._hook(stack, self.layout.ports[str(attn_out)], visit)
 
-    def _hook(self, stack: ExitStack, port: Port | Difference | Share, visit: Callable[[Tensor], Tensor]) -> None:
+    def _hook(
+        self, stack: ExitStack, port: Port | Difference | Share, visit: Callable[[Tensor], Tensor]
+    ) -> None:
         if isinstance(port, Difference):
             self._hook_difference(stack, port, visit)
             return
@@ -255,11 +257,10 @@ class Instrument:
         self._hook(stack, self.layout.ports[port.minus], keep)
         self._hook(stack, self.layout.ports[port.of], increment)
 
-
     def _hook_share(self, stack: ExitStack, share: Share, visit: Callable[[Tensor], Tensor]) -> None:
         """Visit a share of an increment where the sum is put out."""
         projection: nn.Linear = lookup(self.module, share.projection)
-        scale = None if share.scale is None else lookup(self.module, share.scale)
+        scale: Any = None if share.scale is None else lookup(self.module, share.scale)
         kept: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ class TokenLayout:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example of the model's input: ``[3, height, width]``, for video with frames in front."""
+        """Shape of one example of the model's input: ``[3, height, width]``, for video with frames first."""
         frames = () if self.frames is None else (self.frames,)
         return (*frames, 3, *self.image_size)
 
@@ -126,8 +126,8 @@ class Family:
         blocks: paths from the model to its list of blocks; the first that exists is used.
         ports: for every block site outside the attention call, the ports where it may appear; the first that
             applies to a block is used. A site inside the call that has a port is not tapped.
-        attention: path from a block to the module that makes one ``scaled_dot_product_attention`` call; ``""``
-            where the block itself makes it.
+        attention: path from a block to the module that makes one ``scaled_dot_product_attention`` call;
+            ``""`` where the block itself makes it.
         out_projection: path from a block to the linear layer that mixes the heads back into the residual
             stream.
         attention_scale: paths from a block to the vector that multiplies the attention increment
@@ -171,7 +171,10 @@ class Family:
         default_factory=lambda: MappingProxyType({})
     )
     returns_tuple: bool = False
-    inputs: Callable[[nn.Module, Tensor], tuple[tuple[Any, ...], dict[str, Any]]] = lambda module, x: ((x,), {})
+    inputs: Callable[[nn.Module, Tensor], tuple[tuple[Any, ...], dict[str, Any]]] = lambda module, x: (
+        (x,),
+        {},
+    )
     one_image: str | None = None
     recorded: bool = False
     strangers: Callable[[nn.Module], Mapping[int, str]] = lambda module: MappingProxyType({})

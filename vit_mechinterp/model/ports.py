@@ -1,4 +1,4 @@
-"""Where in a module a site can be read and written: a tensor at a boundary, a difference of two, a share of a sum."""
+"""Where a site is read and written: a tensor at a boundary, a difference of two, a share of a sum."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Port:
         spatial: the tensor is ``[batch, height, width, channel]``; visitors see it with one token axis.
         heads: the first or the last features of the tensor are all heads side by side; visitors see these
             alone, as ``[batch, token, head, d_head]``.
-        head_first: the tensor is ``[batch, head, token, d_head]``; visitors see the token axis first. Where it has
-            several narrower heads for each of the model's, visitors see these side by side, as one.
+        head_first: the tensor is ``[batch, head, token, d_head]``; visitors see the token axis first. If it
+            has several narrower heads for each of the model's, visitors see these side by side, as one.
         token_first: the tensor is ``[token, batch, channel]``; visitors see the batch first.
         requires: attributes, relative to the block, that must exist for this port to apply; with a value,
             they must also equal it.

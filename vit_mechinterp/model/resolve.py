@@ -110,7 +110,9 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     strangers = family.strangers(module)
     for layer, block in enumerate(blocks):
         if layer in strangers:
-            absent.update({f"blocks.{layer}.{site}": strangers[layer] for site in (*family.ports, *TAP_SITES)})
+            absent.update(
+                {f"blocks.{layer}.{site}": strangers[layer] for site in (*family.ports, *TAP_SITES)}
+            )
             continue
         for site, alternatives in family.ports.items():
             name, scope = f"blocks.{layer}.{site}", f"{blocks_path}.{layer}"

@@ -43,9 +43,7 @@ def shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def tapped(
-    attention: nn.Module, visits: Mapping[str, Visit], where: str, n_heads: int = 1
-) -> Iterator[None]:
+def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str, n_heads: int = 1) -> Iterator[None]:
     """Let ``visits`` see, and replace, the tensors inside one attention module's call.
 
     Taps on one module add up: a later one is given what the earlier ones returned.
@@ -90,8 +88,9 @@ class _Tap:
         if interception.calls != 1 or interception.is_open:
             raise ExecutionError(
                 f"{self.where} made {interception.calls} attention calls where one was expected "
-                "(scaled_dot_product_attention, or a product, a softmax and a product), so its attention cannot "
-                "be read or edited; sites outside that call can. Use fused attention where the model offers it: "
+                "(scaled_dot_product_attention, or a product, a softmax and a product), so its attention "
+                "cannot be read or edited; sites outside that call can. Use fused attention where the model "
+                "offers it: "
                 "attn_implementation='sdpa' in transformers, fused_attn in timm."
             )
         return output
@@ -151,12 +150,23 @@ class _Interception(TorchFunctionMode):
         self.is_open = True
         return self._visit("pattern", func(self._visit("scores", scores), *args, **kwargs))
 
-    def _attend_folded(self, *folded: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def _attend_folded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """Heads folded into the batch, ``[batch * head, token, d_head]``."""
-        apart = (x.unflatten(0, (-1, self.n_heads)) for x in folded)
         if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, self.n_heads))
-        return self._attend(*apart, attn_mask=attn_mask, **kwargs).flatten(0, 1)
+            attn_mask = self._unfolded(attn_mask)
+        query, key, value = map(self._unfolded, (query, key, value))
+        return self._attend(query, key, value, attn_mask, *args, **kwargs).flatten(0, 1)
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.n_heads, *x.shape[1:])
 
     def _attend(
         self,
@@ -190,12 +200,12 @@ class _Interception(TorchFunctionMode):
     def _by_token(self, site: str, x: Tensor) -> Tensor:
         """Visit ``[batch, head, token, d_head]`` as ``[batch, token, head, d_head]``."""
         if site in self.visits and x.ndim == 3:
-            return self._by_token(site, x.unflatten(0, (-1, self.n_heads))).flatten(0, 1)
+            return self._by_token(site, self._unfolded(x)).flatten(0, 1)
         return self._visit(site, x.transpose(1, 2)).transpose(1, 2) if site in self.visits else x
 
     def _visit(self, site: str, x: Tensor) -> Tensor:
         if site in self.visits and x.ndim == 3:
-            return self._visit(site, x.unflatten(0, (-1, self.n_heads))).flatten(0, 1)
+            return self._visit(site, self._unfolded(x)).flatten(0, 1)
         for visit in self.visits.get(site, ()):
             x = visit(x)
         return x

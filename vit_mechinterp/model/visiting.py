@@ -54,14 +54,14 @@ def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tens
     if port.spatial:
         seen = value.flatten(1, 2)
     elif port.head_first:
-        seen = value.transpose(1, 2).flatten(2).unflatten(-1, port.head_shape)
+        seen = _in_heads(value.transpose(1, 2).flatten(2), port.head_shape)
     elif port.token_first:
         seen = value.transpose(0, 1)
     elif port.heads is not None or port.part is not None:
         start, stop = _span(port, value.shape[-1])
         seen = value[..., start:stop]
         if port.heads is not None:
-            seen = seen.unflatten(-1, port.head_shape)
+            seen = _in_heads(seen, port.head_shape)
     else:
         return visit(value)
     new = visit(seen)
@@ -69,14 +69,18 @@ def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tens
     if new is seen and not value.requires_grad:
         return value
     if port.spatial:
-        return new.unflatten(1, value.shape[1:3])
+        return new.reshape(len(new), *value.shape[1:3], new.shape[-1])
     if port.head_first:
-        return new.flatten(2).unflatten(-1, (value.shape[1], value.shape[3])).transpose(1, 2)
+        return _in_heads(new.flatten(2), (value.shape[1], value.shape[3])).transpose(1, 2)
     if port.token_first:
         return new.transpose(0, 1)
     if port.heads is not None:
         new = new.flatten(-2)
     return torch.cat([value[..., :start], new, value[..., stop:]], dim=-1)
+
+
+def _in_heads(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    return x.reshape(*x.shape[:-1], *shape)
 
 
 def _span(port: Port, width: int) -> tuple[int, int]:
