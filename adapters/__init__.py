@@ -14,7 +14,7 @@ from vit_mechinterp.adapters.timm_sam import SAM as TIMM_SAM
 from vit_mechinterp.adapters.timm_vit import VIT as TIMM_VIT
 from vit_mechinterp.adapters.timm_xcit import XCIT
 from vit_mechinterp.adapters.transformers_beit import BEIT, DATA2VEC
-from vit_mechinterp.adapters.transformers_bert import BERT
+from vit_mechinterp.adapters.transformers_bert import BERT, BERT_TUPLE
 from vit_mechinterp.adapters.transformers_blip import BLIP
 from vit_mechinterp.adapters.transformers_clip import CLIP, JANUS, MLCD, PHI4, SIGLIP
 from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, EOMT_STYLE
@@ -47,6 +47,7 @@ TRANSFORMERS = (
     BEIT,
     DATA2VEC,
     BERT,
+    BERT_TUPLE,
     INTERNVL,
     DINOV2,
     EOMT_STYLE,

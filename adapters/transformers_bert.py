@@ -1,4 +1,4 @@
-"""transformers' ViTs in the style of BERT: YOLOS, DPT, VideoMAE and ViTPose.
+"""transformers' ViTs in the style of BERT: YOLOS, DPT, VideoMAE, ViTPose, and FLAVA's image tower.
 
 Attention is ``attention.attention`` (query, key, value) and ``attention.output``. Except in ViTPose the
 residual connection around the MLP is made inside ``output``, behind its dropout.
@@ -6,6 +6,7 @@ residual connection around the MLP is made inside ``output``, behind its dropout
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from vit_mechinterp.adapters.transformers_readout import (
@@ -23,7 +24,7 @@ NAMES = ("vit", "dpt", "videomae", "backbone")
 PARTS = frozenset({"embeddings", "encoder", "layernorm", "pooler"})
 HEADS = ("fc_norm", "class_labels_classifier", "bbox_predictor", "head")
 BLOCK = frozenset({"layernorm_before", "attention", "layernorm_after", "intermediate", "output", "mlp"})
-ATTENTION = frozenset({"query", "key", "value", "dropout"})
+ATTENTION = frozenset({"query", "key", "value"})
 
 
 def tokens(model: Any) -> TokenLayout:
@@ -44,7 +45,9 @@ def bert_readout(model: Any) -> Readout:
         ln_final = "its last norm acts on the mean of the tokens; read pooled, or the last resid_post"
     if hasattr(model, "bbox_predictor"):
         unpooled = "the detection tokens are read out one by one; read ln_final"
-        return Readout("logits", {"ln_final": ln_final, "pooled": unpooled, "logits": Port("", field="logits")})
+        return Readout(
+            "logits", {"ln_final": ln_final, "pooled": unpooled, "logits": Port("", field="logits")}
+        )
     if prefix == "backbone.":
         unpooled = "keypoints are read from a map of all patches; read ln_final"
         heatmaps = Port("", field="heatmaps")
@@ -89,3 +92,11 @@ BERT = Family(
     recorded=True,  # ViTPose's backbone hands on what transformers' recording hooks have seen
     refuses=refuses,
 )
+
+BERT_TUPLE = dataclasses.replace(
+    BERT,
+    name="transformers.bert_style_tuple",
+    parts={"": BLOCK, "attention.attention": ATTENTION | {"dropout"}},
+    returns_tuple=True,
+)
+"""The older form, in which attention holds its dropout as a module and blocks return tuples (FLAVA)."""

@@ -54,9 +54,7 @@ def dinov2_readout(model: Any) -> Readout:
     if hasattr(inner, "class_predictor"):
         queries = "its object queries are read out one by one, with those of earlier blocks; read logits"
         logits = Port("", field="class_queries_logits")
-        return Readout(
-            "class_queries_logits", {"ln_final": queries, "pooled": queries, "logits": logits}
-        )
+        return Readout("class_queries_logits", {"ln_final": queries, "pooled": queries, "logits": logits})
     norm = "layernorm" if hasattr(inner, "layernorm") else "norm"
     return readout(model, Port(prefix + norm))
 

@@ -74,7 +74,9 @@ INTERNVL = Family(
     refuses=refuses,
 )
 
-STEP3_PARTS = frozenset({"embeddings", "pre_layernorm", "rotary_emb", "layers", "downsampler1", "downsampler2"})
+STEP3_PARTS = frozenset(
+    {"embeddings", "pre_layernorm", "rotary_emb", "layers", "downsampler1", "downsampler2"}
+)
 STEP3_BLOCK = frozenset({"layernorm_before", "self_attn", "layernorm_after", "mlp", "lambda_1", "lambda_2"})
 
 

@@ -104,7 +104,11 @@ def heads(attention: Any) -> tuple[int, int]:
 
 
 def grid_of(
-    model: Any, prefix: tuple[str, ...], suffix: tuple[str, ...] = (), *, frames: tuple[int, int] | None = None
+    model: Any,
+    prefix: tuple[str, ...],
+    suffix: tuple[str, ...] = (),
+    *,
+    frames: tuple[int, int] | None = None,
 ) -> TokenLayout:
     """The token layout for the image and patch size of the configuration.
 

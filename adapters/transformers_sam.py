@@ -16,7 +16,7 @@ from vit_mechinterp.adapters.transformers_readout import base, d_model, grid_of,
 from vit_mechinterp.model.layout import TAP_SITES, Difference, Family, Port, Readout, TokenLayout
 
 NAMES = ("vision_encoder",)
-PARTS = frozenset({"patch_embed", "pos_embed", "layers", "neck", "proj", "post_conv", "net_2", "net_3"})
+PARTS = frozenset({"patch_embed", "pos_embed", "layers", "neck", "proj", "multi_modal_projector"})
 BLOCK = frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"})
 ATTENTION = frozenset({"qkv", "proj", "rel_pos_h", "rel_pos_w"})
 
@@ -37,7 +37,8 @@ def sam_readout(model: Any) -> Readout:
     """A convolutional neck makes the image embedding."""
     neck = "a convolutional neck follows the last block; read the last resid_post"
     ports: dict[str, Port | str] = {"ln_final": neck, "pooled": neck, "logits": "it has no head"}
-    return Readout("last_hidden_state", ports)
+    projected = hasattr(base(model, *NAMES)[1], "multi_modal_projector")
+    return Readout("pooler_output" if projected else "last_hidden_state", ports)
 
 
 def refuses(model: Any) -> str | None:

@@ -15,7 +15,12 @@ from torch import nn
 
 Build = Callable[[], nn.Module]
 
-TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 WIDE = {"image_size": (16, 24), "patch_size": 8}
 SQUARE = {"image_size": 16, "patch_size": 8}
 
@@ -24,7 +29,9 @@ def _of(package: str, name: str, config: str, **options: Any) -> Build:
     def build() -> nn.Module:
         module = importlib.import_module(f"transformers.models.{package}")
         made = getattr(module, config)(**options)
-        return getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)(made)
+        return getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)(
+            made
+        )
 
     return build
 
@@ -93,7 +100,13 @@ BUILDERS: dict[str, Build] = {
         use_shared_relative_position_bias=True,
         use_absolute_position_embeddings=True,
     ),
-    **_row("yolos", "YolosModel YolosForObjectDetection", "YolosConfig", **{**BERT, "image_size": [16, 24]}, num_detection_tokens=3),
+    **_row(
+        "yolos",
+        "YolosModel YolosForObjectDetection",
+        "YolosConfig",
+        **{**BERT, "image_size": [16, 24]},
+        num_detection_tokens=3,
+    ),
     **_row("dpt", "DPTModel", "DPTConfig", **TINY, **SQUARE, is_hybrid=False, backbone_out_indices=[0, 1, 2]),
     **_row(
         "videomae",
@@ -125,10 +138,24 @@ BUILDERS: dict[str, Build] = {
         num_register_tokens=2,
         num_key_value_heads_per_layer=[4, 2, 4],
     ),
-    **_row("eomt", "EomtForUniversalSegmentation", "EomtConfig", **TINY, **SQUARE, num_blocks=1, num_queries=5, num_upscale_blocks=1),
+    **_row(
+        "eomt",
+        "EomtForUniversalSegmentation",
+        "EomtConfig",
+        **TINY,
+        **SQUARE,
+        num_blocks=1,
+        num_queries=5,
+        num_upscale_blocks=1,
+    ),
     **_row("clip", "CLIPVisionModel CLIPVisionModelWithProjection", "CLIPVisionConfig", **CLIP),
     **_nested("clip", "CLIPForImageClassification", "CLIPConfig", **CLIP),
-    **_row("metaclip_2", "MetaClip2VisionModel MetaClip2VisionModelWithProjection", "MetaClip2VisionConfig", **CLIP),
+    **_row(
+        "metaclip_2",
+        "MetaClip2VisionModel MetaClip2VisionModelWithProjection",
+        "MetaClip2VisionConfig",
+        **CLIP,
+    ),
     **_row("altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig", **CLIP),
     **_row("chinese_clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", **CLIP),
     **_row("clipseg", "CLIPSegVisionModel", "CLIPSegVisionConfig", **CLIP),
@@ -140,7 +167,9 @@ BUILDERS: dict[str, Build] = {
     **_row("siglip", "SiglipVisionModel", "SiglipVisionConfig", **CLIP),
     **_nested("siglip", "SiglipForImageClassification", "SiglipConfig", **CLIP),
     **_row("siglip2", "Siglip2VisionModel", "Siglip2VisionConfig", **TINY, patch_size=8, num_patches=9),
-    **_nested("siglip2", "Siglip2ForImageClassification", "Siglip2Config", **TINY, patch_size=8, num_patches=9),
+    **_nested(
+        "siglip2", "Siglip2ForImageClassification", "Siglip2Config", **TINY, patch_size=8, num_patches=9
+    ),
     **_row("idefics2", "Idefics2VisionTransformer", "Idefics2VisionConfig", **CLIP),
     **_row("idefics3", "Idefics3VisionTransformer", "Idefics3VisionConfig", **CLIP),
     **_row("smolvlm", "SmolVLMVisionTransformer", "SmolVLMVisionConfig", **CLIP),
@@ -158,7 +187,9 @@ BUILDERS: dict[str, Build] = {
         use_mean_pooling=False,
         layer_scale_init_value=0.3,
     ),
-    **_row("qianfan_ocr", "QianfanOCRVisionModel", "QianfanOCRVisionConfig", **PAIRS, layer_scale_init_value=0.3),
+    **_row(
+        "qianfan_ocr", "QianfanOCRVisionModel", "QianfanOCRVisionConfig", **PAIRS, layer_scale_init_value=0.3
+    ),
     **_row("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", **CLIP),
     **_row("ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", **CLIP),
     **_row("pixtral", "PixtralVisionModel", "PixtralVisionConfig", **TINY, **SQUARE),
@@ -199,12 +230,60 @@ BUILDERS: dict[str, Build] = {
         **SAM,
         downsample_channels=[12, 12],
     ),
+    **_row(
+        "pp_formulanet",
+        "PPFormulaNetVisionModel",
+        "PPFormulaNetVisionConfig",
+        **SAM,
+        post_conv_in_channels=12,
+        post_conv_mid_channels=12,
+        post_conv_out_channels=12,
+    ),
     **_row("slanext", "SLANeXtVisionEncoder", "SLANeXtVisionConfig", **SAM),
+    **_row("flava", "FlavaImageModel", "FlavaImageConfig", **TINY, **SQUARE),
     **_row("phi4_multimodal", "Phi4MultimodalVisionModel", "Phi4MultimodalVisionConfig", **TINY, **SQUARE),
-    **_row("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", **TINY, **SQUARE, num_blocks=1, num_queries=5, num_upscale_blocks=1),
-    **_row("sam3", "Sam3ViTModel", "Sam3ViTConfig", **TINY, image_size=32, pretrain_image_size=16, patch_size=8, window_size=2, global_attn_indexes=[1]),
-    **_row("mgp_str", "MgpstrModel", "MgpstrConfig", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2.0, image_size=[16, 24], patch_size=8),
-    **_row("llama4", "Llama4VisionModel", "Llama4VisionConfig", **{**TINY, "intermediate_size": 128}, **SQUARE, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+    **_row(
+        "eomt_dinov3",
+        "EomtDinov3ForUniversalSegmentation",
+        "EomtDinov3Config",
+        **TINY,
+        **SQUARE,
+        num_blocks=1,
+        num_queries=5,
+        num_upscale_blocks=1,
+    ),
+    **_row(
+        "sam3",
+        "Sam3ViTModel",
+        "Sam3ViTConfig",
+        **TINY,
+        image_size=32,
+        pretrain_image_size=16,
+        patch_size=8,
+        window_size=2,
+        global_attn_indexes=[1],
+    ),
+    **_row(
+        "mgp_str",
+        "MgpstrModel",
+        "MgpstrConfig",
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        mlp_ratio=2.0,
+        image_size=[16, 24],
+        patch_size=8,
+    ),
+    **_row(
+        "llama4",
+        "Llama4VisionModel",
+        "Llama4VisionConfig",
+        **{**TINY, "intermediate_size": 128},
+        **SQUARE,
+        vision_output_dim=32,
+        projector_input_dim=32,
+        projector_output_dim=32,
+    ),
     **_row("step3p7", "Step3p7VisionModel", "Step3p7VisionConfig", **TINY, **SQUARE),
     **_row(
         "vjepa2",
@@ -240,7 +319,12 @@ def _vitpose() -> nn.Module:
     import transformers
 
     backbone = transformers.VitPoseBackboneConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2, image_size=[16, 24], patch_size=[8, 8],
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=[16, 24],
+        patch_size=[8, 8],
         out_indices=[3],
     )
     return transformers.VitPoseForPoseEstimation(
@@ -272,8 +356,13 @@ BUILDERS |= {
 
 def build(name: str) -> nn.Module:
     """A tiny model of a class, in eval mode, its weights random and none of them zero."""
+    return build_from(BUILDERS[name])
+
+
+def build_from(builder: Build) -> nn.Module:
+    """The same for any builder."""
     torch.manual_seed(0)
-    module = BUILDERS[name]()
+    module = builder()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
