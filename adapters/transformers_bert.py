@@ -68,7 +68,7 @@ def refuses(model: Any) -> str | None:
 BERT = Family(
     name="transformers.bert_style",
     library="transformers",
-    blocks=tuple(f"{name}.encoder.layer" for name in NAMES) + ("encoder.layer",),
+    blocks=(*tuple(f"{name}.encoder.layer" for name in NAMES), "encoder.layer"),
     attention="attention.attention",
     out_projection="attention.output.dense",
     parts={"": BLOCK, "attention.attention": ATTENTION},

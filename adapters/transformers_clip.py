@@ -1,8 +1,8 @@
 """transformers' vision towers in the style of CLIP and SigLIP: ``self_attn`` between ``layer_norm1`` and 2.
 
-CLIP and its relatives (MetaCLIP 2, AltCLIP, Chinese-CLIP, MLCD, OWL-ViT, OWLv2, Kosmos-2, the
-tower of CLIPSeg) norm CLS alone at the end; SigLIP and its relatives (SigLIP 2, Idefics 2 and 3, SmolVLM, GIT)
-norm all tokens.
+CLIP and its relatives (MetaCLIP 2, AltCLIP, Chinese-CLIP, MLCD, OWL-ViT, OWLv2, Kosmos-2, the tower of
+CLIPSeg) norm CLS alone at the end; SigLIP and its relatives (SigLIP 2, Idefics 2 and 3, SmolVLM, GIT, Janus,
+Phi-4 multimodal) norm all tokens.
 """
 
 from __future__ import annotations

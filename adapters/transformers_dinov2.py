@@ -49,7 +49,7 @@ def dinov2_readout(model: Any) -> Readout:
     prefix, inner = base(model, *NAMES)
     if hasattr(inner, "input_conditioner"):
         reason = "it gives out its last residual stream as it is; read the last resid_post"
-        ports: dict[str, Port | str] = {site: reason for site in ("ln_final", "pooled", "logits")}
+        ports: dict[str, Port | str] = dict.fromkeys(("ln_final", "pooled", "logits"), reason)
         return Readout("last_hidden_state", ports)
     if hasattr(inner, "class_predictor"):
         queries = "its object queries are read out one by one, with those of earlier blocks; read logits"

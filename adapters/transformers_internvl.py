@@ -1,4 +1,4 @@
-"""Vision towers whose LayerScale is a bare parameter with no module behind it: InternVL, Qianfan-OCR, Step 3.7.
+"""Vision towers whose LayerScale is a bare parameter behind no module: InternVL, Qianfan-OCR, Step 3.7.
 
 The increments of the residual stream leave no module; they are differences of the stream's values.
 """

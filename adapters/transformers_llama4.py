@@ -1,4 +1,4 @@
-"""The vision tower of transformers' Llama 4: rotary positions, CLS behind the patches, blocks that return tuples."""
+"""The vision tower of transformers' Llama 4: CLS behind the patches, blocks that return tuples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' MGP-STR (text in images): packed q, k and v, attention written out, one drop path for both increments."""
+"""transformers' MGP-STR (text in images): packed q, k and v, attention written out."""
 
 from __future__ import annotations
 

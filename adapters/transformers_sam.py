@@ -1,8 +1,8 @@
 """transformers' SAM image encoders: tokens stay a map, and most blocks attend inside windows.
 
-A window is a batch of its own to the attention, padded at the border, so what stands inside the attention of such
-a block is not in the stream's tokens; only blocks with global attention have those sites. Where positions are
-relative, the bias is made of q: an edit of ``attn.q`` does not change the bias.
+A window is a batch of its own to the attention, padded at the border, so what stands inside the attention of
+such a block is not in the stream's tokens; only blocks with global attention have those sites. Where
+positions are relative, the bias is made of q: an edit of ``attn.q`` does not change the bias.
 """
 
 from __future__ import annotations

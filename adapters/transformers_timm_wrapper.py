@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 from vit_mechinterp.model.layout import Family, Port, Readout
 
 INSIDE = "timm_model"
+
+
+def _inside(model: Any) -> nn.Module:
+    module: nn.Module = model.timm_model
+    return module
 
 
 def around(family: Family) -> Family:
     """The row of a timm family for a model that holds one of its modules as ``timm_model``."""
 
     def readout(model: Any) -> Readout:
-        native = family.readout(model.timm_model)
+        native = family.readout(_inside(model))
         ports = {
             site: dataclasses.replace(port, path=f"{INSIDE}.{port.path}" if port.path else INSIDE)
             if isinstance(port, Port)
@@ -32,11 +39,11 @@ def around(family: Family) -> Family:
         name=f"transformers.timm_wrapper({family.name})",
         library="transformers",
         blocks=tuple(f"{INSIDE}.{path}" for path in family.blocks),
-        tokens=lambda model: family.tokens(model.timm_model),
-        d_model=lambda model: family.d_model(model.timm_model),
+        tokens=lambda model: family.tokens(_inside(model)),
+        d_model=lambda model: family.d_model(_inside(model)),
         readout=readout,
-        inputs=lambda model, x: family.inputs(model.timm_model, x),
-        strangers=lambda model: family.strangers(model.timm_model),
-        refuses=lambda model: family.refuses(model.timm_model),
-        any_size=lambda model: family.any_size(model.timm_model),
+        inputs=lambda model, x: family.inputs(_inside(model), x),
+        strangers=lambda model: family.strangers(_inside(model)),
+        refuses=lambda model: family.refuses(_inside(model)),
+        any_size=lambda model: family.any_size(_inside(model)),
     )

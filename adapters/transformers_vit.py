@@ -1,4 +1,4 @@
-"""transformers' ViT, DeiT (with and without teacher), ViT-MSN, ViT-MAE, I-JEPA, Pixio, and ViViT for video."""
+"""transformers' ViT, DeiT (with and without teacher), ViT-MSN, ViT-MAE, I-JEPA, Pixio, and ViViT."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ def test_a_sweep_equals_one_run_at_a_time(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     base, source = (torch.randn(2, *layout.tokens.input_shape, generator=generator) for _ in range(2))
     available = set(vit.site_names())
-    sites = [s for l in range(layout.n_layers) for p in PLACES if (s := f"blocks.{l}.{p}") in available]
+    sites = [
+        s for layer in range(layout.n_layers) for p in PLACES if (s := f"blocks.{layer}.{p}") in available
+    ]
     runs = [
         vmi.Run(name=site, interventions=[vmi.Interchange(site=site, tokens=[1], source="source")])
         for site in sites

@@ -7,7 +7,7 @@ family allows it, so that rows and columns cannot be mistaken for each other.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch

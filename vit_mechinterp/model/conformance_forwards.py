@@ -87,7 +87,7 @@ def token_layout(subject: Subject, record: Record) -> None:
         patch.copy_(patch + 3 * subject.noise(patch.shape))
     kept: dict[str, Tensor] = {}
     embeds = []
-    for batch in images.split(1) if subject.layout.family.one_image else [images]:
+    for batch in torch.split(images, 1 if subject.layout.family.one_image else len(images)):
         subject.run({"embed": keeping(kept, "embed")}, batch, stop=0, before=True)
         embeds.append(kept["embed"])
     embed = torch.cat(embeds)
@@ -152,7 +152,8 @@ def interchange_of_images(subject: Subject, record: Record) -> None:
     other, values = subject.native.roll(1, dims=0), subject.values
     if subject.layout.family.one_image:
         another = subject.noise(subject.images.shape)
-        other, kept = subject.vit(another), {}
+        kept: dict[str, Tensor] = {}
+        other = subject.vit(another)
         subject.run({name: keeping(kept, name) for name in subject.sites}, another)
         values = kept
     apart = deviation(other, subject.native)
