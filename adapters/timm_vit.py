@@ -1,4 +1,4 @@
-"""timm's ViTs with norms before attention and MLP: ViT, DeiT, DINOv2 and v3, CLIP, SigLIP, EVA, BEiT and more.
+"""timm's ViTs with norms before attention and MLP: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA, BEiT.
 
 ``drop_path1`` and ``drop_path2`` are always modules and sit after LayerScale, so their outputs are the exact
 increments of the residual stream. Packed, separate and bypassed projections, rotary positions, relative
