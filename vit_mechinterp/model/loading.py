@@ -117,7 +117,18 @@ def _load_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
 
 
 # Checkpoints of two towers, and the class that loads the vision tower alone.
-_VISION_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection"}
+_VISION_TOWERS = {
+    "CLIPModel": "CLIPVisionModelWithProjection",
+    "MetaClip2Model": "MetaClip2VisionModelWithProjection",
+    "ChineseCLIPModel": "ChineseCLIPVisionModel",
+    "CLIPSegModel": "CLIPSegVisionModel",
+    "SiglipModel": "SiglipVisionModel",
+    "Siglip2Model": "Siglip2VisionModel",
+    "OwlViTModel": "OwlViTVisionModel",
+    "OwlViTForObjectDetection": "OwlViTVisionModel",
+    "Owlv2Model": "Owlv2VisionModel",
+    "Owlv2ForObjectDetection": "Owlv2VisionModel",
+}
 
 
 def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
