@@ -62,7 +62,8 @@ def shrunk(name: str, **options: Any) -> nn.Module:
         overrides |= _eva(name)
     if module == "vision_transformer_hybrid":
         overrides |= _hybrid(name)
-    if module == "gemma4_vit":
+    if module in ("gemma4_vit", "naflexvit"):
+        # These take images of any size and keep none; the pretrained configuration's counts.
         options = {"pretrained_cfg_overlay": {"input_size": (3, *overrides["img_size"])}, **options}
     return timm.create_model(name, pretrained=False, **{**overrides, **options}).eval()
 
