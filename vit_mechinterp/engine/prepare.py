@@ -76,8 +76,13 @@ class Prepared:
                 example of fewer tokens leaves out those it lacks.
 
         Raises:
-            SpecError: ``source_order`` is no such permutation.
+            SpecError: ``source_order`` is no such permutation, or ``examples`` names none, or others than held.
         """
+        if len(examples) == 0 or min(examples) < 0 or max(examples) >= self.n_examples:
+            raise SpecError(
+                f"examples={list(examples)} must name at least one of the {self.n_examples} examples, 0 to "
+                f"{self.n_examples - 1}."
+            )
         if source_order is not None and sorted(source_order) != list(range(self.most_source_tokens)):
             raise SpecError(
                 f"source_order={list(source_order)} is no order of the sources' tokens: give each of "
