@@ -76,7 +76,7 @@ class Prepared:
                 example of fewer tokens leaves out those it lacks.
 
         Raises:
-            SpecError: ``source_order`` is no such permutation, or ``examples`` names none, or others than held.
+            SpecError: ``source_order`` is no such permutation, or ``examples`` names none or too high ones.
         """
         if len(examples) == 0 or min(examples) < 0 or max(examples) >= self.n_examples:
             raise SpecError(
