@@ -15,7 +15,7 @@ from tests.oracles import by_hand
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
 from vit_mechinterp.engine import prepare
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import ExecutionError, SpecError
 
 Document = dict[str, Any]
 Formula = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -192,7 +192,7 @@ def test_the_source_order_repairs_tokens() -> None:
 
 
 def test_what_cannot_be_prepared_is_refused() -> None:
-    world = world_of(TIMM_PLAIN, 4)
+    world = World(TIMM_PLAIN, 4)
     swap = {"op": "interchange", "site": "blocks.2.resid_post", "source": {"run": "sender"}}
     runs = [
         Run.model_validate({"name": "sender", "interventions": [das()]}),
@@ -209,6 +209,15 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         prepare(world.vit, runs[:1], world.columns, {**tensors, "R": torch.ones(24, 2)}, progress=False),
     ):
         pass
+    world.module.set_grad_checkpointing(True)
+    with (
+        pytest.raises(
+            ExecutionError, match=r"gradient checkpointing on \(at the top\), which runs blocks again"
+        ),
+        prepare(world.vit, runs[:1], world.columns, tensors, progress=False),
+    ):
+        pass
+    world.module.set_grad_checkpointing(False)
     with prepare(world.vit, runs[:1], world.columns, tensors, progress=False) as prepared:
         for examples in ([], [4], [-1]):
             with pytest.raises(
