@@ -112,8 +112,8 @@ def _refuse_checkpointing(vit: HookedViT) -> None:
         mine = getattr(module, "grad_checkpointing", False)
         if mine or (getattr(module, "gradient_checkpointing", False) and module.training):
             raise ExecutionError(
-                f"{type(vit.module).__name__} has gradient checkpointing on (at {path or 'the top'}), which runs "
-                "blocks again for the backward pass, without the interventions. Switch it off first: "
+                f"{type(vit.module).__name__} has gradient checkpointing on (at {path or 'the top'}), which "
+                "runs blocks again for the backward pass, without the interventions. Switch it off first: "
                 "set_grad_checkpointing(False) in timm, gradient_checkpointing_disable() in transformers."
             )
 
