@@ -1,5 +1,7 @@
 """timm's `VisionTransformer` with `Block`: ViT, DeiT, AugReg, MAE, DINO, DINOv2 with registers, CLIP, SigLIP.
 
+Convolutional stems and relative position biases change nothing here.
+
 ``drop_path1`` and ``drop_path2`` are always modules and sit after LayerScale, so their outputs are the exact
 increments of the residual stream.
 """
@@ -12,8 +14,12 @@ from torch import nn
 
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
+FORM = Port.has("ls1")
+"""Blocks that norm their branches behind attention and MLP lack it, and have everything else."""
 BLOCK = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
-ATTENTION = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
+ATTENTION = frozenset(
+    {"qkv", "q_norm", "k_norm", "rel_pos", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+)
 
 
 def tokens(model: Any) -> TokenLayout:
@@ -78,7 +84,7 @@ VIT = Family(
     parts={"": BLOCK, "attn": ATTENTION},
     ports={
         "resid_pre": (Port("", "input"),),
-        "ln1": (Port("norm1"),),
+        "ln1": (Port("norm1", requires=(FORM,)),),
         "attn.result": (Port("attn.proj", "input"),),
         "attn_out": (Port("drop_path1"),),
         "resid_mid": (Port("norm2", "input", in_place=True),),

@@ -1,4 +1,7 @@
-"""The vision tower of transformers' CLIP, bare, with projection, or with a classifier."""
+"""The vision tower of transformers' CLIP, bare, with projection, or with a classifier.
+
+The towers of MetaCLIP 2, AltCLIP, Chinese CLIP and CLIPSeg are the same.
+"""
 
 from __future__ import annotations
 

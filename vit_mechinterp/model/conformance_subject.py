@@ -13,12 +13,17 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward, Visitor
 from vit_mechinterp.spec import Site
 
-__all__ = ["Subject", "deviation", "explicit", "keeping", "returning"]
+__all__ = ["Subject", "deviation", "explicit", "keeping", "returning", "wide"]
 
 
 def explicit(name: str) -> bool:
     """Whether a site exists in explicit attention only, so that reading it replaces the fused kernel."""
     return name.endswith(("attn.scores", "attn.pattern"))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def deviation(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
@@ -28,8 +33,8 @@ def deviation(found: Tensor, wanted: Tensor, scale: float | None = None) -> floa
     if torch.equal(found, wanted):
         return 0.0
     if scale is None:
-        scale = float(wanted.double().abs().max())
-    difference = float((found.double() - wanted.double()).abs().max())
+        scale = float(wide(wanted).abs().max())
+    difference = float((wide(found) - wide(wanted)).abs().max())
     return difference / max(scale, 1e-30) if math.isfinite(difference) else math.inf
 
 

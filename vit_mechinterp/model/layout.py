@@ -59,8 +59,8 @@ class Port:
     @property
     def needs(self) -> str:
         """The module and the attributes without which the port does not apply, for messages."""
-        conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in self.requires]
-        return repr(self.path) + (f" with {' and '.join(conditions)}" if conditions else "")
+        beside = [path if wanted is _ANY else f"{path} = {wanted!r}" for path, wanted in self.requires]
+        return repr(self.path) + (f" beside {' and '.join(map(repr, beside))}" if beside else "")
 
     @staticmethod
     def has(path: str, value: Any = _ANY) -> tuple[str, Any]:
