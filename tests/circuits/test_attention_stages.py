@@ -171,21 +171,23 @@ def test_figures_show_the_table() -> None:
     assert stars == [int(best[name].argmax()) for name in ("WO_complement", "WP", "BG", "CLS")]
 
 
-def test_the_example_shows_what_the_peak_heads_attend_to_from_object_1() -> None:
+def test_the_example_shows_what_the_peak_heads_attend_to() -> None:
     module, columns = model(), data()
     patterns = native_patterns(module, columns["base"])
     result = attention_stages(vmi.wrap(module), columns, example=2)
     panels = result.figures()["example"].axes
-    assert [panel.get_xlabel().split("\n")[0] for panel in panels[1:]] == [
-        f"{name}: layer {layer}, head {head}"
-        for name, (layer, head, _) in zip(
-            ("within object", "within pair", "background"), peak_heads(result.table).values(), strict=True
+    objects = [[1 + p for p in columns[f"object_{k}_tokens"][2]] for k in (1, 2)]
+    background = [t for t in range(1, 17) if t not in objects[0] + objects[1]]
+    targets = {"WO": objects, "WP": objects[::-1], "BG": [background] * 2}
+    for panel, (kind, (layer, head, _)) in zip(panels[1:], peak_heads(result.table).items(), strict=True):
+        a = patterns[layer, 2, head]
+        shares = [a[np.ix_(q, k)].sum() for q, k in zip(objects, targets[kind], strict=True)]
+        queried = int(np.argmax(shares))
+        attended = a[objects[queried], 1:].mean(axis=0)
+        name = {"WO": "within object", "WP": "within pair", "BG": "background"}[kind]
+        assert panel.get_xlabel() == (
+            f"{name}\nlayer {layer}, head {head}, object {queried + 1}\nmax. {attended.max():.2f}"
         )
-    ]
-    queries = [1 + p for p in columns["object_1_tokens"][2]]
-    for panel, (layer, head, _) in zip(panels[1:], peak_heads(result.table).values(), strict=True):
-        attended = patterns[layer, 2, head][queries, 1:].mean(axis=0)
-        assert panel.get_xlabel().endswith(f"max. {attended.max():.2f}")
     assert [patch.get_bbox().bounds for patch in panels[0].patches] == [
         (x0 - 0.5, y0 - 0.5, x1 - x0, y1 - y0) for x0, y0, x1, y1 in (columns[f"box_{k}"][2] for k in (1, 2))
     ]

@@ -1,4 +1,4 @@
-"""What chosen heads attend to in one image, from the tokens of one object."""
+"""What chosen heads attend to in one image, from the tokens of an object."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["ExampleAttention", "attend_in_example"]
 
 @dataclass(frozen=True)
 class ExampleAttention:
-    """One image, and where the tokens of its first object attend.
+    """One image, and where the tokens of its objects attend.
 
     Attributes:
         image: the model's input.
-        maps: name of a head to the mean attention of the object's tokens ``[row, column]`` to every patch.
+        maps: name of a head to the mean attention of an object's tokens ``[row, column]`` to every patch.
         boxes: the objects' patches as pixel boxes of the input.
     """
 
@@ -48,32 +48,37 @@ def attend_in_example(
     data: Data,
     base: str,
     tokens: TokenSets,
-    heads: Mapping[str, tuple[int, int]],
+    heads: Mapping[str, tuple[int, int, int]],
     example: int = 0,
 ) -> ExampleAttention | None:
-    """Return where heads attend in one image from its first object; None if patches form no plane grid.
+    """Return where heads attend in one image from its objects; None if patches form no plane grid.
 
     Args:
         vit: the model.
         data: the examples.
         base: the image column.
         tokens: the objects of every example.
-        heads: name to (layer, head).
+        heads: name to (layer, head, object), all counted from 0.
         example: which example.
     """
     layout = vit.layout.tokens
     if len(layout.grid) != 2:
         return None
-    sites = [f"blocks.{layer}.attn.pattern" for layer, _ in heads.values()]
+    sites = [f"blocks.{layer}.attn.pattern" for layer, _, _ in heads.values()]
     pixels = data.images(base, [example])
     with torch.no_grad():
         _, cache = vit.run(pixels, capture=sites)
     first = len(layout.prefix)
     patches = slice(first, first + layout.n_patches)
-    queries = tokens.objects[example, 0].to(vit.device)
+    queries = tokens.objects[example].to(vit.device)
     maps = {
-        name: cache[site][0, head, queries, patches].float().mean(dim=0).reshape(layout.grid).cpu().numpy()
-        for (name, (_, head)), site in zip(heads.items(), sites, strict=True)
+        name: cache[site][0, head, queries[number], patches]
+        .float()
+        .mean(dim=0)
+        .reshape(layout.grid)
+        .cpu()
+        .numpy()
+        for (name, (_, head, number)), site in zip(heads.items(), sites, strict=True)
     }
     boxes = {
         f"object {number}": _box(mask[patches].reshape(layout.grid), layout.patch_size)

@@ -94,10 +94,7 @@ def attention_stages(
     shown = None
     if example is not None:
         peaks = peak_heads(table, wo_mode=wo_mode, first_layer=first_peak_layer)
-        heads = {
-            f"{_NAMES[kind]}: layer {layer}, head {head}": (layer, head)
-            for kind, (layer, head, _) in peaks.items()
-        }
+        heads = _queried(shares[:, example], len(objects), peaks)
         shown = attend_in_example(vit, columns, base, tokens, heads, example)
     return CircuitResult(
         name="attention_stages",
@@ -126,14 +123,35 @@ def _kinds(
     shares: Float[Tensor, "layer example head object set"], n_objects: int, names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "layer head"]]:
     """Reduce shares to the largest over objects per image, and these to means over images."""
-    among = shares[..., :n_objects]
-    own = among.diagonal(dim1=-2, dim2=-1)
-    kinds = {"WO_direct": own, "WP": among.sum(dim=-1) - own, "BG": shares[..., n_objects]}
+    kinds = {f"{k}_direct" if k == "WO" else k: v for k, v in _by_kind(shares, n_objects).items()}
     kinds |= {_column(name): shares[..., n_objects + 1 + index] for index, name in enumerate(names)}
     means = {name: kind.amax(dim=-1).double().mean(dim=1).numpy() for name, kind in kinds.items()}
     means["heat"] = means["WP"] + means["BG"]
     means["WO_complement"] = 1 - means["heat"]
     return means
+
+
+def _by_kind(
+    shares: Float[Tensor, "*batch object set"], n_objects: int
+) -> dict[str, Float[Tensor, "*batch object"]]:
+    """Return the share of every object by kind of attention."""
+    among = shares[..., :n_objects]
+    own = among.diagonal(dim1=-2, dim2=-1)
+    return {"WO": own, "WP": among.sum(dim=-1) - own, "BG": shares[..., n_objects]}
+
+
+def _queried(
+    shares: Float[Tensor, "layer head object set"],
+    n_objects: int,
+    peaks: Mapping[str, tuple[int, int, float]],
+) -> dict[str, tuple[int, int, int]]:
+    """Name the peak heads, each with the object of one image that has the larger share."""
+    of_objects = _by_kind(shares, n_objects)
+    heads = {}
+    for kind, (layer, head, _) in peaks.items():
+        number = int(of_objects[kind][layer, head].argmax())
+        heads[f"{_NAMES[kind]}\nlayer {layer}, head {head}, object {number + 1}"] = layer, head, number
+    return heads
 
 
 def _column(token_name: str) -> str:
@@ -223,8 +241,9 @@ def _captions(wo_mode: WithinObject, n_images: int, with_example: bool) -> dict[
     }
     if with_example:
         captions["example"] = (
-            "One image: the patches that the tokens of object 1 attend to in the three peak heads. Bright "
-            "patches receive most; each panel is scaled to its own largest value."
+            "One image: the patches that the three peak heads attend to, each from the object that has "
+            "the larger share there. Bright patches receive most; each panel is scaled to its own largest "
+            "value."
         )
     return captions
 

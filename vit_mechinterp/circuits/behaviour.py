@@ -42,7 +42,7 @@ def behaviour(
         models: name to model; outputs have one logit per class.
         data: images with their labels.
         kinds: a column that says of which kind an image is; None measures all images alone.
-        kind_names: value of that column to the words a reader sees.
+        kind_names: value of that column to the words a reader sees, in the order of the rows.
         base: the image column.
         label: the column of classes.
         seed: seeds the bootstrap over images.
@@ -73,7 +73,8 @@ def behaviour(
             raise SpecError(f"behaviour: {name} gives {vit.layout.output}, not one logit per class.")
         hits = (answers.argmax(dim=-1) == labels).double().numpy()
         groups = {ALL: np.ones(len(hits), dtype=bool)}
-        groups |= {kind: np.array(of_kind) == kind for kind in dict.fromkeys(of_kind)}
+        order = [kind for kind in dict.fromkeys([*(kind_names or {}), *of_kind]) if kind in of_kind]
+        groups |= {kind: np.array(of_kind) == kind for kind in order}
         for kind, members in groups.items():
             low, high = bootstrap_interval(hits[None, members], seed=seed)
             rows.append(

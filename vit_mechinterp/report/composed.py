@@ -85,9 +85,9 @@ def composed_run(
             for row, a, b in zip(data, before, after, strict=True)
         ],
         examples_note=(
-            "Each pair: the base on the left, the source on the right. Below it the model's answer "
-            "without an intervention, with all three, and the answer that the exchange of the edited "
-            "object demands."
+            "Each pair: the base on the left, the source on the right. Below it the model's answer to the "
+            "base, without an intervention → with all three; ✓ where it becomes the source's answer, as "
+            "it should."
         ),
         figures={
             f"One dot per image: how far the answer lies on the side of the source (orange) or of the base "

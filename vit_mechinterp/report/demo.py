@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from vit_mechinterp.report.page import Example, Page
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL.Image import Image
 
     from vit_mechinterp.model.hooked import HookedViT
 
@@ -24,22 +25,23 @@ TASK: Final[dict[str, Any]] = {"split": "test_iid", "canvas": 128}
 ATTRIBUTES = ("shape", "color")
 KINDS = {
     "none": "same",
-    "both": "different in shape and colour",
-    "shape": "different in shape only",
-    "color": "different in colour only",
+    "both": "shape and colour differ",
+    "shape": "shape differs",
+    "color": "colour differs",
 }
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many images the analyses see, and how long the alignment search trains."""
+    """How many images the analyses see, and for how many epochs the alignment search trains (None: as it
+    suits small models)."""
 
     behaviour: int = 1024
     attention: int = 256
     sweep: int = 384
-    das_train: int = 768
+    das_train: int = 640
     das_test: int = 256
-    das_epochs: int = 4
+    das_epochs: int | None = None
 
 
 FULL = Sizes()
@@ -57,8 +59,8 @@ class Report:
 def main_job(out: str | Path, progress: bool = True) -> Path:
     """Run the whole analysis of the shipped model and return the path of the HTML page.
 
-    The folder gets ``index.html``, ``summary.csv``, and a folder per analysis with its table (parquet and
-    CSV), figures (PDF and PNG) and provenance (JSON).
+    The folder gets ``index.html``, ``summary.csv``, ``overview.png``, and a folder per analysis with its
+    table (parquet and CSV), figures (PDF and PNG) and provenance (JSON).
 
     Args:
         out: a folder; made if need be.
@@ -104,6 +106,7 @@ def analyse(out: str | Path, *, progress: bool = True, sizes: Sizes = FULL) -> R
             sections=results,
         )
         path = page.write(out / "index.html")
+        _picture(page.examples, results).save(out / "overview.png", optimize=True)
     summary = _summary(results)
     summary.to_csv(out / "summary.csv", index=False)
     return Report(path, tuple(results), summary)
@@ -171,8 +174,31 @@ def _alignment(vit: HookedViT, sizes: Sizes, progress: bool) -> CircuitResult:
         )
         for attribute in ATTRIBUTES
     }
-    settings: dict[str, Any] = {**TINY, "epochs": sizes.das_epochs}
-    return das_by_attribute(vit, data, progress=progress, **settings)
+    settings: dict[str, Any] = dict(TINY)
+    if sizes.das_epochs is not None:
+        settings["epochs"] = sizes.das_epochs
+    return _in_words(das_by_attribute(vit, data, progress=progress, **settings), vit.layout.d_model)
+
+
+def _in_words(result: CircuitResult, d_model: int) -> CircuitResult:
+    """Say what the search found for every attribute, in the description and in few numbers."""
+    summary: dict[str, float | int | str] = {}
+    found = []
+    for attribute, rows in result.table.groupby("attribute", sort=False):
+        search, control = (
+            rows[rows["control"] == name].set_index("layer") for name in ("none", "wrong_object")
+        )
+        layer = int(search.index[int(search["accuracy"].argmax())])
+        accuracy, other = (float(table["accuracy"].to_dict()[layer]) for table in (search, control))
+        summary |= {f"{attribute}, layer {layer}": accuracy, f"{attribute}, wrong object": other}
+        found.append(
+            f"{str(attribute).capitalize()}: best in layer {layer}, where exchanging "
+            f"{search['rank'].to_dict()[layer]} of {d_model} dimensions gives the counterfactual answer to "
+            f"{accuracy:.0%} of {search['n'].iloc[0]} held-out pairs, and the wrong object to {other:.0%}; "
+            f"after the last layer {search['accuracy'].iloc[-1]:.0%}."
+        )
+    summary["chance"] = result.summary["chance"]
+    return replace(result, summary=summary, description=f"{result.description}\n\n{' '.join(found)}")
 
 
 def _examples(images: Any, each: int = 3) -> list[Example]:
@@ -184,6 +210,28 @@ def _examples(images: Any, each: int = 3) -> list[Example]:
             row = images[index]
             examples.append(Example(row["base"], words, {"object 1": row["box_1"], "object 2": row["box_2"]}))
     return examples
+
+
+def _picture(examples: Sequence[Example], results: Sequence[CircuitResult]) -> Image:
+    """Put what was seen and the three main findings into one picture."""
+    from vit_mechinterp.figures import contact_sheet
+    from vit_mechinterp.report.overview import overview
+
+    figures = {result.name: result.figures() for result in results}
+    shown = [*examples[1::3], *examples[2::3]]
+    sheet = contact_sheet(
+        [example.image for example in shown],
+        boxes=[example.boxes for example in shown],
+        captions=[example.caption for example in shown],
+    )
+    return overview(
+        {
+            "The task: are the two objects the same?": sheet,
+            "Where do the tokens of an object look?": figures["attention_stages"]["stages"],
+            "Which tokens carry the decision?": figures["interchange_sweep"]["decision"],
+            "Which layers hold shape and colour apart?": figures["das"]["das_by_layer"],
+        }
+    )
 
 
 def _facts(vit: HookedViT, results: list[CircuitResult]) -> dict[str, float | int | str]:
