@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from vit_mechinterp.report.demo import main_job
+    from vit_mechinterp.report.demo import analyse
 
-    print(main_job(arguments.out, progress=not arguments.quiet))
+    print(analyse(arguments.out, progress=not arguments.quiet))
     return 0
 
 

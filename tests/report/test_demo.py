@@ -8,9 +8,35 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from vit_mechinterp.cli import main
 from vit_mechinterp.report import demo
 
 FEW = demo.Sizes(behaviour=24, attention=8, sweep=4, das_train=8, das_test=4, das_epochs=1)
+
+
+def test_a_report_prints_its_summary_and_where_the_page_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("Behaviour", "accuracy", 0.98765), ("Behaviour", "images", 8), ("Sweep", "order", "WO → WP")]
+    summary = pd.DataFrame(rows, columns=["analysis", "quantity", "value"]).astype({"value": object})
+    asked = {}
+
+    def analyse(out: Path, *, progress: bool) -> demo.Report:
+        asked.update(out=out, progress=progress)
+        return demo.Report(out / "index.html", (), summary)
+
+    monkeypatch.setattr(demo, "analyse", analyse)
+    assert main(["demo", "--out", "somewhere", "--quiet"]) == 0
+    assert asked == {"out": Path("somewhere"), "progress": False}
+    assert capsys.readouterr().out.splitlines() == [
+        "Behaviour",
+        "  accuracy           0.988",
+        "  images                 8",
+        "Sweep",
+        "  order            WO → WP",
+        "",
+        f"The page: {Path('somewhere') / 'index.html'}",
+    ]
 
 
 @pytest.mark.slow

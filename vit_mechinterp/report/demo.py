@@ -55,6 +55,15 @@ class Report:
     results: tuple[CircuitResult, ...]
     summary: pd.DataFrame
 
+    def __str__(self) -> str:
+        lines = []
+        width = max(map(len, self.summary["quantity"]), default=0)
+        for analysis, rows in self.summary.groupby("analysis", sort=False):
+            lines.append(str(analysis))
+            for name, value in zip(rows["quantity"], rows["value"], strict=True):
+                lines.append(f"  {name:{width}}  {_shown(value):>14}")
+        return "\n".join([*lines, "", f"The page: {self.page}"])
+
 
 def main_job(out: str | Path, progress: bool = True) -> Path:
     """Run the whole analysis of the shipped model and return the path of the HTML page.
@@ -232,6 +241,10 @@ def _picture(examples: Sequence[Example], results: Sequence[CircuitResult]) -> I
             "Which layers hold shape and colour apart?": figures["das"]["das_by_layer"],
         }
     )
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 100 else str(value)
 
 
 def _facts(vit: HookedViT, results: list[CircuitResult]) -> dict[str, float | int | str]:
