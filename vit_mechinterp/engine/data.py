@@ -49,6 +49,8 @@ class Data:
             self.n = len(data)
         else:
             raise DataError(f"Data is a datasets.Dataset or a mapping of columns, not {type(data).__name__}.")
+        if odd := [name for name in self.columns if not isinstance(name, str)]:
+            raise DataError(f"Columns are called by strings, not {', '.join(map(repr, odd))}.")
         if not self.columns or self.n == 0:
             raise DataError("The data has no examples.")
 
