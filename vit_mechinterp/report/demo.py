@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -81,59 +82,59 @@ def main_job(out: str | Path, progress: bool = True) -> Path:
 def analyse(out: str | Path, *, progress: bool = True, sizes: Sizes = FULL) -> Report:
     """Run the main job and return its page with all its results; see `main_job`."""
     out = Path(out)
-    with _steps(6, progress) as step:
-        step("loading the models")
-        from vit_mechinterp.model import load
-        from vit_mechinterp.stimuli import discrimination
+    step = _steps(7, progress)
+    step("loading the models")
+    from tqdm.auto import tqdm
 
-        models = {"disentangled": load(MODEL), "plain": load(PLAIN)}
-        vit = models["disentangled"]
-        images = discrimination(n=sizes.behaviour, **TASK)
+    from vit_mechinterp.model import load
+    from vit_mechinterp.stimuli import discrimination
 
-        step("composed run")
-        from vit_mechinterp.report.composed import composed_run
+    models = {"disentangled": load(MODEL), "plain": load(PLAIN)}
+    vit = models["disentangled"]
+    images = discrimination(n=sizes.behaviour, **TASK)
 
-        composed = composed_run(COMPOSED, vit=vit, out=out / "composed", progress=progress)
+    step("composed run")
+    from vit_mechinterp.report.composed import composed_run
 
-        step("behaviour")
-        results = [_behaviour(models, images, progress)]
-        step("attention stages")
-        results += _stages(models, images.select(range(min(sizes.attention, len(images)))), progress)
-        step("interchange sweep")
-        results.append(_sweep(vit, sizes, progress))
-        step("distributed alignment search")
-        results.append(_alignment(vit, sizes, progress))
-        for result in results:
-            result.save(out / result.name)
-        page = Page(
-            title="How a vision transformer compares two objects",
-            introduction=_INTRODUCTION,
-            facts=_facts(vit, results),
-            examples=_examples(images),
-            examples_note=_STIMULI,
-            composed=composed,
-            sections=results,
-        )
-        path = page.write(out / "index.html")
-        _picture(page.examples, results).save(out / "overview.png", optimize=True)
+    composed = composed_run(COMPOSED, vit=vit, out=out / "composed", progress=progress)
+    step("behaviour")
+    results = [_behaviour(models, images, progress)]
+    step("attention stages")
+    results += _stages(models, images.select(range(min(sizes.attention, len(images)))), progress)
+    step("interchange sweep")
+    results.append(_sweep(vit, sizes, progress))
+    step("distributed alignment search")
+    results.append(_alignment(vit, sizes, progress))
+    step("figures and page")
+    for result in tqdm(results, desc="figures", delay=2.0, disable=not progress):
+        result.save(out / result.name)
+    page = Page(
+        title="How a vision transformer compares two objects",
+        introduction=_INTRODUCTION,
+        facts=_facts(vit, results),
+        examples=_examples(images),
+        examples_note=_STIMULI,
+        composed=composed,
+        sections=results,
+    )
+    path = page.write(out / "index.html")
+    _picture(page.examples, results).save(out / "overview.png", optimize=True)
     summary = _summary(results)
     summary.to_csv(out / "summary.csv", index=False)
     return Report(path, tuple(results), summary)
 
 
-@contextmanager
-def _steps(count: int, progress: bool) -> Iterator[Any]:
-    """A bar over the steps; call what it yields with the name of the step that begins."""
+def _steps(count: int, progress: bool) -> Callable[[str], None]:
+    """Return a function that announces the next step above the bars of what it runs."""
     from tqdm.auto import tqdm
 
-    layout = "{desc} [{n_fmt}/{total_fmt}, {elapsed}]"
-    with tqdm(total=count, bar_format=layout, disable=not progress) as bar:
+    number = itertools.count(1)
 
-        def step(name: str) -> None:
-            bar.update(1)
-            bar.set_description_str(name)
+    def step(name: str) -> None:
+        if progress:
+            tqdm.write(f"{next(number)}/{count} {name}", file=sys.stderr)
 
-        yield step
+    return step
 
 
 def _behaviour(models: dict[str, HookedViT], images: Any, progress: bool) -> CircuitResult:
