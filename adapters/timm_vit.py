@@ -58,9 +58,12 @@ def readout(model: Any) -> Readout:
 
 
 def refuses(model: Any) -> str | None:
-    """Whether the model's patch grid is unknown until it sees an image."""
+    """Whether the patch grid is unknown until an image comes, or images have other than three channels."""
     if getattr(model.patch_embed, "grid_size", None) is None:
         return "its patch grid is not fixed; create it with img_size"
+    channels = getattr(getattr(model.patch_embed, "proj", None), "in_channels", 3)
+    if channels != 3 and not hasattr(model.patch_embed, "backbone"):
+        return f"it takes images of {channels} channels, and images have 3"
     return None
 
 
@@ -85,7 +88,6 @@ VIT = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("norm1", requires=(FORM,)),),
-        "attn.result": (Port("attn.proj", "input"),),
         "attn_out": (Port("drop_path1"),),
         "resid_mid": (Port("norm2", "input", in_place=True),),
         "ln2": (Port("norm2"),),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vit_mechinterp.adapters.transformers_readout import base, readout, refusal, size_of
+from vit_mechinterp.adapters.transformers_readout import base, readout, refusal, size_of, vision_config
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
 NAMES = ("vision_model",)
@@ -18,13 +18,9 @@ BLOCK = frozenset({"layer_norm1", "self_attn", "layer_norm2", "mlp"})
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
 
 
-def _config(model: Any) -> Any:
-    return getattr(model.config, "vision_config", model.config)
-
-
 def tokens(model: Any) -> TokenLayout:
     """CLS, patches."""
-    config = _config(model)
+    config = vision_config(model)
     height, width = size_of(config.image_size)
     patch = size_of(config.patch_size)
     return TokenLayout(
@@ -53,7 +49,7 @@ def refuses(model: Any) -> str | None:
 
 def d_model(model: Any) -> int:
     """Width of the residual stream."""
-    return int(_config(model).hidden_size)
+    return int(vision_config(model).hidden_size)
 
 
 def heads(attention: Any) -> tuple[int, int]:
@@ -71,7 +67,6 @@ CLIP = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layer_norm1"),),
-        "attn.result": (Port("self_attn.out_proj", "input"),),
         "attn_out": (Port("self_attn"),),
         "resid_mid": (Port("layer_norm2", "input", in_place=True),),
         "ln2": (Port("layer_norm2"),),

@@ -57,7 +57,6 @@ DINOV2 = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("norm1"),),
-        "attn.result": (Port("attention.o_proj", "input"),),
         "attn_out": (Port("layer_scale1"),),
         "resid_mid": (Port("norm2", "input", in_place=True),),
         "ln2": (Port("norm2"),),

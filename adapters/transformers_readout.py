@@ -67,6 +67,8 @@ def refusal(model: Any, names: Collection[str], parts: Collection[str], layout: 
         return "it drops patches at random, also in eval mode"
     if not getattr(model, "_supports_sdpa", False):
         return "its attention does not call scaled_dot_product_attention"
+    if getattr(vision_config(model), "num_channels", 3) != 3:
+        return f"it takes images of {vision_config(model).num_channels} channels, and images have 3"
     if not getattr(model.config, "return_dict", True):
         return "config.return_dict is False; set it to True"
     positions = positions_of(inner.embeddings)
@@ -74,6 +76,11 @@ def refusal(model: Any, names: Collection[str], parts: Collection[str], layout: 
     if positions is not None and positions != embedded:
         return f"it has {positions} position embeddings, and {embedded} tokens would be expected ({layout})"
     return None
+
+
+def vision_config(model: Any) -> Any:
+    """The configuration that describes the vision tower."""
+    return getattr(model.config, "vision_config", model.config)
 
 
 def positions_of(embeddings: Any) -> int | None:

@@ -80,7 +80,8 @@ def _run(vit: HookedViT, n_images: int, seed: int, record: Record, progress: boo
         subject = Subject(vit, n_images, seed)
     if record.rows[-1].check == "first forward":
         return
-    for name, part in tqdm(CHECKS.items(), desc="check", unit="check", disable=not progress, leave=False):
+    bar = tqdm(CHECKS.items(), desc="check", unit="check", delay=2, leave=False, disable=not progress)
+    for name, part in bar:
         with record.under(name):
             part(subject, record)
     with record.under("module unchanged"):

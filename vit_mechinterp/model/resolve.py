@@ -7,8 +7,16 @@ from types import MappingProxyType
 from torch import nn
 
 from vit_mechinterp.errors import SpecError, UnsupportedModelError
-from vit_mechinterp.model.layout import Family, Layout, Port, TokenLayout, is_missing, lookup
-from vit_mechinterp.spec import GLOBAL_SITES
+from vit_mechinterp.model.layout import (
+    TAP_SITES,
+    Family,
+    Layout,
+    Port,
+    TokenLayout,
+    is_missing,
+    lookup,
+)
+from vit_mechinterp.spec import BLOCK_SITES, GLOBAL_SITES
 
 __all__ = ["missing_for", "resolve"]
 
@@ -95,18 +103,26 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     ports: dict[str, Port] = {}
     absent: dict[str, str] = {}
     for layer, block in enumerate(blocks):
-        for site, alternatives in family.ports.items():
+        for site in (site for site in BLOCK_SITES if site not in TAP_SITES):
             name = f"blocks.{layer}.{site}"
-            port = next((p for p in alternatives if p.applies_to(block)), None)
+            port = next((p for p in family.ports.get(site, ()) if p.applies_to(block)), None)
             if site in family.absent:
                 absent[name] = family.absent[site]
-            elif port is None:
-                absent[name] = "the MLP of this block is not gated"
-            else:
+            elif site == "attn.result":
+                projection = lookup(block, family.out_projection)
+                if type(projection).forward is not nn.Linear.forward:
+                    absent[name] = (
+                        f"{family.out_projection} is a {type(projection).__name__}, no linear layer"
+                    )
+            elif port is not None:
                 path = f"{blocks_path}.{layer}" + (f".{port.path}" if port.path else "")
                 ports[name] = Port(path, port.side, port.field, port.part, port.in_place)
+            elif site in _OPTIONAL:
+                absent[name] = "the MLP of this block is not gated"
+            else:
+                absent[name] = f"{family.name} does not declare it"
     readout = family.readout(module)
-    ports["embed"] = ports["blocks.0.resid_pre"]
+    ports["embed"] = ports.get("blocks.0.resid_pre", Port(f"{blocks_path}.0", "input"))
     for site in GLOBAL_SITES[1:]:
         found = readout.ports.get(site, f"the readout of {family.name} does not name it")
         if isinstance(found, Port):
