@@ -117,8 +117,11 @@ def test_executed_blocks_are_the_plans(name: str, batch_size: int) -> None:
     world = world_of(TIMM_PLAIN, 6)
     runs = [Run.model_validate(document) for document in EXPERIMENTS[name]]
     plan = vmi.plan(world.vit, runs, world.columns, batch_size)
-    total, results = executed(world.vit, runs, world.columns, batch_size=batch_size)
-    assert total == plan.block_evaluations <= plan.naive_block_evaluations
+    world.vit.sites()
+    with Counted(world.module) as counted:
+        results = world.execute(EXPERIMENTS[name], batch_size=batch_size)
+    assert counted.total == plan.block_evaluations <= plan.naive_block_evaluations
+    assert counted.launches == plan.launches
     assert plan.n_examples == 6
     assert plan.width == batch_size
     world.check(EXPERIMENTS[name], results, effect=None)
