@@ -58,7 +58,6 @@ PARALLEL = replace(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("in_norm"),),
-        "attn.result": (Port("attn_out_proj", "input"),),
         "attn_out": (Share("attn_out_proj", "drop_path", "ls.gamma"),),
         "mlp.pre": (Port("mlp_act", "input"),),
         "mlp.pre_linear": (),
@@ -82,7 +81,6 @@ PARALLEL_DIFFERENTIAL = replace(
         "attn.k": (Port("k_norm", head_first=True),),
         "attn.v": (Port("in_proj", heads="last"),),
         "attn.z": (Port("out_proj", "input", heads="first"),),
-        "attn.result": (Port("out_proj", "input"),),
         "attn_out": (Share("out_proj", "drop_path", "ls.gamma", inputs="first"),),
         "mlp_out": (Share("out_proj", "drop_path", "ls.gamma", inputs="last"),),
     },

@@ -56,7 +56,6 @@ SAM = Family(
     ports={
         "resid_pre": (Port("", "input", spatial=True, requires=(Port.has("window_size"),)),),
         "ln1": (Port("norm1", spatial=True),),
-        "attn.result": (Port("attn.proj", "input"),),
         "attn_out": (
             Port("drop_path1", spatial=True, requires=(Port.has("window_size", 0),)),
             Difference("resid_mid", "resid_pre"),

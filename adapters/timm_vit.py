@@ -1,5 +1,7 @@
 """timm's ViTs with norms before attention and MLP: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA, BEiT.
 
+Convolutional stems and relative position biases change nothing here.
+
 ``drop_path1`` and ``drop_path2`` are always modules and sit after LayerScale, so their outputs are the exact
 increments of the residual stream. Packed, separate and bypassed projections, rotary positions, relative
 position bias, query and key norms and grouped queries all end in one attention call and need nothing of their
@@ -63,11 +65,15 @@ def norms_follow(model: Any) -> bool:
 
 
 def refuses(model: Any) -> str | None:
-    """Whether norms follow the branches, or the model's patch grid is unknown until it sees an image."""
+    """Whether norms follow the branches, the patch grid is unknown until an image comes, or images have other
+    than three channels."""
     if norms_follow(model):
         return "its norms come after attention and MLP, not before"
     if getattr(model.patch_embed, "grid_size", None) is None:
         return "its patch grid is not fixed; create it with img_size"
+    channels = getattr(getattr(model.patch_embed, "proj", None), "in_channels", 3)
+    if channels != 3 and not hasattr(model.patch_embed, "backbone"):
+        return f"it takes images of {channels} channels, and images have 3"
     return None
 
 
@@ -93,7 +99,6 @@ VIT = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("norm1"),),
-        "attn.result": (Port("attn.proj", "input"),),
         "attn_out": (Port("drop_path1"),),
         "resid_mid": (Port("norm2", "input", in_place=True),),
         "ln2": (Port("norm2"),),

@@ -58,7 +58,6 @@ BEIT = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layernorm_before"),),
-        "attn.result": (Port("attention.o_proj", "input"),),
         "attn_out": (Port("drop_path", call=0),),
         "resid_mid": (Port("layernorm_after", "input", in_place=True),),
         "ln2": (Port("layernorm_after"),),
@@ -86,7 +85,6 @@ DATA2VEC = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layernorm_before"),),
-        "attn.result": (Port("attention.output.dense", "input"),),
         "attn_out": (Port("drop_path", call=0),),
         "resid_mid": (Port("layernorm_after", "input", in_place=True),),
         "ln2": (Port("layernorm_after"),),

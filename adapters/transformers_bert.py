@@ -75,7 +75,6 @@ BERT = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layernorm_before"),),
-        "attn.result": (Port("attention.output.dense", "input"),),
         "attn_out": (Port("attention.output"),),
         "resid_mid": (Port("layernorm_after", "input", in_place=True),),
         "ln2": (Port("layernorm_after"),),

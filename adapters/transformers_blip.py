@@ -31,7 +31,6 @@ BLIP = dataclasses.replace(
     name="transformers.blip",
     out_projection="self_attn.projection",
     parts={"": BLOCK, "self_attn": frozenset({"qkv", "projection", "dropout"})},
-    ports={**CLIP.ports, "attn.result": (Port("self_attn.projection", "input"),)},
     readout=blip_readout,
     refuses=refuses,
 )

@@ -78,7 +78,6 @@ CLIP = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layer_norm1"),),
-        "attn.result": (Port("self_attn.out_proj", "input"),),
         "attn_out": (Port("self_attn"),),
         "resid_mid": (Port("layer_norm2", "input", in_place=True),),
         "ln2": (Port("layer_norm2"),),
@@ -188,7 +187,6 @@ JANUS = dataclasses.replace(
     parts={"": BLOCK, "self_attn": JANUS_ATTENTION},
     ports={
         **CLIP.ports,
-        "attn.result": (Port("self_attn.projection_layer", "input"),),
     },
     readout=janus_readout,
 )

@@ -96,7 +96,6 @@ DINOV2 = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("norm1"),),
-        "attn.result": (Port("attention.o_proj", "input"),),
         "attn_out": (Port("layer_scale1"),),
         "resid_mid": (Port("norm2", "input", in_place=True),),
         "ln2": (Port("norm2"),),
@@ -119,5 +118,4 @@ EOMT_STYLE = dataclasses.replace(
     DINOV2,
     name="transformers.eomt",
     out_projection="attention.out_proj",
-    ports={**DINOV2.ports, "attn.result": (Port("attention.out_proj", "input"),)},
 )

@@ -64,7 +64,6 @@ AIMV2 = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("rms_norm1"),),
-        "attn.result": (Port("attention.out_proj", "input"),),
         "attn_out": (Port("attention"),),
         "resid_mid": (Port("rms_norm2", "input", in_place=True),),
         "ln2": (Port("rms_norm2"),),
@@ -91,7 +90,6 @@ PIXTRAL = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("attention_norm"),),
-        "attn.result": (Port("attention.o_proj", "input"),),
         "attn_out": (Port("attention"),),
         "resid_mid": (Port("ffn_norm", "input", in_place=True),),
         "ln2": (Port("ffn_norm"),),

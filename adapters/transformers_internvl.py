@@ -57,7 +57,6 @@ INTERNVL = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layernorm_before"),),
-        "attn.result": (Port("attention.projection_layer", "input"),),
         "attn_out": (Port("drop_path1"), Difference("resid_mid", "resid_pre")),
         "resid_mid": (Port("layernorm_after", "input", in_place=True),),
         "ln2": (Port("layernorm_after"),),
@@ -94,7 +93,6 @@ STEP3 = dataclasses.replace(
     attention="self_attn",
     out_projection="self_attn.out_proj",
     parts={"": STEP3_BLOCK, "self_attn": frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})},
-    ports={**INTERNVL.ports, "attn.result": (Port("self_attn.out_proj", "input"),)},
     readout=step3_readout,
     refuses=lambda model: refusal(model, (), STEP3_PARTS, tokens(model)),
     counts_rows=True,  # the output is made into a map with as many rows as images went in

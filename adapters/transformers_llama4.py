@@ -45,7 +45,6 @@ LLAMA4 = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("input_layernorm"),),
-        "attn.result": (Port("self_attn.o_proj", "input"),),
         "attn_out": (Port("self_attn"),),
         "resid_mid": (Port("post_attention_layernorm", "input", in_place=True),),
         "ln2": (Port("post_attention_layernorm"),),

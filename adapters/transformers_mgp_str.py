@@ -37,7 +37,6 @@ MGP_STR = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("norm1"),),
-        "attn.result": (Port("attn.proj", "input"),),
         "attn_out": (Port("drop_path", call=0),),
         "resid_mid": (Port("norm2", "input", in_place=True),),
         "ln2": (Port("norm2"),),

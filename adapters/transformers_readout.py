@@ -63,6 +63,8 @@ def refusal(model: Any, names: Collection[str], parts: Collection[str], layout: 
             )
     if hasattr(model, "out_features"):
         return "it is a backbone that gives several feature maps; wrap the model class of the same weights"
+    if getattr(config_of(model), "num_channels", 3) != 3:
+        return f"it takes images of {config_of(model).num_channels} channels, and images have 3"
     if not getattr(model.config, "return_dict", True):
         return "config.return_dict is False; set it to True"
     positions = positions_of(inner.embeddings)

@@ -65,7 +65,6 @@ SAM = Family(
     ports={
         "resid_pre": (Port("", "input", spatial=True),),
         "ln1": (Port("layer_norm1", spatial=True),),
-        "attn.result": (Port("attn.proj", "input", spatial=True),),
         "attn_out": (
             Port("attn", spatial=True, requires=(Port.has("window_size", 0),)),
             Difference("resid_mid", "resid_pre"),
@@ -112,7 +111,6 @@ SAM3 = dataclasses.replace(
     parts={"": SAM3_BLOCK, "attention": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})},
     ports={
         **SAM.ports,
-        "attn.result": (Port("attention.o_proj", "input", spatial=True),),
         "attn_out": (
             Port("attention", spatial=True, requires=(Port.has("window_size", 0),)),
             Difference("resid_mid", "resid_pre"),

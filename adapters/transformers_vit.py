@@ -77,7 +77,6 @@ VIT = Family(
     ports={
         "resid_pre": (Port("", "input"),),
         "ln1": (Port("layernorm_before"),),
-        "attn.result": (Port("attention.o_proj", "input"),),
         "attn_out": (Port("attention"),),
         "resid_mid": (Port("layernorm_after", "input", in_place=True),),
         "ln2": (Port("layernorm_after"),),

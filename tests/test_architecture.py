@@ -219,11 +219,12 @@ def normalised(name: str) -> str:
 def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in ("vit_mechinterp", "adapters"):
+    for name in ("vit_mechinterp", "adapters", "examples"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    assert (tree / "vit_mechinterp" / "adapters").is_symlink()
+    links = {name: ROOT / name for name in ("adapters", "examples")}
+    assert all((tree / "vit_mechinterp" / name).is_symlink() for name in links)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree)]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -235,9 +236,10 @@ def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
         for path in PACKAGE.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and "adapters" not in path.relative_to(PACKAGE).parts
+        if path.is_file() and "__pycache__" not in path.parts and not {*path.relative_to(PACKAGE).parts} & {*links}
     }
-    expected |= {f"vit_mechinterp/adapters/{path.name}" for path in (ROOT / "adapters").glob("*.py")}
+    expected |= {f"vit_mechinterp/adapters/{path.name}" for path in links["adapters"].glob("*.py")}
+    expected |= {f"vit_mechinterp/examples/{path.name}" for path in links["examples"].iterdir() if path.suffix in (".yaml", ".safetensors")}
     assert shipped == expected
 
 

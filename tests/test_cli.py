@@ -32,7 +32,10 @@ def test_a_process_shows_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vit_mechinterp.cli", "plan", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"vit-mechinterp: Cannot read the document '{tmp_path / 'none.yaml'}': No such file or directory.\n"
+    assert (
+        done.stderr
+        == f"vit-mechinterp: Cannot read the document '{tmp_path / 'none.yaml'}': No such file or directory.\n"
+    )
 
 
 def test_help_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,14 +64,26 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sites_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "timm/test_vit", "--random"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0][0] == "embed"
-    assert lines[-1][0] == "logits"
-    assert lines[0][-2:] == ["read", "write"]
+    assert lines[0] == ["site", "shape", "axes", "note"]
+    assert lines[1] == ["embed", "101x64", "token", "d_model"]
+    assert lines[7][:5] == ["blocks.0.attn.scores", "2x101x101", "head", "query", "key"]
+    assert " ".join(lines[7][5:]) == "explicit attention in this block while read or written"
+    assert lines[-1] == ["logits", "1000", "class"]
 
 
 def test_check_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "timm/test_vit", "--random"]) == 0
-    assert "attn.pattern" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "passed  a pattern edit, by hand" in out
+    assert out.endswith("The model conforms.\n")
+
+
+def test_check_of_a_model_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vit_mechinterp.model.hooked.HookedViT.dropout", lambda vit: "blocks.0.drop")
+    assert main(["check", "timm/test_vit", "--random"]) == 1
+    assert "FAILED  eval mode" in capsys.readouterr().out
 
 
 def test_unknown_models_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from vit_mechinterp.report.demo import main_job
+    from vit_mechinterp.report.demo import analyse
 
-    print(main_job(arguments.out, progress=not arguments.quiet))
+    print(analyse(arguments.out, progress=not arguments.quiet))
     return 0
 
 
@@ -59,12 +59,19 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _sites(arguments: argparse.Namespace) -> int:
     from vit_mechinterp.model import load
+    from vit_mechinterp.spec import GLOBAL_SITES
 
-    sites = load(arguments.model, pretrained=arguments.pretrained).sites()
-    width = max(map(len, sites))
-    for name, info in sites.items():
-        can = " ".join(word for word, able in (("read", info.readable), ("write", info.writable)) if able)
-        print(f"{name:{width}}  {list(info.shape)!s:24}  {can or 'not available'}")
+    vit = load(arguments.model, pretrained=arguments.pretrained)
+    table = [("site", "shape", "axes", "note")]
+    for name, info in vit.sites().items():
+        table.append((name, "x".join(map(str, info.shape)), " ".join(info.axes), info.note))
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for *cells, note in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        print("  ".join([*padded, note]).rstrip())
+    for name, reason in vit.layout.absent.items():
+        if name in GLOBAL_SITES:
+            print(f"No {name}: {reason}.")
     return 0
 
 

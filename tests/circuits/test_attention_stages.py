@@ -158,7 +158,7 @@ def test_a_model_without_cls_has_no_such_column_and_registers_have_their_own() -
 def test_figures_show_the_table() -> None:
     result = attention_stages(vmi.wrap(model()), data(), wo_mode="complement")
     figures = result.figures()
-    assert list(figures) == ["stages", "within_object"] == list(result.captions)
+    assert list(figures) == ["stages", "within_object", "example"] == list(result.captions)
     heat, below = figures["stages"].axes[:2]
     np.testing.assert_allclose(
         heat.images[0].get_array(), result.table["heat"].to_numpy().reshape(3, 3).T, atol=1e-12
@@ -169,6 +169,29 @@ def test_figures_show_the_table() -> None:
     np.testing.assert_allclose(lines, [best[name] for name in ("WO_complement", "WP", "BG", "CLS")])
     stars = [line.get_xdata()[0] for line in below.lines if line.get_marker() == "*"]
     assert stars == [int(best[name].argmax()) for name in ("WO_complement", "WP", "BG", "CLS")]
+
+
+def test_the_example_shows_what_the_peak_heads_attend_to() -> None:
+    module, columns = model(), data()
+    patterns = native_patterns(module, columns["base"])
+    result = attention_stages(vmi.wrap(module), columns, example=2)
+    panels = result.figures()["example"].axes
+    objects = [[1 + p for p in columns[f"object_{k}_tokens"][2]] for k in (1, 2)]
+    background = [t for t in range(1, 17) if t not in objects[0] + objects[1]]
+    targets = {"WO": objects, "WP": objects[::-1], "BG": [background] * 2}
+    for panel, (kind, (layer, head, _)) in zip(panels[1:], peak_heads(result.table).items(), strict=True):
+        a = patterns[layer, 2, head]
+        shares = [a[np.ix_(q, k)].sum() for q, k in zip(objects, targets[kind], strict=True)]
+        queried = int(np.argmax(shares))
+        attended = a[objects[queried], 1:].mean(axis=0)
+        name = {"WO": "within object", "WP": "within pair", "BG": "background"}[kind]
+        assert panel.get_xlabel() == (
+            f"{name}\nlayer {layer}, head {head}, object {queried + 1}\nmax. {attended.max():.2f}"
+        )
+    assert [patch.get_bbox().bounds for patch in panels[0].patches] == [
+        (x0 - 0.5, y0 - 0.5, x1 - x0, y1 - y0) for x0, y0, x1, y1 in (columns[f"box_{k}"][2] for k in (1, 2))
+    ]
+    assert "example" not in attention_stages(vmi.wrap(module), columns, example=None).figures()
 
 
 def test_what_is_said_is_what_was_found() -> None:

@@ -245,6 +245,7 @@ def test_what_a_model_lacks(
         ({}, "The data has no examples"),
         ({"base": []}, "The data has no examples"),
         ({"base": 3}, "Not columns, but single values: base"),
+        ({"base": [1], 5: [2]}, "Columns are called by strings, not 5"),
         ([1, 2, 3], r"Data is a datasets\.Dataset or a mapping of columns, not list"),
     ],
 )

@@ -6,10 +6,13 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
+import vit_mechinterp as vmi
 from tests.engine.world import world_of
 from tests.oracles import Oracle
 from tests.tiny_models import HF_DINOV2, HF_VIT, MAIN, TIMM_PLAIN, Tiny
+from vit_mechinterp import Run
 from vit_mechinterp.errors import SpecError
 
 Document = dict[str, Any]
@@ -140,6 +143,25 @@ def test_a_source_run_must_exist_and_must_not_read_its_reader() -> None:
         world.execute([run("alone", swap(site, {"run": "alone"}))])
     with pytest.raises(SpecError, match=r"reads run 'secnd', which is not part .* Close matches: second\."):
         world.execute([run("first", swap(site, {"run": "secnd"})), run("second", swap(site))])
+
+
+def test_long_chains_of_runs() -> None:
+    world = world_of(TIMM_PLAIN)
+    chain = [
+        run(
+            str(n),
+            *(swap("blocks.2.resid_post", {"run": str(m)} if m >= 0 else "source") for m in (n - 1, n - 2)),
+        )
+        for n in range(1100)
+    ]
+    runs = [Run.model_validate(document) for document in chain]
+    assert (
+        vmi.plan(world.vit, runs[::-1]).block_evaluations == 6
+    )  # both images; nothing runs behind the last block
+    assert vmi.plan(world.vit, runs[:60]).naive_forwards > 10**12
+    results = world.execute(chain[29::-1])
+    assert torch.allclose(results["29"], results["0"], atol=1e-5 * world.scale)
+    world.check(chain[:8], results)
 
 
 def test_interchange_with_itself_changes_nothing() -> None:

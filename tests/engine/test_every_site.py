@@ -54,14 +54,12 @@ OPS: dict[str, Callable[[str, int, int], Document]] = {
 
 
 def documents(world: World) -> Iterator[Document]:
-    """Every op at every site outside the blocks and in block 1; in the other blocks, ops in turn."""
+    """Every op at every site, at some heads and keys in turn."""
     edit = {"op": "add_direction", "site": "embed", "vector": f"direction.{world.module_width}", "alpha": 0.5}
     yield {"name": "sender", "interventions": [edit], "base": "source"}
     for place, site in enumerate(world.sites):
-        elsewhere = site.startswith(("blocks.0.", "blocks.2."))
         for turn, (name, make) in enumerate(OPS.items()):
-            if not elsewhere or (turn + place) % 2 == 0:
-                yield _document(world, site, name, make, turn + place)
+            yield _document(world, site, name, make, turn + place)
 
 
 def _document(world: World, site: str, name: str, make: Callable[..., Document], turn: int) -> Document:

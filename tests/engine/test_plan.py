@@ -117,8 +117,11 @@ def test_executed_blocks_are_the_plans(name: str, batch_size: int) -> None:
     world = world_of(TIMM_PLAIN, 6)
     runs = [Run.model_validate(document) for document in EXPERIMENTS[name]]
     plan = vmi.plan(world.vit, runs, world.columns, batch_size)
-    total, results = executed(world.vit, runs, world.columns, batch_size=batch_size)
-    assert total == plan.block_evaluations <= plan.naive_block_evaluations
+    world.vit.sites()
+    with Counted(world.module) as counted:
+        results = world.execute(EXPERIMENTS[name], batch_size=batch_size)
+    assert counted.total == plan.block_evaluations <= plan.naive_block_evaluations
+    assert counted.launches == plan.launches
     assert plan.n_examples == 6
     assert plan.width == batch_size
     world.check(EXPERIMENTS[name], results, effect=None)
@@ -140,14 +143,24 @@ def test_executed_blocks_are_the_plans_on_other_models(tiny: Tiny) -> None:
     world.check(documents, results, effect=None)
 
 
-def test_blocks_that_nobody_needs_do_not_run() -> None:
+@pytest.mark.parametrize(
+    ("edit", "rows"),
+    [
+        # Base to block 1, source to block 0, and the edited rows from block 2 on.
+        (swap("blocks.1.resid_post", source_site="blocks.0.resid_post"), [8, 4, 4]),
+        (swap("blocks.2.resid_pre", source_site="blocks.1.resid_pre"), [8, 4, 4]),
+        (swap("blocks.1.attn.z"), [8, 8, 4]),
+        (swap("embed"), [4, 4, 4]),
+        (swap("blocks.2.resid_post", source_site="embed"), [4, 4, 4]),
+        (swap("blocks.0.mlp_out"), [8, 4, 4]),
+    ],
+)
+def test_blocks_that_nobody_needs_do_not_run(edit: Document, rows: list[int]) -> None:
     world = World(TIMM_PLAIN, 4)
     world.vit.sites()
-    runs = [Run.model_validate(run("a", swap("blocks.1.resid_post", source_site="blocks.0.resid_post")))]
     with Counted(world.module) as counted:
-        vmi.execute(world.vit, runs, world.columns, progress=False)
-    # Base to block 1, source to block 0, and the edited rows from block 2 on.
-    assert counted.rows == [8, 4, 4]
+        vmi.execute(world.vit, [Run.model_validate(run("a", edit))], world.columns, progress=False)
+    assert counted.rows == rows
 
 
 def test_a_plan_runs_no_model() -> None:

@@ -161,12 +161,13 @@ class _Tensors(dict[str, Tensor]):
 
 
 class Counted:
-    """Counts, with hooks of its own, the rows that really pass through every block of a module."""
+    """Counts, with hooks of its own, a module's forwards and the rows that really pass through every block."""
 
     def __init__(self, module: nn.Module) -> None:
         names = ("norm1", "layernorm_before", "layer_norm1")
         self.norms = [m for path, m in module.named_modules() if path.rsplit(".", 1)[-1] in names]
         self.rows = [0] * len(self.norms)
+        self.module, self.launches = module, 0
 
     @property
     def total(self) -> int:
@@ -180,7 +181,11 @@ class Counted:
 
             return hook
 
+        def launching(module: nn.Module, args: Any) -> None:
+            self.launches += 1
+
         self.handles = [norm.register_forward_hook(counting(n)) for n, norm in enumerate(self.norms)]
+        self.handles.append(self.module.register_forward_pre_hook(launching))
         return self
 
     def __exit__(self, *exception: object) -> None:

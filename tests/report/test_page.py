@@ -164,6 +164,30 @@ def test_numbers_are_rounded_for_reading_and_whole_in_the_file() -> None:
     pd.testing.assert_frame_equal(pd.read_csv(io.BytesIO(content)), circuit().table, check_exact=True)
 
 
+def test_a_composed_run_shows_its_images_and_figures() -> None:
+    from vit_mechinterp.figures import lines_by_layer
+
+    pair = Example(Image.new("RGB", (40, 16)), "different → same", {"edited object": (0, 0, 8, 8)})
+    run = ComposedRun(
+        "runs: []",
+        "Plan\n  clean forwards\n    none",
+        pd.DataFrame({"run": ["a"]}),
+        examples=[pair, pair],
+        examples_note="Pairs of images.",
+        figures={"One dot per image.": lines_by_layer({"a": [0.0, 1.0]})},
+    )
+    reader = read(page(composed=run, examples=(), sections=()))
+    assert len(reader.named("img")) == 3
+    assert [attributes["class"] for attributes in reader.named("div") if "gallery" in (attributes.get("class") or "")] == [
+        "gallery wide-pictures"
+    ]
+    lines = [attributes for attributes in reader.named("span") if attributes.get("class") == "line"]
+    assert len(lines) == 3
+    text = "".join(reader.text)
+    for shown in ("different → same", "edited object", "Pairs of images.", "One dot per image.", "    none"):
+        assert shown in text
+
+
 def test_long_tables_are_cut_and_say_so() -> None:
     long = circuit(table=pd.DataFrame({"layer": range(1000)}))
     text = "".join(read(page(sections=[long])).text)

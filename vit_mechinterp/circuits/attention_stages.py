@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vit_mechinterp.circuits.attention_example import ExampleAttention, attend_in_example
 from vit_mechinterp.circuits.attention_shares import measure_shares, part_tokens
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.token_sets import object_tokens
@@ -52,6 +53,7 @@ def attention_stages(
     base: str = "base",
     wo_mode: WithinObject = "direct",
     first_peak_layer: int = 0,
+    example: int | None = 0,
     progress: bool = True,
 ) -> CircuitResult:
     """Measure where the attention of object tokens goes, for every layer and head; nothing is changed.
@@ -65,12 +67,14 @@ def attention_stages(
         wo_mode: which within-object share the figures show: ``"direct"`` as measured, or ``"complement"``,
             1 - WP - BG, as published. The table has both.
         first_peak_layer: peaks are looked for from this layer on (the paper leaves out layer 0 of DINOv2).
+        example: the example that a figure shows with the attention of the peak heads; None draws none.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
         Table: ``layer, head, WO_direct, WO_complement, WP, BG``, a column per kind of token outside the grid
-        (``CLS``, ``registers``, ...), ``heat`` and ``images``. Figures: ``stages`` (heat map over line chart)
-        and ``within_object`` (both definitions).
+        (``CLS``, ``registers``, ...), ``heat`` and ``images``. Figures: ``stages`` (heat map over line
+        chart), ``within_object`` (both definitions) and ``example`` (what the peak heads attend to in one
+        image).
 
     Raises:
         SpecError: the model has no attention patterns, or ``wo_mode`` is neither.
@@ -87,14 +91,19 @@ def attention_stages(
     shares = measure_shares(vit, columns, base, tokens, progress=progress)
     table = _table(_kinds(shares, len(objects), tokens.names), columns.n)
     summary, found = _findings(table, wo_mode, first_peak_layer)
+    shown = None
+    if example is not None:
+        peaks = peak_heads(table, wo_mode=wo_mode, first_layer=first_peak_layer)
+        heads = _queried(shares[:, example], len(objects), peaks)
+        shown = attend_in_example(vit, columns, base, tokens, heads, example)
     return CircuitResult(
         name="attention_stages",
         table=table,
         provenance=_origin(vit, columns, objects, base, wo_mode),
         summary=summary,
         description=_DESCRIPTION + "\n\n" + found,
-        captions=_captions(wo_mode, columns.n),
-        draw=_drawing(wo_mode, first_peak_layer),
+        captions=_captions(wo_mode, columns.n, shown is not None),
+        draw=_drawing(wo_mode, first_peak_layer, shown),
     )
 
 
@@ -114,14 +123,35 @@ def _kinds(
     shares: Float[Tensor, "layer example head object set"], n_objects: int, names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "layer head"]]:
     """Reduce shares to the largest over objects per image, and these to means over images."""
-    among = shares[..., :n_objects]
-    own = among.diagonal(dim1=-2, dim2=-1)
-    kinds = {"WO_direct": own, "WP": among.sum(dim=-1) - own, "BG": shares[..., n_objects]}
+    kinds = {f"{k}_direct" if k == "WO" else k: v for k, v in _by_kind(shares, n_objects).items()}
     kinds |= {_column(name): shares[..., n_objects + 1 + index] for index, name in enumerate(names)}
     means = {name: kind.amax(dim=-1).double().mean(dim=1).numpy() for name, kind in kinds.items()}
     means["heat"] = means["WP"] + means["BG"]
     means["WO_complement"] = 1 - means["heat"]
     return means
+
+
+def _by_kind(
+    shares: Float[Tensor, "*batch object set"], n_objects: int
+) -> dict[str, Float[Tensor, "*batch object"]]:
+    """Return the share of every object by kind of attention."""
+    among = shares[..., :n_objects]
+    own = among.diagonal(dim1=-2, dim2=-1)
+    return {"WO": own, "WP": among.sum(dim=-1) - own, "BG": shares[..., n_objects]}
+
+
+def _queried(
+    shares: Float[Tensor, "layer head object set"],
+    n_objects: int,
+    peaks: Mapping[str, tuple[int, int, float]],
+) -> dict[str, tuple[int, int, int]]:
+    """Name the peak heads, each with the object of one image that has the larger share."""
+    of_objects = _by_kind(shares, n_objects)
+    heads = {}
+    for kind, (layer, head, _) in peaks.items():
+        number = int(of_objects[kind][layer, head].argmax())
+        heads[f"{_NAMES[kind]}\nlayer {layer}, head {head}, object {number + 1}"] = layer, head, number
+    return heads
 
 
 def _column(token_name: str) -> str:
@@ -195,12 +225,13 @@ _DESCRIPTION = (
 )
 
 
-def _captions(wo_mode: WithinObject, n_images: int) -> dict[str, str]:
+def _captions(wo_mode: WithinObject, n_images: int, with_example: bool) -> dict[str, str]:
     meaning = "measured directly" if wo_mode == "direct" else "the complement 1 − WP − BG"
-    return {
+    captions = {
         "stages": (
-            "Above: every head's global score, WP + BG. Below: per layer, the largest share over its heads, "
-            f"with a star at each peak; WO is {meaning}. Means over {n_images} images."
+            "Above: every head's global score, WP + BG (as each is the larger value of the two objects, it "
+            "can exceed 1). Below: per layer, the largest share over its heads, with a star at each peak; "
+            f"WO is {meaning}. Means over {n_images} images."
         ),
         "within_object": (
             "Attention within an object by both definitions: as measured, and as the complement "
@@ -208,9 +239,18 @@ def _captions(wo_mode: WithinObject, n_images: int) -> dict[str, str]:
             "differ, because WP and BG are each the larger value of the two."
         ),
     }
+    if with_example:
+        captions["example"] = (
+            "One image: the patches that the three peak heads attend to, each from the object that has "
+            "the larger share there. Bright patches receive most; each panel is scaled to its own largest "
+            "value."
+        )
+    return captions
 
 
-def _drawing(wo_mode: WithinObject, first_peak_layer: int) -> Callable[[CircuitResult], dict[str, Figure]]:
+def _drawing(
+    wo_mode: WithinObject, first_peak_layer: int, shown: ExampleAttention | None
+) -> Callable[[CircuitResult], dict[str, Figure]]:
     def draw(result: CircuitResult) -> dict[str, Figure]:
         from vit_mechinterp.figures import lines_by_layer, stages_over_layers
 
@@ -219,7 +259,7 @@ def _drawing(wo_mode: WithinObject, first_peak_layer: int) -> Callable[[CircuitR
         best = result.table.groupby("layer").max()
         both = {"as measured": best["WO_direct"].tolist(), "1 − WP − BG": best["WO_complement"].tolist()}
         lowest = min(0.0, float(best["WO_complement"].min()))
-        return {
+        figures = {
             "stages": stages_over_layers(heat, lines, first_peak_layer=first_peak_layer),
             "within_object": lines_by_layer(
                 both,
@@ -228,5 +268,6 @@ def _drawing(wo_mode: WithinObject, first_peak_layer: int) -> Callable[[CircuitR
                 first_peak_layer=first_peak_layer,
             ),
         }
+        return figures if shown is None else {**figures, "example": shown.figure()}
 
     return draw

@@ -287,6 +287,8 @@ def _matrix(swept: pd.DataFrame, names: Sequence[str], quantity: str) -> Float[n
 
 
 def _round_up(value: float) -> float:
-    """Return the next of 1, 2, 5, 10, ... times a power of ten: where a colour bar ends."""
+    """Return the next of 1, 1.5, 2, 3, 5, 7.5, 10, ... : a round number for a colour bar to end at."""
     power = 10.0 ** np.floor(np.log10(max(value, 1e-6)))
-    return float(next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9)))
+    return float(
+        next(step * power for step in (1, 1.5, 2, 3, 5, 7.5, 10) if step * power >= value * (1 - 1e-9))
+    )

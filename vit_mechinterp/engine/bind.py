@@ -6,6 +6,7 @@ Nothing here runs a model (apart from one forward of a blank image, once per wra
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
 
 from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, Join
 from vit_mechinterp.engine.data import Data
@@ -27,7 +28,7 @@ from vit_mechinterp.spec import (
     TensorRef,
 )
 
-__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "bind"]
+__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "bind", "sources_first"]
 
 
 def expand_runs(runs: Run | Sweep | Experiment | Iterable[Run | Sweep], n_layers: int) -> list[Run]:
@@ -63,11 +64,9 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
         SpecError: a site, head, layer, token name or run does not exist, or selections do not pair up.
         DataError: a column is missing or holds something else.
     """
-    by_name = {run.name: run for run in runs}
-    order = _stage_numbers(runs, by_name)
     bound: dict[str, BoundRun] = {}
-    for run in sorted(runs, key=lambda r: order[r.name]):
-        bound[run.name] = _bind_run(vit, run, data, bound, by_name)
+    for run in sources_first(runs):
+        bound[run.name] = _bind_run(vit, run, data, bound)
     run_reads = dict.fromkeys(
         edit.source
         for run in bound.values()
@@ -75,37 +74,39 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
         if edit.source is not None and isinstance(edit.source.origin, RunOrigin)
     )
     levels = _levels(list(bound.values()))
-    stages = tuple(
-        tuple(bound[r.name] for r in runs if bound[r.name].edits and levels[r.name] == level)
-        for level in sorted({levels[name] for name, r in bound.items() if r.edits})
-    )
-    return Bound(tuple(bound[run.name] for run in runs), stages, tuple(run_reads))
-
-
-def _stage_numbers(runs: Sequence[Run], by_name: dict[str, Run]) -> dict[str, int]:
-    """Depth of each run in the graph of run sources."""
-    depth: dict[str, int] = {}
-
-    def visit(name: str, path: tuple[str, ...]) -> int:
-        if name in path:
-            cycle = " -> ".join((*path[path.index(name) :], name))
-            raise SpecError(
-                f"Runs read each other in a cycle: {cycle}. Break it by reading a clean image instead."
-            )
-        if name not in depth:
-            sources = _run_sources(by_name[name])
-            for source in sources:
-                if source not in by_name:
-                    raise SpecError(
-                        f"Run {name!r} reads run {source!r}, which is not part of the experiment."
-                        f"{suggest(source, by_name)} Runs: {_some(list(by_name))}."
-                    )
-            depth[name] = 1 + max((visit(s, (*path, name)) for s in sources), default=-1)
-        return depth[name]
-
+    stages: dict[int, list[BoundRun]] = {}
     for run in runs:
-        visit(run.name, ())
-    return depth
+        if run.interventions:
+            stages.setdefault(levels[run.name], []).append(bound[run.name])
+    ordered = tuple(tuple(stages[level]) for level in sorted(stages))
+    return Bound(tuple(bound[run.name] for run in runs), ordered, tuple(run_reads))
+
+
+def sources_first(runs: Sequence[Run]) -> list[Run]:
+    """Runs in an order in which every run comes behind those that it reads.
+
+    Raises:
+        SpecError: a run reads one that is not among them, or runs read each other in a cycle.
+    """
+    by_name = {run.name: run for run in runs}
+    for run in runs:
+        for source in _run_sources(run):
+            if source not in by_name:
+                raise SpecError(
+                    f"Run {run.name!r} reads run {source!r}, which is not part of the experiment."
+                    f"{suggest(source, by_name)} Runs: {_some(list(by_name))}."
+                )
+    try:
+        order = TopologicalSorter({run.name: _run_sources(run) for run in runs}).static_order()
+        return [by_name[name] for name in order]
+    except CycleError as error:
+        # Each stands before the one that reads it; the message goes the other way, from the first listed.
+        cycle: list[str] = error.args[1][:0:-1]
+        start = min(range(len(cycle)), key=lambda n: list(by_name).index(cycle[n]))
+        names = " -> ".join([*cycle[start:], *cycle[: start + 1]])
+        raise SpecError(
+            f"Runs read each other in a cycle: {names}. Break it by reading a clean image instead."
+        ) from None
 
 
 def _run_sources(run: Run) -> list[str]:
@@ -122,9 +123,7 @@ def _levels(runs: Sequence[BoundRun]) -> dict[str, int]:
     return levels
 
 
-def _bind_run(
-    vit: HookedViT, run: Run, data: Data | None, bound: dict[str, BoundRun], by_name: dict[str, Run]
-) -> BoundRun:
+def _bind_run(vit: HookedViT, run: Run, data: Data | None, bound: dict[str, BoundRun]) -> BoundRun:
     if data is not None:
         data.require(run.base, f"run {run.name!r}, base")
     edits = [_bind_edit(vit, run, spec, data, bound) for spec in run.interventions]

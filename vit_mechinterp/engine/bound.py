@@ -111,7 +111,3 @@ class Bound:
     stages: tuple[tuple[BoundRun, ...], ...]
     run_reads: tuple[Read, ...]
     """Values of edited runs that other runs read."""
-
-    def named(self, name: str) -> BoundRun:
-        """The run of a name."""
-        return next(run for run in self.runs if run.name == name)

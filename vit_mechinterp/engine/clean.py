@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.schedule import Schedule, seed_of
 from vit_mechinterp.engine.values import Read, Values, gather
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward
@@ -84,11 +84,15 @@ def _forward(
 
         return visitor
 
+    held: dict[int | None, tuple[list[int], list[int]]] = {}
     for read in pieces:
-        images = [(i, schedule.image_of(read, i)) for i in chunk]
-        here = [(i, row_of[image]) for i, image in images if image in row_of]
-        if here:
-            instrument.visit(read.site, keep(read, [i for i, _ in here], [row for _, row in here]))
+        seed = seed_of(read)
+        if seed not in held:
+            images = zip(chunk, schedule.images_of(seed, chunk), strict=True)
+            here = [(i, row_of[image]) for i, image in images if image in row_of]
+            held[seed] = [i for i, _ in here], [row for _, row in here]
+        if held[seed][0]:
+            instrument.visit(read.site, keep(read, *held[seed]))
     stop = schedule.stop(column, reads)
     if stop.layer is not None:
         instrument.stop(stop.layer, before=stop.before)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from vit_mechinterp.errors import DataError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["Data"]
+
+Value = TypeVar("Value")
 
 
 class Data:
@@ -30,6 +32,7 @@ class Data:
     def __init__(self, data: Any, vit: HookedViT) -> None:
         self.vit = vit
         self._data = data
+        self._once: dict[Any, Any] = {}
         if isinstance(data, Mapping):
             self.columns: list[str] = list(data)
             unsized = [name for name, column in data.items() if not hasattr(column, "__len__")]
@@ -46,8 +49,17 @@ class Data:
             self.n = len(data)
         else:
             raise DataError(f"Data is a datasets.Dataset or a mapping of columns, not {type(data).__name__}.")
+        if odd := [name for name in self.columns if not isinstance(name, str)]:
+            raise DataError(f"Columns are called by strings, not {', '.join(map(repr, odd))}.")
         if not self.columns or self.n == 0:
             raise DataError("The data has no examples.")
+
+    def once(self, key: tuple[str, ...], make: Callable[[], Value]) -> Value:
+        """What ``make`` returns, made once per key: many runs select by the same columns."""
+        if key not in self._once:
+            self._once[key] = make()
+        value: Value = self._once[key]
+        return value
 
     def require(self, column: str, wanted_by: str) -> None:
         """Raise DataError, naming close matches, unless there is such a column."""
@@ -132,11 +144,14 @@ class Data:
         Raises:
             DataError: an entry holds something else.
         """
+        whole = self._data[column] if isinstance(self._data, Mapping) else None
+        if isinstance(whole, Tensor) and whole.ndim in (1, 2) and not whole.is_floating_point():
+            return [[int(i) for i in row] for row in whole.reshape(self.n, -1).tolist()]
         rows: list[list[int]] = []
         for example, entry in enumerate(self.values(column)):
             array = _array(entry)
-            whole = array is not None and not (array.is_floating_point() or array.is_complex())
-            if array is None or array.ndim > 1 or not (whole or array.numel() == 0):
+            counts = array is not None and not (array.is_floating_point() or array.is_complex())
+            if array is None or array.ndim > 1 or not (counts or array.numel() == 0):
                 raise DataError(
                     f"Column {column!r}, example {example}: {entry!r} is not an integer or a list of them."
                 )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from vit_mechinterp.engine.bind import Bound, bind, expand_runs
+from vit_mechinterp.engine.bind import Bound, bind, expand_runs, sources_first
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.schedule import Schedule, join_reads
 from vit_mechinterp.engine.values import ColumnOrigin, Read
@@ -234,15 +234,15 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
 
 def _naive(bound: Bound, n_layers: int) -> int:
     """Blocks per example for one run at a time, each with its own base and source forwards."""
-
-    def cost(name: str) -> int:
-        run = bound.named(name)
-        sources = {getattr(edit.spec, "source", None) for edit in run.edits} - {None}
-        blocks = n_layers * (1 + sum(1 for s in sources if isinstance(s, str)))
-        blocks += n_layers * len({(e.source or e.mean) for e in run.edits if e.spec.op == "ablate"} - {None})
-        return blocks + sum(cost(s.run) for s in sources if isinstance(s, RunSource))
-
-    return sum(cost(run.name) for run in bound.runs)
+    by_name = {run.name: run for run in bound.runs}
+    cost: dict[str, int] = {}
+    for spec in sources_first([run.run for run in bound.runs]):
+        edits = by_name[spec.name].edits
+        sources = {getattr(edit.spec, "source", None) for edit in edits} - {None}
+        permuted_or_mean = {(e.source or e.mean) for e in edits if e.spec.op == "ablate"} - {None}
+        forwards = 1 + len(permuted_or_mean) + sum(1 for s in sources if isinstance(s, str))
+        cost[spec.name] = n_layers * forwards + sum(cost[s.run] for s in sources if isinstance(s, RunSource))
+    return sum(cost.values())
 
 
 def _notes(schedule: Schedule) -> Iterable[str]:

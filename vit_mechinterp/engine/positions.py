@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +51,31 @@ class Positions:
 
         ``ordinal`` is the token's place within its example's selection. Not for the whole activation.
         """
-        selections = [self.of(i) or () for i in examples]
-        counts = [len(s) for s in selections]
-        rows = np.repeat(np.arange(len(selections)), counts)
-        positions = np.fromiter((p for s in selections for p in s), dtype=np.int64, count=sum(counts))
-        ordinals = np.concatenate([np.arange(c) for c in counts]) if counts else np.arange(0)
-        return rows.astype(np.int64), positions, ordinals.astype(np.int64)
+        starts, positions = self._table
+        chosen = (
+            np.asarray(examples, dtype=np.int64)
+            if self.each is not None
+            else np.zeros(len(examples), np.int64)
+        )
+        counts = starts[chosen + 1] - starts[chosen]
+        rows = np.repeat(np.arange(len(chosen)), counts)
+        ordinals = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        return rows, positions[np.repeat(starts[chosen], counts) + ordinals], ordinals
+
+    @cached_property
+    def _table(self) -> tuple[IntArray, IntArray]:
+        """Where each example's positions begin, and all positions; one entry where they are shared."""
+        each = ((self.shared or ()),) if self.each is None else self.each
+        starts = np.cumsum([0, *map(len, each)], dtype=np.int64)
+        return starts, np.array([p for own in each for p in own], dtype=np.int64)
+
+    # Values are found by their positions many times over, and hashing a large dataset's takes its time.
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shared, self.each))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def resolve_tokens(
@@ -82,12 +102,14 @@ def resolve_tokens(
         if data is None:
             return Positions(shared=(0,))
         data.require(tokens.column, where)
-        return Positions(each=_from_column(tokens.column, data, vit, where))
+        return data.once(("column", tokens.column), lambda: _from_column(tokens.column, data, vit, where))
     if isinstance(tokens, TokenBox):
         if data is None:
             return Positions(shared=(0,))
         data.require(tokens.box, where)
-        return Positions(each=_from_boxes(tokens.box, data, vit, image_column))
+        return data.once(
+            ("box", tokens.box, image_column), lambda: _from_boxes(tokens.box, data, vit, image_column)
+        )
     positions: list[int] = []
     for item in (tokens,) if isinstance(tokens, str) else tokens:
         if isinstance(item, str):
@@ -113,19 +135,20 @@ def _check_patch(patch: int, vit: HookedViT, where: str) -> None:
         )
 
 
-def _from_column(column: str, data: Data, vit: HookedViT, where: str) -> tuple[tuple[int, ...], ...]:
-    first = len(vit.layout.tokens.prefix)
+def _from_column(column: str, data: Data, vit: HookedViT, where: str) -> Positions:
+    first, n_patches = len(vit.layout.tokens.prefix), vit.layout.tokens.n_patches
     rows = []
     for example, patches in enumerate(data.integers(column)):
-        for patch in patches:
-            _check_patch(patch, vit, f"{where}, column {column!r}, example {example}")
         if not patches:
             raise DataError(f"{where}, column {column!r}, example {example}: no patch is selected.")
+        if min(patches) < 0 or max(patches) >= n_patches:
+            for patch in patches:
+                _check_patch(patch, vit, f"{where}, column {column!r}, example {example}")
         rows.append(tuple(first + patch for patch in patches))
-    return tuple(rows)
+    return Positions(each=tuple(rows))
 
 
-def _from_boxes(column: str, data: Data, vit: HookedViT, image_column: str) -> tuple[tuple[int, ...], ...]:
+def _from_boxes(column: str, data: Data, vit: HookedViT, image_column: str) -> Positions:
     layout = vit.layout.tokens
     sizes = data.original_sizes(image_column)
     rows = []
@@ -137,4 +160,4 @@ def _from_boxes(column: str, data: Data, vit: HookedViT, image_column: str) -> t
         except DataError as error:
             raise DataError(f"Column {column!r}, example {example}: {error}") from None
         rows.append(tuple(len(layout.prefix) + patch for patch in patches))
-    return tuple(rows)
+    return Positions(each=tuple(rows))

@@ -19,7 +19,7 @@ from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.schedule import Schedule, Segment
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.wave import Material, run_wave
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep
 
@@ -76,8 +76,13 @@ class Prepared:
                 example of fewer tokens leaves out those it lacks.
 
         Raises:
-            SpecError: ``source_order`` is no such permutation.
+            SpecError: ``source_order`` is no such permutation, or ``examples`` names none or too high ones.
         """
+        if len(examples) == 0 or min(examples) < 0 or max(examples) >= self.n_examples:
+            raise SpecError(
+                f"examples={list(examples)} must name at least one of the {self.n_examples} examples, 0 to "
+                f"{self.n_examples - 1}."
+            )
         if source_order is not None and sorted(source_order) != list(range(self.most_source_tokens)):
             raise SpecError(
                 f"source_order={list(source_order)} is no order of the sources' tokens: give each of "
@@ -99,6 +104,18 @@ class Prepared:
             if not run.edits:
                 outputs[run.name] = self._clean.outputs[run.run.base][index]
         return torch.stack([outputs[run.name] for run in bound.runs])
+
+
+def _refuse_checkpointing(vit: HookedViT) -> None:
+    """Blocks that are run again for the backward pass would run without the interventions."""
+    for path, module in vit.module.named_modules():
+        mine = getattr(module, "grad_checkpointing", False)
+        if mine or (getattr(module, "gradient_checkpointing", False) and module.training):
+            raise ExecutionError(
+                f"{type(vit.module).__name__} has gradient checkpointing on (at {path or 'the top'}), which "
+                "runs blocks again for the backward pass, without the interventions. Switch it off first: "
+                "set_grad_checkpointing(False) in timm, gradient_checkpointing_disable() in transformers."
+            )
 
 
 def _most_source_tokens(vit: HookedViT, schedule: Schedule) -> int:
@@ -134,9 +151,11 @@ def prepare(
 
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
+        ExecutionError: the model would drop activations at random, or has gradient checkpointing on.
     """
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_dropout(vit)
+    _refuse_checkpointing(vit)
     columns = Data(data, vit)
     bound = bind(vit, flat, columns)
     if len(bound.stages) > 1:

@@ -136,17 +136,20 @@ class Results:
             tensors = load_file(path / "results.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise TensorFileError(f"{path} holds no readable results: {error}.") from None
-        captures: dict[str, dict[str, Tensor | list[Tensor]]] = {run: {} for run in document["runs"]}
-        for entry in document["captures"]:
-            parts = [tensors[key] for key in entry["keys"]]
-            captures[entry["run"]][entry["site"]] = parts if entry["ragged"] else parts[0]
-        return cls(
-            logits=tensors["logits"],
-            run_names=tuple(document["runs"]),
-            captures={run: Captures(run, values) for run, values in captures.items()},
-            labels=document["labels"],
-            provenance=document["provenance"],
-        )
+        try:
+            captures: dict[str, dict[str, Tensor | list[Tensor]]] = {run: {} for run in document["runs"]}
+            for entry in document["captures"]:
+                parts = [tensors[key] for key in entry["keys"]]
+                captures[entry["run"]][entry["site"]] = parts if entry["ragged"] else parts[0]
+            return cls(
+                logits=tensors["logits"],
+                run_names=tuple(document["runs"]),
+                captures={run: Captures(run, values) for run, values in captures.items()},
+                labels=document["labels"],
+                provenance=document["provenance"],
+            )
+        except (LookupError, TypeError) as error:
+            raise TensorFileError(f"{path} holds no readable results: {error!r}.") from None
 
     def __repr__(self) -> str:
         captured = sum(len(c) for c in self.captures.values())

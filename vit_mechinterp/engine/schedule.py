@@ -42,6 +42,12 @@ def permutation(seed: int, n: int) -> IntArray:
     return np.random.default_rng(seed).permutation(n)
 
 
+def seed_of(read: Read) -> int | None:
+    """The seed of the permutation that a clean read takes its images from; None for each example's own."""
+    assert isinstance(read.origin, ColumnOrigin)
+    return read.origin.permutation
+
+
 def stop_for(site: Site) -> Stop:
     """Where a forward may stop once this site has been seen."""
     if site.name == "embed":
@@ -126,12 +132,12 @@ class Schedule:
         stops = [stop_for(read.site) for read in self.reads_of(column, reads)]
         return max(stops, key=lambda s: (s.layer is None, s.layer or 0, not s.before))
 
-    def image_of(self, read: Read, example: int) -> int:
-        """The example whose image a clean read is taken from."""
-        assert isinstance(read.origin, ColumnOrigin)
-        if read.origin.permutation is None:
-            return example
-        return int(self._permutation(read.origin.permutation)[example])
+    def images_of(self, seed: int | None, chunk: range) -> list[int]:
+        """The examples whose images a chunk's clean reads are taken from; ``seed`` is their permutation's."""
+        if seed is None:
+            return list(chunk)
+        images: list[int] = self._permutation(seed)[chunk.start : chunk.stop].tolist()
+        return images
 
     def _permutation(self, seed: int) -> IntArray:
         if seed not in self._permutations:
@@ -144,7 +150,8 @@ class Schedule:
 
     def images(self, column: str, chunk: range, reads: Sequence[Read] | None = None) -> list[int]:
         """The examples whose image of a column must pass through the model for a chunk, each once."""
-        wanted = {self.image_of(read, i) for read in self.reads_of(column, reads) for i in chunk}
+        seeds = dict.fromkeys(seed_of(read) for read in self.reads_of(column, reads))
+        wanted = {image for seed in seeds for image in self.images_of(seed, chunk)}
         if reads is None and column in self.outputs:
             wanted.update(chunk)
         return sorted(wanted)

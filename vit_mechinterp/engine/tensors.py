@@ -104,7 +104,7 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
     checks = {"vector": _check_vector, "basis": _check_basis, "gate": _check_gate, "mean": _check_mean}
     for run in bound.runs:
         for edit in run.edits:
-            own = {field: tensors[ref] for field, ref in edit.refs}
+            own = {field: tensors[ref].detach() for field, ref in edit.refs}
             for field, tensor in own.items():
                 if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                     raise SpecError(f"{edit.where}: {field} must hold finite floating-point numbers.")

@@ -188,6 +188,8 @@ class _Wave:
             region = view[rows]
             shape = region.shape
             h = region.flatten(0, 1) if edit.site.has_tokens else region
+            # The operator's gradient may need its input, which is about to be written over.
+            h = h.clone() if torch.is_grad_enabled() else h
             tokens = shape[1] if edit.site.has_tokens else 1
             counts = [tokens] * len(examples)
             ordinal = torch.arange(tokens, device=device).repeat(len(examples))

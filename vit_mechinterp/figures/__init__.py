@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vit_mechinterp.figures.dots import dots_by_row, examples_by_run
 from vit_mechinterp.figures.heatmaps import condition_map, head_layer_map
 from vit_mechinterp.figures.images import attention_overlay, contact_sheet
 from vit_mechinterp.figures.lines import das_by_layer, lines_by_layer, stages_over_layers
@@ -13,6 +14,8 @@ __all__ = [
     "condition_map",
     "contact_sheet",
     "das_by_layer",
+    "dots_by_row",
+    "examples_by_run",
     "head_layer_map",
     "lines_by_layer",
     "png_bytes",

@@ -98,8 +98,10 @@ def attention_overlay(
     colours = box_colours(list(boxes or {}))
     columns = min(len(maps) + 1, 5)
     rows = math.ceil((len(maps) + 1) / columns)
+    lines = max(name.count("\n") for name in maps)
     figure = new_figure(
-        1.75 * columns + 0.1, 2.1 * rows + (0.3 if title else 0.05) + (0.3 if colours else 0.0)
+        1.75 * columns + 0.1,
+        (2.1 + 0.16 * lines) * rows + (0.3 if title else 0.05) + (0.3 if colours else 0.0),
     )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     pixels = np.asarray(image.convert("RGB"), dtype=float) / 255

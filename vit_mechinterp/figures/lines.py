@@ -167,12 +167,17 @@ def das_by_layer(
             axes.plot(controls[name], color=color, linestyle=(0, (4, 2)), linewidth=1.4, alpha=0.75, zorder=2)
             ends.append((f"{name}, {control_name}", float(controls[name][-1]), color))
     ends += _draw_references(axes, {"chance": chance})
-    if isinstance(no_effect, Mapping) and len(set(no_effect.values())) > 1:
-        for (name, value), color in zip(no_effect.items(), PALETTE, strict=False):
-            ends += _draw_references(axes, {f"{name}, no effect": value}, color)
+    if isinstance(no_effect, Mapping):
+        own_lines = [
+            _draw_references(axes, {f"{name}, no effect": value}, color)[0]
+            for (name, value), color in zip(no_effect.items(), PALETTE, strict=False)
+        ]
+        heights = [value for _, value, _ in own_lines]
+        # Lines that cannot be told apart share a label.
+        near = max(heights) - min(heights) < 0.03
+        ends += [("no effect", min(heights), MUTED)] if near else own_lines
     elif no_effect is not None:
-        value = next(iter(no_effect.values())) if isinstance(no_effect, Mapping) else no_effect
-        ends += _draw_references(axes, {"no effect": value})
+        ends += _draw_references(axes, {"no effect": no_effect})
     layer_axis(axes, n_layers)
     axes.set_ylabel(label)
     axes.set_title(title)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vit_mechinterp.model.conformance_blocks import writes_and_identities
 from vit_mechinterp.model.conformance_forwards import (
@@ -46,7 +47,7 @@ CHECKS = {
 """In the order in which they run; the first ones decide which sites the later ones use."""
 
 
-def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0) -> Report:
+def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0, progress: bool = True) -> Report:
     """Run every check on a model, on random images; the model is left as it was.
 
     Costs about as much as 40 forwards of ``n_images`` images, and twice an image per block.
@@ -55,6 +56,7 @@ def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0) -> Report:
         vit: the model, on any device, in any floating-point dtype; tolerances follow its precision.
         n_images: how many random images to use (at least 2; 1 where the model takes one per forward).
         seed: of the images and of what is written.
+        progress: show a progress bar.
 
     Returns:
         All findings. A check that raises is a failed check, and the next one runs.
@@ -67,18 +69,19 @@ def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0) -> Report:
     devices = [vit.device] if vit.device.type == "cuda" else []
     if dropping is None:
         with vit.lock, torch.no_grad(), torch.random.fork_rng(devices):
-            _run(vit, 1 if vit.layout.family.one_image else max(n_images, 2), seed, record)
+            _run(vit, 1 if vit.layout.family.one_image else max(n_images, 2), seed, record, progress)
     return Report(f"{type(vit.module).__name__}, {vit.layout}", tuple(record.rows))
 
 
-def _run(vit: HookedViT, n_images: int, seed: int, record: Record) -> None:
+def _run(vit: HookedViT, n_images: int, seed: int, record: Record, progress: bool) -> None:
     with record.under("first forward"):
         vit(vit.blank(1))  # transformers installs hooks of its own in a first forward
         before = snapshot(vit.module)
         subject = Subject(vit, n_images, seed)
     if record.rows[-1].check == "first forward":
         return
-    for name, part in CHECKS.items():
+    bar = tqdm(CHECKS.items(), desc="check", unit="check", delay=2, leave=False, disable=not progress)
+    for name, part in bar:
         with record.under(name):
             part(subject, record)
     with record.under("module unchanged"):
@@ -108,10 +111,11 @@ def _unchanged_after_exceptions(subject: Subject, record: Record, before: Mappin
     layer = subject.layout.n_layers // 2
     names = ("resid_pre", "attn.q", "attn.pattern", "attn.result", "resid_mid", "mlp.post")
     wanted = [f"blocks.{layer}.{name}" for name in names]
+    beside = [site for site in subject.sites if site.startswith(f"blocks.{layer}.") or "." not in site]
     for name in [site for site in (*wanted, "pooled", "logits") if site in subject.sites]:
         raised = False
         try:
-            with subject.vit.hooks({**dict.fromkeys(subject.sites, torch.clone), name: fail}):
+            with subject.vit.hooks({**dict.fromkeys(beside, torch.clone), name: fail}):
                 subject.vit(subject.images)
         except _OnPurposeError:
             raised = True

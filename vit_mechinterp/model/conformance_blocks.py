@@ -1,32 +1,47 @@
 """Checks inside the blocks: where a write goes, where it must not go, and what adds up to what.
 
 Every block is run once on many rows, which start from one image's clean residual stream; each but two is
-written to at one site of the block. So every identity is tested on values that were edited upstream of it,
-too.
+written to at one site of the block, so every identity is tested on values that were edited upstream of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_mechinterp.model.conformance_report import Record
-from vit_mechinterp.model.conformance_subject import Subject, deviation
+from vit_mechinterp.model.conformance_subject import Subject, deviation, wide
 from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.model.layout import is_missing, lookup
 from vit_mechinterp.spec import BLOCK_SITES
 
-SIBLINGS = {
-    "attn.q": {"attn.k", "attn.v"},
-    "attn.k": {"attn.v"},
-    "attn.v": {"attn.scores", "attn.pattern"},
-    "mlp.pre": {"mlp.pre_linear"},
+FEEDS = {
+    "resid_pre": ("ln1", "resid_mid"),
+    "ln1": ("attn.q", "attn.k", "attn.v"),
+    "attn.q": ("attn.scores",),
+    "attn.k": ("attn.scores",),
+    "attn.v": ("attn.z",),
+    "attn.scores": ("attn.pattern",),
+    "attn.pattern": ("attn.z",),
+    "attn.z": ("attn.result", "attn_out"),
+    "attn.result": ("attn_out",),
+    "attn_out": ("resid_mid",),
+    "resid_mid": ("ln2", "resid_post"),
+    "ln2": ("mlp.pre", "mlp.pre_linear"),
+    "mlp.pre": ("mlp.post",),
+    "mlp.pre_linear": ("mlp.post",),
+    "mlp.post": ("mlp_out",),
+    "mlp_out": ("resid_post",),
+    "resid_post": (),
 }
-"""Sites that come later in forward order, and are computed from the same input and not from this site."""
+"""What is computed from what in a block whose MLP follows its attention."""
+PARALLEL = FEEDS | {"resid_pre": ("ln1", "ln2", "resid_post"), "attn_out": ("resid_post",)}
+"""The same where attention and MLP read one input, and there is no resid_mid."""
 
 AMPLITUDES = (1.0, 1000.0)
 """Of what is written, in standard deviations; the second only where the first is lost in rounding."""
@@ -42,6 +57,7 @@ class Edited:
     layer: int
     values: dict[str, Tensor]
     rows: dict[str, int]
+    feeds: dict[str, tuple[str, ...]]
 
     def name(self, site: str) -> str:
         """The full name of one of the block's sites."""
@@ -55,16 +71,20 @@ class Edited:
         """Rows in which a site holds what the sites before it define: all but its own."""
         return [row for row in range(len(self.rows) + 2) if row != self.rows[site]]
 
+    @cached_property
+    def distances(self) -> dict[str, list[float]]:
+        """How far every row is from the clean one, by site, as a share of the site's clean scale."""
+        return {site: _distances(wide(value)) for site, value in self.values.items()}
+
     def distance(self, row: int, site: str) -> float:
-        """How far a row is from the clean one at a site, as a share of the site's scale."""
-        clean = self.values[site][0]
-        return deviation(self.values[site][row], clean)
+        """How far a row is from the clean one at a site."""
+        return self.distances[site][row]
 
     def deviation(self, site: str, wanted: Tensor, scale: Tensor) -> float:
         """How far a site is, where it is not written to, from what defines it; by each row's scale."""
         rows = self.defined(site)
-        difference = (wanted.double() - self.values[site].double())[rows].abs().flatten(1).amax(dim=1)
-        scales = scale.double()[rows].abs().flatten(1).amax(dim=1)
+        difference = (wide(wanted) - wide(self.values[site]))[rows].abs().flatten(1).amax(dim=1)
+        scales = wide(scale)[rows].abs().flatten(1).amax(dim=1)
         return float((difference / scales.clamp(min=1e-30)).max())
 
     def noise(self, site: str) -> float:
@@ -73,15 +93,16 @@ class Edited:
 
     def reaches(self, site: str) -> list[str]:
         """Sites that a write at ``site`` must move."""
-        sites = list(self.rows)
-        if "resid_mid" not in sites:  # a parallel block: the branches meet in its output
-            return [other for other in ("resid_post",) if other in sites and other != site]
-        return [other for other in sites[sites.index(site) + 1 :] if other not in SIBLINGS.get(site, ())]
+        nearest = {*self.feeds[site], "resid_post"} - {site}
+        return [other for other in self.rows if other in nearest]
 
     def spares(self, site: str) -> list[str]:
         """Sites that a write at ``site`` must leave as they are."""
-        sites = list(self.rows)
-        return [*sites[: sites.index(site)], *(other for other in sites if other in SIBLINGS.get(site, ()))]
+        reached = {site}
+        for other in BLOCK_SITES[BLOCK_SITES.index(site) :]:
+            if other in reached:
+                reached.update(self.feeds[other])
+        return [other for other in self.rows if other not in reached]
 
 
 def writes_and_identities(subject: Subject, record: Record) -> None:
@@ -141,7 +162,8 @@ def edited_block(subject: Subject, layer: int, sites: Sequence[str], amplitude: 
 
     visitors = {f"blocks.{layer}.{site}": visiting(site) for site in sites}
     subject.run(visitors, subject.vit.blank(1), skip=range(layer), stop=layer)
-    return Edited(layer, kept, rows)
+    parallel = f"blocks.{layer}.resid_mid" in subject.layout.absent
+    return Edited(layer, kept, rows, PARALLEL if parallel else FEEDS)
 
 
 def _unmoved(edited: Edited, site: str) -> list[str]:
@@ -178,17 +200,17 @@ def _attention(subject: Subject, edited: Edited, record: Record) -> None:
 
     if edited.has("attn.pattern"):
         pattern = values["attn.pattern"]
-        sums = pattern[edited.defined("attn.pattern")].double().sum(dim=-1)
+        sums = wide(pattern[edited.defined("attn.pattern")]).sum(dim=-1)
         off = float((sums - 1).abs().max())
         record.near(off, allowed, edited.name("attn.pattern"), "the sum over keys, from 1,")
         if edited.has("attn.scores"):
-            soft = values["attn.scores"].double().softmax(dim=-1)
+            soft = wide(values["attn.scores"]).softmax(dim=-1)
             holds("attn.pattern", soft, torch.ones_like(soft), "the softmax of the scores")
         if edited.has("attn.v", "attn.z"):
             v, applied = values["attn.v"], _applied(subject, edited.layer, pattern)
             holds("attn.z", _mix(applied, v), _mix(applied.abs(), v.abs()), "pattern @ v")
     if edited.has("attn.result", "attn_out"):
-        result = values["attn.result"].double()
+        result = wide(values["attn.result"])
         _, bias, gain = _projection(subject, edited.layer)
         total = result.sum(dim=-2) + (0 if bias is None else bias * gain)
         holds("attn_out", total, result.abs().sum(dim=-2), "the heads' results with the bias")
@@ -207,15 +229,15 @@ def _pattern_by_hand(subject: Subject, edited: Edited, record: Record) -> None:
     row = edited.rows["attn.pattern"]
 
     def agrees(site: str, wanted: Tensor) -> None:
-        record.near(deviation(values[site][row].double(), wanted), allowed, edited.name(site), site)
+        record.near(deviation(wide(values[site][row]), wanted), allowed, edited.name(site), site)
 
     z = _mix(_applied(subject, edited.layer, values["attn.pattern"]), values["attn.v"])[row]
     agrees("attn.z", z)
-    if deviation(increment(values["attn.z"][0].double()), values["attn_out"][0].double()) > allowed:
+    if deviation(increment(wide(values["attn.z"][0])), wide(values["attn_out"][0])) > allowed:
         return  # a norm or a gate stands between z and the projection
     agrees("attn_out", increment(z))
     if edited.has("resid_mid"):
-        agrees("resid_mid", values["resid_pre"][row].double() + increment(z))
+        agrees("resid_mid", wide(values["resid_pre"][row]) + increment(z))
 
 
 def _reaches_output(subject: Subject, record: Record) -> None:
@@ -248,13 +270,13 @@ def _reaches_output(subject: Subject, record: Record) -> None:
 
 
 def _projection(subject: Subject, layer: int) -> tuple[Tensor, Tensor | None, Tensor | float]:
-    """Weight and bias of a block's output projection, and the LayerScale behind it, in float64."""
+    """Weight and bias of a block's output projection, and the LayerScale behind it."""
     family = subject.layout.family
     block: nn.Module = lookup(subject.vit.module, subject.layout.block_path(layer))
     projection: nn.Linear = lookup(block, family.out_projection)
     scales = [lookup(block, path) for path in family.attention_scale]
-    gain = next((scale.double() for scale in scales if not is_missing(scale)), 1.0)
-    return projection.weight.double(), None if projection.bias is None else projection.bias.double(), gain
+    gain = next((wide(scale) for scale in scales if not is_missing(scale)), 1.0)
+    return wide(projection.weight), None if projection.bias is None else wide(projection.bias), gain
 
 
 def _applied(subject: Subject, layer: int, pattern: Tensor) -> Tensor:
@@ -266,6 +288,12 @@ def _applied(subject: Subject, layer: int, pattern: Tensor) -> Tensor:
 
 
 def _mix(pattern: Tensor, v: Tensor) -> Tensor:
-    """``pattern @ v`` in float64, as z ``[batch, token, head, d_head]``; grouped queries share v."""
+    """``pattern @ v``, as z ``[batch, token, head, d_head]``; grouped queries share v."""
     v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
-    return torch.einsum("bhqk,bkhd->bqhd", pattern.double(), v.double())
+    return torch.einsum("bhqk,bkhd->bqhd", wide(pattern), wide(v))
+
+
+def _distances(value: Tensor) -> list[float]:
+    # Scores are infinite where a mask forbids a key.
+    apart = torch.where(value == value[:1], 0.0, value - value[:1]).abs().flatten(1).amax(dim=1)
+    return (apart / value[0][torch.isfinite(value[0])].abs().max().clamp(min=1e-30)).tolist()

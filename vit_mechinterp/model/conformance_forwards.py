@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.model.conformance_report import Record
-from vit_mechinterp.model.conformance_subject import Subject, deviation, explicit, keeping, returning
+from vit_mechinterp.model.conformance_subject import Subject, deviation, explicit, keeping, returning, wide
 from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.spec import Site
 
@@ -206,5 +206,5 @@ def _shifted(subject: Subject, value: Tensor) -> Tensor:
 def single_row(subject: Subject, record: Record) -> None:
     """An image alone has the output that it has in a batch."""
     alone = subject.vit(subject.images[:1])
-    scale = float(subject.native.double().abs().max())
+    scale = float(wide(subject.native).abs().max())
     record.near(deviation(alone, subject.native[:1], scale), 10 * subject.unit, detail="the output")

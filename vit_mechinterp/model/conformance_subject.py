@@ -13,12 +13,17 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward, Visitor
 from vit_mechinterp.spec import Site
 
-__all__ = ["Subject", "deviation", "explicit", "keeping", "returning"]
+__all__ = ["Subject", "deviation", "explicit", "keeping", "returning", "wide"]
 
 
 def explicit(name: str) -> bool:
     """Whether a site exists in explicit attention only, so that reading it replaces the fused kernel."""
     return name.endswith(("attn.scores", "attn.pattern"))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def deviation(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
@@ -28,9 +33,9 @@ def deviation(found: Tensor, wanted: Tensor, scale: float | None = None) -> floa
     if torch.equal(found, wanted):
         return 0.0
     if scale is None:
-        finite = wanted.double()[torch.isfinite(wanted)]  # scores are infinite where a mask forbids a key
+        finite = wide(wanted)[torch.isfinite(wanted)]  # scores are infinite where a mask forbids a key
         scale = float(finite.abs().max()) if len(finite) else 0.0
-    apart = torch.where(found == wanted, 0.0, found.double() - wanted.double())
+    apart = torch.where(found == wanted, 0.0, wide(found) - wide(wanted))
     difference = float(apart.abs().max())
     return difference / max(scale, 1e-30) if math.isfinite(difference) else math.inf
 

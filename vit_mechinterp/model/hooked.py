@@ -13,7 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_mechinterp.errors import ExecutionError, SpecError, UnsupportedSiteError, suggest
+from vit_mechinterp.errors import (
+    ExecutionError,
+    SpecError,
+    UnsupportedModelError,
+    UnsupportedSiteError,
+    suggest,
+)
 from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import TAP_SITES, Layout, lookup
@@ -131,8 +137,15 @@ class HookedViT:
         if self._preprocess is None:
             from vit_mechinterp.model.preprocess import Preprocess
 
-            if self.layout.family.library == "timm":
+            library = self.layout.family.library
+            if library == "timm":
                 self._preprocess = Preprocess.from_timm(self.module)
+            elif library != "transformers":
+                size = (3, *self.layout.tokens.image_size)
+                raise UnsupportedModelError(
+                    f"No preprocessing is known for models of {self.layout.family.name}: give float tensors "
+                    f"of shape {size} instead of images."
+                )
             else:
                 name = self.source.removeprefix("hf/") if self.source else None
                 self._preprocess = Preprocess.from_transformers(self.module, name)
@@ -175,7 +188,7 @@ class HookedViT:
 
         Args:
             visitors: functions by site name or glob. Each is given the tensor at the site and returns its
-                replacement, or None to leave it as it is.
+                replacement (of the same shape and dtype), or None to leave it as it is.
 
         Raises:
             SpecError: a name fits no site of the model.
@@ -184,7 +197,7 @@ class HookedViT:
         instrument = Instrument(self.module, self.layout)
         for pattern, visitor in visitors.items():
             for name in self.expand([pattern]):
-                instrument.visit(Site.parse(name), visitor)
+                instrument.visit(Site.parse(name), _checked(name, visitor))
         with self.lock, instrument.installed():
             yield self
             # A forward inside may stop early or skip blocks (`execute` does), or fail and be caught.
@@ -198,6 +211,7 @@ class HookedViT:
                 no such site.
         """
         available = self.site_names()
+        names = [names] if isinstance(names, str) else names
         found: dict[str, None] = {}
         for name in names:
             if is_glob(name):
@@ -269,7 +283,8 @@ class HookedViT:
     def has_own_return(self, layer: int) -> bool:
         """Whether somebody else acts on what a block returns: a hook, or a forward of the instance's own."""
         block: nn.Module = lookup(self.module, self.layout.block_path(layer))
-        return bool(block._forward_hooks) or "forward" in vars(block)
+        with self.lock:  # what another thread's run has installed is gone once the lock is free
+            return bool(block._forward_hooks) or "forward" in vars(block)
 
     def dropout(self) -> str | None:
         """Path of a module that is in train mode and would drop activations at random, or None."""
@@ -278,6 +293,18 @@ class HookedViT:
             if module.training and any(_rate(module, name) > 0 for name in _DROP_RATES):
                 return path
         return None
+
+
+def _checked(name: str, visitor: Visitor) -> Visitor:
+    def checked(value: Tensor) -> Tensor | None:
+        new = visitor(value)
+        if new is None or (isinstance(new, Tensor) and (new.shape, new.dtype) == (value.shape, value.dtype)):
+            return new
+        wanted = f"{value.dtype} of shape {tuple(value.shape)}"
+        got = f"{new.dtype} of shape {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        raise ExecutionError(f"The hook at {name} returned {got}; expected {wanted}, or None.")
+
+    return checked
 
 
 # Names under which torch, timm and transformers keep the rate at which a module drops activations.

@@ -78,6 +78,7 @@ class Instrument:
     @contextmanager
     def installed(self) -> Iterator[Instrument]:
         """Install everything; on exit, also after an exception, restore the module."""
+        self._refuse_checkpointing()
         self.fired = dict.fromkeys(self._visits, 0)
         self.forwards = 0
         with ExitStack() as stack:
@@ -99,6 +100,17 @@ class Instrument:
                 add = block.register_forward_pre_hook if before else block.register_forward_hook
                 stack.callback(add(_stop).remove)
             yield self
+
+    def _refuse_checkpointing(self) -> None:
+        if not (self._visits and torch.is_grad_enabled()):
+            return
+        for path, part in self.module.named_modules():
+            own = vars(part)
+            if own.get("grad_checkpointing") or (own.get("gradient_checkpointing") and part.training):
+                raise ExecutionError(
+                    f"{path or type(part).__name__} uses gradient checkpointing: its blocks run again in the "
+                    "backward pass, when visitors are gone. Switch it off, or run under torch.no_grad()."
+                )
 
     def verify(self, *, every: bool = True) -> None:
         """Raise if a visited site did not fire exactly once in every forward since `installed` was entered.
@@ -161,7 +173,7 @@ class Instrument:
         projection: nn.Linear = lookup(block, self.layout.family.out_projection)
         scales = [lookup(block, path) for path in self.layout.family.attention_scale]
         scale = next((s for s in scales if not is_missing(s)), None)
-        port = self.layout.ports[f"blocks.{layer}.attn.result"]
+        port = self.layout.ports.get(f"blocks.{layer}.attn.result")
         token_first = isinstance(port, Port) and port.token_first
         merged: list[Tensor] = []
         result_site = Site(layer, "attn.result")

@@ -125,7 +125,8 @@ class Family:
         library: the top-level package whose modules the row describes; used in messages.
         blocks: paths from the model to its list of blocks; the first that exists is used.
         ports: for every block site outside the attention call, the ports where it may appear; the first that
-            applies to a block is used. A site inside the call that has a port is not tapped.
+            applies to a block is used. A site inside the call that has a port is not tapped. (``attn.result``
+            follows from z and the output projection; its port only says that tokens come first there.)
         attention: path from a block to the module that makes one ``scaled_dot_product_attention`` call;
             ``""`` where the block itself makes it.
         out_projection: path from a block to the linear layer that mixes the heads back into the residual

@@ -138,8 +138,8 @@ def _fulfils(block: nn.Module, requires: tuple[tuple[str, Any], ...]) -> bool:
 
 
 def _conditions(requires: tuple[tuple[str, Any], ...]) -> str:
-    conditions = [path if wanted is _ANY else f"{path} == {wanted!r}" for path, wanted in requires]
-    return f" with {' and '.join(conditions)}" if conditions else ""
+    beside = [path if wanted is _ANY else f"{path} = {wanted!r}" for path, wanted in requires]
+    return f" beside {' and '.join(map(repr, beside))}" if beside else ""
 
 
 def lookup(root: Any, path: str) -> Any:

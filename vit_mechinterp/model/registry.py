@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from importlib import import_module, metadata
 
+import torch
 from torch import nn
 
 from vit_mechinterp.errors import SpecError, UnsupportedModelError
@@ -90,6 +91,11 @@ def wrap(
         return wrap(module.module, image_size=size, check=check, source=source or module.source)
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(f"wrap takes a torch module, not {type(module).__name__}.")
+    if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is compiled, so what happens inside cannot be seen or edited; wrap the "
+            "module that it was made of."
+        )
     reasons: list[str] = []
     for family in families():
         reason = missing_for(family, module)

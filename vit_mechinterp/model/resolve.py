@@ -71,6 +71,14 @@ def _refusal(family: Family, module: nn.Module, attention: nn.Module) -> str | N
 _OPTIONAL = frozenset({"mlp.pre_linear"})
 
 
+def _no_results(family: Family, site: str, block: nn.Module) -> str | None:
+    """Why heads have no results of their own: these are made with the weight of a linear layer."""
+    projection = lookup(block, family.out_projection)
+    if site != "attn.result" or type(projection).forward is nn.Linear.forward:
+        return None
+    return f"{family.out_projection} is a {type(projection).__name__}, no linear layer"
+
+
 def _blocks_path(family: Family, module: nn.Module) -> str | None:
     for path in family.blocks:
         if isinstance(lookup(module, path), (nn.ModuleList, nn.Sequential)):
@@ -110,29 +118,27 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     strangers = family.strangers(module)
     for layer, block in enumerate(blocks):
         if layer in strangers:
-            absent.update(
-                {f"blocks.{layer}.{site}": strangers[layer] for site in (*family.ports, *TAP_SITES)}
-            )
+            absent.update({f"blocks.{layer}.{site}": strangers[layer] for site in BLOCK_SITES})
             continue
-        for site, alternatives in family.ports.items():
-            name, scope = f"blocks.{layer}.{site}", f"{blocks_path}.{layer}"
-            port = next((p for p in alternatives if p.applies_to(block)), None)
-            if reason := family.lacks(site, block):
+        scope = f"{blocks_path}.{layer}"
+        for site in BLOCK_SITES:
+            name = f"blocks.{layer}.{site}"
+            port = next((p for p in family.ports.get(site, ()) if p.applies_to(block)), None)
+            if reason := family.lacks(site, block) or _no_results(family, site, block):
                 absent[name] = reason
-            elif port is None:
-                absent[name] = "the MLP of this block is not gated"
             elif isinstance(port, Difference):
                 ports[name] = Difference(f"blocks.{layer}.{port.of}", f"blocks.{layer}.{port.minus}")
             elif isinstance(port, Share):
                 ports[name] = port.resolved(scope, n_heads * d_head)
-            else:
+            elif port is not None:
                 path = f"{scope}.{port.path}" if port.path else scope
                 ports[name] = replace(port, path=path, scope=scope, head_shape=(n_heads, d_head))
-        for site in BLOCK_SITES:
-            if site not in family.ports and (reason := family.lacks(site, block)):
-                absent[f"blocks.{layer}.{site}"] = reason
+            elif site in _OPTIONAL:
+                absent[name] = "the MLP of this block is not gated"
+            elif site not in (*TAP_SITES, "attn.result"):
+                absent[name] = f"{family.name} does not declare it"
     readout = family.readout(module)
-    ports["embed"] = ports["blocks.0.resid_pre"]
+    ports["embed"] = ports.get("blocks.0.resid_pre", Port(f"{blocks_path}.0", "input"))
     for site in GLOBAL_SITES[1:]:
         found = readout.ports.get(site, f"the readout of {family.name} does not name it")
         if isinstance(found, Port):

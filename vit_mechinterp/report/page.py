@@ -24,6 +24,7 @@ from vit_mechinterp.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
     from markupsafe import Markup
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
 __all__ = ["ComposedRun", "Example", "Page"]
@@ -57,6 +58,9 @@ class ComposedRun:
         table: its effect, a few rows.
         description: what the interventions do together.
         title: heading of the section.
+        examples: images that it ran on.
+        examples_note: what these images and boxes are.
+        figures: caption to figure, shown with the table.
     """
 
     yaml: str
@@ -64,6 +68,9 @@ class ComposedRun:
     table: pd.DataFrame
     description: str = ""
     title: str = "One composed run"
+    examples: Sequence[Example] = ()
+    examples_note: str = ""
+    figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,11 @@ class Page:
         environment.filters.update(brief=_brief, number=_number, paragraphs=_paragraphs, yaml=_yaml)
         template = environment.from_string((files / "page.html.j2").read_text(encoding="utf-8"))
         style = (files / "page.css").read_text(encoding="utf-8")
-        names = [name for example in self.examples for name in example.boxes]
         return template.render(
             page=self,
             style=_trusted(style),
-            examples=[_example(example, names) for example in self.examples],
-            legend=_colours(names),
-            composed=self.composed and {"run": self.composed, "table": _table(self.composed.table)},
+            examples=_gallery(self.examples),
+            composed=self.composed and _composed(self.composed),
             sections=[_section(result) for result in self.sections],
             versions=package_versions(),
         )
@@ -119,25 +124,44 @@ class Page:
 
 
 def _section(result: CircuitResult) -> dict[str, Any]:
-    from vit_mechinterp.figures.style import png_bytes
-
-    figures = [
-        {
-            "name": name,
-            "source": _data_uri(png_bytes(figure), "image/png"),
-            "width": round(figure.get_figwidth() * 100),
-            "height": round(figure.get_figheight() * 100),
-            "caption": result.captions.get(name, ""),
-        }
-        for name, figure in result.figures().items()
-    ]
     return {
         "result": result,
-        "figures": figures,
+        "figures": [
+            _figure(figure, name, result.captions.get(name, "")) for name, figure in result.figures().items()
+        ],
         "table": _table(result.table),
         "csv": _data_uri(result.table.to_csv(index=False).encode(), "text/csv"),
         "provenance": json.dumps(result.provenance, indent=2, ensure_ascii=False, default=str),
     }
+
+
+def _composed(run: ComposedRun) -> dict[str, Any]:
+    return {
+        "run": run,
+        "table": _table(run.table),
+        "examples": _gallery(run.examples),
+        "figures": [_figure(figure, caption, caption) for caption, figure in run.figures.items()],
+    }
+
+
+def _figure(figure: Figure, name: str, caption: str) -> dict[str, Any]:
+    from vit_mechinterp.figures.style import png_bytes
+
+    return {
+        "name": name,
+        "source": _data_uri(png_bytes(figure), "image/png"),
+        "width": round(figure.get_figwidth() * 100),
+        "height": round(figure.get_figheight() * 100),
+        "caption": caption,
+    }
+
+
+def _gallery(examples: Sequence[Example]) -> dict[str, Any] | None:
+    """Lay out images with one colour per name of a box; None without images."""
+    names = [name for example in examples for name in example.boxes]
+    shown = [_example(example, names) for example in examples]
+    wide = any(example["width"] > 1.5 * example["height"] for example in shown)
+    return {"examples": shown, "legend": _colours(names), "wide": wide} if shown else None
 
 
 def _example(example: Example, names: Sequence[str]) -> dict[str, Any]:
