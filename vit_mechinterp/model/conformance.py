@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vit_mechinterp.model.conformance_blocks import writes_and_identities
 from vit_mechinterp.model.conformance_forwards import (
     capture_only,
     fires_once,
     growth_and_skip,
     interchange_of_images,
-    interchange_with_itself,
     native_output,
     single_row,
     token_layout,
@@ -27,6 +25,7 @@ from vit_mechinterp.model.conformance_forwards import (
 )
 from vit_mechinterp.model.conformance_report import Record, Report, Row
 from vit_mechinterp.model.conformance_subject import Subject, deviation
+from vit_mechinterp.model.conformance_writes import interchange_with_itself, writes_and_identities
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.snapshot import differences, snapshot
 

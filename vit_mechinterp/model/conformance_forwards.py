@@ -75,11 +75,9 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
 def token_layout(subject: Subject, record: Record) -> None:
     """The tokens add up, prefix and suffix do not see the image, and patches stand where the grid says."""
     tokens = subject.layout.tokens
-    if "embed" not in subject.sites:
-        record.add(False, "embed", "it cannot be read")
-        return
     n_rows, n_columns = tokens.grid[-2:]
-    corners = list(dict.fromkeys([(0, n_columns - 1), (n_rows - 1, 0), (n_rows // 2, n_columns // 2)]))
+    edges = [(row, column) for row in (0, n_rows - 1) for column in (0, n_columns - 1)]
+    corners = list(dict.fromkeys([*edges, (n_rows // 2, n_columns // 2)]))
     images = torch.cat([subject.images[:1]] * (1 + len(corners)))
     height, width = tokens.patch_size
     for image, (row, column) in zip(images[1:], corners, strict=True):
@@ -141,12 +139,6 @@ def write_back(subject: Subject, record: Record) -> None:
     _changes_nothing(subject, record, lambda name: torch.clone)
 
 
-def interchange_with_itself(subject: Subject, record: Record) -> None:
-    """Writing what another forward on the same images had there changes nothing."""
-    values = subject.values
-    _changes_nothing(subject, record, lambda name: returning(values[name].clone()))
-
-
 def interchange_of_images(subject: Subject, record: Record) -> None:
     """The whole residual stream of other images gives the other images' output: nothing goes past it."""
     other, values = subject.native.roll(1, dims=0), subject.values
@@ -157,7 +149,7 @@ def interchange_of_images(subject: Subject, record: Record) -> None:
         subject.run({name: keeping(kept, name) for name in subject.sites}, another)
         values = kept
     apart = deviation(other, subject.native)
-    last = subject.layout.n_layers - 1
+    last = subject.layers[-1]
     stream = ("resid_pre", "resid_mid", "resid_post")
     sites = [f"blocks.{layer}.{name}" for layer in dict.fromkeys((0, last // 2, last)) for name in stream]
     for name in ("embed", *sites, "ln_final", "pooled", "logits"):
@@ -172,10 +164,12 @@ def interchange_of_images(subject: Subject, record: Record) -> None:
 
 def growth_and_skip(subject: Subject, record: Record) -> None:
     """Rows that join a batch behind skipped blocks, or a growing one, agree with a forward of their own."""
-    last = subject.layout.n_layers - 1
+    last = subject.layers[-1]
     for start, join in dict.fromkeys([(0, last), (last // 2, last // 2), (last, last)]):
         first, second = f"blocks.{start}.resid_pre", f"blocks.{join}.resid_post"
-        if first not in subject.sites or second not in subject.sites:
+        missing = [name for name in (first, second) if name not in subject.sites]
+        if missing:
+            record.add(False, missing[0], "it does not fire as declared, so rows cannot join there")
             continue
         early, late = (_shifted(subject, subject.values[name]) for name in (first, second))
         singly = [subject.output({first: returning(early)}), subject.output({second: returning(late)})]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Record", "Report", "Row"]
 
-MOST_FAILURES_SHOWN = 20
+FAILURES_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings on one model; ``print`` shows one line per check, and every failure."""
+    """All findings on one model; ``print`` shows one line per check, and the first failures of each."""
 
     model: str
     rows: tuple[Row, ...]
@@ -63,12 +63,13 @@ class Report:
             verdict = "passed" if good == len(rows) else "FAILED"
             line = f"  {verdict}  {name:{width}}  {f'{good}/{len(rows)}':>9}  {_summary(rows)}"
             lines.append(line.rstrip())
-        failures = self.failures
-        for row in failures[:MOST_FAILURES_SHOWN]:
-            where = f"{row.site}: " if row.site else ""
-            lines.append(f"  {row.check}: {where}{row.detail or 'failed'}")
-        if len(failures) > MOST_FAILURES_SHOWN:
-            lines.append(f"  ... and {len(failures) - MOST_FAILURES_SHOWN} more (to_pandas() lists all)")
+        for name in names:
+            failures = [row for row in self.failures if row.check == name]
+            for row in failures[:FAILURES_SHOWN]:
+                where = f"{row.site}: " if row.site else ""
+                lines.append(f"  {name}: {where}{row.detail or 'failed'}")
+            if len(failures) > FAILURES_SHOWN:
+                lines.append(f"  {name}: {len(failures) - FAILURES_SHOWN} more (to_pandas() lists all)")
         lines.append("  The model conforms." if self.passed else "  The model does not conform.")
         return "\n".join(lines)
 

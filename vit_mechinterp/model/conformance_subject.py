@@ -44,7 +44,7 @@ class Subject:
     """One model with ``n`` random images, and what is known of its clean forwards.
 
     Everything random comes from ``seed``. ``sites`` are the sites that checks rely on: all of the model's,
-    until those that do not fire as declared are left out.
+    until those that do not fire as declared are left out. ``layers`` are those that have sites.
     """
 
     def __init__(self, vit: HookedViT, n_images: int, seed: int) -> None:
@@ -54,6 +54,8 @@ class Subject:
         self.images = self.noise((n_images, *self.layout.tokens.input_shape))
         self.native = vit(self.images)
         self.sites = vit.site_names()
+        strangers = self.layout.family.strangers(vit.module)
+        self.layers = [layer for layer in range(self.layout.n_layers) if layer not in strangers]
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers, drawn on the CPU so that every device is given the same."""
