@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_mechinterp.adapters.timm_vit import VIT
+from vit_mechinterp.adapters.timm_vit import VIT, wrong_channels
 from vit_mechinterp.model.layout import Port, Readout, TokenLayout
 
 BLOCK = frozenset({"norm1", "attn", "drop_path", "norm2", "mlp", "gamma_1", "gamma_2"})
@@ -62,6 +62,6 @@ CAIT = replace(
     tokens=tokens,
     readout=readout,
     mixing=mixing,
-    refuses=lambda model: None,
+    refuses=wrong_channels,
     any_size=lambda model: False,
 )

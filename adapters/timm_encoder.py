@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from vit_mechinterp.adapters.timm_vit import VIT
+from vit_mechinterp.adapters.timm_vit import VIT, wrong_channels
 from vit_mechinterp.model.layout import Port, Readout, TokenLayout
+
+PARTS = frozenset({"patch_embed", "pos_embed", "rope", "blocks", "norm", "merger", "aligner"})
 
 
 def encoder_of(model: Any) -> tuple[str, Any]:
@@ -51,13 +53,23 @@ def readout(model: Any) -> Readout:
     return Readout(None, ports, "projected_tokens" if encoder.global_pool else "last_hidden_state")
 
 
+def refuses(model: Any) -> str | None:
+    """Other models around the same blocks, and images of other than three channels."""
+    encoder = encoder_of(model)[1]
+    held = [name for name, _ in (*encoder.named_children(), *encoder.named_parameters(recurse=False))]
+    foreign = ", ".join(repr(name) for name in held if name not in PARTS)
+    if foreign:
+        return f"{type(encoder).__name__} also holds {foreign}, unknown to this family"
+    return wrong_channels(model)
+
+
 ENCODER = replace(
     VIT,
     name="timm.encoder",
     blocks=("encoder.blocks", "blocks"),
     tokens=tokens,
     readout=readout,
-    refuses=lambda model: None,
+    refuses=refuses,
     counts_rows=True,
     any_size=lambda model: True,
 )

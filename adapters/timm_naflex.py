@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vit_mechinterp.adapters.timm_vit import VIT, norms_follow
+from vit_mechinterp.adapters.timm_vit import VIT, norms_follow, wrong_channels
 from vit_mechinterp.model.layout import TokenLayout
 
 
@@ -23,8 +23,10 @@ def tokens(model: Any) -> TokenLayout:
 
 
 def refuses(model: Any) -> str | None:
-    """Whether norms follow the branches."""
-    return "its norms come after attention and MLP, not before" if norms_follow(model) else None
+    """Whether norms follow the branches, or images have other than three channels."""
+    if norms_follow(model):
+        return "its norms come after attention and MLP, not before"
+    return wrong_channels(model)
 
 
 NAFLEX = replace(VIT, name="timm.naflex", tokens=tokens, refuses=refuses, any_size=lambda model: True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vit_mechinterp.adapters.timm_differential import LAMBDAS, TWO_PATTERNS
 from vit_mechinterp.adapters.timm_differential import heads as differential_heads
-from vit_mechinterp.adapters.timm_vit import VIT
+from vit_mechinterp.adapters.timm_vit import VIT, unfit
 from vit_mechinterp.model.layout import Difference, Port, Share
 
 PARTS = frozenset(
@@ -41,13 +41,6 @@ def heads(block: Any) -> tuple[int, int]:
     return int(block.num_heads), int(block.head_dim)
 
 
-def refuses(model: Any) -> str | None:
-    """Whether the model's patch grid is unknown until it sees an image."""
-    if getattr(model.patch_embed, "grid_size", None) is None:
-        return "its patch grid is not fixed; create it with img_size"
-    return None
-
-
 PARALLEL = replace(
     VIT,
     name="timm.parallel",
@@ -67,7 +60,7 @@ PARALLEL = replace(
     },
     absent={"resid_mid": ONE_SUM, "ln2": ONE_NORM},
     heads=heads,
-    refuses=refuses,
+    refuses=unfit,
 )
 
 PARALLEL_DIFFERENTIAL = replace(
@@ -108,5 +101,5 @@ PARALLEL_THINGS = replace(
         "ln2": SEVERAL_MLPS,
         **{f"mlp.{site}": SEVERAL_MLPS for site in ("pre", "pre_linear", "post")},
     },
-    refuses=refuses,
+    refuses=unfit,
 )

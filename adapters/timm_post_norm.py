@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vit_mechinterp.adapters.timm_vit import VIT, norms_follow
+from vit_mechinterp.adapters.timm_vit import VIT, norms_follow, unfit
 from vit_mechinterp.model.layout import Port
 
 
 def refuses(model: Any) -> str | None:
-    """Whether norms come before the branches."""
-    return None if norms_follow(model) else "its norms come before attention and MLP, not after"
+    """Whether norms come before the branches, or images are not what is expected."""
+    return unfit(model) if norms_follow(model) else "its norms come before attention and MLP, not after"
 
 
 POST_NORM = replace(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vit_mechinterp.adapters.timm_vit import VIT, d_model, heads
+from vit_mechinterp.adapters.timm_vit import VIT, d_model, heads, wrong_channels
 from vit_mechinterp.model.layout import Difference, Family, Port, Readout, TokenLayout
 
 BLOCK = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
@@ -71,4 +71,5 @@ SAM = Family(
     d_model=d_model,
     heads=heads,
     readout=readout,
+    refuses=wrong_channels,
 )

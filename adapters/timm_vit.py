@@ -64,17 +64,23 @@ def norms_follow(model: Any) -> bool:
     return order.index("norm1") > order.index("attn")
 
 
-def refuses(model: Any) -> str | None:
-    """Whether norms follow the branches, the patch grid is unknown until an image comes, or images have other
-    than three channels."""
-    if norms_follow(model):
-        return "its norms come after attention and MLP, not before"
+def wrong_channels(model: Any) -> str | None:
+    """Whether images have other than three channels; the first convolution of a model is its stem's."""
+    of_stems = (part.in_channels for part in model.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d)))
+    channels = getattr(model, "in_chans", None) or next(of_stems, 3)
+    return None if channels == 3 else f"it takes images of {channels} channels, and images have 3"
+
+
+def unfit(model: Any) -> str | None:
+    """Whether the patch grid is unknown until an image comes, or images have other than three channels."""
     if getattr(model.patch_embed, "grid_size", None) is None:
         return "its patch grid is not fixed; create it with img_size"
-    channels = getattr(getattr(model.patch_embed, "proj", None), "in_channels", 3)
-    if channels != 3 and not hasattr(model.patch_embed, "backbone"):
-        return f"it takes images of {channels} channels, and images have 3"
-    return None
+    return wrong_channels(model)
+
+
+def refuses(model: Any) -> str | None:
+    """Whether norms follow the branches, or images are not what is expected."""
+    return "its norms come after attention and MLP, not before" if norms_follow(model) else unfit(model)
 
 
 def d_model(model: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,9 +20,8 @@ from tests.model.zoo import TIMM, TRANSFORMERS
 from tests.tiny_models import stirred
 from vit_mechinterp.adapters.timm_vit import VIT
 from vit_mechinterp.adapters.transformers_vit import VIT as TRANSFORMERS_VIT
-from vit_mechinterp.model import Family, HookedViT, Port, TokenLayout, instrument, tap
-from vit_mechinterp.model.conformance import CHECKS, Report, check
-from vit_mechinterp.model.conformance_report import Row
+from vit_mechinterp.model import Family, HookedViT, Port, TokenLayout, instrument, tap, visiting
+from vit_mechinterp.model.conformance import CHECKS, Report, Row, check
 from vit_mechinterp.model.resolve import resolve
 
 
@@ -96,13 +96,24 @@ def test_a_port_of_another_shape() -> None:
     assert "expected once, with (2, 16, 24)" in str(report)
 
 
+class SpelledOut(Attention):
+    """Attention without any call that stands for it."""
+
+    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        weights = torch.einsum("bqhd,bkhd->bhqk", q * self.scale, k).exp()
+        return self.proj(torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, True), v).flatten(2))
+
+
 def test_attention_that_is_not_fused() -> None:
     module = made()
     module.blocks[1].attn.fused_attn = False
+    assert check(seen(module)).passed
+    module.blocks[1].attn.__class__ = SpelledOut
     report = check(seen(module))
     inside = {f"blocks.1.attn.{name}" for name in ("q", "k", "v", "scores", "pattern", "z")}
     assert failing(report, "fires once, with its shape") == inside
-    assert "made 0 calls of scaled_dot_product_attention" in str(report)
+    assert "made 0 attention calls where one was expected" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +159,13 @@ def test_explicit_attention_that_forgets_the_mask(monkeypatch: pytest.MonkeyPatc
 
 
 def test_writes_that_lose_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = instrument._visit_part
+    whole = visiting._visit
 
     def rounding(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tensor:
         new = whole(port, value, visit)
         return new if new is value else new.bfloat16().to(new.dtype)
 
-    monkeypatch.setattr(instrument, "_visit_part", rounding)
+    monkeypatch.setattr(visiting, "_visit", rounding)
     report = check(seen(made()))
     assert failing(report, "capture only") == set()
     assert "blocks.0.ln1" in failing(report, "write back")

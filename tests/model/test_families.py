@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
-from timm.models._registry import _module_to_models
 
 import vit_mechinterp as vmi
-from tests.model.zoo import NEIGHBOURS, SMALL, VARIANTS, Neighbour, Variant
+from tests.model.zoo import NEIGHBOURS, VARIANTS, Neighbour, Variant
 from vit_mechinterp.errors import UnsupportedModelError
 from vit_mechinterp.model.conformance import check
 
@@ -56,38 +54,3 @@ def test_neighbours_are_refused(neighbour: Neighbour) -> None:
     assert text.endswith(
         "describe it with vit_mechinterp.register(Family(...)); if it is a model that holds one, wrap that part of it."
     )
-
-
-# Names whose block is no `Block`, or whose attention is no `Attention`.
-OTHERS = {
-    "ParallelScalingBlock",
-    "ParallelThingsBlock",
-    "DiffParallelScalingBlock",
-    "ResPostBlock",
-    "DiffAttention",
-}
-
-
-def census() -> list[str]:
-    """Every name of timm's plain ViTs, deprecated ones apart."""
-    return sorted(
-        {name for family in ("vision_transformer", "deit") for name in _module_to_models[family]}
-        & set(timm.list_models())
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.zoo
-@pytest.mark.parametrize("name", census())
-def test_every_plain_vit_of_timm_conforms_or_is_refused(name: str) -> None:
-    with torch.device("meta"):
-        patch = timm.create_model(name).patch_embed.patch_size[0]
-    torch.manual_seed(0)
-    module = timm.create_model(name, img_size=4 * patch, **SMALL).eval()
-    block = module.blocks[0]
-    if {type(block).__name__, type(getattr(block, "attn", None)).__name__} & OTHERS:
-        with pytest.raises(UnsupportedModelError, match=r"timm\.vit: blocks\.0"):
-            vmi.wrap(module)
-    else:
-        report = check(vmi.wrap(module))
-        assert report.passed, str(report)

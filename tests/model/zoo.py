@@ -11,7 +11,7 @@ import timm.layers
 import torch
 import transformers
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from tests.tiny_models import stirred
@@ -44,6 +44,14 @@ class GatedAttention(Attention):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "gated": True})
+
+
+class GatedBlock(Block):
+    """timm's block with a parameter that no row knows."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gate = nn.Parameter(torch.ones(1))
 
 
 def named(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -193,20 +201,7 @@ class Neighbour:
 
 
 NEIGHBOURS = (
-    Neighbour("res-post", named("vit_base_patch16_rpn_224"), "(ResPostBlock) has no 'norm1' beside 'ls1'"),
-    Neighbour(
-        "relative-res-post",
-        named("vit_relpos_base_patch16_rpn_224"),
-        "(ResPostRelPosBlock) has no 'norm1' beside 'ls1'",
-    ),
-    Neighbour("parallel", named("vit_base_patch16_xp_224"), "(ParallelScalingBlock) has no 'attn'"),
-    Neighbour("parallel-things", named("vit_base_patch16_18x2_224"), "(ParallelThingsBlock) has no 'attn'"),
-    Neighbour("differential", named("vit_dwee_patch16_reg1_gap_256"), "also holds 'sub_norm', 'lambda_q1'"),
-    Neighbour("beit", named("beit_base_patch16_224"), "blocks.0 (Block) has no 'norm1' beside 'ls1'"),
-    Neighbour("eva", named("eva02_tiny_patch14_224"), "(EvaBlock) has no 'norm1' beside 'ls1'"),
-    Neighbour("dinov3", named("vit_small_patch16_dinov3"), "(EvaBlock) has no 'norm1' beside 'ls1'"),
-    Neighbour("sam", named("samvit_base_patch16", img_size=64), "also holds 'rel_pos_h', 'rel_pos_w'"),
-    Neighbour("naflex", named("naflexvit_base_patch16_gap"), "has no attribute 'patch_embed'"),
+    Neighbour("gated-block", plain(block_fn=GatedBlock), "blocks.0 (GatedBlock) also holds 'gate', unknown"),
     Neighbour(
         "swin",
         lambda: timm.create_model(
@@ -222,7 +217,29 @@ NEIGHBOURS = (
         "its patch grid is not fixed",
     ),
     Neighbour(
-        "ViTMAEModel", hf("ViTMAEModel", "ViTMAEConfig"), "it drops patches at random, also in eval mode"
+        "one-channel-norms-behind",
+        named("vit_base_patch16_rpn_224", in_chans=1),
+        "timm.post_norm: it takes images of 1 channels, and images have 3",
+    ),
+    Neighbour(
+        "one-channel-any-size",
+        named("naflexvit_base_patch16_gap", in_chans=1),
+        "timm.naflex: it takes images of 1 channels, and images have 3",
+    ),
+    Neighbour(
+        "ViTModel-one-channel",
+        hf("ViTModel", "ViTConfig", {**CONFIG, "num_channels": 1}),
+        "transformers.vit: it takes images of 1 channels, and images have 3",
+    ),
+    Neighbour(
+        "ViTMAEModel",
+        hf("ViTMAEModel", "ViTMAEConfig"),
+        "it drops 75% of its patches at random, also in eval mode; set config.mask_ratio = 0",
+    ),
+    Neighbour(
+        "SwinModel",
+        hf("SwinModel", "SwinConfig", {"image_size": 32, "patch_size": 4, "depths": [1, 1], "num_heads": [2, 2]}),
+        "no list of blocks at 'encoder.layer'",
     ),
     Neighbour(
         "ViTForMaskedImageModeling",
@@ -232,20 +249,6 @@ NEIGHBOURS = (
     Neighbour(
         "Dinov2Backbone", hf("Dinov2Backbone", "Dinov2Config", DINO), "it is a backbone that gives several"
     ),
-    Neighbour(
-        "YolosModel",
-        hf("YolosModel", "YolosConfig", {**CONFIG, "image_size": [32, 32]}),
-        "(YolosLayer) has no",
-    ),
-    Neighbour("BeitModel", hf("BeitModel", "BeitConfig"), "(BeitLayer) also holds 'drop_path', 'lambda_1'"),
-    Neighbour("PixioModel", hf("PixioModel", "PixioConfig"), "(PixioLayer) also holds 'drop_path'"),
-    Neighbour(
-        "SiglipVisionModel", hf("SiglipVisionModel", "SiglipVisionConfig", CLIP), "it has no 'pre_layrnorm'"
-    ),
-    Neighbour(
-        "GitVisionModel", hf("GitVisionModel", "GitVisionConfig", CLIP), "does not call scaled_dot_product"
-    ),
-    Neighbour("DINOv3ViTModel", hf("DINOv3ViTModel", "DINOv3ViTConfig"), "no list of blocks at 'vit.layers'"),
     Neighbour("CLIPModel", two_towers("CLIPModel"), "it also holds a text tower; wrap its vision_model"),
     Neighbour(
         "tuples",

@@ -67,9 +67,8 @@ def test_a_sweep_equals_one_run_at_a_time(name: str) -> None:
         vmi.Run(name=site, interventions=[vmi.Interchange(site=site, tokens=[1], source="source")])
         for site in sites
     ]
-    batch_size = 1 if layout.family.one_image else "auto"
     data = {"base": base, "source": source}
-    results = vmi.execute(vit, runs, data, batch_size=batch_size, progress=False)
+    results = vmi.execute(vit, runs, data, progress=False)
     assert list(results.run_names) == sites
     place = len(layout.tokens.prefix) + 1
     changed = 0.0

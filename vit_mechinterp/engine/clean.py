@@ -50,8 +50,8 @@ def clean_pass(
         pieces: dict[Read, list[tuple[list[int], Tensor]]] = {read: [] for read in wanted}
         outputs: list[Tensor] = []
         blocks = schedule.stop(column, reads).blocks(schedule.n_layers)
-        for start in range(0, len(images), schedule.width):
-            batch = images[start : start + schedule.width]
+        for start in range(0, len(images), schedule.clean_width):
+            batch = images[start : start + schedule.clean_width]
             output = _forward(vit, data, schedule, column, chunk, batch, pieces, reads)
             if reads is None and column in schedule.outputs and output is not None:
                 kept = [row for row, image in enumerate(batch) if image in chunk]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,9 +172,7 @@ def _halved(schedule: Schedule) -> Schedule:
         )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return Schedule(
-        schedule.bound, schedule.n_layers, schedule.n_examples, schedule.chunk, max(1, schedule.width // 2)
-    )
+    return replace(schedule, width=max(1, schedule.width // 2))
 
 
 def _chunk(

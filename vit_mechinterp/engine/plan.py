@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -141,10 +141,10 @@ def schedule_for(
         raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
     n = n_examples or 1
     width = _width(vit) if batch_size == "auto" else int(batch_size)
-    draft = Schedule(bound, vit.layout.n_layers, n, 1, width)
+    draft = Schedule(bound, vit.layout.n_layers, n, 1, width, vit.layout.family.one_image)
     per_example = sum(_read_bytes(vit, read) for read in draft.clean_reads)
     chunk = max(1, min(n, width, _CLEAN_BUDGET // max(1, per_example)))
-    return Schedule(bound, vit.layout.n_layers, n, chunk, width)
+    return replace(draft, chunk=chunk)
 
 
 _CLEAN_BUDGET = 2 * 1024**3
@@ -195,7 +195,7 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
             images = [len(schedule.images(column, chunk, reads)) for chunk in schedule.chunks]
             blocks = schedule.stop(column, reads).blocks(n_layers)
             evaluations += sum(images) * blocks
-            launches += sum(-(-n // schedule.width) for n in images)
+            launches += sum(-(-n // schedule.clean_width) for n in images)
             kept = dict.fromkeys(str(read.site) for read in schedule.reads_of(column, reads))
             if reads is None and column in schedule.outputs:
                 kept[vit.layout.output] = None
@@ -213,7 +213,7 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
                 evaluations += schedule.wave_blocks(wave)
                 launches += 1
                 widest = max(widest, sum(len(s.examples) for s in wave))
-    most = max([widest, *(min(c.images, schedule.width) for c in clean)])
+    most = max([widest, *(min(c.images, schedule.clean_width) for c in clean)])
     explicit = any(e.site.is_attention_matrix for r in bound.runs for e in r.edits)
     held = schedule.chunk * sum(_read_bytes(vit, read) for read in schedule.clean_reads)
     return Plan(
@@ -246,6 +246,8 @@ def _naive(bound: Bound, n_layers: int) -> int:
 
 
 def _notes(schedule: Schedule) -> Iterable[str]:
+    if schedule.one_image is not None:
+        yield f"clean forwards take one image each: {schedule.one_image}"
     if schedule.means_come_first:
         yield "dataset means need a pass of their own, because the dataset spans several chunks"
     if len(schedule.chunks) > 1:

@@ -164,7 +164,8 @@ def prepare(
         )
     check_tensors(bound, resolve_refs(bound, tensors, vit), vit, columns.n)
     check_images(columns, bound)
-    schedule = Schedule(bound, vit.layout.n_layers, columns.n, columns.n, batch_size)
+    one_image = vit.layout.family.one_image
+    schedule = Schedule(bound, vit.layout.n_layers, columns.n, columns.n, batch_size, one_image)
     parameters = [p for p in vit.module.parameters() if p.requires_grad]
     evaluations = 0
     bar = tqdm(desc="clean forwards", unit="block", unit_scale=True, delay=2.0, disable=not progress)

@@ -67,6 +67,8 @@ class Schedule:
         n_examples: number of examples.
         chunk: examples per chunk.
         width: most rows in one forward.
+        one_image: why the model takes one image per forward, or None (see `Family`). Rows that join behind
+            its embeddings are not limited by it.
     """
 
     bound: Bound
@@ -74,6 +76,12 @@ class Schedule:
     n_examples: int
     chunk: int
     width: int
+    one_image: str | None = None
+
+    @property
+    def clean_width(self) -> int:
+        """Most rows in one clean forward."""
+        return self.width if self.one_image is None else 1
 
     @property
     def chunks(self) -> list[range]:

@@ -6,23 +6,17 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_mechinterp.errors import (
-    ExecutionError,
-    SpecError,
-    UnsupportedModelError,
-    UnsupportedSiteError,
-    suggest,
-)
+from vit_mechinterp.errors import ExecutionError, SpecError, UnsupportedModelError, UnsupportedSiteError
+from vit_mechinterp.model.cache import ActivationCache, SiteInfo, describe
 from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
-from vit_mechinterp.model.layout import TAP_SITES, Layout, lookup
+from vit_mechinterp.model.layout import Layout, lookup
 from vit_mechinterp.spec import Site, expand, is_glob, site_names
 
 if TYPE_CHECKING:
@@ -38,52 +32,6 @@ def lock_of(module: nn.Module) -> threading.RLock:
     """The one re-entrant lock of a native module, shared by every wrapper around it."""
     with _LOCKS_GUARD:
         return _LOCKS.setdefault(module, threading.RLock())
-
-
-@dataclass(frozen=True)
-class SiteInfo:
-    """What a site holds.
-
-    ``shape`` is the shape for one example (without the batch axis), ``axes`` names its axes, ``note`` says
-    what the library's user should know about this site on this model.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    readable: bool = True
-    writable: bool = True
-    note: str = ""
-
-
-class ActivationCache(Mapping[str, Tensor]):
-    """Activations by site name, as captured; TransformerLens spellings find them as well."""
-
-    def __init__(self, activations: Mapping[str, Tensor]) -> None:
-        self._activations = dict(activations)
-
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._activations.get(name)
-        if found is None:
-            try:
-                found = self._activations.get(str(Site.parse(name)))
-            except SpecError as error:
-                raise KeyError(str(error)) from None
-        if found is None:
-            captured = ", ".join(self._activations) or "nothing"
-            raise KeyError(
-                f"{name} was not captured.{suggest(name, self._activations)} Captured: {captured}."
-            )
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._activations)
-
-    def __len__(self) -> int:
-        return len(self._activations)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in self._activations.items())
-        return f"ActivationCache({shapes})"
 
 
 class HookedViT:
@@ -114,7 +62,7 @@ class HookedViT:
         if family.one_image is not None and len(x) > 1:
             raise ExecutionError(
                 f"{type(self.module).__name__} takes one image a forward, not {len(x)}: {family.one_image}. "
-                "Pass images one at a time; execute does so with batch_size=1."
+                "Pass images one at a time, as execute does."
             )
         args, kwargs = family.inputs(self.module, x)
         native = self.module(*args, **kwargs)
@@ -266,7 +214,7 @@ class HookedViT:
         with self.lock, torch.no_grad(), torch.random.fork_rng(devices), instrument.installed():
             self._forward(self.blank(1))
             instrument.verify()
-        return {name: _describe(Site.parse(name), shapes[name]) for name in self.site_names()}
+        return {name: describe(Site.parse(name), shapes[name]) for name in self.site_names()}
 
     def blank(self, batch: int) -> Tensor:
         """Blank images ``[batch, 3, height, width]`` (videos: with frames), as the model takes them."""
@@ -314,19 +262,3 @@ _DROP_RATES = ("p", "prob", "drop_prob", "dropout", "attention_dropout")
 def _rate(module: nn.Module, name: str) -> float:
     value: Any = getattr(module, name, 0.0)
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _describe(site: Site, shape: tuple[int, ...]) -> SiteInfo:
-    note = ""
-    if site.name in ("attn.scores", "attn.pattern"):
-        note = "explicit attention in this block while read or written"
-    elif site.name in TAP_SITES:
-        note = "read at the fused attention call"
-    elif site.name == "attn.result":
-        note = (
-            "derived from z and the output projection; a write moves attn_out by the change, summed "
-            "over heads"
-        )
-    elif site.name == "resid_mid":
-        note = "a write moves the skip connection and the MLP"
-    return SiteInfo(shape, site.axes[1:], note=note)

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
 from vit_mechinterp.model.layout import TAP_SITES, Layout
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 from vit_mechinterp.model.tap import shadowed_forward, tapped
-from vit_mechinterp.model.visiting import replace_input, replace_output
+from vit_mechinterp.model.visiting import contribution, replace_input, replace_output
 from vit_mechinterp.spec import Site
 
 __all__ = ["Instrument", "StopForward", "Visitor"]
@@ -90,9 +89,8 @@ class Instrument:
                 stack.enter_context(shadowed_forward(block, hand_on))
             for site in sorted(self._ported()):
                 self._install_port(stack, site)
-            for layer in sorted(
-                {s.layer for s in self._visits if self._is_tapped(s) and s.layer is not None}
-            ):
+            tapped_layers = {s.layer for s in self._visits if self._is_tapped(s) and s.layer is not None}
+            for layer in sorted(tapped_layers):
                 self._install_tap(stack, layer)
             if self._stop is not None:
                 layer, before = self._stop
@@ -279,7 +277,7 @@ class Instrument:
             kept[:] = [args[0]]
 
         def move(module: nn.Module, args: Any, total: Tensor) -> Tensor | None:
-            found = _contribution(share, projection, kept.pop())
+            found = contribution(share, projection, kept.pop())
             found = found if is_missing(scale) else found * scale
             new = visit(found)
             return None if new is found else total + (new - found)
@@ -287,16 +285,6 @@ class Instrument:
         stack.callback(projection.register_forward_pre_hook(keep).remove)
         through: nn.Module = lookup(self.module, share.through)
         stack.callback(through.register_forward_hook(move).remove)
-
-
-def _contribution(share: Share, projection: nn.Linear, features: Tensor) -> Tensor:
-    if share.inputs == "all":
-        return F.linear(features, projection.weight, projection.bias)
-    if share.inputs == "first":
-        own = slice(0, share.n_first)
-        return F.linear(features[..., own], projection.weight[:, own], projection.bias)
-    own = slice(share.n_first, None)
-    return F.linear(features[..., own], projection.weight[:, own])
 
 
 def _hand_on(*args: Any, **kwargs: Any) -> Any:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vit_mechinterp.model.ports import Port
+from vit_mechinterp.model.ports import Port, Share
 
-__all__ = ["replace_input", "replace_output"]
+__all__ = ["contribution", "replace_input", "replace_output"]
 
 
 def replace_input(
@@ -92,3 +93,14 @@ def _span(port: Port, width: int) -> tuple[int, int]:
     index, count = port.part
     each = -(-width // count)
     return index * each, min((index + 1) * each, width)
+
+
+def contribution(share: Share, projection: nn.Linear, features: Tensor) -> Tensor:
+    """What a linear layer makes of the input features that belong to one share of a sum."""
+    if share.inputs == "all":
+        return F.linear(features, projection.weight, projection.bias)
+    if share.inputs == "first":
+        own = slice(0, share.n_first)
+        return F.linear(features[..., own], projection.weight[:, own], projection.bias)
+    own = slice(share.n_first, None)
+    return F.linear(features[..., own], projection.weight[:, own])

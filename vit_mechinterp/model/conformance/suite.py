@@ -1,8 +1,4 @@
-"""What a model must show before anyone trusts what is read from it and written to it.
-
-Third parties run the same checks on their own models and families: ``check(vit)``, ``load(..., check=True)``,
-or ``vit-mechinterp check MODEL``.
-"""
+"""The checks in their order, each in its turn on one model."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vit_mechinterp.model.conformance_forwards import (
+from vit_mechinterp.model.conformance.forwards import (
     capture_only,
     fires_once,
     growth_and_skip,
@@ -23,13 +19,13 @@ from vit_mechinterp.model.conformance_forwards import (
     token_layout,
     write_back,
 )
-from vit_mechinterp.model.conformance_report import Record, Report, Row
-from vit_mechinterp.model.conformance_subject import Subject, deviation
-from vit_mechinterp.model.conformance_writes import interchange_with_itself, writes_and_identities
+from vit_mechinterp.model.conformance.report import Record, Report
+from vit_mechinterp.model.conformance.snapshot import differences, snapshot
+from vit_mechinterp.model.conformance.subject import Subject, deviation
+from vit_mechinterp.model.conformance.writes import interchange_with_itself, writes_and_identities
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.snapshot import differences, snapshot
 
-__all__ = ["CHECKS", "Report", "Row", "check"]
+__all__ = ["CHECKS", "check"]
 
 CHECKS = {
     "native output": native_output,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_mechinterp.model.conformance_blocks import AMPLITUDES, Edited, edited_block, noisy
-from vit_mechinterp.model.conformance_report import Record
-from vit_mechinterp.model.conformance_subject import Subject, deviation, returning, wide
+from vit_mechinterp.model.conformance.blocks import AMPLITUDES, Edited, edited_block, noisy
+from vit_mechinterp.model.conformance.report import Record
+from vit_mechinterp.model.conformance.subject import Subject, deviation, returning, wide
 from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.model.layout import is_missing, lookup
 from vit_mechinterp.spec import BLOCK_SITES, GLOBAL_SITES

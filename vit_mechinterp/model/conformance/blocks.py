@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vit_mechinterp.model.conformance_subject import Subject, wide
+from vit_mechinterp.model.conformance.subject import Subject, wide
 from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.spec import BLOCK_SITES
 

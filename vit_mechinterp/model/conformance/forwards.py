@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vit_mechinterp.model.conformance_report import Record
-from vit_mechinterp.model.conformance_subject import Subject, deviation, explicit, keeping, returning, wide
+from vit_mechinterp.model.conformance.report import Record
+from vit_mechinterp.model.conformance.subject import Subject, deviation, explicit, keeping, returning, wide
 from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.spec import Site
 
