@@ -209,9 +209,7 @@ NEIGHBOURS = (
     Neighbour("naflex", named("naflexvit_base_patch16_gap"), "has no attribute 'patch_embed'"),
     Neighbour(
         "swin",
-        lambda: timm.create_model(
-            "test_swin" if timm.is_model("test_swin") else "swin_tiny_patch4_window7_224"
-        ),
+        lambda: timm.create_model("swin_tiny_patch4_window7_224"),
         "no list of blocks at 'blocks'",
     ),
     Neighbour("resnet", lambda: timm.create_model("test_resnet"), "no list of blocks at 'blocks'"),
