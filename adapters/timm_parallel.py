@@ -59,6 +59,7 @@ PARALLEL = replace(
         "resid_post": (Port(""),),
     },
     absent={"resid_mid": ONE_SUM, "ln2": ONE_NORM},
+    parallel=True,
     heads=heads,
     refuses=unfit,
 )

@@ -21,7 +21,7 @@ from tests.tiny_models import stirred
 from vit_mechinterp.adapters.timm_vit import VIT
 from vit_mechinterp.adapters.transformers_vit import VIT as TRANSFORMERS_VIT
 from vit_mechinterp.model import Family, HookedViT, Port, TokenLayout, instrument, tap, visiting
-from vit_mechinterp.model.conformance import CHECKS, Report, Row, check
+from vit_mechinterp.model.conformance import CHECKS, Report, check
 from vit_mechinterp.model.resolve import resolve
 
 
@@ -378,28 +378,6 @@ def test_a_model_that_does_not_run() -> None:
     report = check(seen(module))
     assert not report.passed
     assert "first forward: RuntimeError" in str(report)
-
-
-def test_a_report_reads_well() -> None:
-    report = check(seen(made(depth=1)), n_images=3, seed=1)
-    lines = str(report).splitlines()
-    assert (
-        lines[0]
-        == "VisionTransformer, timm.vit: 1 blocks, 3 heads of 8, width 24, cls + 3x5 patches of 8x8 px"
-    )
-    assert lines[1].split() == ["passed", "eval", "mode", "1/1"]
-    assert lines[-1] == "  The model conforms."
-    table = report.to_pandas()
-    assert list(table.columns) == ["check", "site", "passed", "detail", "deviation"]
-    assert len(table) == len(report.rows)
-    assert bool(table["passed"].all())
-
-
-def test_long_lists_of_failures_are_cut() -> None:
-    report = Report("model", tuple(Row("check", f"site {n}", False, "is wrong") for n in range(30)))
-    assert str(report).splitlines()[1].split() == ["FAILED", "check", "0/30"]
-    assert "  check: site 3: is wrong\n  check: 26 more (to_pandas() lists all)" in str(report)
-    assert not Report("model", ()).passed
 
 
 def test_load_and_wrap_refuse_what_does_not_conform() -> None:

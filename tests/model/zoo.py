@@ -204,9 +204,7 @@ NEIGHBOURS = (
     Neighbour("gated-block", plain(block_fn=GatedBlock), "blocks.0 (GatedBlock) also holds 'gate', unknown"),
     Neighbour(
         "swin",
-        lambda: timm.create_model(
-            "test_swin" if timm.is_model("test_swin") else "swin_tiny_patch4_window7_224"
-        ),
+        lambda: timm.create_model("swin_tiny_patch4_window7_224"),
         "no list of blocks at 'blocks'",
     ),
     Neighbour("resnet", lambda: timm.create_model("test_resnet"), "no list of blocks at 'blocks'"),

@@ -135,8 +135,9 @@ class HookedViT:
         """For exploring: edit activations with plain functions during every call inside the ``with`` block.
 
         Args:
-            visitors: functions by site name or glob. Each is given the tensor at the site and returns its
-                replacement (of the same shape and dtype), or None to leave it as it is.
+            visitors: functions by site name or glob. Each is given a copy of the tensor at the site, which it
+                may keep or change, and returns a replacement of the same shape and dtype, or None for the
+                copy.
 
         Raises:
             SpecError: a name fits no site of the model.
@@ -244,9 +245,12 @@ class HookedViT:
 
 
 def _checked(name: str, visitor: Visitor) -> Visitor:
-    def checked(value: Tensor) -> Tensor | None:
-        new = visitor(value)
-        if new is None or (isinstance(new, Tensor) and (new.shape, new.dtype) == (value.shape, value.dtype)):
+    def checked(value: Tensor) -> Tensor:
+        given = value.clone()
+        new = visitor(given)
+        if new is None:  # unless the copy was written to, this is a copy of what is there
+            return given
+        if isinstance(new, Tensor) and (new.shape, new.dtype) == (value.shape, value.dtype):
             return new
         wanted = f"{value.dtype} of shape {tuple(value.shape)}"
         got = f"{new.dtype} of shape {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__

@@ -19,7 +19,7 @@ from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
 from vit_mechinterp.model.layout import TAP_SITES, Layout
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 from vit_mechinterp.model.tap import shadowed_forward, tapped
-from vit_mechinterp.model.visiting import contribution, replace_input, replace_output
+from vit_mechinterp.model.visiting import contribution, hand_on, hand_on_tuple, replace_input, replace_output
 from vit_mechinterp.spec import Site
 
 __all__ = ["Instrument", "StopForward", "Visitor"]
@@ -85,8 +85,8 @@ class Instrument:
             stack.callback(count.remove)
             for layer in self._skipped:
                 block = lookup(self.module, self.layout.block_path(layer))
-                hand_on = _hand_on_tuple if self.layout.family.returns_tuple else _hand_on
-                stack.enter_context(shadowed_forward(block, hand_on))
+                forward = hand_on_tuple if self.layout.family.returns_tuple else hand_on
+                stack.enter_context(shadowed_forward(block, forward))
             for site in sorted(self._ported()):
                 self._install_port(stack, site)
             tapped_layers = {s.layer for s in self._visits if self._is_tapped(s) and s.layer is not None}
@@ -262,7 +262,10 @@ class Instrument:
             before = earlier.pop()
             found = value - before
             new = visit(found)
-            return value if new is found else before + new
+            if new is found and not value.requires_grad:
+                return value
+            # What is written back as it was leaves the stream as it was, to the last bit.
+            return torch.where(new == found, value + (new - found), before + new)
 
         self._hook(stack, self.layout.ports[port.minus], keep)
         self._hook(stack, self.layout.ports[port.of], increment)
@@ -285,14 +288,6 @@ class Instrument:
         stack.callback(projection.register_forward_pre_hook(keep).remove)
         through: nn.Module = lookup(self.module, share.through)
         stack.callback(through.register_forward_hook(move).remove)
-
-
-def _hand_on(*args: Any, **kwargs: Any) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _hand_on_tuple(*args: Any, **kwargs: Any) -> tuple[Any]:
-    return (_hand_on(*args, **kwargs),)
 
 
 def _stop(module: nn.Module, args: Any, output: Any = None) -> None:

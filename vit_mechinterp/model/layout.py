@@ -152,6 +152,7 @@ class Family:
             families whose heads read each other's patterns; None where nothing does.
         counts_rows: whether the model, behind its blocks, expects as many rows as images went in. Then a
             growing batch begins with as many blank images as it has rows in the end.
+        parallel: whether attention and MLP run side by side on one input, so that neither reaches the other.
         refuses: returns a reason why a module of this family cannot be supported, or None.
         any_size: whether a module takes images of other sizes than ``tokens`` reads off it.
     """
@@ -181,6 +182,7 @@ class Family:
     strangers: Callable[[nn.Module], Mapping[int, str]] = lambda module: MappingProxyType({})
     mixing: Callable[[nn.Module, Tensor], Tensor] | None = None
     counts_rows: bool = False
+    parallel: bool = False
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     any_size: Callable[[nn.Module], bool] = lambda module: False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.registry import wrap
 
 __all__ = ["checkpoints", "load"]
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
@@ -42,7 +45,7 @@ def load(
         TensorFileError: the weights are truncated or damaged.
         UnsupportedModelError: no family describes the model.
     """
-    library, _, rest = name.partition("/")
+    library, _, rest = name.partition("/") if isinstance(name, str) else ("", "", "")
     if not rest or library not in ("timm", "hf", "vmi"):
         raise SpecError(
             f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as 'hf/./FOLDER' or "
@@ -61,6 +64,9 @@ def load(
             f"{name!r}: code from a model repository is never run (trust_remote_code). Load the module "
             "yourself, and wrap it."
         )
+    if is_folder := rest.startswith((".", "/", "~")):
+        # Once and for all: neither the preprocessing nor anything later depends on the working folder.
+        rest = _absolute(rest)
     build = _load_timm if library == "timm" else _load_transformers
     try:
         module = build(rest, pretrained, options).eval()
@@ -144,8 +150,7 @@ def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> 
     architecture = _VISION_TOWERS.get(architecture, architecture)
     model_class = getattr(transformers, architecture, transformers.AutoModel)
     if pretrained:
-        # Weights come from safetensors alone, so nothing is unpickled and no remote code runs.
-        module = model_class.from_pretrained(path, use_safetensors=True, **options)
+        module = _with_weights(model_class, path, options)
     else:
         if architecture in _VISION_TOWERS.values():
             config = getattr(config, "vision_config", config)
@@ -153,3 +158,18 @@ def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> 
         module = build(config, **options)
     assert isinstance(module, nn.Module)
     return module
+
+
+def _with_weights(model_class: Any, path: str, options: dict[str, Any]) -> nn.Module:
+    # Weights come from safetensors alone, so nothing is unpickled and no remote code runs.
+    settings = {"use_safetensors": True, **options, "output_loading_info": True}
+    module, info = model_class.from_pretrained(path, **settings)
+    missing = sorted(info["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        # The checkpoint has no pooler, and one drawn at random would be the model's output.
+        module, info = model_class.from_pretrained(path, **settings, add_pooling_layer=False)
+        missing = sorted(info["missing_keys"])
+    if missing:
+        logger.warning("%s lacks %s, which are initialised at random.", path, ", ".join(missing))
+    loaded: nn.Module = module
+    return loaded

@@ -96,7 +96,7 @@ def wrap(
             f"{type(module).__name__} is compiled, so what happens inside cannot be seen or edited; wrap the "
             "module that it was made of."
         )
-    reasons: list[str] = []
+    probed: dict[str, list[str]] = {}
     for family in families():
         reason = missing_for(family, module)
         if reason is None:
@@ -104,10 +104,10 @@ def wrap(
             if check:
                 _require_conformance(vit)
             return vit
-        reasons.append(f"  {family.name}: {reason}")
+        probed.setdefault(reason, []).append(family.name)
     raise UnsupportedModelError(
         f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:\n"
-        + "\n".join(reasons)
+        + "\n".join(f"  {', '.join(names)}: {reason}" for reason, names in probed.items())
         + "\nIf this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that "
         "holds one, wrap that part of it."
     )

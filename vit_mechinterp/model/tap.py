@@ -89,11 +89,16 @@ class _Tap:
             raise ExecutionError(
                 f"{self.where} made {interception.calls} attention calls where one was expected "
                 "(scaled_dot_product_attention, or a product, a softmax and a product), so its attention "
-                "cannot be read or edited; sites outside that call can. Use fused attention where the model "
-                "offers it: "
-                "attn_implementation='sdpa' in transformers, fused_attn in timm."
+                "cannot be read or edited; sites outside that call can. "
+                + (_UNFUSED if interception.calls == 0 else "Its family's adapter should refuse this module.")
             )
         return output
+
+
+_UNFUSED = (
+    "Use fused attention: attn_implementation='sdpa' when loading with transformers (or "
+    "model.set_attn_implementation('sdpa')); fused_attn=True on every attention module of timm."
+)
 
 
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vit_mechinterp.model.ports import Port, Share
 
-__all__ = ["contribution", "replace_input", "replace_output"]
+__all__ = ["contribution", "hand_on", "hand_on_tuple", "replace_input", "replace_output"]
 
 
 def replace_input(
@@ -104,3 +104,13 @@ def contribution(share: Share, projection: nn.Linear, features: Tensor) -> Tenso
         return F.linear(features[..., own], projection.weight[:, own], projection.bias)
     own = slice(share.n_first, None)
     return F.linear(features[..., own], projection.weight[:, own])
+
+
+def hand_on(*args: Any, **kwargs: Any) -> Any:
+    """The forward of a block that is skipped."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def hand_on_tuple(*args: Any, **kwargs: Any) -> tuple[Any]:
+    """The same for blocks that return tuples."""
+    return (hand_on(*args, **kwargs),)

@@ -142,8 +142,7 @@ def edited_block(subject: Subject, layer: int, sites: Sequence[str], write: Writ
 
     visitors = {f"blocks.{layer}.{site}": visiting(site) for site in sites}
     subject.run(visitors, subject.vit.blank(1), skip=range(layer), stop=layer)
-    parallel = f"blocks.{layer}.resid_mid" in subject.layout.absent
-    return Edited(layer, kept, rows, PARALLEL if parallel else FEEDS)
+    return Edited(layer, kept, rows, PARALLEL if subject.layout.family.parallel else FEEDS)
 
 
 def _distances(value: Tensor) -> list[float]:
