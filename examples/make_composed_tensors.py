@@ -57,7 +57,8 @@ def principal_directions(tokens: torch.Tensor, rank: int) -> torch.Tensor:
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     basis = vectors[:, -rank:].flip(1)
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    return (basis * largest.sign()).float().contiguous()
+    directions: torch.Tensor = (basis * largest.sign()).float().contiguous()
+    return directions
 
 
 def probe_direction(cls: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
