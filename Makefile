@@ -5,10 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo picture test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vit-mechinterp demo --out out/demo
+
+picture: demo
+	cp out/demo/overview.png docs/demo.png
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"

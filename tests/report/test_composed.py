@@ -97,7 +97,10 @@ def test_every_run_equals_plain_hooks(vit: vmi.HookedViT) -> None:
 def test_the_section_shows_document_plan_and_effect(vit: vmi.HookedViT, tmp_path: Path) -> None:
     section = composed_run(DOCUMENT, vit=vit, out=tmp_path, progress=False)
     assert section.yaml == DOCUMENT.read_text()
-    assert "composed: joins at the output of block 1, 4 blocks; inject_subspace at blocks.1.resid_post, interchange " in section.plan
+    assert (
+        "composed: joins at the output of block 1, 4 blocks; inject_subspace at blocks.1.resid_post, interchange "
+        in section.plan
+    )
     results = vmi.Results.load(tmp_path)
     labels = {name: torch.tensor(results.labels[name]) for name in ("label", "counterfactual_label")}
     n = torch.arange(len(labels["label"]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from vit_mechinterp.cli import main
 from vit_mechinterp.report import demo
@@ -41,7 +42,9 @@ def test_a_report_prints_its_summary_and_where_the_page_is(
 
 @pytest.mark.slow
 def test_the_main_job_leaves_a_page_and_every_result(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     report = demo.analyse(tmp_path / "out", progress=False, sizes=FEW)
+    assert torch.get_num_threads() == threads
     assert report.page == tmp_path / "out" / "index.html"
     page = report.page.read_text(encoding="utf-8")
     names = ["behaviour", "attention_stages", "attention_stages_plain", "interchange_sweep", "das"]

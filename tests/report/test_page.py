@@ -178,9 +178,11 @@ def test_a_composed_run_shows_its_images_and_figures() -> None:
     )
     reader = read(page(composed=run, examples=(), sections=()))
     assert len(reader.named("img")) == 3
-    assert [attributes["class"] for attributes in reader.named("div") if "gallery" in (attributes.get("class") or "")] == [
-        "gallery wide-pictures"
-    ]
+    assert [
+        attributes["class"]
+        for attributes in reader.named("div")
+        if "gallery" in (attributes.get("class") or "")
+    ] == ["gallery wide-pictures"]
     lines = [attributes for attributes in reader.named("span") if attributes.get("class") == "line"]
     assert len(lines) == 3
     text = "".join(reader.text)

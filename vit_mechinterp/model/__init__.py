@@ -1,5 +1,6 @@
 """A native ViT behind one interface."""
 
+from vit_mechinterp.model.conformance import Report, check
 from vit_mechinterp.model.hooked import ActivationCache, HookedViT, SiteInfo
 from vit_mechinterp.model.layout import Family, Layout, Port, Readout, TokenLayout
 from vit_mechinterp.model.loading import checkpoints, load
@@ -12,9 +13,11 @@ __all__ = [
     "Layout",
     "Port",
     "Readout",
+    "Report",
     "SiteInfo",
     "TokenLayout",
     "checkpoints",
+    "check",
     "families",
     "load",
     "register",

@@ -45,7 +45,7 @@ CHECKS = {
 def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0, progress: bool = True) -> Report:
     """Run every check on a model, on random images; the model is left as it was.
 
-    Costs about as much as 40 forwards of ``n_images`` images, and twice an image per block.
+    Takes about as long as a hundred forwards of two images.
 
     Args:
         vit: the model, on any device, in any floating-point dtype; tolerances follow its precision.
