@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vit_mechinterp as vmi
-from vit_mechinterp.circuits.interchange_sweep import interchange_sweep, sweep_runs
+from vit_mechinterp.circuits.interchange_sweep import _handover, interchange_sweep, sweep_runs
 from vit_mechinterp.circuits.statistics import bootstrap_interval
 from vit_mechinterp.circuits.token_sets import with_background
 from vit_mechinterp.errors import DataError, SpecError
@@ -291,3 +292,23 @@ def test_intervals_are_those_of_a_bootstrap_over_examples() -> None:
     assert low[2] == high[2] == 0
     with pytest.raises(DataError, match="no example"):
         bootstrap_interval(np.zeros((2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("edited", "cls", "text"),
+    [
+        ([0.9, 0.8, 0.7], [0.1, 0.2, 0.3], "In every layer the edited object's tokens carry more of the decision than CLS."),
+        ([0.1, 0.1, 0.1], [0.2, 0.3, 0.4], "In every layer CLS carries more of the decision than the edited object's tokens."),
+        ([0.9, 0.5, 0.5], [0.1, 0.5, 0.2], "In every layer the edited object's tokens carry at least as much of the decision as CLS."),
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "In every layer CLS and the edited object's tokens carry equally much of the decision."),
+        ([0.9, 0.5, 0.1], [0.1, 0.6, 0.9], "Above layer 0, CLS carries more of the decision than the edited object's tokens."),
+        ([0.9, 0.5, 0.1], [0.1, 0.5, 0.9], "Above layer 0, CLS carries at least as much of the decision as the edited object's tokens."),
+        ([0.1, 0.9, 0.5], [0.2, 0.1, 0.5], "Above layer 1, CLS and the edited object's tokens carry equally much of the decision."),
+        ([0.1, 0.1, 0.9], [0.2, 0.3, 0.4],
+         "In the last layer of the sweep (2) the edited object's tokens carry more of the decision than CLS, though not in every layer."),
+    ],
+)  # fmt: skip
+def test_where_cls_takes_over(edited: list[float], cls: list[float], text: str) -> None:
+    rows = [("edited object", n, x) for n, x in enumerate(edited)] + [("CLS", n, x) for n, x in enumerate(cls)]
+    swept = pd.DataFrame(rows, columns=["token_set", "layer", "decision"])
+    assert _handover(swept) == text

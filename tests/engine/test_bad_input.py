@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ COLUMNS: dict[str, Any] = {
     "box_outside": [(0, 0, 9, 9), (0, 0, 9, 9), (40, 40, 50, 50)],
     "small": TIMM_PLAIN.images(3)[:, :, :16],
     "mixed": [torch.zeros(3, 32, 32), torch.zeros(3, 32, 32), PIL.Image.new("RGB", (40, 40))],
+    "missing": [PIL.Image.new("RGB", (40, 40)), PIL.Image.new("RGB", (40, 40)), None],
     "last_small": [torch.zeros(3, 32, 32), torch.zeros(3, 32, 32), torch.zeros(3, 32, 16)],
     "bytes": torch.zeros(3, 3, 32, 32, dtype=torch.uint8),
 }
@@ -125,19 +127,24 @@ CASES: dict[str, tuple[Document, dict[str, Any], type[Exception], str]] = {
     "negative patch": (swap(tokens={"column": "negative"}), {}, SpecError, "example 2: patch -1 is not on"),
     "no patch selected": (swap(tokens={"column": "empty"}), {}, DataError, "column 'empty', example 1: no patch is selected"),
     "fractional patches": (swap(tokens={"column": "floats"}), {}, DataError,
-        r"Column 'floats', example 0: 0\.5 is not an integer or a list of them"),
+        r"run 'r', interchange at blocks\.1\.resid_post, tokens: column 'floats', example 0: 0\.5 is not an integer or a list of them"),
     "words as patches": (swap(tokens={"column": "words"}), {}, DataError, "example 0: 'one' is not an integer"),
     "words as boxes": (swap(tokens={"box": "words"}), {}, DataError, "example 0: 'one' is no box"),
     "box upside down": (swap(tokens={"box": "box"}), {}, DataError,
-        r"Column 'box', example 1: \(8, 8, 4, 16\) is no box; a box is \(x0, y0, x1, y1\) in pixels, half-open"),
-    "box outside": (swap(tokens={"box": "box_outside"}), {}, DataError, "Column 'box_outside', example 2: The box .* touches no"),
+        r"run 'r', interchange at blocks\.1\.resid_post, tokens: column 'box', example 1: \(8, 8, 4, 16\) is no box; a box is \(x0, y0, x1, y1\) in pixels, half-open"),
+    "box outside": (swap(tokens={"box": "box_outside"}), {}, DataError, "tokens: column 'box_outside', example 2: The box .* touches no"),
     "images of another size": ({"base": "small", "interventions": []}, {}, DataError,
         r"Column 'small', example 0 is no image of this model: torch\.float32 of shape \(3, 16, 32\)\. It takes PIL"),
     "one image of another size": (swap(source="last_small"), {}, DataError, r"'last_small', example 2 is no .*\(3, 32, 16\)"),
     "images and tensors": ({"base": "mixed", "interventions": []}, {}, DataError, "'mixed' mixes PIL images and tensors"),
     "integer images": ({"base": "bytes", "interventions": []}, {}, DataError, r"torch\.uint8 of shape \(3, 32, 32\)"),
     "labels as images": (swap(source="kind"), {}, DataError, r"'kind', example 0 is no image .*torch\.int64 of shape \(\)"),
-    "words as images": (swap(source="words"), {}, DataError, "'words', example 0 is no image of this model: something else"),
+    "words as images": (swap(source="words"), {}, DataError, "'words', example 0 is no image of this model: 'one'"),
+    "an array as a box": (swap(tokens={"box": "base"}), {}, DataError,
+        r"column 'base', example 0: torch\.float32 of shape \(3, 32, 32\) is no box"),
+    "a missing image": (swap(source="missing"), {}, DataError, "'missing', example 2 is no image of this model: None"),
+    "words as a tensor": (add(), {"v": "abc"}, SpecError,
+        r"run 'r', add_direction at blocks\.1\.resid_post: vector names the tensor 'v', and what was given is no tensor: 'abc'"),
     "unknown tensor": (add("vecor"), {"vector": torch.zeros(24)}, SpecError,
         r"vector names the tensor 'vecor', which was not given\. Close matches: vector\. Given: vector\."),
     "wrong direction": (add(), {"v": torch.zeros(23)}, SpecError,
@@ -260,9 +267,11 @@ def test_bad_data(guarded: dict[Tiny, World], data: Any, text: str) -> None:
         ([], "There is no run to execute"),
         (
             [Run(name="a"), Run(name="b"), Run(name="a")],
-            r"Names of runs must be unique; given more than once: 'a'",
+            "Two runs of the experiment are called 'a'; names must be unique",
         ),
         (["a"], "A run is a Run, a Sweep or an Experiment, not str"),
+        (None, "Runs are a Run, a Sweep, an Experiment or several of the first two, not NoneType"),
+        ("ab", "Runs are a Run, .*not str"),
     ],
 )
 def test_bad_runs(guarded: dict[Tiny, World], runs: Any, text: str) -> None:
@@ -270,6 +279,12 @@ def test_bad_runs(guarded: dict[Tiny, World], runs: Any, text: str) -> None:
     for call in (lambda: vmi.execute(world.vit, runs, COLUMNS), lambda: vmi.plan(world.vit, runs)):
         with pytest.raises(SpecError, match=text):
             call()
+
+
+def test_tensors_that_are_no_mapping(guarded: dict[Tiny, World]) -> None:
+    for tensors in ("abc", [torch.zeros(24)]):
+        with pytest.raises(SpecError, match="tensors is a mapping from names to tensors, not "):
+            vmi.execute(guarded[TIMM_PLAIN].vit, [Run(name="r")], COLUMNS, tensors=tensors)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch_size", [0, -4, 2.5, "big", None])
@@ -328,7 +343,7 @@ def test_modules_that_no_family_describes(module: nn.Module) -> None:
         f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:"
         in text
     )
-    assert "timm.vit: no list of blocks at 'blocks'" in text
+    assert re.search(r"timm\.vit\b.*: no list of blocks at 'blocks'", text)
     assert "transformers.clip: " in text
 
 

@@ -94,7 +94,7 @@ def test_one_capture_per_site() -> None:
 def test_missing_captures_are_named() -> None:
     results = world_of(TIMM_PLAIN).execute([run("a", capture=["embed", "blocks.1.attn.q"])])
     with pytest.raises(
-        KeyError, match=r"Run 'a' did not capture blocks\.1\.attn\.k\. Close matches: blocks\.1\.attn\.q\."
+        KeyError, match=r"Run 'a': blocks\.1\.attn\.k was not captured\. Close matches: blocks\.1\.attn\.q\."
     ):
         results.captures["a"]["blocks.1.attn.k"]
     with pytest.raises(KeyError, match="There is no run 'b'"):

@@ -19,7 +19,7 @@ from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, TIMM_POOLED, Tiny, stirred
 from vit_mechinterp import Run, Sweep
 from vit_mechinterp.engine import Inputs, register_operator
-from vit_mechinterp.spec import OPS, SourcedIntervention, TensorRef, register_op
+from vit_mechinterp.spec import OPS, Intervention, SourcedIntervention, TensorRef, register_op
 
 Document = dict[str, Any]
 
@@ -231,6 +231,37 @@ def test_an_operation_of_a_third_party() -> None:
         assert float((expected - world.oracle.clean("base")[0]).abs().amax(1).min()) > 1e-2
     finally:
         OPS.pop("mix")
+
+
+def test_an_operation_that_writes_into_its_argument_leaves_other_keys_alone() -> None:
+    @register_op
+    class Fade(Intervention):
+        """``h <- h / 2``, in place."""
+
+        op: Literal["fade"] = "fade"
+
+    @register_operator(Fade)
+    def fade(spec: Fade, h: Tensor, inputs: Inputs) -> Tensor:
+        return h.mul_(0.5)
+
+    try:
+        world = world_of(TIMM_PLAIN)
+        site = "blocks.1.attn.pattern"
+        for fields in ({}, {"tokens": ["cls", 3]}, {"heads": [1]}):
+            edit = {"op": "fade", "site": site, "keys": [0, 4], **fields}
+            run_ = Run.model_validate(run("r", edit, capture=[site]))
+            results = vmi.execute(world.vit, run_, world.columns, progress=False)
+            expected = world.oracle.clean("base")[1][site].clone()
+            heads = fields.get("heads", [0, 1, 2])
+            queries = [0, 4] if "tokens" in fields else list(range(17))
+            for head in heads:
+                for query in queries:
+                    expected[:, head, query, [1, 5]] *= 0.5
+            found = results.captures["r"][site]
+            assert torch.allclose(found, expected, atol=1e-6)
+            assert float((found - world.oracle.clean("base")[1][site]).abs().max()) > 1e-3
+    finally:
+        OPS.pop("fade")
 
 
 def test_executing_in_inference_mode_or_under_autocast_works() -> None:

@@ -189,3 +189,41 @@ def test_a_plan_says_why_more_is_computed() -> None:
     assert "rows that join one growing batch (stage 3)" in text("runs that read runs")
     assert "2 chunks of up to 4 examples, at most 4 rows each" in text("resampling", 4)
     assert "note: edits inside a block (blocks.1.attn.k) join at its input" in text("clean and edited")
+
+
+def test_a_plan_names_clean_runs_and_counts_in_words() -> None:
+    world = world_of(TIMM_PLAIN, 1)
+    clean = vmi.plan(world.vit, [Run(name="untouched")], {"base": world.columns["base"]}, 64)
+    text = str(clean)
+    assert clean.clean_runs == ("untouched",)
+    assert "Plan for 1 example on VisionTransformer (3 blocks)" in text
+    assert "1 launch, 1 chunk of up to 1 example, at most 1 row each" in text
+    assert "runs without edits, answered by clean forwards: untouched" in text
+    last = Run.model_validate(run("a", swap("blocks.1.resid_post")))
+    assert "joins at the output of block 1, 1 block; interchange" in str(vmi.plan(world.vit, [last]))
+
+
+def test_a_plan_prints_the_widest_forward_that_occurs() -> None:
+    world = world_of(TIMM_PLAIN, 6)
+    runs = [Run.model_validate(document) for document in EXPERIMENTS["sweep of outputs"]]
+    plan = vmi.plan(world.vit, runs, world.columns, 1000)
+    sizes: list[int] = []
+    hook = world.module.norm.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    try:
+        vmi.execute(world.vit, runs, world.columns, batch_size=1000, progress=False)
+    finally:
+        hook.remove()
+    assert plan.widest == max(sizes) == 18
+    assert "at most 18 rows each" in str(plan)
+
+
+def test_own_hooks_on_skipped_blocks_see_a_blank_row() -> None:
+    world = World(TIMM_PLAIN, 4)
+    world.vit.sites()
+    edit = Run.model_validate(run("a", swap("blocks.2.resid_post", source_site="embed")))
+    seen: list[int] = []
+    world.module.blocks[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    vmi.execute(world.vit, [edit], world.columns, progress=False)
+    # The images' own forward, and the one whose rows join behind the last block.
+    assert len(seen) >= 2
+    assert 1 in seen

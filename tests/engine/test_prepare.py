@@ -212,7 +212,7 @@ def test_what_cannot_be_prepared_is_refused() -> None:
     world.module.set_grad_checkpointing(True)
     with (
         pytest.raises(
-            ExecutionError, match=r"gradient checkpointing on \(at the top\), which runs blocks again"
+            ExecutionError, match=r"uses gradient checkpointing: its blocks run again.* Switch it off"
         ),
         prepare(world.vit, runs[:1], world.columns, tensors, progress=False),
     ):

@@ -208,3 +208,23 @@ def test_provenance_is_plain_and_complete() -> None:
     assert provenance["model_source"] == "VisionTransformer"
     assert set(provenance["tensors"]) == {"v"}
     assert {"python", "torch", "timm", "transformers"} <= set(provenance["versions"])
+
+
+def test_captures_know_other_spellings_and_say_what_there_is() -> None:
+    results = executed(world_of(TIMM_PLAIN, 4))
+    captures = results.captures["swap/1"]
+    assert torch.equal(captures["blocks.1.hook_resid_post"], captures["blocks.1.resid_post"])
+    assert repr(captures).startswith("Captures(blocks.1.resid_post: (4, 17, 24), embed: 4 tensors")
+    with pytest.raises(KeyError, match=r"Run 'swap/1': blocks\.0\.ln1 was not captured\..*Captured: blocks\.1"):
+        captures["blocks.0.ln1"]
+    with pytest.raises(KeyError, match=r"There is no run 'swap1'\. Close matches: swap/1\..* Runs: swap/1, push, clean"):
+        results.captures["swap1"]
+
+
+def test_the_columns_that_runs_read_are_no_other_words_of_the_document() -> None:
+    world = World(TIMM_PLAIN, 4)
+    # "clean", "v" and "zero" are words of the document, and columns that nobody reads.
+    data = {**world.columns, "clean": [1, 2, 3, 4], "v": [0] * 4, "interchange": [0] * 4}
+    before = executed(world, data=data)
+    assert before.provenance["columns"] == ["base", "box", "here", "label", "source"]
+    assert changed(before, executed(world, data={**data, "v": [5] * 4})) == set()

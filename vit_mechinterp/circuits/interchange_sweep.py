@@ -64,8 +64,7 @@ def interchange_sweep(
         site: a site inside a block with a token axis, such as ``"resid_post"`` or ``"mlp_out"``.
         layers: the layers to intervene in.
         token_sets: name to (base selector, source selector); by default the edited object, the other object,
-        CLS
-            where the model has it, background, and all, from the columns ``edited_box``, ``source_box``,
+            CLS where the model has it, background, and all, from the columns ``edited_box``, ``source_box``,
             ``other_box``, ``source_other_box`` (or the same as ``*_tokens``).
         base, source: the image columns.
         resamples: resamples of the bootstrap over examples; the intervals hold 95 %.
@@ -81,9 +80,8 @@ def interchange_sweep(
         layer by token set, and ``decision_lines`` with the line of no effect.
 
     Raises:
-        SpecError: the site or a selector does not fit the model; DataError: a column is missing, or the
-        labels are
-            no classes of the model.
+        SpecError: the site or a selector does not fit the model.
+        DataError: a column is missing, or the labels are no classes of the model.
     """
     if token_sets is None:
         data, token_sets = _default_sets(vit, data, base, source)
@@ -223,12 +221,29 @@ def _findings(table: pd.DataFrame, names: Sequence[str]) -> tuple[dict[str, floa
 def _handover(swept: pd.DataFrame) -> str:
     """Say from which layer on CLS carries more of the decision than the edited object's tokens."""
     wide = swept.pivot_table(index="layer", columns="token_set", values="decision")
-    object_leads = (wide["edited object"] >= wide["CLS"]).to_numpy()
-    if object_leads.all() or not object_leads.any():
-        leader = "the edited object's tokens do" if object_leads.all() else "CLS does"
-        return f"In every layer {leader} more than the other of the two."
-    last = int(wide.index[np.flatnonzero(object_leads)[-1]])
-    return f"Above layer {last}, CLS carries more of the decision than the edited object's tokens."
+    lead = np.sign((wide["edited object"] - wide["CLS"]).to_numpy())
+    if not lead.any():
+        return "In every layer CLS and the edited object's tokens carry equally much of the decision."
+    if not (lead < 0).any() or not (lead > 0).any():
+        ahead, behind = (
+            ("the edited object's tokens carry", "CLS")
+            if lead.max() > 0
+            else ("CLS carries", "the edited object's tokens")
+        )
+        if lead.all():
+            return f"In every layer {ahead} more of the decision than {behind}."
+        return f"In every layer {ahead} at least as much of the decision as {behind}."
+    last = int(np.flatnonzero(lead > 0)[-1])
+    above, layer = lead[last + 1 :], int(wide.index[last])
+    if len(above) == 0:
+        return (
+            f"In the last layer of the sweep ({layer}) the edited object's tokens carry more of the decision "
+            "than CLS, though not in every layer."
+        )
+    if not above.any():
+        return f"Above layer {layer}, CLS and the edited object's tokens carry equally much of the decision."
+    amount = "more of the decision than" if above.all() else "at least as much of the decision as"
+    return f"Above layer {layer}, CLS carries {amount} the edited object's tokens."
 
 
 _DESCRIPTION = (

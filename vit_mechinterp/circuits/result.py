@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vit_mechinterp.engine.provenance import versions
 from vit_mechinterp.errors import DataError
 
 if TYPE_CHECKING:
@@ -164,13 +163,7 @@ def provenance(*sources: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages whose versions can change a number."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return versions(_PACKAGES)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from graphlib import CycleError, TopologicalSorter
 
-from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, Join
+from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
@@ -28,7 +28,7 @@ from vit_mechinterp.spec import (
     TensorRef,
 )
 
-__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "bind", "sources_first"]
+__all__ = ["bind", "expand_runs", "sources_first"]
 
 
 def expand_runs(runs: Run | Sweep | Experiment | Iterable[Run | Sweep], n_layers: int) -> list[Run]:
@@ -39,22 +39,17 @@ def expand_runs(runs: Run | Sweep | Experiment | Iterable[Run | Sweep], n_layers
     """
     if isinstance(runs, Experiment):
         return runs.expand(n_layers)
+    if not isinstance(runs, (Run, Sweep)) and (isinstance(runs, str) or not isinstance(runs, Iterable)):
+        raise SpecError(
+            f"Runs are a Run, a Sweep, an Experiment or several of the first two, not {type(runs).__name__}."
+        )
     items = [runs] if isinstance(runs, (Run, Sweep)) else list(runs)
-    flat: list[Run] = []
     for item in items:
-        if isinstance(item, Sweep):
-            flat += item.runs(n_layers)
-        elif isinstance(item, Run):
-            flat.append(item)
-        else:
+        if not isinstance(item, (Run, Sweep)):
             raise SpecError(f"A run is a Run, a Sweep or an Experiment, not {type(item).__name__}.")
-    if not flat:
+    if not items:
         raise SpecError("There is no run to execute.")
-    names = [run.name for run in flat]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise SpecError(f"Names of runs must be unique; given more than once: {', '.join(map(repr, twice))}.")
-    return flat
+    return Experiment(runs=tuple(items)).expand(n_layers)
 
 
 def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
@@ -180,7 +175,9 @@ def _bind_edit(
     choice: tuple[int, ...] | None = None
     if isinstance(choose, Column) and data is not None:
         data.require(choose.column, f"{where}, choose")
-        choice = tuple(row[0] if len(row) == 1 else -1 for row in data.integers(choose.column))
+        choice = tuple(
+            row[0] if len(row) == 1 else -1 for row in data.integers(choose.column, f"{where}, choose")
+        )
         if min(choice) < 0:
             raise SpecError(
                 f"{where}: column {choose.column!r} must hold one non-negative integer per example."

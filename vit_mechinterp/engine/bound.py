@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from vit_mechinterp.engine.positions import Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read
-from vit_mechinterp.spec import Intervention, Run, Site, TensorRef
+from vit_mechinterp.spec import Column, Intervention, Run, Site, TensorRef, TokenBox, TokenColumn
 
 __all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join"]
 
@@ -111,3 +112,26 @@ class Bound:
     stages: tuple[tuple[BoundRun, ...], ...]
     run_reads: tuple[Read, ...]
     """Values of edited runs that other runs read."""
+
+    @cached_property
+    def image_columns(self) -> frozenset[str]:
+        """Names of the image columns that the runs read."""
+        bases = {run.run.base for run in self.runs}
+        sources = (getattr(spec, "source", None) for run in self.runs for spec in run.run.interventions)
+        return frozenset(bases | {source for source in sources if isinstance(source, str)})
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """Names of all columns that the runs read: images, and those that select or choose."""
+        return self.image_columns | {name for run in self.runs for name in _selecting_columns(run.run)}
+
+
+def _selecting_columns(run: Run) -> Iterator[str]:
+    """Columns that a run's selectors and choices read, whatever the fields are called."""
+    for part in (*run.interventions, *run.capture):
+        for field in type(part).model_fields:
+            value = getattr(part, field)
+            if isinstance(value, (Column, TokenColumn)):
+                yield value.column
+            elif isinstance(value, TokenBox):
+                yield value.box

@@ -35,15 +35,14 @@ def clean_pass(
     reads: Sequence[Read] | None = None,
     tick: Callable[[int], None] = lambda n: None,
 ) -> Clean:
-    """Run the clean forwards of one chunk, under ``no_grad`` (never inference mode: trainings read the
-    values).
+    """Run the clean forwards of one chunk under ``no_grad``, not inference mode: trainings read the values.
 
     Args:
         reads: only these reads (and no outputs); all of the schedule's by default.
         tick: called with the number of (row, block) pairs of every forward.
     """
     clean = Clean()
-    columns = schedule.columns if reads is None else tuple(dict.fromkeys(r.origin.column for r in reads))  # type: ignore[union-attr]
+    columns = schedule.columns if reads is None else schedule.columns_of(reads)
     for column in columns:
         images = schedule.images(column, chunk, reads)
         wanted = schedule.reads_of(column, reads)

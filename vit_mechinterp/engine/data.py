@@ -6,17 +6,28 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from vit_mechinterp.engine.entries import as_array, bytes_of, described, is_picture
+from vit_mechinterp.engine.stored import (
+    first_null,
+    oriented_size,
+    refuse_other_datasets,
+    stored_bytes,
+    stored_images,
+)
 from vit_mechinterp.errors import DataError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["Data"]
 
 Value = TypeVar("Value")
+
+_PROGRESS_DELAY = 2.0
+"""Seconds after which a progress bar appears."""
 
 
 class Data:
@@ -25,14 +36,21 @@ class Data:
     Image columns hold PIL images, which pass through the model's own preprocessing, or float tensors
     ``[3, height, width]`` (or one stacked ``[n, 3, height, width]``), which are taken as they are.
 
+    Args:
+        data: the dataset or the columns.
+        vit: the model that takes the images.
+        progress: show a bar wherever going through a column takes longer than two seconds.
+
     Raises:
-        DataError: columns of unequal length, or no columns at all.
+        DataError: columns of unequal length, no columns at all, several splits, or a dataset without length.
     """
 
-    def __init__(self, data: Any, vit: HookedViT) -> None:
+    def __init__(self, data: Any, vit: HookedViT, *, progress: bool = False) -> None:
         self.vit = vit
         self._data = data
+        self._progress = progress
         self._once: dict[Any, Any] = {}
+        refuse_other_datasets(data)
         if isinstance(data, Mapping):
             self.columns: list[str] = list(data)
             unsized = [name for name, column in data.items() if not hasattr(column, "__len__")]
@@ -78,6 +96,13 @@ class Data:
         rows = self._data.select_columns([column])
         return (rows[int(i)][column] for i in indices)
 
+    def _scan(self, column: str, doing: str, stored: Any = None) -> Iterator[Any]:
+        """Every entry of a column (or of its stored form), behind a progress bar."""
+        entries = self.values(column) if stored is None else (stored[i][column] for i in range(self.n))
+        yield from tqdm(
+            entries, f"{doing} {column}", total=self.n, delay=_PROGRESS_DELAY, disable=not self._progress
+        )
+
     def images(self, column: str, examples: Sequence[int]) -> Float[Tensor, "example 3 height width"]:
         """Images of some examples as the model takes them, on the model's device.
 
@@ -85,7 +110,8 @@ class Data:
             DataError: an entry is neither a PIL image nor a tensor of the model's input size.
         """
         entries = list(self.values(column, examples))
-        if all(map(_is_picture, entries)):
+        pictures = list(map(is_picture, entries))
+        if all(pictures):
             batch = self.vit.preprocess(entries)
             size = self.vit.layout.tokens.input_shape
             if tuple(batch.shape[1:]) != size:
@@ -93,6 +119,10 @@ class Data:
                     f"Column {column!r}: the model's preprocessing makes {tuple(batch.shape[1:])} of its "
                     f"images, and the model takes {size}. Give tensors, or repair the preprocessing."
                 )
+        elif any(pictures):
+            odd = pictures.index(False)
+            self._tensor(column, examples[odd], entries[odd])
+            raise DataError(_mixed(column))
         else:
             batch = torch.stack([self._tensor(column, i, e) for i, e in zip(examples, entries, strict=True)])
         return batch.to(self.vit.device, self.vit.dtype)
@@ -103,24 +133,26 @@ class Data:
         Raises:
             DataError: an entry is neither a PIL image nor a tensor of the model's input size, or both occur.
         """
-        # Images in a Dataset are decoded when they are read, and their type is known beforehand.
-        decoded = type(getattr(self._data, "features", {}).get(column)).__name__ == "Image"
-        pictures = set()
-        for example, entry in enumerate(self.values(column, range(1) if decoded else None)):
-            pictures.add(_is_picture(entry))
-            if not _is_picture(entry):
-                self._tensor(column, example, entry)
-        if len(pictures) > 1:
-            raise DataError(
-                f"Column {column!r} mixes PIL images and tensors; a column holds one or the other."
-            )
+        stored = stored_images(self._data, column)
+        if stored is not None:
+            missing = first_null(stored, column)
+            if missing is not None:
+                self._tensor(column, missing, None)
+        else:
+            pictures = set()
+            for example, entry in enumerate(self._scan(column, "looking at")):
+                pictures.add(is_picture(entry))
+                if not is_picture(entry):
+                    self._tensor(column, example, entry)
+            if len(pictures) > 1:
+                raise DataError(_mixed(column))
         self.images(column, [0])
 
     def _tensor(self, column: str, example: int, entry: Any) -> Tensor:
         """An entry that is no PIL image, as the tensor that the model takes."""
         size = self.vit.layout.tokens.input_shape
-        tensor = _array(entry)
-        found = "something else" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        tensor = as_array(entry)
+        found = described(entry if tensor is None else tensor)
         if tensor is None or tuple(tensor.shape) != size or not tensor.is_floating_point():
             raise DataError(
                 f"Column {column!r}, example {example} is no image of this model: {found}. It takes PIL "
@@ -132,14 +164,29 @@ class Data:
     def original_sizes(self, column: str) -> list[tuple[int, int]] | None:
         """``(width, height)`` of every PIL image of a column; None if it holds tensors in model pixels."""
         sizes = []
-        for entry in self.values(column):
-            if not _is_picture(entry):
+        stored = stored_images(self._data, column)
+        if stored is not None:
+            for example, entry in enumerate(self._scan(column, "sizes of", stored)):
+                encoded = stored_bytes(entry)
+                if encoded is None:
+                    # It is missing, or lies elsewhere, and the dataset knows where.
+                    picture = next(self.values(column, [example]))
+                    if not is_picture(picture):
+                        self._tensor(column, example, picture)
+                    sizes.append((int(picture.size[0]), int(picture.size[1])))
+                else:
+                    sizes.append(oriented_size(encoded))
+            return sizes
+        for entry in self._scan(column, "sizes of"):
+            if not is_picture(entry):
                 return None
             sizes.append((int(entry.size[0]), int(entry.size[1])))
         return sizes
 
-    def integers(self, column: str) -> list[list[int]]:
+    def integers(self, column: str, where: str = "") -> list[list[int]]:
         """A column of integers or of lists of integers, one list per example.
+
+        ``where`` is what messages name: run, operation and site.
 
         Raises:
             DataError: an entry holds something else.
@@ -148,30 +195,31 @@ class Data:
         if isinstance(whole, Tensor) and whole.ndim in (1, 2) and not whole.is_floating_point():
             return [[int(i) for i in row] for row in whole.reshape(self.n, -1).tolist()]
         rows: list[list[int]] = []
-        for example, entry in enumerate(self.values(column)):
-            array = _array(entry)
+        for example, entry in enumerate(self._scan(column, "reading")):
+            array = as_array(entry)
             counts = array is not None and not (array.is_floating_point() or array.is_complex())
             if array is None or array.ndim > 1 or not (counts or array.numel() == 0):
                 raise DataError(
-                    f"Column {column!r}, example {example}: {entry!r} is not an integer or a list of them."
+                    f"{_placed(column, where)}, example {example}: {described(entry)} is not an integer or a "
+                    "list of them."
                 )
             rows.append([int(i) for i in array.reshape(-1).tolist()])
         return rows
 
-    def boxes(self, column: str) -> list[tuple[float, float, float, float]]:
-        """A column of pixel boxes ``(x0, y0, x1, y1)``.
+    def boxes(self, column: str, where: str = "") -> list[tuple[float, float, float, float]]:
+        """A column of pixel boxes ``(x0, y0, x1, y1)``; ``where`` is what messages name.
 
         Raises:
             DataError: an entry is not four numbers with x0 < x1 and y0 < y1.
         """
         rows = []
-        for example, entry in enumerate(self.values(column)):
-            array = _array(entry)
+        for example, entry in enumerate(self._scan(column, "reading")):
+            array = as_array(entry)
             box = [] if array is None else [float(edge) for edge in array.reshape(-1).tolist()]
             if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
                 raise DataError(
-                    f"Column {column!r}, example {example}: {entry!r} is no box; a box is (x0, y0, x1, y1) "
-                    "in pixels, half-open, with x0 < x1 and y0 < y1."
+                    f"{_placed(column, where)}, example {example}: {described(entry)} is no box; a box is "
+                    "(x0, y0, x1, y1) in pixels, half-open, with x0 < x1 and y0 < y1."
                 )
             rows.append((box[0], box[1], box[2], box[3]))
         return rows
@@ -190,42 +238,30 @@ class Data:
         return found
 
     def fingerprint(self, columns: Sequence[str]) -> str:
-        """SHA-256 over the contents of some columns, in order of name."""
+        """SHA-256 over the contents of some columns, in order of name.
+
+        Images of a dataset count by their files, so the same pixels in another encoding give another digest.
+        """
         digest = hashlib.sha256(str(self.n).encode())
         for column in sorted(set(columns)):
             digest.update(column.encode())
-            for entry in self.values(column):
-                digest.update(_bytes_of(entry))
+            stored = stored_images(self._data, column)
+            if stored is not None:
+                digest.update(f"files, mode {stored.features[column].mode}".encode())
+            for example, entry in enumerate(self._scan(column, "digest of", stored)):
+                encoded = None if stored is None else stored_bytes(entry)
+                if encoded is not None:
+                    digest.update(len(encoded).to_bytes(8, "big") + encoded)
+                else:
+                    whole = entry if stored is None else next(self.values(column, [example]))
+                    digest.update(bytes_of(whole))
         return digest.hexdigest()
 
 
-def _is_picture(entry: Any) -> bool:
-    """Whether an entry is a PIL image (PIL itself need not be imported)."""
-    return hasattr(entry, "convert")
+def _mixed(column: str) -> str:
+    return f"Column {column!r} mixes PIL images and tensors; a column holds one or the other."
 
 
-def _array(entry: Any) -> Tensor | None:
-    """An entry as a tensor; None if it holds no numbers, or lists of unequal length."""
-    if isinstance(entry, Tensor):
-        return entry
-    try:
-        return torch.as_tensor(np.asarray(entry))
-    except (TypeError, ValueError):
-        return None
-
-
-def _bytes_of(entry: Any) -> bytes:
-    if _is_picture(entry):
-        # The pixels of a palette image are indices, which say nothing without the palette.
-        picture = entry.convert("RGBA") if entry.mode == "P" else entry
-        return f"{entry.mode}{entry.size}".encode() + bytes(picture.tobytes())
-    if isinstance(entry, Tensor):
-        raw = entry.detach().cpu().contiguous()
-        return f"{tuple(raw.shape)}{raw.dtype}".encode() + raw.reshape(-1).view(torch.uint8).numpy().tobytes()
-    try:
-        array = np.asarray(entry)
-    except ValueError:
-        return repr(entry).encode()
-    if array.dtype == object:
-        return repr(entry).encode()
-    return f"{array.shape}{array.dtype.kind}".encode() + np.ascontiguousarray(array).tobytes()
+def _placed(column: str, where: str) -> str:
+    """How a message begins that blames a column."""
+    return f"{where}: column {column!r}" if where else f"Column {column!r}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,14 +12,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vit_mechinterp.engine.bind import Bound, bind, expand_runs
+from vit_mechinterp.engine.bind import bind, expand_runs
+from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.clean import clean_pass, dataset_means, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.plan import describe, schedule_for
 from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.results import Captures, Results
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.tensors import check_tensors, load_tensor, resolve_refs
+from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.values import Read, RunOrigin, Values, by_token
 from vit_mechinterp.engine.wave import Material, run_wave
 from vit_mechinterp.errors import ExecutionError
@@ -45,14 +45,16 @@ def execute(
 ) -> Results:
     """Carry out runs on every example of a dataset.
 
+    Blocks below every edit of a batch are skipped: they hand on a blank row. Forward hooks of your own on
+    those blocks still fire, and see that row instead of an image.
+
     Args:
         vit: the model, in eval mode (or without dropout).
         runs: runs, sweeps or an experiment.
         data: a ``datasets.Dataset`` or a mapping of columns.
         tensors: tensors that specs refer to by name.
         batch_size: most rows in one forward, or ``"auto"``. The same batch size, device and threads give the
-        same
-            bits; others agree to 1e-5 of the output's scale.
+            same bits; others agree to 1e-5 of the output's scale.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
@@ -65,12 +67,12 @@ def execute(
     folder = runs.folder if isinstance(runs, Experiment) else None
     if isinstance(runs, Experiment) and batch_size == "auto":
         batch_size = runs.batch_size
-    named = dict(runs.tensors) if isinstance(runs, Experiment) else {}
+    files = dict(runs.tensors) if isinstance(runs, Experiment) else {}
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_dropout(vit)
-    columns = Data(data, vit)
+    columns = Data(data, vit, progress=progress)
     bound = bind(vit, flat, columns)
-    resolved = resolve_refs(bound, _with_files(named, tensors, folder), vit, folder)
+    resolved = resolve_refs(bound, tensors, vit, folder, files)
     check_tensors(bound, resolved, vit, columns.n)
     schedule = schedule_for(vit, bound, columns.n, batch_size)
     check_images(columns, bound)
@@ -91,22 +93,8 @@ def refuse_dropout(vit: HookedViT) -> None:
 
 def check_images(data: Data, bound: Bound) -> None:
     """Raise DataError before the first forward if an image column holds something else."""
-    columns = {run.run.base for run in bound.runs}
-    columns |= {
-        s
-        for run in bound.runs
-        for i in run.run.interventions
-        if isinstance(s := getattr(i, "source", None), str)
-    }
-    for column in sorted(columns):
+    for column in sorted(bound.image_columns):
         data.check_images(column)
-
-
-def _with_files(
-    named: Mapping[str, TensorRef], tensors: Mapping[str, Tensor] | None, folder: Path | None
-) -> dict[str, Tensor]:
-    given = {name: load_tensor(ref, folder) for name, ref in named.items() if ref.file is not None}
-    return {**given, **(tensors or {})}
 
 
 class _Bar:
@@ -124,7 +112,10 @@ class _Bar:
         )
 
     def __enter__(self) -> Tick:
-        return lambda n: (self._bar.update(n), None)[1]
+        def tick(n: int) -> None:
+            self._bar.update(n)
+
+        return tick
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
@@ -250,8 +241,7 @@ def _results(
 
 
 def _capture(read: Read, pieces: list[tuple[Tensor, list[int] | None]]) -> Tensor | list[Tensor]:
-    """Captured rows in the site's own axis order; a list where the number of tokens differs between
-    examples."""
+    """Captured rows in the site's own axis order; a list where examples differ in their number of tokens."""
     if pieces[0][1] is None:
         return by_token(read.site, torch.cat([tensor for tensor, _ in pieces])).contiguous()
     counts = [count for _, own in pieces for count in (own or ())]

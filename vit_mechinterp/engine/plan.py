@@ -8,15 +8,16 @@ from typing import Any, Literal
 
 import torch
 
-from vit_mechinterp.engine.bind import Bound, bind, expand_runs, sources_first
+from vit_mechinterp.engine.bind import bind, expand_runs, sources_first
+from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.schedule import Schedule, join_reads
+from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, RunSource, Sweep
 
-__all__ = ["CleanForwards", "Plan", "Rows", "plan"]
+__all__ = ["CleanForwards", "Plan", "Rows", "describe", "plan", "schedule_for"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Plan:
     ``block_evaluations`` counts (row, block) pairs, clean ones included; ``naive_block_evaluations`` what one
     run at a time would need, with every source and base forward run anew. ``peak_bytes`` is an estimate of
     what the engine holds at most beside the model, and ``launches`` the number of forwards of the native
-    module.
+    module. ``width`` is the most rows that one forward may hold, ``widest`` the most that one does;
+    ``clean_runs`` have no edits, so clean forwards answer them.
     """
 
     model: str
@@ -55,6 +57,8 @@ class Plan:
     n_examples: int | None
     chunk: int
     width: int
+    widest: int
+    clean_runs: tuple[str, ...]
     clean: tuple[CleanForwards, ...]
     rows: tuple[Rows, ...]
     block_evaluations: int
@@ -74,28 +78,33 @@ class Plan:
         return self.naive_block_evaluations / self.n_layers
 
     def __str__(self) -> str:
-        per = "per example" if self.n_examples is None else f"for {self.n_examples} examples"
+        per = "per example" if self.n_examples is None else f"for {_counted(self.n_examples, 'example')}"
         lines = [
-            f"Plan {per} on {self.model} ({self.n_layers} blocks)",
-            f"  {self.forwards:.4g} forwards' worth of blocks ({self.block_evaluations} block "
-            "evaluations) instead of "
+            f"Plan {per} on {self.model} ({_counted(self.n_layers, 'block')})",
+            f"  {self.forwards:.4g} forwards' worth of blocks "
+            f"({_counted(self.block_evaluations, 'block evaluation')}) instead of "
             f"{self.naive_forwards:.4g} ({self.naive_block_evaluations})",
-            f"  {self.launches} launches, {self._chunks()}, at most {self.width} rows each, "
-            f"about {_human(self.peak_bytes)} at the peak",
+            f"  {_counted(self.launches, 'launch', 'launches')}, {self._chunks()}, at most "
+            f"{_counted(self.widest, 'row')} each, about {_human(self.peak_bytes)} at the peak",
             "  clean forwards",
         ]
         for forward in self.clean:
             lines.append(
-                f"    {forward.column}: {forward.images} x {forward.blocks} blocks, keeps "
+                f"    {forward.column}: {forward.images} x {_counted(forward.blocks, 'block')}, keeps "
                 f"{_listed(forward.kept)}"
             )
         if not self.clean:
             lines.append("    none")
+        if self.clean_runs:
+            lines.append(
+                f"  runs without edits, answered by clean forwards: {_listed(self.clean_runs, 'runs')}"
+            )
         for stage in sorted({rows.stage for rows in self.rows}):
             lines.append(f"  rows that join one growing batch{f' (stage {stage + 1})' if stage else ''}")
             for rows in (r for r in self.rows if r.stage == stage):
                 lines.append(
-                    f"    {rows.run}: joins at {rows.joins}, {rows.blocks} blocks; {', '.join(rows.edits)}"
+                    f"    {rows.run}: joins at {rows.joins}, {_counted(rows.blocks, 'block')}; "
+                    f"{', '.join(rows.edits)}"
                 )
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -104,7 +113,7 @@ class Plan:
         if self.n_examples is None:
             return "one chunk"
         count = -(-self.n_examples // self.chunk)
-        return f"{count} chunk{'s' if count > 1 else ''} of up to {self.chunk} examples"
+        return f"{_counted(count, 'chunk')} of up to {_counted(self.chunk, 'example')}"
 
 
 def plan(
@@ -152,8 +161,7 @@ _CLEAN_BUDGET = 2 * 1024**3
 
 
 def _width(vit: HookedViT) -> int:
-    """Rows per forward: on a CPU as many as keep one activation within its cache, on a GPU as memory
-    allows."""
+    """Rows per forward: on a CPU what keeps one activation within its cache, on a GPU what memory allows."""
     tokens, d_model = vit.layout.tokens.n_tokens, vit.layout.d_model
     if vit.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(vit.device)
@@ -184,12 +192,9 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
     bound, n_layers = schedule.bound, schedule.n_layers
     clean: list[CleanForwards] = []
     evaluations = launches = 0
-    passes = [(None, schedule.columns)]
+    passes: list[tuple[tuple[Read, ...] | None, tuple[str, ...]]] = [(None, schedule.columns)]
     if schedule.means_come_first:
-        means = tuple(
-            dict.fromkeys(r.origin.column for r in schedule.mean_reads if isinstance(r.origin, ColumnOrigin))
-        )
-        passes.insert(0, (schedule.mean_reads, means))  # type: ignore[arg-type]
+        passes.insert(0, (schedule.mean_reads, schedule.columns_of(schedule.mean_reads)))
     for reads, columns in passes:
         for column in columns:
             images = [len(schedule.images(column, chunk, reads)) for chunk in schedule.chunks]
@@ -222,6 +227,8 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
         n_examples=None if per_example else schedule.n_examples,
         chunk=schedule.chunk,
         width=schedule.width,
+        widest=most,
+        clean_runs=tuple(run.name for run in bound.runs if not run.edits),
         clean=tuple(clean),
         rows=tuple(rows),
         block_evaluations=evaluations,
@@ -274,8 +281,12 @@ def _late_start(name: str, *, through: bool) -> bool:
     return name not in early and (through or name != "mlp_out")
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:6]) + (f", ... ({len(names)} sites)" if len(names) > 6 else "")
+def _listed(names: tuple[str, ...], what: str = "sites") -> str:
+    return ", ".join(names[:6]) + (f", ... ({len(names)} {what})" if len(names) > 6 else "")
+
+
+def _counted(n: int, one: str, many: str = "") -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def _human(n_bytes: float) -> str:
@@ -284,6 +295,3 @@ def _human(n_bytes: float) -> str:
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1024
     raise AssertionError
-
-
-__all__ += ["describe", "join_reads", "schedule_for"]

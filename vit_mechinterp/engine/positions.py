@@ -88,8 +88,8 @@ def resolve_tokens(
         vit: the model whose token layout counts.
         data: the examples; without it, selectors that read a column stay undecided and count as one token.
         image_column: the image that boxes are drawn on.
-        where: what to name in messages, such as ``"run 'layer5', interchange at blocks.5.resid_post,
-        tokens"``.
+        where: what to name in messages, such as
+            ``"run 'layer5', interchange at blocks.5.resid_post, tokens"``.
 
     Raises:
         SpecError: the model has no such token name or patch.
@@ -108,7 +108,7 @@ def resolve_tokens(
             return Positions(shared=(0,))
         data.require(tokens.box, where)
         return data.once(
-            ("box", tokens.box, image_column), lambda: _from_boxes(tokens.box, data, vit, image_column)
+            ("box", tokens.box, image_column), lambda: _from_boxes(tokens.box, data, vit, image_column, where)
         )
     positions: list[int] = []
     for item in (tokens,) if isinstance(tokens, str) else tokens:
@@ -138,7 +138,7 @@ def _check_patch(patch: int, vit: HookedViT, where: str) -> None:
 def _from_column(column: str, data: Data, vit: HookedViT, where: str) -> Positions:
     first, n_patches = len(vit.layout.tokens.prefix), vit.layout.tokens.n_patches
     rows = []
-    for example, patches in enumerate(data.integers(column)):
+    for example, patches in enumerate(data.integers(column, where)):
         if not patches:
             raise DataError(f"{where}, column {column!r}, example {example}: no patch is selected.")
         if min(patches) < 0 or max(patches) >= n_patches:
@@ -148,16 +148,16 @@ def _from_column(column: str, data: Data, vit: HookedViT, where: str) -> Positio
     return Positions(each=tuple(rows))
 
 
-def _from_boxes(column: str, data: Data, vit: HookedViT, image_column: str) -> Positions:
+def _from_boxes(column: str, data: Data, vit: HookedViT, image_column: str, where: str) -> Positions:
     layout = vit.layout.tokens
     sizes = data.original_sizes(image_column)
     rows = []
-    for example, box in enumerate(data.boxes(column)):
+    for example, box in enumerate(data.boxes(column, where)):
         try:
             # A tensor is in the model's own pixels already; an image passes through resize and crop.
             inside = box if sizes is None else vit.preprocess.geometry.map_box(box, sizes[example])
             patches = patches_of_box(inside, layout.patch_size, (layout.grid[-2], layout.grid[-1]))
         except DataError as error:
-            raise DataError(f"Column {column!r}, example {example}: {error}") from None
+            raise DataError(f"{where}: column {column!r}, example {example}: {error}") from None
         rows.append(tuple(len(layout.prefix) + patch for patch in patches))
     return Positions(each=tuple(rows))

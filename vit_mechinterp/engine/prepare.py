@@ -19,7 +19,8 @@ from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.schedule import Schedule, Segment
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.wave import Material, run_wave
-from vit_mechinterp.errors import ExecutionError, SpecError
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep
 
@@ -106,18 +107,6 @@ class Prepared:
         return torch.stack([outputs[run.name] for run in bound.runs])
 
 
-def _refuse_checkpointing(vit: HookedViT) -> None:
-    """Blocks that are run again for the backward pass would run without the interventions."""
-    for path, module in vit.module.named_modules():
-        mine = getattr(module, "grad_checkpointing", False)
-        if mine or (getattr(module, "gradient_checkpointing", False) and module.training):
-            raise ExecutionError(
-                f"{type(vit.module).__name__} has gradient checkpointing on (at {path or 'the top'}), which "
-                "runs blocks again for the backward pass, without the interventions. Switch it off first: "
-                "set_grad_checkpointing(False) in timm, gradient_checkpointing_disable() in transformers."
-            )
-
-
 def _most_source_tokens(vit: HookedViT, schedule: Schedule) -> int:
     every, n_tokens = range(schedule.n_examples), vit.layout.tokens.n_tokens
     counts = [
@@ -138,8 +127,7 @@ def prepare(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Iterator[Prepared]:
-    """Do the clean forwards of an experiment once, and hold what its runs read; the model is frozen
-    meanwhile.
+    """Do the clean forwards of an experiment once, and hold what its runs read, with the model frozen.
 
     Args:
         vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.
@@ -155,8 +143,8 @@ def prepare(
     """
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_dropout(vit)
-    _refuse_checkpointing(vit)
-    columns = Data(data, vit)
+    refuse_checkpointing(vit.module)
+    columns = Data(data, vit, progress=progress)
     bound = bind(vit, flat, columns)
     if len(bound.stages) > 1:
         raise SpecError(

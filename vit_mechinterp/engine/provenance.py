@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import digest_of
@@ -31,7 +30,7 @@ def provenance_of(
     ``halvings`` counts how often the rows per forward were halved because memory ran out.
     """
     # Labels are in the table of the results, so they count as read.
-    used = sorted({*columns_used(schedule.bound, data), *data.labels()})
+    used = sorted({*schedule.bound.columns, *data.labels()})
     return {
         "spec": digest([run.run.model_dump(mode="json") for run in schedule.bound.runs]),
         "model": vit.fingerprint(),
@@ -50,30 +49,10 @@ def provenance_of(
     }
 
 
-def columns_used(bound: Bound, data: Data) -> list[str]:
-    """Names of the columns that the runs read."""
-    named: set[str] = set()
-    for run in bound.runs:
-        _names(run.run.model_dump(mode="json"), named)
-    return sorted(named.intersection(data.columns))
-
-
-def _names(document: Any, found: set[str]) -> None:
-    """Every string value in a document: what it names as a column is among them."""
-    if isinstance(document, str):
-        found.add(document)
-    elif isinstance(document, Mapping):
-        for value in document.values():
-            _names(value, found)
-    elif isinstance(document, list):
-        for value in document:
-            _names(value, found)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; of those that are installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.errors import TensorFileError, suggest
+from vit_mechinterp.model.cache import BySite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,27 +20,28 @@ if TYPE_CHECKING:
 __all__ = ["Captures", "Results"]
 
 
-class Captures(Mapping[str, Any]):
-    """Captured values of one run by site: a tensor ``[example, ...]``, or a list of tensors where the number
-    of selected tokens differs between examples."""
+class Captures(BySite[Any]):
+    """Captured values of one run by site name; TransformerLens spellings find them as well.
+
+    Each is a tensor ``[example, ...]``, or a list of tensors where examples differ in their number of
+    selected tokens.
+    """
 
     def __init__(self, run: str, values: Mapping[str, Tensor | list[Tensor]]) -> None:
+        super().__init__(values)
         self.run = run
-        self._values = dict(values)
+        self.owner = f"Run {run!r}: "
 
-    def __getitem__(self, site: str) -> Any:
-        if site not in self._values:
-            raise KeyError(
-                f"Run {self.run!r} did not capture {site}.{suggest(site, self._values)} "
-                f"Captured: {', '.join(self._values) or 'nothing'}."
-            )
-        return self._values[site]
 
-    def __iter__(self) -> Any:
-        return iter(self._values)
+class _ByRun(dict[str, Captures]):
+    """Captures by run; asking for a run that there is not names those that there are."""
 
-    def __len__(self) -> int:
-        return len(self._values)
+    def __missing__(self, run: str) -> Captures:
+        raise KeyError(_no_run(run, tuple(self)))
+
+
+def _no_run(run: str, runs: Sequence[str]) -> str:
+    return f"There is no run {run!r}.{suggest(run, runs)} Runs: {', '.join(runs)}."
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class Results:
     labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "captures", _ByRun(self.captures))
+
     def __getitem__(self, run: str) -> Float[Tensor, "example *output"]:
         """The outputs of one run."""
         if run not in self.run_names:
-            raise KeyError(
-                f"There is no run {run!r}.{suggest(run, self.run_names)} Runs: {', '.join(self.run_names)}."
-            )
+            raise KeyError(_no_run(run, self.run_names))
         return self.logits[self.run_names.index(run)]
 
     def to_pandas(self) -> pd.DataFrame:
@@ -90,8 +92,7 @@ class Results:
         return pd.DataFrame(table)
 
     def save(self, folder: str | Path) -> Path:
-        """Write tensors (safetensors), the table (parquet and CSV) and the provenance (JSON) into a
-        folder."""
+        """Write tensors (safetensors), table (parquet and CSV) and provenance (JSON) into a folder."""
         from safetensors.torch import save_file
 
         path = Path(folder)
@@ -154,8 +155,3 @@ class Results:
     def __repr__(self) -> str:
         captured = sum(len(c) for c in self.captures.values())
         return f"Results({len(self.run_names)} runs x {self.logits.shape[1]} examples, {captured} captures)"
-
-
-def stack(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate along examples, without a copy where there is one part."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,5 +1,4 @@
-"""What has to be computed, in which order: the one description that the plan counts and the engine carries
-out."""
+"""What has to be computed, in which order: what the plan counts and the engine carries out."""
 
 from __future__ import annotations
 
@@ -122,8 +121,12 @@ class Schedule:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """Image columns that need clean forwards."""
-        columns = [read.origin.column for read in self.clean_reads if isinstance(read.origin, ColumnOrigin)]
-        return tuple(dict.fromkeys((*columns, *sorted(self.outputs))))
+        return tuple(dict.fromkeys((*self.columns_of(self.clean_reads), *sorted(self.outputs))))
+
+    def columns_of(self, reads: Sequence[Read]) -> tuple[str, ...]:
+        """Image columns that some reads are taken from, each once."""
+        columns = (read.origin.column for read in reads if isinstance(read.origin, ColumnOrigin))
+        return tuple(dict.fromkeys(columns))
 
     def reads_of(self, column: str, reads: Sequence[Read] | None = None) -> list[Read]:
         """The clean reads of one image column."""
@@ -201,7 +204,6 @@ def starts_at_mlp_out(run: BoundRun) -> bool:
 
 
 def wave_reads(run: BoundRun, bound: Bound) -> list[Read]:
-    """Values that must be read off a run's own rows: captures behind its first edit, and what other runs
-    read."""
+    """Values to read off a run's own rows: captures behind its first edit, and what other runs read."""
     own = [c.read for c in run.captures if not run.is_clean_at(c.read.site)]
     return own + [r for r in bound.run_reads if isinstance(r.origin, RunOrigin) and r.origin.run == run.name]

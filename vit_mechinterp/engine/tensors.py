@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, Edit
+from vit_mechinterp.engine.entries import described
 from vit_mechinterp.errors import SpecError, TensorFileError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
@@ -55,14 +56,24 @@ def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
 
 
 def resolve_refs(
-    bound: Bound, tensors: Mapping[str, Tensor] | None, vit: HookedViT, folder: Path | None = None
+    bound: Bound,
+    tensors: Mapping[str, Tensor] | None,
+    vit: HookedViT,
+    folder: Path | None = None,
+    files: Mapping[str, TensorRef] | None = None,
 ) -> dict[TensorRef, Tensor]:
     """The tensor of every reference in the experiment, on the model's device.
 
+    ``files`` gives files to names; what ``tensors`` holds comes first.
+
     Raises:
-        SpecError: a name is not among ``tensors``; TensorFileError: a file cannot be read.
+        SpecError: a name is not among ``tensors``, or what it names holds no numbers.
+        TensorFileError: a file cannot be read.
     """
-    given = dict(tensors or {})
+    if tensors is not None and not isinstance(tensors, Mapping):
+        raise SpecError(f"tensors is a mapping from names to tensors, not {type(tensors).__name__}.")
+    own = {name: load_tensor(ref, folder) for name, ref in (files or {}).items() if ref.file is not None}
+    given = {**own, **(tensors or {})}
     resolved: dict[TensorRef, Tensor] = {}
     for run in bound.runs:
         for edit in run.edits:
@@ -72,7 +83,9 @@ def resolve_refs(
                 if ref.name is None:
                     tensor = load_tensor(ref, folder)
                 elif ref.name in given:
-                    tensor = torch.as_tensor(given[ref.name])
+                    tensor = _as_tensor(
+                        given[ref.name], f"{edit.where}: {field} names the tensor {ref.name!r}"
+                    )
                 else:
                     raise SpecError(
                         f"{edit.where}: {field} names the tensor {ref.name!r}, which was not given."
@@ -80,6 +93,13 @@ def resolve_refs(
                     )
                 resolved[ref] = tensor.to(vit.device)
     return resolved
+
+
+def _as_tensor(value: object, where: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise SpecError(f"{where}, and what was given is no tensor: {described(value)}.") from None
 
 
 def digest_of(tensors: Mapping[TensorRef, Tensor]) -> dict[str, str]:
@@ -97,9 +117,8 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
     """Check every tensor against the site and the tokens that it acts on.
 
     Raises:
-        SpecError: a direction of the wrong shape, a basis that is not orthonormal, a gate outside 0..1, a
-        choice
-            beyond the leading axis.
+        SpecError: a direction of the wrong shape, a basis that is not orthonormal, a gate outside 0..1, or a
+            choice beyond the leading axis.
     """
     checks = {"vector": _check_vector, "basis": _check_basis, "gate": _check_gate, "mean": _check_mean}
     for run in bound.runs:

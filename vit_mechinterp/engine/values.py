@@ -1,8 +1,8 @@
 """Activations at selected tokens, addressed the same way at every site.
 
 Every site is looked at *by token*: ``[row, token, *features]``, where features are ``[d]``, ``[head, d]``, or
-``[head, key]`` at attention matrices (whose tokens are the queries). ``pooled`` and ``logits`` are ``[row,
-d]``.
+``[head, key]`` at attention matrices (whose tokens are the queries). ``pooled`` and ``logits`` are
+``[row, d]``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.bind import Bound, BoundRun, Edit, Join
+from vit_mechinterp.engine.bound import Bound, BoundRun, Edit, Join
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.ops import Inputs, apply
 from vit_mechinterp.engine.schedule import Segment, join_reads, starts_at_mlp_out, wave_reads
@@ -203,7 +203,9 @@ class _Wave:
             counts = edit.positions.counts(examples, 0)
             ordinal = torch.as_tensor(order, device=device)
         selected = h if edit.spec.heads is None else h[:, features]
-        new = apply(edit.spec, selected, self._inputs(n, edit, counts, ordinal))
+        # What the mask leaves alone must survive an operator that writes into its argument.
+        given = selected if edit.keys.is_all else selected.clone()
+        new = apply(edit.spec, given, self._inputs(n, edit, counts, ordinal))
         if new.shape != selected.shape:
             raise ExecutionError(
                 f"{edit.where}: the operator returned {tuple(new.shape)} for {tuple(selected.shape)}."
@@ -236,8 +238,7 @@ class _Wave:
         return Inputs(ordinal=ordinal, source=source, tensors=tensors, choice=choice)
 
     def _mean(self, edit: Edit, counts: list[int], examples: Sequence[int], ordinal: Tensor) -> Tensor:
-        """The mean to put in place, paired with the selected tokens: ``[m, *features]`` or ``[1,
-        *features]``."""
+        """The mean to put in place, paired with the selected tokens: ``[m or 1, *features]``."""
         pooled = bool(getattr(edit.spec, "pool_tokens", False)) or not edit.site.has_tokens
         if edit.mean is None:
             mean = self.material.tensors[edit.refs[0][1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,7 +12,9 @@ from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.layout import TAP_SITES
 from vit_mechinterp.spec import Site
 
-__all__ = ["ActivationCache", "SiteInfo", "describe"]
+__all__ = ["ActivationCache", "BySite", "SiteInfo", "describe"]
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -29,35 +32,45 @@ class SiteInfo:
     note: str = ""
 
 
-class ActivationCache(Mapping[str, Tensor]):
-    """Activations by site name, as captured; TransformerLens spellings find them as well."""
+class BySite(Mapping[str, Value]):
+    """Values by site name, as captured; TransformerLens spellings find them as well."""
 
-    def __init__(self, activations: Mapping[str, Tensor]) -> None:
-        self._activations = dict(activations)
+    owner = ""
+    """Who captured, for messages; begins a sentence."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._activations.get(name)
-        if found is None:
-            try:
-                found = self._activations.get(str(Site.parse(name)))
-            except SpecError as error:
-                raise KeyError(str(error)) from None
-        if found is None:
-            captured = ", ".join(self._activations) or "nothing"
-            raise KeyError(
-                f"{name} was not captured.{suggest(name, self._activations)} Captured: {captured}."
-            )
-        return found
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Value:
+        if name in self._values:
+            return self._values[name]
+        try:
+            canonical = str(Site.parse(name))
+        except SpecError as error:
+            raise KeyError(f"{self.owner}{error}") from None
+        if canonical in self._values:
+            return self._values[canonical]
+        captured = ", ".join(self._values) or "nothing"
+        close = suggest(name, self._values)
+        raise KeyError(f"{self.owner}{name} was not captured.{close} Captured: {captured}.")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._activations)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self._activations)
+        return len(self._values)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in self._activations.items())
-        return f"ActivationCache({shapes})"
+        shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in self._values.items())
+        return f"{type(self).__name__}({shapes})"
+
+
+class ActivationCache(BySite[Tensor]):
+    """Activations by site name, as captured; TransformerLens spellings find them as well."""
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"{len(value)} tensors"  # type: ignore[arg-type]
 
 
 def describe(site: Site, shape: tuple[int, ...]) -> SiteInfo:

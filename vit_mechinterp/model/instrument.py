@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
+from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.layout import TAP_SITES, Layout
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 from vit_mechinterp.model.tap import shadowed_forward, tapped
@@ -77,7 +78,8 @@ class Instrument:
     @contextmanager
     def installed(self) -> Iterator[Instrument]:
         """Install everything; on exit, also after an exception, restore the module."""
-        self._refuse_checkpointing()
+        if self._visits and torch.is_grad_enabled():
+            refuse_checkpointing(self.module)
         self.fired = dict.fromkeys(self._visits, 0)
         self.forwards = 0
         with ExitStack() as stack:
@@ -98,17 +100,6 @@ class Instrument:
                 add = block.register_forward_pre_hook if before else block.register_forward_hook
                 stack.callback(add(_stop).remove)
             yield self
-
-    def _refuse_checkpointing(self) -> None:
-        if not (self._visits and torch.is_grad_enabled()):
-            return
-        for path, part in self.module.named_modules():
-            own = vars(part)
-            if own.get("grad_checkpointing") or (own.get("gradient_checkpointing") and part.training):
-                raise ExecutionError(
-                    f"{path or type(part).__name__} uses gradient checkpointing: its blocks run again in the "
-                    "backward pass, when visitors are gone. Switch it off, or run under torch.no_grad()."
-                )
 
     def verify(self, *, every: bool = True) -> None:
         """Raise if a visited site did not fire exactly once in every forward since `installed` was entered.

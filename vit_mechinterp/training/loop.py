@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vit_mechinterp.engine.provenance import versions
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.model.registry import wrap
 from vit_mechinterp.stimuli.discrimination import DiscriminationGenerator
@@ -108,7 +109,7 @@ def _train(
         _forward_schedule(schedule, state["step"])
         _keep_log(folder / "log.jsonl", state["step"])
 
-    document = {"command": command, "config": config.model_dump(), "versions": _versions()}
+    document = {"command": command, "config": config.model_dump(), "versions": versions(_LIBRARIES)}
     module.train()
     began = time.perf_counter() - state["seconds"]
     steps = tqdm(
@@ -216,10 +217,3 @@ def _keep_log(path: Path, steps: int) -> None:
 def _write_line(log: Any, line: dict[str, Any]) -> None:
     log.write(json.dumps(line) + "\n")
     log.flush()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-    from platform import python_version
-
-    return {"python": python_version()} | {name: version(name) for name in _LIBRARIES}
