@@ -1,7 +1,8 @@
 """Every error that the package raises on purpose.
 
 VitMechInterpError
-├── SpecError               a spec is malformed, or does not fit the model (also a ValueError)
+├── SpecError               a spec is malformed, or does not fit the model (also a ValueError), in a document
+│   │                       or made in Python: pydantic's ValidationError is turned into it
 │   └── UnsupportedSiteError    the model has no such site, and why
 ├── DataError               a dataset lacks a column, or a column has the wrong content (also a ValueError)
 ├── TensorFileError         a tensor file is missing, unreadable, truncated or not what its reference says

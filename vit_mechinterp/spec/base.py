@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import operator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.spec.digest import digest
+from vit_mechinterp.spec.problems import as_spec_error
 
-__all__ = ["Index", "SpecModel", "as_index"]
+__all__ = ["Index", "SpecModel", "as_index", "nested"]
 
 
 class SpecModel(BaseModel):
-    """A frozen pydantic model that refuses unknown fields by name and has a digest."""
+    """A frozen pydantic model that refuses unknown fields by name and has a digest.
+
+    Making one, in Python or with ``model_validate``, raises SpecError with one line per problem.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    if not TYPE_CHECKING:  # type checkers see the fields
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise as_spec_error(error, type(self).__name__, type(self).model_fields) from None
+
+        # What stands inside another model is validated past __init__, so that errors keep their path.
+        __init__.__pydantic_base_init__ = True
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Make one from a mapping; SpecError if it is none."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise as_spec_error(error, cls.__name__, cls.model_fields) from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Make one from JSON text; SpecError if it is none."""
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise as_spec_error(error, cls.__name__, cls.model_fields) from None
 
     @property
     def digest(self) -> str:
@@ -52,6 +83,15 @@ class SpecModel(BaseModel):
             ]
             raise ValidationError.from_exception_data(cls.__name__, details)
         return data
+
+
+_Model = TypeVar("_Model", bound=SpecModel)
+
+
+def nested(model: type[_Model], value: Any) -> _Model:
+    """Validate inside a validator: pydantic's own error passes, and is collected with the path of its key."""
+    validated: _Model = model.__pydantic_validator__.validate_python(value)
+    return validated
 
 
 def as_index(value: Any) -> int:

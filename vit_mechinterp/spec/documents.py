@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.spec.problems import as_spec_error
 
 __all__ = ["dump_yaml", "load_json", "load_yaml", "read_text", "validate"]
 
@@ -75,15 +76,8 @@ def validate(model: type[_Model], data: Any, where: str) -> _Model:
             f"{where}: {model.__name__} is a mapping of {', '.join(model.model_fields)}; got {data!r}."
         )
     try:
-        return model.model_validate(data)
+        # Past model_validate, which names the class where this names the document.
+        validated: _Model = model.__pydantic_validator__.validate_python(data)
+        return validated
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            key = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
-                known = model.model_fields
-                problem["msg"] = f"There is no such key.{suggest(key, known)} Keys: {', '.join(known)}."
-            lines.append(
-                ": ".join(part for part in (where, key, problem["msg"].removeprefix("Value error, ")) if part)
-            )
-        raise SpecError("\n".join(lines)) from None
+        raise as_spec_error(error, where, model.model_fields) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
 
 from vit_mechinterp.errors import SpecError, suggest
-from vit_mechinterp.spec.base import SpecModel, as_index
+from vit_mechinterp.spec.base import SpecModel, as_index, nested
 from vit_mechinterp.spec.documents import dump_yaml, load_json, load_yaml, read_text, validate
 from vit_mechinterp.spec.runs import Run
 from vit_mechinterp.spec.sweeps import Sweep
@@ -45,7 +45,7 @@ class DataSource(SpecModel):
 
 def _run_or_sweep(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return (Sweep if "over" in value else Run).model_validate(dict(value))
+        return nested(Sweep if "over" in value else Run, dict(value))
     if not isinstance(value, (Run, Sweep)):
         raise SpecError(f"A run is a mapping with a 'name' (a sweep one with 'over'), got {value!r}.")
     return value
@@ -115,8 +115,9 @@ class Experiment(SpecModel):
         return self._folder
 
     def resolve(self, path: str | Path) -> Path:
-        """Return ``path``, taken relative to the document's folder if it has one."""
-        return Path(path) if self._folder is None else self._folder / path
+        """Return ``path``, relative to the document's folder if it has one; ``~`` is the home folder."""
+        path = Path(path).expanduser()
+        return path if self._folder is None else self._folder / path
 
     def expand(self, n_layers: int) -> list[Run]:
         """Return all runs for a model of ``n_layers`` blocks, sweeps written out; SpecError if two share a

@@ -18,7 +18,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from vit_mechinterp.errors import SpecError, suggest
-from vit_mechinterp.spec.base import SpecModel, as_index
+from vit_mechinterp.spec.base import SpecModel, as_index, nested
 from vit_mechinterp.spec.sites import Site
 from vit_mechinterp.spec.tokens import Tokens
 
@@ -66,7 +66,7 @@ def _source(value: Any) -> str | RunSource:
     if isinstance(value, RunSource) or (isinstance(value, str) and value):
         return value
     if isinstance(value, Mapping) and set(value) == {"run"}:
-        return RunSource.model_validate(dict(value))
+        return nested(RunSource, dict(value))
     raise SpecError(
         f"{value!r} is no source. Write the name of an image column, or {{'run': name}} for another run."
     )
@@ -201,7 +201,7 @@ def _intervention(value: Any) -> Intervention:
         raise SpecError(f"This intervention does not say its 'op'. Known: {_known(OPS)}.")
     if not isinstance(op, str) or op not in OPS:
         raise SpecError(f"Unknown op {op!r}.{suggest(str(op), OPS)} Known: {_known(OPS)}.")
-    return OPS[op].model_validate(dict(value))
+    return nested(OPS[op], dict(value))
 
 
 def _known(options: Iterable[str]) -> str:

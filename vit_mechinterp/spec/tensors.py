@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, overload
 
 from pydantic import field_validator, model_validator
@@ -18,8 +19,8 @@ class TensorRef(SpecModel):
     """A tensor by name, or by safetensors file and key (and, if given, the SHA-256 of the file).
 
     ``TensorRef("probe")`` is looked up in ``tensors={"probe": tensor}``; ``TensorRef("das.safetensors",
-    "rotation")`` is read from the file. In a document a plain string is a name. Raises pydantic's
-    ValidationError (a ValueError) unless it is exactly one of the two.
+    "rotation")`` is read from the file. In a document a plain string is a name. Raises SpecError unless it is
+    exactly one of the two.
     """
 
     name: str | None = None
@@ -50,10 +51,21 @@ class TensorRef(SpecModel):
             fields[field] = part
         super().__init__(**fields)
 
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # see SpecModel
+
     @model_validator(mode="before")
     @classmethod
     def _a_string_is_a_name(cls, data: Any) -> Any:
-        return {"name": data} if isinstance(data, str) else data
+        if isinstance(data, str):
+            return {"name": data}
+        given = data.get("name") if isinstance(data, Mapping) else data
+        if hasattr(given, "shape") or isinstance(given, (list, tuple)):
+            kind = type(given).__name__
+            raise SpecError(
+                f"A spec holds no tensors, got a {kind}: give a name here, and the tensor to execute or "
+                "run_experiment as tensors={name: tensor}."
+            )
+        return data
 
     @field_validator("file", mode="before")
     @classmethod

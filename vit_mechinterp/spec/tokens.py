@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, Field
 
 from vit_mechinterp.errors import SpecError
-from vit_mechinterp.spec.base import SpecModel, as_index
+from vit_mechinterp.spec.base import SpecModel, as_index, nested
 
 __all__ = ["Column", "TokenBox", "TokenColumn", "Tokens", "parse_tokens"]
 
@@ -52,9 +52,9 @@ def parse_tokens(value: Any) -> str | tuple[str | int, ...] | TokenColumn | Toke
         return _name(value)
     if isinstance(value, Mapping):
         if set(value) == {"column"}:
-            return TokenColumn.model_validate(dict(value))
+            return nested(TokenColumn, dict(value))
         if set(value) == {"box"}:
-            return TokenBox.model_validate(dict(value))
+            return nested(TokenBox, dict(value))
         raise _malformed(value)
     if hasattr(value, "__index__"):
         return (as_index(value),)
