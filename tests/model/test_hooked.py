@@ -205,7 +205,14 @@ def test_a_cache_is_a_mapping() -> None:
     assert cache["blocks.0.hook_resid_post"] is cache["blocks.0.resid_post"]
     assert "blocks.0.ln1" not in cache
     assert "nonsense" not in cache
-    assert repr(cache).startswith("ActivationCache(blocks.0.resid_pre: (1, 17, 24), ")
+    first, *lines = repr(cache).splitlines()
+    assert first == "ActivationCache of 4 sites:"
+    assert lines[:2] == [
+        "  blocks.0.resid_pre   (1, 17, 24) float32",
+        "  blocks.0.resid_post  (1, 17, 24) float32",
+    ]
+    assert len(lines) == 4
+    assert repr(vit.run(TIMM_PLAIN.images(1))[1]) == "ActivationCache of 0 sites"
     with pytest.raises(KeyError, match=r"blocks\.0\.resid_mid was not captured\. Close matches: .*resid_p"):
         cache["blocks.0.resid_mid"]
 
@@ -371,3 +378,9 @@ def test_only_known_libraries_have_a_preprocessing() -> None:
         UnsupportedModelError, match=r"No preprocessing is known for models of mine: .*\(3, 32, 32\)"
     ):
         other.preprocess  # noqa: B018
+
+
+def test_a_hook_that_is_no_function_is_refused_before_the_block() -> None:
+    vit = vmi.wrap(TIMM_PLAIN.module())
+    with pytest.raises(SpecError, match=r"The hook at blocks\.0\.resid_post is 3; it must be a function"):
+        vit.hooks({"blocks.0.resid_post": 3}).__enter__()  # type: ignore[dict-item]

@@ -66,6 +66,29 @@ def test_folders_may_be_relative_to_here_and_to_home(tmp_path: Path, monkeypatch
         assert vmi.load(f"timm/{place}/my-timm").layout.tokens.grid == (4, 4)
 
 
+def test_a_relative_folder_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    hf("ViTModel", "ViTConfig")().save_pretrained(tmp_path / "m")
+    size = {"height": 32, "width": 32}
+    transformers.ViTImageProcessor(size=size, image_mean=[0.1] * 3, image_std=[0.2] * 3).save_pretrained(tmp_path / "m")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    models = [vmi.load("hf/./m"), vmi.load("hf/~/m")]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    black = Image.new("RGB", (32, 32))
+    for vit, source in zip(models, ("hf/./m", "hf/~/m"), strict=True):
+        assert vit.source == source
+        assert vit.origin == f"hf/{tmp_path / 'm'}"
+        assert vit.preprocess([black]).flatten()[0] == pytest.approx(-0.5)
+
+
+def test_no_string_is_no_model() -> None:
+    with pytest.raises(SpecError, match="None is no model string"):
+        vmi.load(None)  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_of_two_towers_gives_the_vision_tower(tmp_path: Path) -> None:
     module = two_towers("CLIPModel")().eval()
     module.save_pretrained(tmp_path)

@@ -61,8 +61,10 @@ class BySite(Mapping[str, Value]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in self._values.items())
-        return f"{type(self).__name__}({shapes})"
+        width = max(map(len, self._values), default=0)
+        lines = [f"\n  {name:<{width}}  {_shape(value)}" for name, value in self._values.items()]
+        sites = f"{len(lines)} site{'s' * (len(lines) != 1)}{':' * bool(lines)}"
+        return f"{type(self).__name__} of {sites}{''.join(lines)}"
 
 
 class ActivationCache(BySite[Tensor]):
@@ -70,7 +72,9 @@ class ActivationCache(BySite[Tensor]):
 
 
 def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"{len(value)} tensors"  # type: ignore[arg-type]
+    if not isinstance(value, Tensor):
+        return f"{len(value)} tensors"  # type: ignore[arg-type]
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
 def describe(site: Site, shape: tuple[int, ...]) -> SiteInfo:

@@ -17,6 +17,7 @@ from vit_mechinterp.model.cache import ActivationCache, SiteInfo, describe
 from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import Layout, lookup
+from vit_mechinterp.model.origins import absolute
 from vit_mechinterp.spec import Site, expand, is_glob, site_names
 
 if TYPE_CHECKING:
@@ -39,12 +40,21 @@ class HookedViT:
 
     Made by `load` and `wrap`. Whatever a call installs on the module is gone when the call returns. One lock
     per native module makes calls from several threads safe.
+
+    Attributes:
+        module: the native module.
+        layout: what is where in it.
+        source: the model string that it was loaded by, as it was given; None for a module of the user's own.
+        origin: the same, with the folder of a local model as an absolute path.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, source: str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, layout: Layout, source: str | None = None, origin: str | None = None
+    ) -> None:
         self.module = module
         self.layout = layout
         self.source = source
+        self.origin = absolute(source) if origin is None and source is not None else origin
         self._sites: dict[str, SiteInfo] | None = None
         self._preprocess: Preprocess | None = None
         self.lock = lock_of(module)
@@ -95,7 +105,7 @@ class HookedViT:
                     f"of shape {size} instead of images."
                 )
             else:
-                name = self.source.removeprefix("hf/") if self.source else None
+                name = self.origin.removeprefix("hf/") if self.origin else None
                 self._preprocess = Preprocess.from_transformers(self.module, name)
         return self._preprocess
 
@@ -134,17 +144,25 @@ class HookedViT:
     def hooks(self, visitors: Mapping[str, Visitor]) -> Iterator[HookedViT]:
         """For exploring: edit activations with plain functions during every call inside the ``with`` block.
 
+        The model's lock is held for the whole block: calls from other threads wait until it ends, so a thread
+        that is started inside, calls the model and is joined inside would wait for ever.
+
         Args:
             visitors: functions by site name or glob. Each is given a copy of the tensor at the site, which it
-                may keep or change, and returns a replacement of the same shape and dtype, or None for the
-                copy.
+                may keep, or change in place, and returns a replacement of the same shape and dtype, or None
+                for the copy as the function left it.
 
         Raises:
-            SpecError: a name fits no site of the model.
+            SpecError: a name fits no site of the model, or a visitor is no function.
             ExecutionError: on leaving, if a site fired in none of the forwards that ran inside.
         """
         instrument = Instrument(self.module, self.layout)
         for pattern, visitor in visitors.items():
+            if not callable(visitor):
+                raise SpecError(
+                    f"The hook at {pattern} is {visitor!r}; it must be a function that takes the tensor "
+                    "at the site, and returns a replacement or None."
+                )
             for name in self.expand([pattern]):
                 instrument.visit(Site.parse(name), _checked(name, visitor))
         with self.lock, instrument.installed():

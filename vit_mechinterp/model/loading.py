@@ -11,6 +11,7 @@ from torch import nn
 
 from vit_mechinterp.errors import SpecError, TensorFileError, VitMechInterpError, suggest
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.origins import absolute, is_folder
 from vit_mechinterp.model.registry import wrap
 
 __all__ = ["checkpoints", "load"]
@@ -45,7 +46,7 @@ def load(
         TensorFileError: the weights are truncated or damaged.
         UnsupportedModelError: no family describes the model.
     """
-    library, _, rest = name.partition("/")
+    library, _, rest = name.partition("/") if isinstance(name, str) else ("", "", "")
     if not rest or library not in ("timm", "hf", "vmi"):
         raise SpecError(
             f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as 'hf/./FOLDER' or "
@@ -64,6 +65,7 @@ def load(
             f"{name!r}: code from a model repository is never run (trust_remote_code). Load the module "
             "yourself, and wrap it."
         )
+    _, _, rest = absolute(f"{library}/{rest}").partition("/")
     build = _load_timm if library == "timm" else _load_transformers
     try:
         module = build(rest, pretrained, options).eval()
@@ -94,15 +96,11 @@ def checkpoints() -> list[str]:
     return sorted(folder.parent.name for folder in CHECKPOINTS.glob("*/config.json"))
 
 
-def _is_folder(name: str) -> bool:
-    return name.startswith((".", "/", "~"))
-
-
 def _load_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    if _is_folder(name):
-        folder = Path(name).expanduser()
+    if is_folder(name):
+        folder = Path(name)
         if not (folder / "config.json").is_file():
             raise SpecError(
                 f"{folder} has no config.json; a timm folder holds config.json and model.safetensors."
@@ -112,7 +110,7 @@ def _load_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
                 f"{folder} has no model.safetensors, and weights in other formats are not read: they can run "
                 "code."
             )
-        name = f"local-dir:{folder.resolve()}"
+        name = f"local-dir:{folder}"
     elif not timm.is_model(name) and "/" not in name and ":" not in name:
         raise SpecError(f"timm has no model {name!r}.{suggest(name.split('.')[0], timm.list_models())}")
     module: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
@@ -137,17 +135,16 @@ _VISION_TOWERS = {
 def _load_transformers(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import transformers
 
-    path = str(Path(name).expanduser()) if _is_folder(name) else name
-    if _is_folder(name) and not (Path(path) / "config.json").is_file():
+    if is_folder(name) and not (Path(name) / "config.json").is_file():
         raise SpecError(
-            f"{path} has no config.json; a transformers folder is one that save_pretrained wrote."
+            f"{name} has no config.json; a transformers folder is one that save_pretrained wrote."
         )
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     architecture = (config.architectures or [""])[0]
     architecture = _VISION_TOWERS.get(architecture, architecture)
     model_class = getattr(transformers, architecture, transformers.AutoModel)
     if pretrained:
-        module = _with_weights(model_class, path, options)
+        module = _with_weights(model_class, name, options)
     else:
         if architecture in _VISION_TOWERS.values():
             config = getattr(config, "vision_config", config)

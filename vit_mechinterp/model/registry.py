@@ -88,7 +88,10 @@ def wrap(
             if check:
                 _require_conformance(module)
             return module
-        return wrap(module.module, image_size=size, check=check, source=source or module.source)
+        other = wrap(module.module, image_size=size, check=check, source=source)
+        if source is None:
+            other.source, other.origin = module.source, module.origin
+        return other
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(f"wrap takes a torch module, not {type(module).__name__}.")
     if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
