@@ -235,3 +235,17 @@ def test_the_papers_sizes_are_the_default() -> None:
 def test_an_empty_dataset_is_refused() -> None:
     with pytest.raises(SpecError, match=r"n=0: ask for at least one image"):
         discrimination("train", 0)
+
+
+def test_encoded_images_are_the_pixels() -> None:
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from vit_mechinterp.stimuli.render import to_image_column
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
+    column = to_image_column(pixels)
+    decoded = [np.asarray(Image.open(io.BytesIO(image["bytes"]))).transpose(2, 0, 1) for image in column]
+    assert np.array_equal(np.stack(decoded), pixels)

@@ -56,7 +56,7 @@ def composed_run(
 
     experiment = Experiment.from_yaml(path)
     vit = load_model(experiment) if vit is None else vit
-    data = load_data(experiment)
+    data = load_data(experiment, progress=progress)
     for column in ("source", "label", "counterfactual_label", "edited_box", "source_box"):
         if column not in data.column_names:
             raise DataError(

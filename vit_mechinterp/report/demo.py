@@ -109,7 +109,7 @@ def _analyse(out: Path, progress: bool, sizes: Sizes) -> Report:
 
     models = {"disentangled": load(MODEL), "plain": load(PLAIN)}
     vit = models["disentangled"]
-    images = discrimination(n=sizes.behaviour, **TASK)
+    images = discrimination(n=sizes.behaviour, **TASK, progress=progress)
 
     step("composed run")
     from vit_mechinterp.report.composed import composed_run
@@ -182,7 +182,8 @@ def _sweep(vit: HookedViT, sizes: Sizes, progress: bool) -> CircuitResult:
     from vit_mechinterp.circuits.interchange_sweep import interchange_sweep
     from vit_mechinterp.stimuli import object_exchanges
 
-    result = interchange_sweep(vit, object_exchanges(n=sizes.sweep, **TASK), progress=progress)
+    pairs = object_exchanges(n=sizes.sweep, **TASK, progress=progress)
+    result = interchange_sweep(vit, pairs, progress=progress)
     about = (
         "Base and source images differ in one object (the edited one) and share everything else, so the "
         "counterfactual answer is the source image's own, and exchanging the other object should change "
@@ -197,8 +198,8 @@ def _alignment(vit: HookedViT, sizes: Sizes, progress: bool) -> CircuitResult:
 
     data = {
         attribute: (
-            counterfactuals(attribute, sizes.das_train, **{**TASK, "split": "train"}),
-            counterfactuals(attribute, sizes.das_test, **TASK),
+            counterfactuals(attribute, sizes.das_train, **{**TASK, "split": "train"}, progress=progress),
+            counterfactuals(attribute, sizes.das_test, **TASK, progress=progress),
         )
         for attribute in ATTRIBUTES
     }

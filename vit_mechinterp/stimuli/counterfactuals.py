@@ -30,7 +30,14 @@ from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.stimuli.chunks import CHUNK, ChunkedGenerator
 from vit_mechinterp.stimuli.discrimination import object_metadata
 from vit_mechinterp.stimuli.geometry import Geometry
-from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization, Scenes, render, to_images, to_tensor
+from vit_mechinterp.stimuli.render import (
+    NORMALIZATION,
+    Normalization,
+    Scenes,
+    render,
+    to_image_column,
+    to_tensor,
+)
 from vit_mechinterp.stimuli.splits import Split, allowed_combinations, check_split, object_pairs
 from vit_mechinterp.stimuli.streams import Stream
 
@@ -201,17 +208,18 @@ def counterfactuals(
     patch: int = 16,
     cell: int = 32,
     combinations: str = "256-256-256",
+    progress: bool = True,
 ) -> Dataset:
     """Make counterfactual pairs for ``attribute`` ("shape" or "color") as a `datasets.Dataset`; with an even
     ``n``, both directions are equally frequent.
 
     Columns: ``base``, ``source`` (images), ``label`` and ``counterfactual_label`` (1 same, 0 different), and
-        the places of four objects: ``edited`` and
-    ``other`` in the base, ``source`` and ``source_other`` in the source image, each as ``*_box`` (x0, y0, x1,
-    y1, half-open pixels) and as ``*_tokens`` (patch indices, row-major, prefix tokens not counted). The
-    base's objects are also given as ``shape_k``, ``color_k``, ``box_k``, ``object_k_tokens`` (1 is the edited
-    one), the source image's as ``source_shape``, ``source_color``, ``source_other_shape``,
-    ``source_other_color``.
+    the places of four objects: ``edited`` and ``other`` in the base, ``source`` and ``source_other`` in the
+    source image, each as ``*_box`` (x0, y0, x1, y1, half-open pixels) and as ``*_tokens`` (patch indices,
+    row-major, prefix tokens not counted). The base's objects are also given as ``shape_k``, ``color_k``,
+    ``box_k``, ``object_k_tokens`` (1 is the edited one), the source image's as ``source_shape``,
+    ``source_color``, ``source_other_shape``, ``source_other_color``. ``progress`` shows a bar if it takes
+    longer than two seconds.
 
     Raises:
         SpecError: an option does not fit; the message says which do.
@@ -238,7 +246,8 @@ def counterfactuals(
         features[name] = List(integer, length=values.shape[1]) if values.ndim == 2 else integer
         if name.endswith("label"):
             features[name] = ClassLabel(names=["different", "same"])
-    columns = {"base": to_images(batch.base_pixels), "source": to_images(batch.source_pixels)}
+    images = to_image_column(np.concatenate([batch.base_pixels, batch.source_pixels]), progress=progress)
+    columns = {"base": images[:n], "source": images[n:]}
     return Dataset.from_dict(
         columns | {name: values.tolist() for name, values in metadata.items()}, features=Features(features)
     )

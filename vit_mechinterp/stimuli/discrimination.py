@@ -22,7 +22,14 @@ from torch import Tensor
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.stimuli.chunks import CHUNK, ChunkedGenerator
 from vit_mechinterp.stimuli.geometry import Geometry
-from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization, Scenes, render, to_images, to_tensor
+from vit_mechinterp.stimuli.render import (
+    NORMALIZATION,
+    Normalization,
+    Scenes,
+    render,
+    to_image_column,
+    to_tensor,
+)
 from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS, check_split, object_pairs
 from vit_mechinterp.stimuli.streams import Stream
 
@@ -167,14 +174,15 @@ def discrimination(
     patch: int = 16,
     cell: int = 32,
     combinations: str = "256-256-256",
+    progress: bool = True,
 ) -> Dataset:
     """Make images of the discrimination task as a `datasets.Dataset`; half of them are "same".
 
     Columns: ``base`` (image), ``label`` (1 same, 0 different), ``different_kind`` ("none", "both", "shape",
-        "color"), and for each of the two objects
-    ``shape_k``, ``color_k`` (ids), ``box_k`` (its cell as x0, y0, x1, y1, half-open pixels) and
-    ``object_k_tokens`` (patch indices, row-major, prefix tokens not counted). The images are those of
-    `DiscriminationGenerator` with the same options.
+    "color"), and for each of the two objects ``shape_k``, ``color_k`` (ids), ``box_k`` (its cell as x0, y0,
+    x1, y1, half-open pixels) and ``object_k_tokens`` (patch indices, row-major, prefix tokens not counted).
+    The images are those of `DiscriminationGenerator` with the same options. ``progress`` shows a bar if it
+    takes longer than two seconds.
 
     Raises:
         SpecError: an option does not fit; the message says which do.
@@ -193,7 +201,7 @@ def discrimination(
         integer = Value("int64")
         features[name] = List(integer, length=values.shape[1]) if values.ndim == 2 else integer
     features |= {"label": ClassLabel(names=["different", "same"]), "different_kind": Value("string")}
-    columns: dict[str, Any] = {"base": to_images(batch.pixels)}
+    columns: dict[str, Any] = {"base": to_image_column(batch.pixels, progress=progress)}
     columns |= {name: values.tolist() for name, values in metadata.items()}
     columns["different_kind"] = [KIND_NAMES[kind] for kind in batch.different_kind]
     return Dataset.from_dict(columns, features=Features(features))

@@ -21,7 +21,7 @@ import numpy as np
 
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.stimuli.discrimination import KIND_NAMES, DiscriminationGenerator, object_metadata
-from vit_mechinterp.stimuli.render import to_images
+from vit_mechinterp.stimuli.render import to_image_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +38,7 @@ def object_exchanges(
     patch: int = 16,
     cell: int = 32,
     combinations: str = "256-256-256",
+    progress: bool = True,
 ) -> Dataset:
     """Make pairs of images that differ in one whole object as a `datasets.Dataset`.
 
@@ -48,7 +49,7 @@ def object_exchanges(
     or 2: which of the objects the source shows changed); the places of the edited and the other object as
     ``edited_box``, ``other_box`` (in the base), ``source_box``, ``source_other_box`` (in the source image:
     the same places), and as ``*_tokens``. ``different_kind`` says in what the objects of the "different"
-    image of the pair differ.
+    image of the pair differ. ``progress`` shows a bar if it takes longer than two seconds.
 
     Raises:
         SpecError: an option does not fit; the message says which do.
@@ -82,7 +83,7 @@ def object_exchanges(
         name: List(integer, length=v.shape[1]) if v.ndim == 2 else integer for name, v in columns.items()
     }
     features |= {name: ClassLabel(names=["different", "same"]) for name in ("label", "counterfactual_label")}
-    images = to_images(batch.pixels)
+    images = to_image_column(batch.pixels, progress=progress)
     different = np.minimum(base, source)
     content = {
         "base": [images[i] for i in base],

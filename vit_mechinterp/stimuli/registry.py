@@ -41,8 +41,8 @@ def register(name: str, builder: Callable[..., Dataset]) -> None:
     _BUILDERS[name] = builder
 
 
-def build(name: str, **options: Any) -> Dataset:
-    """Make the stimuli ``name`` with the given options.
+def build(name: str, *, progress: bool = True, **options: Any) -> Dataset:
+    """Make the stimuli ``name`` with the given options; ``progress`` is passed on to builders that take it.
 
     Raises:
         SpecError: there are no such stimuli, or they have no such option, or an option does not fit; the
@@ -60,6 +60,8 @@ def build(name: str, **options: Any) -> Dataset:
                 f"Stimuli {name!r} have no option {option!r}. Options: {known}."
                 f"{suggest(option, signature.parameters)}"
             )
+    if "progress" in signature.parameters:
+        options["progress"] = progress
     try:
         signature.bind(**options)
     except TypeError as error:

@@ -9,7 +9,7 @@ white.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,16 @@ from vit_mechinterp.stimuli.streams import Stream
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["NORMALIZATION", "Normalization", "Scenes", "render", "shape_gallery", "to_images", "to_tensor"]
+__all__ = [
+    "NORMALIZATION",
+    "Normalization",
+    "Scenes",
+    "render",
+    "shape_gallery",
+    "to_image_column",
+    "to_images",
+    "to_tensor",
+]
 
 WHITE = 255
 TEXTURE_SD = 10.0
@@ -100,6 +109,18 @@ def to_images(pixels: UInt8[np.ndarray, "image channel height width"]) -> list[I
     from PIL import Image
 
     return [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in pixels]
+
+
+def to_image_column(
+    pixels: UInt8[np.ndarray, "image channel height width"], *, progress: bool = False
+) -> list[dict[str, Any]]:
+    """Encode pixels (as PNG) for an image column of a dataset; a bar shows if it takes over two seconds."""
+    from datasets import Image
+    from tqdm.auto import tqdm
+
+    encode = Image().encode_example
+    images = tqdm(to_images(pixels), desc="images", unit="image", delay=2, disable=not progress)
+    return [encode(image) for image in images]
 
 
 def shape_gallery(cell: int = 32, *, color: int = 4, seed: int = 0) -> list[Image.Image]:
