@@ -27,6 +27,7 @@ ORDER = (
     "engine",
     "stimuli",
     "training",
+    "portable",
     "experiment",
     "figures",
     "circuits",

@@ -113,3 +113,16 @@ def test_training_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: pytest.
     record = (tmp_path / "run" / "training.json").read_text()
     assert "vit-mechinterp train --out" in record
     assert vit_mechinterp.load(f"timm/{tmp_path / 'run'}").layout.n_layers == 2
+
+
+def test_a_run_without_labels_shows_mean_outputs() -> None:
+    import torch
+
+    from vit_mechinterp.cli import _summary
+
+    logits = torch.tensor([[[1.0, 2.0], [3.0, 2.0]], [[0.0, 4.0], [0.0, 0.0]]])
+    results = vit_mechinterp.Results(logits=logits, run_names=("clean", "swap"), captures={})
+    title, head, *rows = _summary(results).splitlines()
+    assert title == "Mean output over the 2 examples:"
+    assert head.split() == ["logit_0", "logit_1"]
+    assert [row.split() for row in rows] == [["clean", "2.000", "2.000"], ["swap", "0.000", "2.000"]]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import vit_mechinterp as vmi
 from vit_mechinterp.cli import main
-from vit_mechinterp.errors import DataError, SpecError, TensorFileError
+from vit_mechinterp.errors import DataError, ExecutionError, SpecError, TensorFileError
 
 N, SIDE, WIDTH = 5, 32, 16
 
@@ -114,9 +114,69 @@ def test_command_line_and_python_give_the_same_bits(
     folder: Path, by_hand: vmi.Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", str(folder / "experiment.yaml"), "--out", str(tmp_path / "out"), "--quiet"]) == 0
-    assert "composed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    labels = torch.tensor(by_hand.labels["label"])
+    assert out.startswith("Share of the 5 examples whose prediction equals the column:")
+    for run in by_hand.run_names:
+        share = float((by_hand[run].argmax(dim=1) == labels).float().mean())
+        assert any(line.split() == [run, f"{share:.3f}"] for line in out.splitlines())
     assert_same_bits(vmi.Results.load(tmp_path / "out"), by_hand)
-    assert (tmp_path / "out" / "experiment.yaml").read_text() == DOCUMENT
+
+
+def test_the_saved_document_gives_the_same_from_anywhere(
+    folder: Path, by_hand: vmi.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmi.run_experiment(folder / "experiment.yaml", tmp_path / "first", progress=False)
+    (tmp_path / "first").rename(tmp_path / "moved")  # the folder of results may travel
+    monkeypatch.chdir(tmp_path)
+    assert_same_bits(vmi.run_experiment("moved/experiment.yaml", "second", progress=False), by_hand)
+    # A second generation, and one into its own folder, are as good.
+    assert_same_bits(vmi.run_experiment("second/experiment.yaml", "second", progress=False), by_hand)
+    saved = vmi.Experiment.from_yaml("second/experiment.yaml")
+    assert saved == vmi.Experiment.from_yaml("moved/experiment.yaml")
+    assert saved.model == f"hf/{folder / 'model'}"
+    assert len(list((tmp_path / "second" / "tensors").iterdir())) == 1
+    copy = tmp_path / "second" / saved.tensors["probe"].file
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(TensorFileError, match="is not the file that was meant"):
+        vmi.run_experiment("second/experiment.yaml", progress=False)
+
+
+def test_the_saved_document_holds_what_was_given_in_python(folder: Path, tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    given = {"probe": torch.linspace(-1, 1, WIDTH)}
+    path = folder / "experiment.yaml"
+    vit, data = vmi.load(f"hf/{folder / 'model'}"), load_from_disk(folder / "pairs")
+    results = vmi.run_experiment(path, tmp_path / "out", vit=vit, data=data, tensors=given, progress=False)
+    saved = vmi.Experiment.from_yaml(tmp_path / "out" / "experiment.yaml")
+    assert saved.data is None
+    assert saved.model == f"hf/{folder / 'model'}"
+    again = vmi.run_experiment(saved, data=data, progress=False)
+    assert torch.equal(again.logits, results.logits)
+    assert not torch.equal(results["composed"], vmi.run_experiment(path, progress=False)["composed"])
+    own = vmi.wrap(vit.module)
+    vmi.run_experiment(path, tmp_path / "own", vit=own, progress=False)
+    assert vmi.Experiment.from_yaml(tmp_path / "own" / "experiment.yaml").model is None
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_computed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def computed(*_: object, **__: object) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("vit_mechinterp.engine.execute", computed)
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ExecutionError, match=r"Results cannot be written into .*file.*Choose another folder"):
+            vmi.run_experiment(folder / "experiment.yaml", out, progress=False)
+    assert main(["run", str(folder / "experiment.yaml"), "--out", str(tmp_path / "file"), "--quiet"]) == 2
+    assert "vit-mechinterp: Results cannot be written into" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="computed"):
+        vmi.run_experiment(folder / "experiment.yaml", tmp_path / "out", progress=False)
 
 
 def test_the_same_from_python_from_any_folder(
@@ -125,7 +185,8 @@ def test_the_same_from_python_from_any_folder(
     monkeypatch.chdir(tmp_path)
     experiment = vmi.Experiment.from_yaml(folder / "experiment.yaml")
     assert_same_bits(vmi.run_experiment(experiment, "out", progress=False), by_hand)
-    assert vmi.Experiment.from_yaml(tmp_path / "out" / "experiment.yaml") == experiment
+    saved = vmi.Experiment.from_yaml(tmp_path / "out" / "experiment.yaml")
+    assert [entry.name for entry in saved.runs] == [entry.name for entry in experiment.runs]
 
 
 def test_what_the_document_names_can_be_replaced(folder: Path, by_hand: vmi.Results) -> None:

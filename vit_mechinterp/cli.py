@@ -13,10 +13,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_mechinterp import __version__
 from vit_mechinterp.errors import SpecError, VitMechInterpError
+
+if TYPE_CHECKING:
+    from vit_mechinterp.engine import Results
 
 __all__ = ["main"]
 
@@ -89,11 +92,26 @@ def _run(arguments: argparse.Namespace) -> int:
     from vit_mechinterp.experiment import run_experiment
 
     results = run_experiment(arguments.experiment, arguments.out, progress=not arguments.quiet)
-    table = results.to_pandas()
-    if "prediction" in table:
-        print(table.groupby("run", sort=False)["prediction"].value_counts().unstack(fill_value=0).to_string())
+    print(_summary(results))
     print(f"{results!r} in {arguments.out}")
     return 0
+
+
+def _summary(results: Results) -> str:
+    """How often each run predicts what the data's label columns say, or, without any, its mean outputs."""
+    table = results.to_pandas()
+    n = results.logits.shape[1]
+    if "prediction" not in table:
+        return f"Outputs of shape {tuple(results.logits.shape[2:])} for {n} examples a run."
+    labels = [name for name in ("label", "counterfactual_label") if name in table]
+    if labels:
+        title = f"Share of the {n} examples whose prediction equals the column:"
+        right = table[labels].eq(table["prediction"], axis=0)
+        shown = right.groupby(table["run"], sort=False).mean()
+    else:
+        title = f"Mean output over the {n} examples:"
+        shown = table.filter(like="logit_").groupby(table["run"], sort=False).mean()
+    return f"{title}\n{shown.rename_axis(None).to_string(float_format='{:.3f}'.format, max_cols=8)}"
 
 
 def _train(arguments: argparse.Namespace) -> int:
