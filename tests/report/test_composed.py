@@ -111,7 +111,10 @@ def test_the_section_shows_document_plan_and_effect(vit: vmi.HookedViT, tmp_path
         reached = int((logits.argmax(1) == labels["counterfactual_label"]).sum())
         assert row["counterfactual answers"] == f"{reached} of {len(n)}"
     assert len(section.examples) == len(n)
-    assert (tmp_path / "experiment.yaml").read_text() == section.yaml
+    saved = vmi.Experiment.from_yaml(tmp_path / "experiment.yaml")
+    original = vmi.Experiment.from_yaml(DOCUMENT)
+    assert (saved.model, saved.data) == (original.model, original.data)
+    assert [run.name for run in saved.runs] == [run.name for run in original.runs]
     first = section.examples[0]
     x0, _, x1, _ = first.boxes["source object"]
     assert first.boxes["edited object"][0] + 128 < x0 < x1 <= first.image.width

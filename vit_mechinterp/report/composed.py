@@ -10,6 +10,7 @@ import numpy as np
 from vit_mechinterp.engine import plan as make_plan
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.experiment import load_data, load_model, run_experiment
+from vit_mechinterp.portable import save_portable
 from vit_mechinterp.report.page import ComposedRun, Example
 from vit_mechinterp.spec import Experiment
 
@@ -63,6 +64,8 @@ def composed_run(
                 f"{path}: a composed run is shown on pairs of images, and the data lack {column!r}."
             )
     results = run_experiment(path, out, vit=vit, data=data, progress=progress)
+    if out is not None:  # the data are the document's own, and stay in it
+        save_portable(experiment, Path(out), vit=vit)
     names = data.features["label"].names
     labels = {name: np.array(data[name][:]) for name in ("label", "counterfactual_label")}
     advantage = _advantage(results, labels)
