@@ -38,7 +38,12 @@ FEEDS = {
     "resid_post": (),
 }
 """What is computed from what in a block whose MLP follows its attention."""
-PARALLEL = FEEDS | {"resid_pre": ("ln1", "ln2", "resid_post"), "attn_out": ("resid_post",)}
+PARALLEL = FEEDS | {
+    "resid_pre": ("ln1", "ln2", "resid_post"),
+    # Where there is no second norm, the one there is serves both branches.
+    "ln1": (*FEEDS["ln1"], "mlp.pre", "mlp.pre_linear"),
+    "attn_out": ("resid_post",),
+}
 """The same where attention and MLP read one input, and there is no resid_mid."""
 
 AMPLITUDES = (1.0, 1000.0)
