@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.model.conformance.report import Record
-from vit_mechinterp.model.conformance.subject import Subject, deviation, explicit, keeping, returning, wide
+from vit_mechinterp.model.conformance.subject import Subject, deviation, keeping, returning, wide
 from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.spec import Site
 
@@ -16,9 +16,8 @@ from vit_mechinterp.spec import Site
 def native_output(subject: Subject, record: Record) -> None:
     """The wrapped output is the native one, bit for bit."""
     args, kwargs = subject.layout.family.inputs(subject.vit.module, subject.images)
-    native = subject.vit.module(*args, **kwargs)
-    field = subject.layout.readout.output
-    record.near(deviation(subject.native, native if field is None else native[field]), 0, detail="the output")
+    native = subject.layout.outcome(subject.vit.module(*args, **kwargs))
+    record.near(deviation(subject.native, native), 0, detail="the output")
 
 
 def fires_once(subject: Subject, record: Record) -> None:
@@ -112,8 +111,8 @@ def token_layout(subject: Subject, record: Record) -> None:
 def _changes_nothing(subject: Subject, record: Record, visitor: Callable[[str], Visitor]) -> None:
     """No visit of this kind changes the output; explicit attention may, by rounding."""
     groups = (
-        ([name for name in subject.sites if not explicit(name)], 0.0),
-        ([name for name in subject.sites if explicit(name)], subject.unit * subject.layout.n_layers),
+        ([name for name in subject.sites if not subject.explicit(name)], 0.0),
+        (list(filter(subject.explicit, subject.sites)), subject.unit * subject.layout.n_layers),
     )
     for names, allowed in groups:
 

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward, Visitor
+from vit_mechinterp.model.layout import TAP_SITES, lookup
+from vit_mechinterp.model.multihead import is_closed
 from vit_mechinterp.spec import Site
 
-__all__ = ["Subject", "deviation", "explicit", "keeping", "returning", "wide"]
-
-
-def explicit(name: str) -> bool:
-    """Whether a site exists in explicit attention only, so that reading it replaces the fused kernel."""
-    return name.endswith(("attn.scores", "attn.pattern"))
+__all__ = ["Subject", "deviation", "keeping", "returning", "wide"]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -61,6 +58,19 @@ class Subject:
         """Standard normal numbers, drawn on the CPU so that every device is given the same."""
         drawn = torch.randn(tuple(shape), generator=self.generator)
         return drawn.to(self.vit.device, self.vit.dtype)
+
+    def explicit(self, name: str) -> bool:
+        """Whether reading a site replaces the kernel that computes attention otherwise.
+
+        Scores and pattern exist in explicit attention only; of `nn.MultiheadAttention` no part can be seen
+        while one kernel computes it.
+        """
+        site = Site.parse(name)
+        if site.name in ("attn.scores", "attn.pattern"):
+            return True
+        if site.layer is None or site.name not in (*TAP_SITES, "attn.result"):
+            return False
+        return is_closed(lookup(self.vit.module, self.layout.attention_path(site.layer)))
 
     @property
     def unit(self) -> float:
@@ -113,9 +123,9 @@ class Subject:
 
     @cached_property
     def values(self) -> dict[str, Tensor]:
-        """Values at every site, those outside scores and pattern from a forward that stayed fused."""
-        fused = self.capture(name for name in self.sites if not explicit(name))
-        return {**self.capture(filter(explicit, self.sites)), **fused}
+        """Values at every site, from a forward with attention as it is where the site can be read there."""
+        fused = self.capture(name for name in self.sites if not self.explicit(name))
+        return {**self.capture(filter(self.explicit, self.sites)), **fused}
 
     def culprits(
         self, names: Sequence[str], deviates: Callable[[Sequence[str]], float], allowed: float
