@@ -7,22 +7,21 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.bound import Bound
-from vit_mechinterp.engine.clean import clean_pass, dataset_means, means_of
+from vit_mechinterp.engine.chunk import Collected, chunk_of
+from vit_mechinterp.engine.clean import dataset_means
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.plan import describe, schedule_for
 from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.results import Captures, Results
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
-from vit_mechinterp.engine.values import Read, RunOrigin, Values, by_token
-from vit_mechinterp.engine.wave import Material, run_wave
+from vit_mechinterp.engine.values import Read, by_token
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep, TensorRef
@@ -121,19 +120,11 @@ class _Bar:
         self._bar.close()
 
 
-class _Collected:
-    """Outputs and captures on the CPU, written chunk by chunk."""
-
-    def __init__(self, bound: Bound) -> None:
-        self.outputs: dict[str, list[Tensor]] = {run.name: [] for run in bound.runs}
-        self.captures: dict[tuple[str, str], list[tuple[Tensor, list[int] | None]]] = {}
-
-
 def _with_halving(
     vit: HookedViT, data: Data, schedule: Schedule, tensors: Mapping[TensorRef, Tensor], tick: Tick
-) -> tuple[_Collected, int]:
+) -> tuple[Collected, int]:
     """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again."""
-    collected = _Collected(schedule.bound)
+    collected = Collected(schedule.bound)
     halvings = 0
     means: dict[Read, Tensor] | None = None
     while means is None:
@@ -143,10 +134,10 @@ def _with_halving(
             # Out here the failed forward's frames are gone, and its memory with them.
             schedule, halvings = _halved(schedule), halvings + 1
     for chunk in schedule.chunks:
-        part: _Collected | None = None
+        part: Collected | None = None
         while part is None:
             with suppress(torch.OutOfMemoryError):
-                part = _chunk(vit, data, schedule, chunk, tensors, means, tick)
+                part = chunk_of(vit, data, schedule, chunk, tensors, means, tick)
             if part is None:
                 schedule, halvings = _halved(schedule), halvings + 1
         for run, output in part.outputs.items():
@@ -166,62 +157,12 @@ def _halved(schedule: Schedule) -> Schedule:
     return replace(schedule, width=max(1, schedule.width // 2))
 
 
-def _chunk(
-    vit: HookedViT,
-    data: Data,
-    schedule: Schedule,
-    chunk: range,
-    tensors: Mapping[TensorRef, Tensor],
-    means: Mapping[Read, Tensor],
-    tick: Tick,
-) -> _Collected:
-    bound = schedule.bound
-    clean = clean_pass(vit, data, schedule, chunk, tick=tick)
-    if schedule.mean_reads and not means:
-        means = means_of(schedule, clean)
-    material = Material(bound, chunk, clean, tensors, means)
-    part = _Collected(bound)
-    captured: dict[tuple[str, Read], list[Tensor]] = {}
-    for stage in bound.stages:
-        for segments in schedule.waves(stage, chunk):
-            result = run_wave(vit, segments, material)
-            for name, output in result.outputs.items():
-                part.outputs[name].append(output.cpu())
-            for key, value in result.captured.items():
-                captured.setdefault(key, []).append(value)
-            tick(schedule.wave_blocks(segments))
-        in_stage = {run.name for run in stage}
-        for read in bound.run_reads:
-            if isinstance(read.origin, RunOrigin) and read.origin.run in in_stage:
-                material.run_values[read] = _values(read, captured[read.origin.run, read], chunk)
-    for run in bound.runs:
-        if not run.edits:
-            part.outputs[run.name].append(clean.outputs[run.run.base].cpu())
-        for capture in run.captures:
-            read = capture.read
-            if run.is_clean_at(read.site):
-                values = clean.values[read]
-            else:
-                values = _values(read, captured[run.name, read], chunk)
-            counts = None if values.starts is None else np.diff(values.starts).tolist()
-            part.captures[run.name, capture.name] = [(values.tensor.cpu(), counts)]
-    return part
-
-
-def _values(read: Read, pieces: list[Tensor], chunk: range) -> Values:
-    tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if read.positions.is_all:
-        return Values(tensor)
-    counts = [len(read.positions.of(i) or ()) for i in chunk]
-    return Values(tensor, np.concatenate([[0], np.cumsum(counts)]))
-
-
 def _results(
     vit: HookedViT,
     data: Data,
     schedule: Schedule,
     tensors: Mapping[TensorRef, Tensor],
-    collected: _Collected,
+    collected: Collected,
     halvings: int,
 ) -> Results:
     runs = schedule.bound.runs
