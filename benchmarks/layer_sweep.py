@@ -1,145 +1,119 @@
-"""A sweep of one intervention over all layers: one run at a time with plain hooks, and as one plan.
+"""One intervention at every layer: vit_mechinterp, plain hooks, TransformerLens, nnsight and pyvene.
 
-Interchange of four per-example tokens at every block output. All ways give the same numbers, which is
-asserted before anything is timed. Times are ratios to one plain forward of the same images, measured in the
-same process, so they carry over between machines better than seconds do.
+Interchange of four per-example tokens at every block output of a HuggingFace ViT. A figure is a time in plain native
+forwards of the same images, measured around each repeat in the same process. Every way is first checked to give
+the numbers of plain hooks. Each way runs in a process and on a model of its own.
 
-    python benchmarks/layer_sweep.py --model timm/vit_small_patch16_224 --examples 8
+    python -m benchmarks.layer_sweep --model vit_small --examples 8
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
+import copy
+import importlib
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import vit_mechinterp as vmi
+from benchmarks import isolated, options
+from benchmarks.measure import interleaved
+from benchmarks.models import build, pairs, tolerance
+from benchmarks.plain import Plain, agree
+from benchmarks.report import Report, Row
+
+WAYS = {
+    "vit_mechinterp": None,
+    "hooks": None,
+    "transformer_lens": "transformer_lens",
+    "nnsight": "nnsight",
+    "pyvene": "pyvene",
+}
+"""Ways, and the package that each needs."""
+
+PRESETS = {
+    "full": {"model": "vit_small", "examples": 8, "repeats": 7},
+    "small": {"model": "vit_tiny", "examples": 4, "repeats": 3},
+    "micro": {"model": "micro", "examples": 2, "repeats": 1},
+}
 
 
-def naive(module: nn.Module, blocks: nn.ModuleList, data: dict[str, Tensor], *, cache_source: bool) -> Tensor:
-    """Plain PyTorch hooks, one run at a time; the source forward once per layer or once in all."""
-    first = next(iter(data["edited"]))
-    rows = torch.arange(len(data["base"]))[:, None].expand(-1, len(first))
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda module, args, output: kept.__setitem__(layer, output)
-
-    def swap(layer: int) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[rows, 1 + data["edited"]] = kept[layer][rows, 1 + data["source_tokens"]]
-            return output
-
-        return hook
-
-    outputs = []
-    for layer, block in enumerate(blocks):
-        if not cache_source or layer == 0:
-            watched = range(len(blocks)) if cache_source else [layer]
-            handles = [blocks[i].register_forward_hook(keep(i)) for i in watched]
-            module(data["source"])
-            for handle in handles:
-                handle.remove()
-        handle = block.register_forward_hook(swap(layer))
-        outputs.append(module(data["base"]))
-        handle.remove()
-    return torch.stack(outputs)
-
-
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median time of some repetitions after one that warms up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-@torch.no_grad()
-def main() -> None:
-    """Measure, print the table, and write it where asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="timm/vit_small_patch16_224")
-    parser.add_argument("--examples", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    vit = vmi.load(arguments.model, pretrained=False)
-    vit.module.to(arguments.device)
-    layout = vit.layout
-    size = (arguments.examples, 3, *layout.tokens.image_size)
-    patches = torch.stack(
-        [torch.randperm(layout.tokens.n_patches)[:4] for _ in range(2 * arguments.examples)]
-    )
-    data = {
-        "base": torch.randn(size, device=arguments.device),
-        "source": torch.randn(size, device=arguments.device),
-        "edited": patches[: arguments.examples],
-        "source_tokens": patches[arguments.examples :],
-    }
+def runs(n_layers: int) -> list[vmi.Run]:
+    """The sweep."""
     swap = vmi.Interchange(
         site="blocks.0.resid_post",
         tokens={"column": "edited"},
         source="source",
         source_tokens={"column": "source_tokens"},
     )
-    runs = [vmi.Run(name=f"layer{n}", interventions=[swap.at(layer=n)]) for n in range(layout.n_layers)]
-    blocks = vit.module.get_submodule(layout.blocks_path)
-    assert isinstance(blocks, (nn.ModuleList, nn.Sequential))
-    plan = vmi.plan(vit, runs, data)
+    return [vmi.Run(name=f"layer{n}", interventions=[swap.at(layer=n)]) for n in range(n_layers)]
 
-    ways: dict[str, Callable[[], Tensor]] = {
-        "plain hooks, source forward per layer": lambda: naive(vit.module, blocks, data, cache_source=False),
-        "plain hooks, source cached": lambda: naive(vit.module, blocks, data, cache_source=True),
-        "vit_mechinterp": lambda: vmi.execute(vit, runs, data, progress=False).logits,
-    }
-    reference = ways["plain hooks, source cached"]().cpu()
-    scale = reference.abs().max().item()
-    for name, way in ways.items():
-        difference = (way().cpu() - reference).abs().max().item()
-        assert difference <= 1e-5 * scale, f"{name} differs by {difference:.2g}"
-    clean = vit(data["base"]).cpu()
-    assert ((reference[:-1] - clean).abs().amax(dim=-1) > 0).all(), "an intervention had no effect"
 
-    unit = seconds(lambda: vit(data["base"]), arguments.repeats)
-    floor = plan.forwards / arguments.examples
-    table = {name: seconds(way, arguments.repeats) / unit for name, way in ways.items()}
-    print(
-        f"{arguments.model}, {arguments.examples} examples, {layout.n_layers} layers, {arguments.device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
+def ways(name: str, module: Any, data: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The functions to time: ours, or those of a peer on a copy of the model."""
+    if name != "vit_mechinterp":
+        peer = importlib.import_module(f"benchmarks.peers.{name}")
+        found: dict[str, Callable[[], Tensor]] = peer.ways(copy.deepcopy(module), data)
+        return found
+    vit = vmi.wrap(module)
+    sweep = runs(vit.layout.n_layers)
+    return {"vit_mechinterp": lambda: vmi.execute(vit, sweep, data, progress=False).logits}
+
+
+@torch.no_grad()
+def measure(name: str, chosen: Any, report: Report) -> None:
+    """Check one way against plain hooks, then time it."""
+    module: Any = build(chosen.model, device=chosen.device, dtype=chosen.torch_dtype)
+    data = pairs(module, chosen.examples)
+    vit = vmi.wrap(module)
+    sweep = runs(vit.layout.n_layers)
+    plan = vmi.plan(vit, sweep, data)
+    plain = Plain(module, data)
+    wanted = torch.stack([plain.run(run.model_dump(mode="json")) for run in sweep])
+    clean = plain.clean("base")
+    effects = (wanted[:-1] - clean).abs().amax(dim=(1, 2)) / clean.abs().max()
+    assert effects.min() > 1e-3, f"an intervention had no effect to speak of: {effects.tolist()}"
+    assert not (wanted[-1] - clean).any(), "patches behind the last block reached the class token"
+    found = ways(name, module, data)
+    for title, way in found.items():
+        agree(title, way(), wanted, tolerance(chosen.torch_dtype))
+    timed = interleaved(found, lambda: module(data["base"]).logits, chosen.repeats, chosen.torch_device)
+    floor = plan.forwards / chosen.examples
+    for title, times in timed.items():
+        extra = {"bound": floor} if name == "vit_mechinterp" else {}
+        if name == "vit_mechinterp" and vit.layout.n_layers == 12:
+            extra["target"] = 7.9
+        rows = len(sweep) * chosen.examples
+        report.rows.append(Row.timed(title, times, rows=rows, unit_images=chosen.examples, **extra))
+
+
+def main(argv: list[str] | None = None) -> Report:
+    """Measure all ways, each in its own process."""
+    parser = options.add(__doc__ or "")
+    parser.add_argument("--way", choices=WAYS, help="only this one, in this process")
+    chosen = options.parse(parser, PRESETS, argv)
+    report = Report("layer_sweep", f"Layer sweep, {chosen.model}", chosen)
+    report.note(
+        "A figure is a time in plain native forwards of the same images (fused attention), measured around each "
+        "repeat in the same process. Each way has a process and a model of its own.",
+        "The bound counts the plan's (row, block) pairs. All ways agree with plain hooks to "
+        f"{tolerance(chosen.torch_dtype):g} of the output's scale, and every effect is above 1e-3 of it, but at the "
+        "last block, behind which patches reach nothing.",
     )
-    print(f"one plain forward of the {arguments.examples} images: {unit * 1000:.1f} ms")
-    for name, ratio in table.items():
-        print(f"  {name:40} {ratio:6.2f} forwards")
-    print(f"  {'block evaluations of the plan':40} {floor:6.2f} forwards")
-    if arguments.out is not None:
-        record = {
-            "model": arguments.model,
-            "examples": arguments.examples,
-            "device": arguments.device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "unit_ms": unit * 1000,
-            "forwards": table,
-            "floor": floor,
-        }
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    if chosen.way is not None:
+        measure(chosen.way, chosen, report)
+        report.finish()
+        return report
+    for name, package in WAYS.items():
+        if package is not None and not isolated.available(package):
+            report.note(f"{package} is not installed, and left out.")
+            continue
+        words = [*isolated.arguments(chosen), "--way", name]
+        report.rows += isolated.part("benchmarks.layer_sweep", words)
+    report.finish()
+    return report
 
 
 if __name__ == "__main__":
