@@ -1,0 +1,142 @@
+"""Safetensors files written piece by piece and all at once or not at all, and read through memory maps.
+
+A file appears under its name when it is complete and on the disk; until then it has a name of its own, so
+that processes that write into one folder never see, or spoil, each other's unfinished work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+__all__ = ["Layout", "TensorWriter", "checksum", "raw_bytes", "read_tensors", "replacing", "sweep", "writing"]
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""dtype and shape of every tensor of a file."""
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_STALE_SECONDS = 3600.0
+"""Age at which an unfinished file counts as left over by a process that was killed."""
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; of a contiguous tensor on the CPU without a copy."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def checksum(tensor: Tensor) -> int:
+    """XXH3 of a tensor's bytes as a signed 64-bit integer."""
+    return int.from_bytes(xxhash.xxh3_64_digest(raw_bytes(tensor)), "big", signed=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that takes its name, maybe from another, only once it is complete and on the disk."""
+    own = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with own.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        own.replace(path)
+    finally:
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a new name on the disk too, where folders can be opened."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove unfinished files that nobody has written to for an hour."""
+    for left in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
+
+
+class TensorWriter:
+    """Fills the tensors of one file, in any order, each as a whole or in pieces along its first axis."""
+
+    def __init__(self, file: IO[bytes], offsets: Mapping[str, tuple[int, int]]) -> None:
+        self._file = file
+        self._offsets = offsets
+
+    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
+        """Put a tensor, or the piece of it that begins at row ``start``, into its place."""
+        offset, row_bytes = self._offsets[name]
+        self._file.seek(offset + start * row_bytes)
+        self._file.write(raw_bytes(tensor))
+
+
+@contextmanager
+def writing(path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> Iterator[TensorWriter]:
+    """Write a safetensors file whose tensors need not be in memory together."""
+    # The widest first, so that every tensor is aligned.
+    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins: dict[str, int] = {}
+    end = 0
+    for name in order:
+        dtype, shape = layout[name]
+        begins[name], end = end, end + _size(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    offsets = {
+        name: (first + begins[name], _size(layout[name][1][1:]) * layout[name][0].itemsize) for name in order
+    }
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(first + end)
+        yield TensorWriter(file, offsets)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a file, mapped: bytes are read when they are looked at. And the file's metadata.
+
+    Raises:
+        OSError, SafetensorError: it is missing, truncated or no safetensors file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
