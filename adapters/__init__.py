@@ -3,6 +3,9 @@
 if __name__ == "adapters":
     raise ImportError("This folder is part of vit_mechinterp; import vit_mechinterp.adapters.")
 
+from vit_mechinterp.adapters.open_clip import CUSTOM as OPEN_CLIP_CUSTOM
+from vit_mechinterp.adapters.open_clip import VIT as OPEN_CLIP
+from vit_mechinterp.adapters.open_clip import around as around_in_open_clip
 from vit_mechinterp.adapters.timm_cait import CAIT
 from vit_mechinterp.adapters.timm_differential import DIFFERENTIAL
 from vit_mechinterp.adapters.timm_encoder import ENCODER
@@ -13,6 +16,7 @@ from vit_mechinterp.adapters.timm_post_norm import POST_NORM
 from vit_mechinterp.adapters.timm_sam import SAM as TIMM_SAM
 from vit_mechinterp.adapters.timm_vit import VIT as TIMM_VIT
 from vit_mechinterp.adapters.timm_xcit import XCIT
+from vit_mechinterp.adapters.torchvision_vit import VIT as TORCHVISION
 from vit_mechinterp.adapters.transformers_beit import BEIT, DATA2VEC
 from vit_mechinterp.adapters.transformers_bert import BERT, BERT_TUPLE
 from vit_mechinterp.adapters.transformers_blip import BLIP
@@ -66,7 +70,8 @@ TRANSFORMERS = (
     MGP_STR,
     VJEPA2,
 )
-FAMILIES = (*TIMM, *TRANSFORMERS, *map(around, TIMM))
+OTHERS = (TORCHVISION, OPEN_CLIP, OPEN_CLIP_CUSTOM)
+FAMILIES = (*TIMM, *TRANSFORMERS, *OTHERS, *map(around, TIMM), *map(around_in_open_clip, TIMM))
 """In the order in which they are tried."""
 
 __all__ = ["FAMILIES"]

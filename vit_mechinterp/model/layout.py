@@ -104,14 +104,14 @@ class Readout:
     """How a model turns the last residual stream into its output.
 
     Args:
-        output: field of a dict-like native output that ``vit(x)`` returns; None if the model returns a
-            tensor.
-        name: what ``vit(x)`` is where the model returns a tensor.
+        output: field of a dict-like native output (or index in a tuple) that ``vit(x)`` returns; None if the
+            model returns a tensor.
+        name: what ``vit(x)`` is where the model returns a tensor or a tuple.
         ports: for ``ln_final``, ``pooled`` and ``logits``, a port relative to the model, or the reason why
             the model has no such site.
     """
 
-    output: str | None
+    output: str | int | None
     ports: Mapping[str, Port | str]
     name: str = "logits"
 
@@ -214,7 +214,8 @@ class Layout:
     @property
     def output(self) -> str:
         """What ``vit(x)`` returns: ``"logits"``, another field of the native output, or its last features."""
-        return self.readout.output or self.readout.name
+        output = self.readout.output
+        return output if isinstance(output, str) else self.readout.name
 
     def block_path(self, layer: int) -> str:
         """Dotted path from the model to a block."""
