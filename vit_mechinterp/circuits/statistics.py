@@ -1,4 +1,4 @@
-"""Uncertainty of a mean over examples."""
+"""Uncertainty of a mean over examples, and of ratios of means."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vit_mechinterp.errors import DataError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["bootstrap_interval"]
+__all__ = ["bootstrap_interval", "bootstrap_ratio", "sign_flip_p_values"]
 
 
 def bootstrap_interval(
@@ -46,3 +46,79 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=-1)
     return low, high
+
+
+def bootstrap_ratio(
+    numerator: Float[np.ndarray, "quantity example"],
+    denominator: Float[np.ndarray, " example"],
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " quantity"], Float[np.ndarray, " quantity"]]:
+    """Return percentile bootstrap intervals of ratios of means, ``mean(numerator) / mean(denominator)``.
+
+    Every resample draws the same examples above and below the line. Resamples whose denominator vanishes are
+    left out.
+
+    Args:
+        numerator: one row per quantity, one column per example.
+        denominator: one entry per example.
+        resamples: how many times as many examples are drawn anew, with replacement.
+        level: the share of the resampled ratios that an interval spans.
+        seed: seeds the draws.
+
+    Raises:
+        DataError: there is no example.
+    """
+    above, below = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    n = above.shape[-1]
+    if n == 0:
+        raise DataError("A mean over no example has no interval.")
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    totals = counts @ below
+    kept = np.abs(totals) > 1e-12 * np.abs(below).sum()
+    if not kept.any():
+        return np.full(len(above), np.nan), np.full(len(above), np.nan)
+    tail = (1 - level) / 2
+    low, high = np.quantile(above @ counts[kept].T / totals[kept], [tail, 1 - tail], axis=-1)
+    return low, high
+
+
+def sign_flip_p_values(
+    changes: Float[np.ndarray, "quantity example"], *, resamples: int = 2000, seed: int = 0
+) -> tuple[Float[np.ndarray, " quantity"], Float[np.ndarray, " quantity"]]:
+    """Return two-sided p-values of paired changes: each alone, and corrected for looking at all of them.
+
+    A permutation test: had nothing an effect, every example's change could as well have had the other sign.
+    The statistic is the sum of the changes over the root of the sum of their squares (which the signs leave
+    alone). The correction compares each quantity with the largest statistic over all of them (Westfall and
+    Young 1993), so it holds the error of the whole family. All assignments of signs are tried where they are
+    no more than ``resamples``; otherwise that many are drawn, and the observed one counts among them.
+
+    Args:
+        changes: one row per quantity, one column per example.
+        resamples: most assignments of signs.
+        seed: seeds the draws.
+
+    Returns:
+        Both p-values of every quantity; NaN with fewer than two examples. With n examples none is below
+        ``2 / 2**n``.
+    """
+    array = np.asarray(changes, dtype=float)
+    n_quantities, n = array.shape
+    if n < 2:
+        return np.full(n_quantities, np.nan), np.full(n_quantities, np.nan)
+    if 2**n <= resamples:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        drawn = np.random.default_rng(seed).integers(0, 2, size=(resamples - 1, n))
+        signs = np.concatenate([np.ones((1, n), dtype=int), 1 - 2 * drawn])
+    size = np.sqrt((array**2).sum(axis=1, keepdims=True))
+    scaled = np.divide(array, size, out=np.zeros_like(array), where=size > 0)
+    found = np.abs(scaled @ signs.T)
+    # Sums of the same numbers in another order differ in their last bits.
+    observed = found[:, :1] * (1 - 1e-9) - 1e-12
+    alone = (found >= observed).mean(axis=1)
+    corrected = (found.max(axis=0, keepdims=True) >= observed).mean(axis=1)
+    return alone, corrected

@@ -1,0 +1,184 @@
+"""Many runs reduced to numbers: each run's outputs become one number per example as soon as they are there.
+
+Outputs of thousands of runs over thousands of classes are large, and a long sweep may be stopped. So runs are
+carried out in groups; of each group only the metric's numbers are kept, on disk as well if a folder is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vit_mechinterp.circuits.bound_metric import BoundMetric, bind_metric, check_metric
+from vit_mechinterp.circuits.metrics import MetricLike
+from vit_mechinterp.engine import execute
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Run
+from vit_mechinterp.spec.digest import digest
+
+__all__ = ["BatchSize", "Measured", "compared", "grouped", "measure"]
+
+_GROUP_BYTES = 128 * 1024**2
+"""Bytes of outputs held at once."""
+
+BatchSize = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The numbers of many runs.
+
+    Attributes:
+        values: run to the metric's numbers ``[example]``.
+        provenances: one record per execution.
+        resumed: how many runs were found finished in the folder.
+    """
+
+    values: Mapping[str, Float[Tensor, " example"]]
+    provenances: Sequence[Mapping[str, Any]]
+    resumed: int = 0
+
+    def stack(self, names: Sequence[str]) -> Float[Tensor, "run example"]:
+        """The numbers of some runs, one row each."""
+        return torch.stack([self.values[name] for name in names])
+
+
+def compared(
+    vit: HookedViT,
+    data: Any,
+    metric: MetricLike | None,
+    *,
+    base: str = "base",
+    source: str | None = "source",
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> tuple[BoundMetric, dict[str, Any], Float[Tensor, "example *output"]]:
+    """Return the metric bound to the clean forwards of both images, their provenance, and the clean outputs.
+
+    Args:
+        vit: the model.
+        data: the examples.
+        metric: see `check_metric`.
+        base: the column of clean images.
+        source: the column of images that they are compared with; None without.
+        batch_size: most rows in one forward, or ``"auto"``.
+        progress: show a bar if it takes longer than two seconds.
+    """
+    checked = check_metric(metric, vit, data)
+    runs = [Run(name="clean", base=base)]
+    if source is not None:
+        runs.append(Run(name="corrupted", base=source))
+    results = execute(vit, runs, data, batch_size=batch_size, progress=progress)
+    other = None if source is None else results["corrupted"]
+    bound = bind_metric(checked, vit, data, results["clean"], other)
+    return bound, dict(results.provenance), results["clean"]
+
+
+def measure(
+    vit: HookedViT,
+    groups: Sequence[Sequence[Run]],
+    data: Any,
+    metric: BoundMetric,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    folder: str | Path | None = None,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> Measured:
+    """Carry out runs and reduce each to the metric's numbers.
+
+    Args:
+        vit: the model.
+        groups: runs that may read each other stand in one group; a group is cut no further.
+        data: the examples.
+        metric: what to measure.
+        tensors: tensors that specs refer to by name.
+        folder: where to keep the numbers of finished groups; the same call finds them there again.
+        batch_size: most rows in one forward, or ``"auto"``.
+        progress: show a bar if it takes longer than two seconds.
+    """
+    n = len(metric.clean)
+    values: dict[str, Tensor] = {}
+    provenances: list[Mapping[str, Any]] = []
+    resumed = 0
+    known = _Finished(folder, vit, data, metric, tensors) if folder is not None else None
+    total = sum(map(len, groups))
+    alone = len(groups) == 1
+    bar = tqdm(total=total, desc="runs", unit="run", delay=2.0, disable=alone or not progress)
+    with bar:
+        for group in groups:
+            found = known.load(group) if known is not None else None
+            if found is None:
+                results = execute(
+                    vit, group, data, tensors=tensors, batch_size=batch_size, progress=progress and alone
+                )
+                with torch.no_grad():
+                    found = {run.name: metric(results[run.name]).cpu() for run in group}
+                provenances.append(results.provenance)
+                if known is not None:
+                    known.save(group, found)
+            else:
+                resumed += len(group)
+            assert all(len(numbers) == n for numbers in found.values())
+            values |= found
+            bar.update(len(group))
+    return Measured(values, provenances, resumed)
+
+
+def grouped(runs: Sequence[Run], n_examples: int, n_outputs: int) -> list[list[Run]]:
+    """Cut runs that do not read each other into groups whose outputs fit the budget."""
+    most = max(1, _GROUP_BYTES // max(1, 4 * n_examples * n_outputs))
+    return [list(runs[i : i + most]) for i in range(0, len(runs), most)]
+
+
+class _Finished:
+    """Numbers of finished groups, one file each, named by everything that decides them."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        vit: HookedViT,
+        data: Any,
+        metric: BoundMetric,
+        tensors: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        columns = Data(data, vit)
+        # A function has no digest; its numbers on the clean outputs tell metrics apart.
+        self.key = {
+            "model": vit.fingerprint(),
+            "data": columns.fingerprint(columns.columns),
+            "metric": [metric.name, metric.description, metric.clean.tolist()],
+            "tensors": {name: tensor.tolist() for name, tensor in (tensors or {}).items()},
+        }
+
+    def _path(self, group: Sequence[Run]) -> Path:
+        runs = [run.model_dump(mode="json") for run in group]
+        return self.folder / f"{digest({**self.key, 'runs': runs})[:32]}.safetensors"
+
+    def load(self, group: Sequence[Run]) -> dict[str, Tensor] | None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            stacked = load_file(self._path(group))["values"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return {run.name: numbers for run, numbers in zip(group, stacked, strict=True)}
+
+    def save(self, group: Sequence[Run], values: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        path = self._path(group)
+        partial = path.with_suffix(".partial")
+        save_file({"values": torch.stack([values[run.name] for run in group])}, partial)
+        partial.replace(path)
