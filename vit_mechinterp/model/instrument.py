@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.layout import TAP_SITES, Layout
+from vit_mechinterp.model.multihead import is_closed
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 from vit_mechinterp.model.tap import shadowed_forward, tapped
 from vit_mechinterp.model.visiting import contribution, hand_on, hand_on_tuple, replace_input, replace_output
@@ -160,6 +161,10 @@ class Instrument:
         assert layer is not None
         block: nn.Module = lookup(self.module, self.layout.block_path(layer))
         projection: nn.Linear = lookup(block, self.layout.family.out_projection)
+        attention_path = self.layout.attention_path(layer)
+        attention: nn.Module = lookup(self.module, attention_path)
+        if is_closed(attention):  # it calls its output projection while it is tapped alone
+            stack.enter_context(tapped(attention, {}, attention_path, self.layout.n_heads))
         scales = [lookup(block, path) for path in self.layout.family.attention_scale]
         scale = next((s for s in scales if not is_missing(s)), None)
         port = self.layout.ports.get(f"blocks.{layer}.attn.result")

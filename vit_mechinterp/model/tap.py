@@ -5,7 +5,8 @@ is tapped, its attention module's ``forward`` runs inside a `TorchFunctionMode` 
 q, k, v and z pass through and the fused kernel still runs; scores and pattern exist only in explicit math,
 which is done in the tapped block alone. Attention that is written out (eager attention, families without
 fused attention) is a product, a softmax and a product; these are intercepted instead, and nothing is
-recomputed. The module is shadowed on the instance and restored on exit.
+recomputed. torch's own `nn.MultiheadAttention` is opened first (`vit_mechinterp.model.multihead`). The module
+is shadowed on the instance and restored on exit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vit_mechinterp.errors import ExecutionError
+from vit_mechinterp.model.multihead import opened
 
 __all__ = ["shadowed_forward", "tapped"]
 
@@ -66,7 +68,7 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str, n_head
         finally:
             there.taps[:] = [tap for tap in there.taps if tap is not visits]
         return
-    tap = _Tap(attention.forward, visits, f"{where} ({type(attention).__name__})", n_heads)
+    tap = _Tap(opened(attention), visits, f"{where} ({type(attention).__name__})", n_heads)
     with shadowed_forward(attention, tap):
         yield
 
