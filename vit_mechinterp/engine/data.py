@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +23,9 @@ from vit_mechinterp.engine.stored import (
 )
 from vit_mechinterp.errors import DataError, suggest
 from vit_mechinterp.model.hooked import HookedViT
+
+if TYPE_CHECKING:
+    from vit_mechinterp.engine.ahead import Ahead, Request
 
 __all__ = ["Data"]
 
@@ -50,6 +55,7 @@ class Data:
         self._data = data
         self._progress = progress
         self._once: dict[Any, Any] = {}
+        self._ahead: Ahead | None = None
         refuse_other_datasets(data)
         if isinstance(data, Mapping):
             self.columns: list[str] = list(data)
@@ -87,13 +93,21 @@ class Data:
                 f"Columns: {', '.join(self.columns)}."
             )
 
+    def column(self, column: str) -> Any:
+        """A column of a mapping as it was given; None for a dataset."""
+        return self._data[column] if isinstance(self._data, Mapping) else None
+
+    def encoded(self, column: str) -> Any:
+        """A dataset's image column as encoded files, undecoded; None if the column is something else."""
+        return stored_images(self._data, column)
+
     def values(self, column: str, examples: Iterable[int] | None = None) -> Iterator[Any]:
         """Raw entries of a column, of all examples or of some, one at a time."""
         indices = range(self.n) if examples is None else examples
         if isinstance(self._data, Mapping):
             entries = self._data[column]
             return (entries[i] for i in indices)
-        rows = self._data.select_columns([column])
+        rows = self.once(("rows", column), lambda: self._data.select_columns([column]))
         return (rows[int(i)][column] for i in indices)
 
     def _scan(self, column: str, doing: str, stored: Any = None) -> Iterator[Any]:
@@ -109,6 +123,39 @@ class Data:
         Raises:
             DataError: an entry is neither a PIL image nor a tensor of the model's input size.
         """
+        batch = None if self._ahead is None else self._ahead.take(column, examples)
+        if batch is None:
+            batch = self._batch(column, examples)
+        return batch.to(self.vit.device, self.vit.dtype, non_blocking=True)
+
+    @contextmanager
+    def ahead(self, requests: Iterable[Request]) -> Iterator[None]:
+        """Decode and preprocess in the background what will be asked for, in order, for a ``with`` block.
+
+        Stacked tensors need no preparing, and are left alone.
+        """
+        from vit_mechinterp.engine.ahead import Ahead, workers_for
+
+        nbytes = 4 * int(torch.Size(self.vit.layout.tokens.input_shape).numel())
+        workers = workers_for(self.vit.device.type, shared=isinstance(self._data, Mapping))
+        wanted = (request for request in requests if not self._is_stacked(request[0]))
+        before = self._ahead
+        self._ahead = Ahead(self._ready, wanted, nbytes, workers)
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = before
+
+    def _is_stacked(self, column: str) -> bool:
+        return isinstance(self._data, Mapping) and isinstance(self._data[column], Tensor)
+
+    def _ready(self, column: str, examples: Sequence[int]) -> Tensor:
+        """A batch in memory that the model's device copies from without holding anybody up."""
+        batch = self._batch(column, examples).to(self.vit.dtype)
+        return batch.pin_memory() if self.vit.device.type == "cuda" else batch
+
+    def _batch(self, column: str, examples: Sequence[int]) -> Tensor:
         entries = list(self.values(column, examples))
         pictures = list(map(is_picture, entries))
         if all(pictures):
@@ -119,13 +166,12 @@ class Data:
                     f"Column {column!r}: the model's preprocessing makes {tuple(batch.shape[1:])} of its "
                     f"images, and the model takes {size}. Give tensors, or repair the preprocessing."
                 )
-        elif any(pictures):
+            return batch
+        if any(pictures):
             odd = pictures.index(False)
             self._tensor(column, examples[odd], entries[odd])
             raise DataError(_mixed(column))
-        else:
-            batch = torch.stack([self._tensor(column, i, e) for i, e in zip(examples, entries, strict=True)])
-        return batch.to(self.vit.device, self.vit.dtype)
+        return torch.stack([self._tensor(column, i, e) for i, e in zip(examples, entries, strict=True)])
 
     def check_images(self, column: str) -> None:
         """Preprocess one image, and look at every entry that costs nothing to look at.
@@ -244,18 +290,33 @@ class Data:
         """
         digest = hashlib.sha256(str(self.n).encode())
         for column in sorted(set(columns)):
-            digest.update(column.encode())
-            stored = stored_images(self._data, column)
-            if stored is not None:
-                digest.update(f"files, mode {stored.features[column].mode}".encode())
-            for example, entry in enumerate(self._scan(column, "digest of", stored)):
-                encoded = None if stored is None else stored_bytes(entry)
-                if encoded is not None:
-                    digest.update(len(encoded).to_bytes(8, "big") + encoded)
-                else:
-                    whole = entry if stored is None else next(self.values(column, [example]))
-                    digest.update(bytes_of(whole))
+            digest.update(f"{column}:{self.digest(column)}\n".encode())
         return digest.hexdigest()
+
+    def digest(self, column: str) -> str:
+        """SHA-256 over the contents of one column, whatever it is called; made once."""
+        return self.once(("digest", column), lambda: self._digest(column))
+
+    def _digest(self, column: str) -> str:
+        digest = hashlib.sha256()
+        stored = stored_images(self._data, column)
+        if stored is not None:
+            digest.update(f"files, mode {stored.features[column].mode}".encode())
+        for example, entry in enumerate(self._scan(column, "digest of", stored)):
+            encoded = None if stored is None else stored_bytes(entry)
+            if encoded is not None:
+                digest.update(len(encoded).to_bytes(8, "big") + encoded)
+            else:
+                whole = entry if stored is None else next(self.values(column, [example]))
+                digest.update(bytes_of(whole))
+        return digest.hexdigest()
+
+    def image_digest(self, column: str) -> str:
+        """SHA-256 over what decides the model's input: a column's images, and how they are preprocessed."""
+        preprocessing = ""
+        if any(map(is_picture, self.values(column, [0]))):
+            preprocessing = json.dumps(self.vit.preprocess.config, sort_keys=True, default=str)
+        return hashlib.sha256(f"{self.digest(column)} {preprocessing}".encode()).hexdigest()
 
 
 def _mixed(column: str) -> str:
