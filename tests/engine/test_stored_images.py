@@ -92,7 +92,7 @@ def test_splits_and_streams_are_refused() -> None:
 
 
 def test_a_bar_is_there_where_progress_is_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_mechinterp.engine.data._PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr("vit_mechinterp.engine.columns._PROGRESS_DELAY", 0.0)
     for progress in (False, True):
         Data(dataset([picture(0)]), world_of(TIMM_PLAIN).vit, progress=progress).fingerprint(["base"])
         assert ("digest of base" in capsys.readouterr().err) == progress

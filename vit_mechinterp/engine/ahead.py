@@ -1,0 +1,103 @@
+"""Images decoded and preprocessed in the background, so that the model need not wait for them."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.values import Read
+
+__all__ = ["Ahead", "Request", "requests_of"]
+
+Request = tuple[str, tuple[int, ...]]
+"""An image column, and the examples of one forward."""
+
+_AHEAD_BYTES = 256 * 1024**2
+"""Most bytes of preprocessed images that wait; one batch may wait however large it is."""
+
+
+class Ahead:
+    """Makes batches in the order in which they will be asked for, a few at a time.
+
+    Whatever is asked for out of order is left to the caller, and nothing more is made ahead. The batches are
+    those that the caller would make, one call of ``make`` each, so the results are the same bits.
+
+    Args:
+        make: makes the batch of one request.
+        requests: what will be asked for, in order.
+        nbytes: bytes of one image as the model takes it.
+        workers: number of threads; decoding and resizing let other threads run.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str, Sequence[int]], Tensor],
+        requests: Iterable[Request],
+        nbytes: int,
+        workers: int,
+    ) -> None:
+        self._make = make
+        self._requests = iter(requests)
+        self._nbytes = nbytes
+        self._depth = workers + 1
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
+        self._waiting: deque[tuple[Request, Future[Tensor]]] = deque()
+        self.taken = 0
+        self._fill()
+
+    def _fill(self) -> None:
+        held = sum(len(examples) for (_, examples), _ in self._waiting) * self._nbytes
+        while len(self._waiting) < self._depth and (not self._waiting or held < _AHEAD_BYTES):
+            request = next(self._requests, None)
+            if request is None:
+                return
+            held += len(request[1]) * self._nbytes
+            self._waiting.append((request, self._pool.submit(self._make, *request)))
+
+    def take(self, column: str, examples: Sequence[int]) -> Tensor | None:
+        """The batch, if it is the next one; otherwise None.
+
+        Raises:
+            DataError: as ``make`` does.
+        """
+        if not self._waiting:
+            return None
+        if self._waiting[0][0] != (column, tuple(examples)):
+            self.close()
+            return None
+        _, future = self._waiting.popleft()
+        batch = future.result()
+        self.taken += 1
+        self._fill()
+        return batch
+
+    def close(self) -> None:
+        """Make nothing more, and wait for what is being made."""
+        self._requests = iter(())
+        self._waiting.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def workers_for(device_type: str, *, shared: bool) -> int:
+    """Threads that make images: few beside a model on the CPU, which needs the cores itself.
+
+    ``shared`` says that entries are objects of the caller's, which two threads must not decode at once.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if shared or device_type == "cpu" else max(1, min(8, cores // 2))
+
+
+def requests_of(
+    schedule: Schedule, chunks: Iterable[range], reads: Sequence[Read] | None = None
+) -> Iterator[Request]:
+    """The batches that the clean forwards of some chunks ask for, in order."""
+    for chunk in chunks:
+        for column in schedule.columns if reads is None else schedule.columns_of(reads):
+            images = schedule.images(column, chunk, reads)
+            for start in range(0, len(images), schedule.clean_width):
+                yield column, tuple(images[start : start + schedule.clean_width])
