@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Plain", "agree"]
+__all__ = ["Plain", "agree", "effective"]
 
 Touch = Callable[[Tensor], Tensor]
 
@@ -135,9 +135,14 @@ def _hook(module: Any, site: str, touch: Touch) -> Any:
     return before[name].register_forward_pre_hook(lambda m, args: (touch(args[0]), *args[1:]))
 
 
-def agree(name: str, found: Tensor, wanted: Tensor, share: float) -> float:
-    """Assert that two outputs agree within a share of the wanted one's scale; the difference as such a share."""
-    difference = (found.float().cpu() - wanted).abs().max().item() / wanted.abs().max().item()
+def agree(name: str, found: Tensor, wanted: Tensor, share: float, scale: float | None = None) -> float:
+    """Assert that two outputs agree within a share of a scale; the difference as such a share.
+
+    Args:
+        scale: the wanted output's largest value if left out.
+    """
+    scale = wanted.abs().max().item() if scale is None else scale
+    difference = (found.float().cpu() - wanted).abs().max().item() / scale
     assert difference <= share, f"{name}: differs by {difference:.2g} of the output's scale"
     return difference
 

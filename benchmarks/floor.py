@@ -1,0 +1,85 @@
+"""Time of an experiment over the floor of its own plan: what the plan's blocks would take as plain forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vit_mechinterp as vmi
+from benchmarks.measure import interleaved
+from benchmarks.models import images, tolerance
+from benchmarks.plain import Plain, agree, effective
+from benchmarks.report import Report, Row
+
+__all__ = ["TARGET", "over_floor"]
+
+TARGET = 1.05
+
+
+@torch.no_grad()
+def over_floor(
+    report: Report,
+    name: str,
+    vit: vmi.HookedViT,
+    runs: Sequence[vmi.Run],
+    data: Mapping[str, Tensor],
+    chosen: Any,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    checked: int = 16,
+    target: float | None = TARGET,
+) -> None:
+    """Check some runs against plain hooks, time all of them, and add the row.
+
+    The unit is one plain native forward of ``chosen.unit_images`` images; the floor is the plan's forwards times
+    that time per image.
+
+    Args:
+        checked: how many runs, drawn at random, are compared with plain hooks; all if there are fewer.
+    """
+    plan = vmi.plan(vit, runs, data)
+    results = vmi.execute(vit, runs, data, tensors=tensors, progress=False)
+    plain = Plain(vit.module, data, tensors)
+    n_runs, n_examples = results.logits.shape[:2]
+    sample = np.random.default_rng(0).permutation(n_runs)[:checked]
+    worst = 0.0
+    outputs = []
+    clean = plain.clean(runs[0].base)
+    scale = clean.abs().max().item()
+    for index in sample:
+        outputs.append(plain.run(runs[index].model_dump(mode="json")))
+        found = results.logits[int(index)]
+        difference = agree(runs[index].name, found, outputs[-1], tolerance(chosen.torch_dtype), scale)
+        worst = max(worst, difference)
+    moved = effective(outputs, clean, 1e-3)
+    assert moved >= len(sample) // 2, f"only {moved} of {len(sample)} runs had an effect to speak of"
+    unit_images = images(vit.module, chosen.unit_images, 7)
+    timed = interleaved(
+        {name: lambda: vmi.execute(vit, runs, data, tensors=tensors, progress=False)},
+        lambda: vit.module(unit_images),
+        chosen.repeats,
+        chosen.torch_device,
+        units_around=5,
+    )[name]
+    floor = plan.forwards / chosen.unit_images
+    fields = {"unit": "of the floor", "target": target}
+    report.rows.append(
+        Row.timed(
+            name,
+            timed,
+            rows=n_runs * n_examples,
+            unit_images=chosen.unit_images,
+            scale=1 / floor,
+            **fields,
+        )
+    )
+    report.note(
+        f"{name}: {n_runs} runs x {n_examples} examples; {plan.forwards:.5g} forwards' worth of blocks instead of "
+        f"{plan.naive_forwards:.5g}; {plan.launches} launches of at most {plan.widest} rows. {len(sample)} runs "
+        f"drawn at random agree with plain hooks to {worst:.1g} of the output's scale; {moved} of them have an "
+        "effect above 1e-3 of it."
+    )
