@@ -150,6 +150,7 @@ def test_the_public_names_are_these() -> None:
         "load",
         "plan",
         "register",
+        "register_adapter",
         "register_op",
         "run_experiment",
         "wrap",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_mechinterp.engine import Plan, Results, execute, plan
     from vit_mechinterp.experiment import run_experiment
-    from vit_mechinterp.model import HookedViT, load, register, wrap
+    from vit_mechinterp.model import HookedViT, load, register, register_adapter, wrap
     from vit_mechinterp.spec import (
         Ablate,
         AddDirection,
@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "plan",
     "register",
+    "register_adapter",
     "register_op",
     "run_experiment",
     "wrap",
@@ -55,7 +56,7 @@ __all__ = [
 _HOMES = {
     "vit_mechinterp.engine": ("Plan", "Results", "execute", "plan"),
     "vit_mechinterp.experiment": ("run_experiment",),
-    "vit_mechinterp.model": ("HookedViT", "load", "register", "wrap"),
+    "vit_mechinterp.model": ("HookedViT", "load", "register", "register_adapter", "wrap"),
     "vit_mechinterp.spec": (
         "Ablate",
         "AddDirection",

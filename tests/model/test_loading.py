@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -129,7 +128,7 @@ def test_shipped_checkpoints_are_listed_and_load() -> None:
     assert vit.layout.tokens.grid == (8, 8)
 
 
-@pytest.mark.parametrize("name", ["vit_base_patch16_224", "huggingface/x", "hf/", "timm", "", "/tmp/folder"])
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "huggingface/x", "hf/", "timm", ""])
 def test_other_strings(name: str) -> None:
     with pytest.raises(SpecError) as raised:
         vmi.load(name)
@@ -148,11 +147,23 @@ def test_other_strings(name: str) -> None:
         ),
         (
             "timm/vit_base_patch16_224.nonsense",
-            r"'timm/vit_base_patch16_224\.nonsense' could not be loaded: Invalid pretrained tag",
+            r"timm has no weights 'nonsense' of vit_base_patch16_224\. It has: .*augreg_in1k, .*\.$",
         ),
         (
             "timm/./no-such-folder",
             r"no-such-folder has no config\.json; a timm folder holds config\.json and model\.safetensors",
+        ),
+        (
+            "timm/vit_base_patch16_224.augreg_in1",
+            r"timm has no weights 'augreg_in1' of vit_base_patch16_224\. Close matches: augreg_in1k,",
+        ),
+        (
+            "timm/facebook/dinov2-base",
+            r"its names have no slash.*write 'hf/facebook/dinov2-base', or 'timm/hf-hub:facebook/dinov2-base'",
+        ),
+        (
+            "./no-such-folder",
+            r"'\./no-such-folder' is no folder with a model: its config\.json cannot be read \(No such file",
         ),
         (
             "hf/./no-such-folder",
@@ -187,14 +198,23 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         vmi.load(f"timm/{tmp_path}/timm", embed_dim=48)
 
 
-def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
-    saved_timm(tmp_path / "timm")
-    hf("ViTModel", "ViTConfig")().save_pretrained(tmp_path / "hf")
-    for library in ("timm", "hf"):
-        folder = tmp_path / library
-        shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
-        with pytest.raises(SpecError, match=r"safetensors"):
-            vmi.load(f"{library}/{folder}")
+def test_a_folder_alone_is_of_the_library_that_its_configuration_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = saved_timm(tmp_path / "mine")
+    other = hf("ViTModel", "ViTConfig")()
+    other.save_pretrained(tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    vit = vmi.load("./mine")
+    same(vit, own)
+    assert vit.source == "timm/./mine"
+    same(vmi.load(str(tmp_path / "theirs")), other)
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(SpecError, match=r"neither timm's 'architecture' nor transformers' 'model_type'; say which"):
+        vmi.load("./mine")
+    (tmp_path / "mine" / "config.json").write_text("no json")
+    with pytest.raises(SpecError, match=r"its config\.json cannot be read"):
+        vmi.load("./mine")
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:

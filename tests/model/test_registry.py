@@ -17,7 +17,7 @@ from tests.model.raw import moved, near
 from tests.model.zoo import plain
 from vit_mechinterp.adapters import FAMILIES
 from vit_mechinterp.errors import SpecError, UnsupportedModelError
-from vit_mechinterp.model import families, registry
+from vit_mechinterp.model import Family, Port, families, registry
 from vit_mechinterp.model.conformance import check
 
 
@@ -107,14 +107,17 @@ def test_other_packages_families_are_found(
         families()
     assert asked == ["vit_mechinterp.adapters"]
     assert "The adapter broken (other:BROKEN) cannot be loaded: no module named 'other'" in caplog.text
-    assert "The adapter wrong (other:WRONG) is no vit_mechinterp Family." in caplog.text
+    assert (
+        "The adapter wrong (other:WRONG) cannot be loaded: An adapter is a Family or a function without arguments "
+        "that returns one; 'a string' gives a str."
+    ) in caplog.text
     assert families()[-1] is FAMILIES[-1]
 
 
 def test_a_resnet_is_refused_with_everything_that_was_probed() -> None:
     with pytest.raises(UnsupportedModelError) as raised:
         vmi.wrap(timm.create_model("test_resnet"))
-    first, *probed, last = str(raised.value).splitlines()
+    first, *probed, nearest, last = str(raised.value).splitlines()
     assert first == "No known family of ViTs describes timm.models.resnet.ResNet. Probed:"
     # Families that probe the same places share a line.
     assert probed[0] == (
@@ -124,6 +127,7 @@ def test_a_resnet_is_refused_with_everything_that_was_probed() -> None:
     named = [name for line in probed for name in line.split(": ")[0].strip().split(", ")]
     assert sorted(named) == sorted(family.name for family in FAMILIES)
     assert all("no list of blocks at '" in line for line in probed)
+    assert nearest == "No list of modules in it has half of the places that any family names."
     assert last == (
         "If this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that holds "
         "one, wrap that part of it."
@@ -151,3 +155,91 @@ def test_wrapping_changes_nothing() -> None:
     assert {name: id(value) for name, value in vars(module).items()} == before
     assert module.training
     assert vit.source is None
+
+
+def test_the_decorator_takes_a_function_or_a_family() -> None:
+    @vmi.register_adapter
+    def mine() -> Family:
+        return replace(OWN, name="mine")
+
+    assert mine().name == "mine"
+    assert vmi.wrap(own()).layout.family.name == "mine"
+    assert vmi.register_adapter(OWN) is OWN
+    with pytest.raises(SpecError, match="A family called 'mine' is registered already"):
+        vmi.register_adapter(mine)
+    before = vmi.wrap(own()).layout.family
+    assert vmi.register_adapter(mine, replace=True) is mine
+    assert before is OWN
+    assert [family.name for family in families()[:2]] == ["mine", "own.vit"]
+    with pytest.raises(SpecError, match=r"A family called 'timm\.vit' is registered already"):
+        vmi.register(replace(OWN, name="timm.vit"), replace=True)
+
+
+def test_slips_in_a_row_are_said() -> None:
+    with pytest.raises(SpecError, match=r"An adapter is a Family or a function .*; dict gives a dict\."):
+        vmi.register_adapter(dict)  # type: ignore[type-var]
+    with pytest.raises(SpecError, match="register takes a Family, not a str"):
+        vmi.register("timm.vit")  # type: ignore[arg-type]
+    with pytest.raises(
+        SpecError, match=r"The family 'own\.vit' names a site 'mlp_in', which no block has\. Close matches: .*mlp"
+    ):
+        vmi.register(replace(OWN, ports={**OWN.ports, "mlp_in": ()}))
+    with pytest.raises(SpecError, match=r"blocks of the family 'own\.vit' is a tuple, even of one: \('trunk',\)"):
+        vmi.register(replace(OWN, blocks="trunk"))  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"ports\['ln1'\] of the family 'own\.vit' is a tuple, even of one"):
+        vmi.register(replace(OWN, ports={**OWN.ports, "ln1": Port("ln1")}))  # type: ignore[dict-item]
+    with pytest.raises(SpecError, match="has no port for resid_post, and every ViT has one"):
+        vmi.register(replace(OWN, ports={**OWN.ports, "resid_post": ()}))
+    assert OWN not in families()
+
+
+def test_a_decorated_function_as_entry_point_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    @vmi.register_adapter
+    def mine() -> Family:
+        return replace(OWN, name="mine")
+
+    entries = [Entry("mine", "other:mine", mine), Entry("function", "other:own", lambda: OWN)]
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda *, group: entries)
+    monkeypatch.setattr(registry, "_BUILT_IN", [])
+    assert [family.name for family in families()[:3]] == ["mine", "own.vit", FAMILIES[0].name]
+
+
+class Fork(nn.Module):
+    """timm's ViT with its blocks under another name, and a norm that is missing."""
+
+    def __init__(self, without: str | None = None) -> None:
+        super().__init__()
+        self.trunk = plain()().blocks
+        if without is not None:
+            for block in self.trunk:
+                delattr(block, without)
+
+
+def test_the_nearest_family_is_named_with_what_is_missing() -> None:
+    def nearest(module: nn.Module) -> list[str]:
+        with pytest.raises(UnsupportedModelError) as raised:
+            vmi.wrap(module)
+        lines = str(raised.value).splitlines()
+        return lines[next(n for n, line in enumerate(lines) if line.startswith("Nearest")) : -1]
+
+    (line,) = nearest(Fork())
+    assert line.startswith("Nearest is timm.vit, all of whose 9 places in a block are in trunk.0 (Block); it looks")
+    assert line.endswith("it looks for the blocks at 'blocks'.")
+    (line,) = nearest(Fork(without="norm1"))
+    assert line.startswith("Nearest is timm.vit, 8 of whose 9 places in a block are in trunk.0 (Block); missing: 'norm1'")
+    module = plain()()
+    for block in module.blocks:
+        block.extra = nn.Linear(2, 2)
+    (line,) = nearest(module)
+    assert "all of whose 9 places in a block are in blocks.0 (Block); unknown to it: 'extra'." in line
+    later = plain()()
+    del later.blocks[1].mlp.fc2
+    (line,) = nearest(later)
+    assert line.endswith("and yet: blocks.1 (Block) has no 'mlp.fc2' or 'mlp.w2' for mlp.post.")
+
+
+def test_a_part_that_is_a_vit_is_named() -> None:
+    module = nn.ModuleDict({"tower": nn.ModuleDict({"visual": plain()()}), "text": nn.Linear(2, 2)})
+    with pytest.raises(UnsupportedModelError, match=r"Its part 'tower\.visual' is described by timm\.vit; wrap that"):
+        vmi.wrap(module)
+    assert vmi.wrap(module.get_submodule("tower.visual")).layout.family.name == "timm.vit"

@@ -4,7 +4,7 @@ from vit_mechinterp.model.conformance import Report, check
 from vit_mechinterp.model.hooked import ActivationCache, HookedViT, SiteInfo
 from vit_mechinterp.model.layout import Family, Layout, Port, Readout, TokenLayout
 from vit_mechinterp.model.loading import checkpoints, load
-from vit_mechinterp.model.registry import families, register, wrap
+from vit_mechinterp.model.registry import families, register, register_adapter, wrap
 
 __all__ = [
     "ActivationCache",
@@ -21,5 +21,6 @@ __all__ = [
     "families",
     "load",
     "register",
+    "register_adapter",
     "wrap",
 ]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib import import_module, metadata
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from vit_mechinterp.errors import SpecError, UnsupportedModelError
+from vit_mechinterp.errors import SpecError, UnsupportedModelError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.layout import Family
+from vit_mechinterp.model.nearest import describe_nearest
 from vit_mechinterp.model.resolve import missing_for, resolve
+from vit_mechinterp.spec import BLOCK_SITES
 
-__all__ = ["families", "register", "wrap"]
+__all__ = ["families", "foresee", "register", "register_adapter", "wrap"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +27,76 @@ _REGISTERED: dict[str, Family] = {}
 _BUILT_IN: list[Family] = []
 
 
-def register(family: Family) -> Family:
+Adapter = TypeVar("Adapter", Family, Callable[[], Family])
+
+
+def register(family: Family, *, replace: bool = False) -> Family:
     """Make one more family known; it is tried before the built-in ones.
 
     Packages can do the same with an entry point in the group ``vit_mechinterp.adapters`` that names a
-    `Family`.
+    `Family`, or a function without arguments that returns one.
+
+    Args:
+        family: the row of metadata.
+        replace: let it take the place of a family of the same name that was registered before (a cell of a
+            notebook that is run again). The built-in families stay.
 
     Raises:
-        SpecError: a family of that name is registered already.
+        SpecError: a family of that name is registered already, or the row names sites that do not exist.
     """
+    _examine(family)
+    if replace:
+        _REGISTERED.pop(family.name, None)
     if any(known.name == family.name for known in families()):
         raise SpecError(f"A family called {family.name!r} is registered already; choose another name.")
     _REGISTERED[family.name] = family
     return family
+
+
+def register_adapter(adapter: Adapter, *, replace: bool = False) -> Adapter:
+    """Make one more family of ViTs known: a decorator for a function that returns its `Family`.
+
+    The function takes no arguments, is called at once, and is returned unchanged, so it can also stand in
+    the entry-point group ``vit_mechinterp.adapters``. A `Family` is taken as well. See
+    docs/register_a_vit.md for the way from a model class to its row.
+
+    Raises:
+        SpecError: no Family came of it, one of that name is registered already, or it names sites that do
+            not exist.
+    """
+    register(_family_of(adapter), replace=replace)
+    return adapter
+
+
+def _family_of(adapter: object) -> Family:
+    made = adapter() if callable(adapter) else adapter
+    if not isinstance(made, Family):
+        name = getattr(adapter, "__qualname__", repr(adapter))
+        raise SpecError(
+            f"An adapter is a Family or a function without arguments that returns one; {name} gives a "
+            f"{type(made).__name__}."
+        )
+    return made
+
+
+def _examine(family: Family) -> None:
+    """Refuse slips in a row that would otherwise only show as sites that are missing."""
+    if not isinstance(family, Family):
+        raise SpecError(f"register takes a Family, not a {type(family).__name__}.")
+    for site in (*family.ports, *family.absent):
+        if site not in BLOCK_SITES:
+            raise SpecError(
+                f"The family {family.name!r} names a site {site!r}, which no block has."
+                f"{suggest(site, BLOCK_SITES)} Sites of a block: {', '.join(BLOCK_SITES)}."
+            )
+    lists: dict[str, object] = {"blocks": family.blocks, "attention_scale": family.attention_scale}
+    lists |= {f"ports[{site!r}]": ports for site, ports in family.ports.items()}
+    for name, value in lists.items():
+        if not isinstance(value, tuple):
+            raise SpecError(f"{name} of the family {family.name!r} is a tuple, even of one: ({value!r},).")
+    for site in ("resid_pre", "resid_post"):
+        if not family.ports.get(site):
+            raise SpecError(f"The family {family.name!r} has no port for {site}, and every ViT has one.")
 
 
 def families() -> list[Family]:
@@ -51,14 +112,14 @@ def _from_other_packages() -> list[Family]:
     found: list[Family] = []
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         try:
-            family = entry.load()
+            family = _family_of(entry.load())
+            _examine(family)
         except Exception as error:
             logger.warning("The adapter %s (%s) cannot be loaded: %s", entry.name, entry.value, error)
             continue
-        if isinstance(family, Family):
+        # A module with a decorated function has registered it by being imported.
+        if family.name not in _REGISTERED:
             found.append(family)
-        else:
-            logger.warning("The adapter %s (%s) is no vit_mechinterp Family.", entry.name, entry.value)
     return found
 
 
@@ -99,21 +160,51 @@ def wrap(
             f"{type(module).__name__} is compiled, so what happens inside cannot be seen or edited; wrap the "
             "module that it was made of."
         )
+    family = _describing(module)
+    vit = HookedViT(module, resolve(family, module, size), source)
+    if check:
+        _require_conformance(vit)
+    return vit
+
+
+def foresee(make: Callable[[], nn.Module]) -> None:
+    """Refuse an architecture that no family describes before its weights are downloaded.
+
+    It is made without memory; one that cannot be made so is refused, if need be, when it is there.
+
+    Raises:
+        UnsupportedModelError: as `wrap` does.
+    """
+    try:
+        with torch.device("meta"):
+            module = make()
+    except Exception as error:
+        logger.debug("Cannot be made without memory: %s", error)
+        return
+    _describing(module)
+
+
+def _describing(module: nn.Module) -> Family:
+    """The first family that describes a module.
+
+    Raises:
+        UnsupportedModelError: none does; for each, what was probed and what was missing, and the nearest.
+    """
     probed: dict[str, list[str]] = {}
-    for family in families():
+    known = families()
+    for family in known:
         reason = missing_for(family, module)
         if reason is None:
-            vit = HookedViT(module, resolve(family, module, size), source)
-            if check:
-                _require_conformance(vit)
-            return vit
+            return family
         probed.setdefault(reason, []).append(family.name)
-    raise UnsupportedModelError(
-        f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:\n"
-        + "\n".join(f"  {', '.join(names)}: {reason}" for reason, names in probed.items())
-        + "\nIf this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that "
+    lines = [f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:"]
+    lines += [f"  {', '.join(names)}: {reason}" for reason, names in probed.items()]
+    lines += describe_nearest(known, module)
+    lines.append(
+        "If this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that "
         "holds one, wrap that part of it."
     )
+    raise UnsupportedModelError("\n".join(lines))
 
 
 def _require_conformance(vit: HookedViT) -> None:
