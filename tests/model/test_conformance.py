@@ -24,6 +24,8 @@ from vit_mechinterp.model import Family, HookedViT, Port, TokenLayout, instrumen
 from vit_mechinterp.model.conformance import CHECKS, Report, check
 from vit_mechinterp.model.resolve import resolve
 
+INTERCEPTION = getattr(tap, "Interception", None) or tap._Interception
+
 
 def made(
     block: type[nn.Module] = Block, model: type[VisionTransformer] = VisionTransformer, **options: Any
@@ -146,12 +148,12 @@ def test_a_wrapper_that_changes_the_output(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_explicit_attention_that_forgets_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     module = next(variant for variant in TIMM if variant.name == "relative-positions").module()
-    explicit = tap._Interception._explicit
+    explicit = INTERCEPTION._explicit
 
     def maskless(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any) -> Tensor:
         return explicit(self, query, key, value, None, *rest)
 
-    monkeypatch.setattr(tap._Interception, "_explicit", maskless)
+    monkeypatch.setattr(INTERCEPTION, "_explicit", maskless)
     report = check(vmi.wrap(module))
     explicit_sites = {f"blocks.{layer}.attn.{name}" for layer in (0, 1) for name in ("scores", "pattern")}
     for name in ("capture only", "write back"):
@@ -251,13 +253,13 @@ def test_gates_under_each_others_names() -> None:
 
 
 def test_a_pattern_edit_that_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tap._Interception._visit
+    whole = INTERCEPTION._visit
 
     def deaf(self: Any, site: str, x: Tensor) -> Tensor:
         new = whole(self, site, x)
         return x if site == "pattern" else new
 
-    monkeypatch.setattr(tap._Interception, "_visit", deaf)
+    monkeypatch.setattr(INTERCEPTION, "_visit", deaf)
     report = check(seen(made()))
     assert {"blocks.0.attn.z", "blocks.0.attn_out"} <= failing(report, "a pattern edit, by hand")
     assert {"blocks.0.attn.z", "blocks.1.attn.z"} == failing(report, "attention adds up")

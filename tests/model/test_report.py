@@ -18,9 +18,31 @@ def test_a_report_reads_well() -> None:
     assert lines[1].split() == ["passed", "eval", "mode", "1/1"]
     assert lines[-1] == "  The model conforms."
     table = report.to_pandas()
-    assert list(table.columns) == ["check", "site", "passed", "detail", "deviation"]
+    assert list(table.columns) == ["check", "site", "passed", "detail", "deviation", "left_out"]
     assert len(table) == len(report.rows)
     assert bool(table["passed"].all())
+
+
+def test_what_is_left_out_and_what_is_absent_is_listed_with_its_reason() -> None:
+    vit = vmi.wrap(plain(depth=3, img_size=(24, 40))().eval())
+    lines = str(check(vit)).splitlines()
+    assert "  not there: blocks.*.mlp.pre_linear (3 blocks): the MLP of this block is not gated" in lines
+    reason = "no single pattern"
+    rows = [Row("check", f"blocks.{layer}.attn_out", True, reason, left_out=True) for layer in range(2)]
+    absent = {"blocks.0.ln1": "why", "blocks.1.ln1": "why", "blocks.1.ln2": "why", "ln_final": "why"}
+    report = Report("model", (Row("check", "embed", True), *rows), absent)
+    assert report.passed
+    assert str(report).splitlines()[1:] == [
+        "  passed  check        1/1",
+        "  check: left out blocks.*.attn_out (2 blocks): no single pattern",
+        "  not there: blocks.*.ln1 (2 blocks); blocks.*.ln2 (1 block); ln_final: why",
+        "  The model conforms.",
+    ]
+
+
+def test_a_check_with_nothing_to_compare_says_so() -> None:
+    report = Report("model", (Row("check", "embed", True, "not there", left_out=True),))
+    assert str(report).splitlines()[1] == "  none    check        0/0"
 
 
 def test_long_lists_of_failures_are_cut() -> None:

@@ -13,6 +13,14 @@ from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.spec import Site
 
 
+def port_or_reason(subject: Subject, record: Record) -> None:
+    """Every name of the vocabulary can be used on the model, or the reason why not is given."""
+    for name, reason in subject.layout.absent.items():
+        record.add(bool(reason.strip()), name, "" if reason.strip() else "declared absent without a reason")
+    for name in subject.sites:
+        record.add(True, name)
+
+
 def native_output(subject: Subject, record: Record) -> None:
     """The wrapped output is the native one, bit for bit."""
     args, kwargs = subject.layout.family.inputs(subject.vit.module, subject.images)
@@ -162,30 +170,48 @@ def interchange_of_images(subject: Subject, record: Record) -> None:
 
 
 def growth_and_skip(subject: Subject, record: Record) -> None:
-    """Rows that join a batch behind skipped blocks, or a growing one, agree with a forward of their own."""
-    last = subject.layers[-1]
-    for start, join in dict.fromkeys([(0, last), (last // 2, last // 2), (last, last)]):
-        first, second = f"blocks.{start}.resid_pre", f"blocks.{join}.resid_post"
-        missing = [name for name in (first, second) if name not in subject.sites]
-        if missing:
-            record.add(False, missing[0], "it does not fire as declared, so rows cannot join there")
-            continue
-        early, late = (_shifted(subject, subject.values[name]) for name in (first, second))
-        singly = [subject.output({first: returning(early)}), subject.output({second: returning(late)})]
-        if subject.layout.family.one_image:
-            joined = subject.run({first: returning(early)}, subject.vit.blank(1), skip=range(start))
+    """Rows that join behind skipped blocks, and at every block of a growing batch, are as in forwards of
+    their own."""
+    ends = [layer for layer in subject.layers if f"blocks.{layer}.resid_post" in subject.sites]
+    starts = [layer for layer in subject.layers if f"blocks.{layer}.resid_pre" in subject.sites]
+    if not starts or not ends:
+        record.add(False, detail="no block has both its input and its output where they are declared")
+        return
+    rows = {site: _shifted(subject, subject.values[site]) for site in _stream(starts, ends)}
+    if subject.layout.family.one_image:
+        reason = f"rows do not join: {subject.layout.family.one_image}"
+        for layer in starts:
+            first = f"blocks.{layer}.resid_pre"
+            alone = subject.output({first: returning(rows[first])})
+            skipping = {first: returning(rows[first])}
+            joined = subject.run(skipping, subject.vit.blank(1), skip=range(layer))
             assert joined is not None
-            share = deviation(joined, singly[0])
-            record.near(share, 10 * subject.unit, first, f"a row from {first}, alone,")
-            continue
-        joins = {first: returning(early), second: _appending(late)}
-        together = subject.run(joins, subject.vit.beginning(len(early) + len(late)), skip=range(start))
+            record.near(deviation(joined, alone), 10 * subject.unit, first, "a row that skipped, alone,")
+        for layer in ends:
+            record.leave_out(f"blocks.{layer}.resid_post", reason)
+        return
+    alone = {site: subject.output({site: returning(value)}) for site, value in rows.items()}
+    for site, output in alone.items():
+        if torch.equal(output, subject.native):
+            text = "what was written did not change the output, so nothing is shown"
+            record.add(False, site, text)
+            return
+    for start in dict.fromkeys((starts[0], starts[len(starts) // 2], starts[-1])):
+        joins = [f"blocks.{start}.resid_pre", *(f"blocks.{at}.resid_post" for at in ends if at >= start)]
+        visitors = {site: _appending(rows[site]) for site in joins[1:]}
+        visitors[joins[0]] = returning(rows[joins[0]])
+        n_rows = sum(len(rows[site]) for site in joins)
+        together = subject.run(visitors, subject.vit.beginning(n_rows), skip=range(start))
         assert together is not None
-        if torch.equal(singly[0], subject.native) or torch.equal(singly[1], subject.native):
-            record.add(False, second, "what was written did not change the output, so nothing is shown")
-            continue
-        share = deviation(together, torch.cat(singly))
-        record.near(share, 10 * subject.unit, second, f"a batch of rows from {first}, then from here,")
+        for site, found in zip(joins, together.split(len(subject.images)), strict=True):
+            share = deviation(found, alone[site])
+            where = f"rows that join here behind {start} skipped blocks, from forwards of their own,"
+            record.near(share, 10 * subject.unit, site, where)
+
+
+def _stream(starts: Sequence[int], ends: Sequence[int]) -> list[str]:
+    inputs = [f"blocks.{layer}.resid_pre" for layer in starts]
+    return inputs + [f"blocks.{layer}.resid_post" for layer in ends]
 
 
 def _appending(rows: Tensor) -> Visitor:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward, Visitor
-from vit_mechinterp.model.layout import TAP_SITES, lookup
+from vit_mechinterp.model.layout import TAP_SITES, is_missing, lookup
 from vit_mechinterp.model.multihead import is_closed
 from vit_mechinterp.spec import Site
 
@@ -79,6 +79,8 @@ class Subject:
         device = self.vit.device.type
         if torch.is_autocast_enabled(device):
             precision = max(precision, torch.finfo(torch.get_autocast_dtype(device)).eps)
+        if precision > 1e-4:  # kernels in 16 bits sum in 32, so that errors do not add up
+            return 4 * precision
         if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
             precision = max(precision, 2.0**-10)
         return 8 * precision
@@ -120,6 +122,15 @@ class Subject:
         kept: dict[str, Tensor] = {}
         self.run({name: keeping(kept, name) for name in names})
         return kept
+
+    def projection(self, layer: int) -> tuple[Tensor, Tensor | None, Tensor | float]:
+        """Weight and bias of a block's output projection, and the LayerScale behind it."""
+        family = self.layout.family
+        block: nn.Module = lookup(self.vit.module, self.layout.block_path(layer))
+        projection: nn.Linear = lookup(block, family.out_projection)
+        scales = [lookup(block, path) for path in family.attention_scale]
+        gain = next((wide(scale) for scale in scales if not is_missing(scale)), 1.0)
+        return wide(projection.weight), None if projection.bias is None else wide(projection.bias), gain
 
     @cached_property
     def values(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from vit_mechinterp.model.conformance.forwards import (
     growth_and_skip,
     interchange_of_images,
     native_output,
+    port_or_reason,
     single_row,
     token_layout,
     write_back,
@@ -28,6 +29,7 @@ from vit_mechinterp.model.hooked import HookedViT
 __all__ = ["CHECKS", "check"]
 
 CHECKS = {
+    "a port or a reason": port_or_reason,
     "native output": native_output,
     "fires once, with its shape": fires_once,
     "prefix + grid + suffix": token_layout,
@@ -65,7 +67,7 @@ def check(vit: HookedViT, *, n_images: int = 2, seed: int = 0, progress: bool = 
     if dropping is None:
         with vit.lock, torch.no_grad(), torch.random.fork_rng(devices):
             _run(vit, 1 if vit.layout.family.one_image else max(n_images, 2), seed, record, progress)
-    return Report(f"{type(vit.module).__name__}, {vit.layout}", tuple(record.rows))
+    return Report(f"{type(vit.module).__name__}, {vit.layout}", tuple(record.rows), vit.layout.absent)
 
 
 def _run(vit: HookedViT, n_images: int, seed: int, record: Record, progress: bool) -> None:

@@ -6,14 +6,20 @@ Identities are tested on values that were edited upstream of them, where an edit
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vit_mechinterp.model.conformance.blocks import AMPLITUDES, Edited, edited_block, noisy
+from vit_mechinterp.model.conformance.inside import (
+    gate_and_linear,
+    heads_stay_apart,
+    names_differ,
+    scores_of_queries_and_keys,
+)
 from vit_mechinterp.model.conformance.report import Record
 from vit_mechinterp.model.conformance.subject import Subject, deviation, returning, wide
 from vit_mechinterp.model.instrument import Visitor
-from vit_mechinterp.model.layout import is_missing, lookup
+from vit_mechinterp.model.layout import lookup
 from vit_mechinterp.spec import BLOCK_SITES, GLOBAL_SITES
 
 
@@ -61,6 +67,13 @@ def writes_and_identities(subject: Subject, record: Record) -> None:
                 record.near(deviation(value[:1], clean), 10 * subject.unit, edited.name(site), "the value")
         with record.under("a pattern edit, by hand"):
             _pattern_by_hand(subject, edited, record)
+        with record.under("scores are q times k"):
+            scores_of_queries_and_keys(subject, edited, record)
+        with record.under("heads stay apart"):
+            heads_stay_apart(subject, layer, sites, record)
+        with record.under("names mean what they say"):
+            names_differ(subject, layer, sites, record)
+            gate_and_linear(subject, layer, sites, record)
     with record.under("a write reaches the output"):
         _reaches_output(subject, record)
     record.check = check
@@ -78,12 +91,20 @@ def _downstream_only(subject: Subject, edited: Edited, site: str, record: Record
 def _residual_stream(subject: Subject, edited: Edited, record: Record) -> None:
     """Every increment is what the stream grows by, to the last bit where nothing is derived."""
     values = edited.values
-    sums = (("resid_mid", "resid_pre", "attn_out"), ("resid_post", "resid_mid", "mlp_out"))
-    for site, start, increment in sums:
-        if edited.has(site, start, increment):
-            total = values[start] + values[increment]
+    sums = [("resid_mid", ("resid_pre", "attn_out")), ("resid_post", ("resid_mid", "mlp_out"))]
+    if subject.layout.family.parallel:
+        sums = [("resid_post", ("resid_pre", "attn_out", "mlp_out"))]
+    for site, parts in sums:
+        if edited.has(site, *parts):
+            total = sum((values[part] for part in parts[1:]), values[parts[0]])
             share = edited.deviation(site, total, values[site])
-            record.near(share, subject.unit / 2, edited.name(site), f"{start} + {increment}")
+            allowed = subject.unit / 2 if len(parts) == 2 else subject.unit
+            record.near(share, allowed, edited.name(site), " + ".join(parts))
+            continue
+        for part in (site, *parts):
+            if reason := subject.layout.absent.get(edited.name(part)):
+                record.leave_out(edited.name(site), f"no {part}: {reason}")
+                break
 
 
 def _attention(subject: Subject, edited: Edited, record: Record) -> None:
@@ -106,21 +127,24 @@ def _attention(subject: Subject, edited: Edited, record: Record) -> None:
             holds("attn.z", _mix(applied, v), _mix(applied.abs(), v.abs()), "pattern @ v")
     if edited.has("attn.result", "attn_out"):
         result = wide(values["attn.result"])
-        _, bias, gain = _projection(subject, edited.layer)
+        _, bias, gain = subject.projection(edited.layer)
         total = result.sum(dim=-2) + (0 if bias is None else bias * gain)
         holds("attn_out", total, result.abs().sum(dim=-2), "the heads' results with the bias")
 
 
 def _pattern_by_hand(subject: Subject, edited: Edited, record: Record) -> None:
     """z and the increments behind an edited pattern, computed from v and the weights."""
-    if not edited.has("attn.pattern", "attn.v", "attn.z", "attn_out"):
-        return
-    weight, bias, gain = _projection(subject, edited.layer)
+    for site in ("attn.pattern", "attn.v", "attn.z", "attn_out"):
+        if not edited.has(site):
+            if reason := subject.layout.absent.get(edited.name(site)):
+                record.leave_out(edited.name("attn.pattern"), f"no {site}: {reason}")
+            return
+    weight, bias, gain = subject.projection(edited.layer)
 
     def increment(z: Tensor) -> Tensor:
         return F.linear(z.flatten(-2), weight, bias) * gain
 
-    values, allowed = edited.values, 10 * subject.unit
+    values, allowed = edited.values, 4 * subject.unit
     row = edited.rows["attn.pattern"]
 
     def agrees(site: str, wanted: Tensor) -> None:
@@ -129,7 +153,8 @@ def _pattern_by_hand(subject: Subject, edited: Edited, record: Record) -> None:
     z = _mix(_applied(subject, edited.layer, values["attn.pattern"]), values["attn.v"])[row]
     agrees("attn.z", z)
     if deviation(increment(wide(values["attn.z"][0])), wide(values["attn_out"][0])) > allowed:
-        return  # a norm or a gate stands between z and the projection
+        record.leave_out(edited.name("attn_out"), "more than the output projection stands between z and it")
+        return
     agrees("attn_out", increment(z))
     if edited.has("resid_mid"):
         agrees("resid_mid", wide(values["resid_pre"][row]) + increment(z))
@@ -162,16 +187,6 @@ def _reaches_output(subject: Subject, record: Record) -> None:
     for name, row in rows.items():
         moved = deviation(output[row], output[0]) > 2 * noise
         record.add(moved, name, "" if moved else "the output did not change")
-
-
-def _projection(subject: Subject, layer: int) -> tuple[Tensor, Tensor | None, Tensor | float]:
-    """Weight and bias of a block's output projection, and the LayerScale behind it."""
-    family = subject.layout.family
-    block: nn.Module = lookup(subject.vit.module, subject.layout.block_path(layer))
-    projection: nn.Linear = lookup(block, family.out_projection)
-    scales = [lookup(block, path) for path in family.attention_scale]
-    gain = next((wide(scale) for scale in scales if not is_missing(scale)), 1.0)
-    return wide(projection.weight), None if projection.bias is None else wide(projection.bias), gain
 
 
 def _applied(subject: Subject, layer: int, pattern: Tensor) -> Tensor:
