@@ -26,6 +26,8 @@ def test_build_makes_what_the_functions_make() -> None:
         "discrimination",
         "discrimination_counterfactuals",
         "discrimination_exchanges",
+        "rmts",
+        "rmts_counterfactuals",
     ]
 
 

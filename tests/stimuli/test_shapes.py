@@ -1,4 +1,4 @@
-"""Sixteen shapes, distinct at the size at which they are drawn, and the same figure at every size."""
+"""Sixteen shapes and four more, distinct at the size at which they are drawn, and the same figure at every size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import pytest
 
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.stimuli import COLOR_MEANS, COLOR_NAMES, SHAPE_NAMES, shape_gallery, shape_masks
+from vit_mechinterp.stimuli.colors import N_COLORS
+from vit_mechinterp.stimuli.shapes import N_SHAPES
 
 PAPER_SIZE = 24
 
@@ -15,16 +17,17 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return (one & other).sum() / (one | other).sum()
 
 
-def test_there_are_sixteen_shapes_and_colors() -> None:
-    assert len(set(SHAPE_NAMES)) == 16
-    assert len(set(COLOR_NAMES)) == len({tuple(mean) for mean in COLOR_MEANS}) == 16
-    assert shape_masks(PAPER_SIZE).shape == (16, PAPER_SIZE, PAPER_SIZE)
+def test_there_are_sixteen_shapes_and_colors_and_four_more_of_each() -> None:
+    assert (N_SHAPES, N_COLORS) == (16, 16)
+    assert len(set(SHAPE_NAMES)) == 20
+    assert len(set(COLOR_NAMES)) == len({tuple(mean) for mean in COLOR_MEANS}) == 20
+    assert shape_masks(PAPER_SIZE).shape == (20, PAPER_SIZE, PAPER_SIZE)
 
 
 @pytest.mark.parametrize("size", [12, 21, PAPER_SIZE, 48])
 def test_no_two_shapes_are_nearly_the_same_wherever_they_stand(size: int) -> None:
     masks = shape_masks(size)
-    for i in range(16):
+    for i in range(len(masks)):
         for j in range(i):
             shifted = [np.roll(masks[i], (dy, dx), (0, 1)) for dy in range(-3, 4) for dx in range(-3, 4)]
             assert max(overlap(mask, masks[j]) for mask in shifted) < 0.86, (SHAPE_NAMES[i], SHAPE_NAMES[j])
@@ -71,7 +74,7 @@ def test_the_gallery_shows_every_shape() -> None:
     images = shape_gallery(32, color=0)
     masks = shape_masks(PAPER_SIZE)
     assert [image.size for image in images] == [(32, 32)] * 16
-    for image, mask in zip(images, masks, strict=True):
+    for image, mask in zip(images, masks[:16], strict=True):
         drawn = (np.asarray(image) != 255).any(axis=-1)
         assert np.array_equal(drawn[4:28, 4:28], mask)
         assert drawn.sum() == mask.sum()

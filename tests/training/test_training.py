@@ -166,9 +166,9 @@ def test_the_objective_equals_one_with_a_plain_forward_hook() -> None:
     terms = probes(kept[0], tokens, torch.from_numpy(batch.shape), torch.from_numpy(batch.color))
     expected = functional.cross_entropy(logits, batch.labels()) + 2.0 * (terms.shape + terms.color)
 
-    found = objective(wrap(module), probes, batch, weight=2.0, site="blocks.0.resid_post")
+    found = objective(wrap(module), probes, batch, tiny(auxiliary_weight=2.0))
     assert torch.equal(found.loss, expected)
-    plain = objective(wrap(module), probes, batch, weight=0.0, site="blocks.0.resid_post")
+    plain = objective(wrap(module), probes, batch, tiny(auxiliary_weight=0.0))
     assert float(plain.loss.detach()) == found.log["task_loss"] != float(expected.detach())
     parameters = list(module.parameters())[:3]
     for ours, theirs in zip(

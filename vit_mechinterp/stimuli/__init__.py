@@ -1,12 +1,13 @@
 """Images whose structure is known: what each shows, where, and which patches cover it.
 
-`discrimination`, `counterfactuals` and `object_exchanges` make datasets; `DiscriminationGenerator` and
-`CounterfactualGenerator` make the same images as tensors, at training speed; `build` makes them by name.
+`discrimination`, `rmts`, `counterfactuals`, `rmts_counterfactuals` and `object_exchanges` make datasets; the
+generators make the same images as tensors, at training speed; `build` makes them by name.
 Images are the same in every process for the same options and seed.
 """
 
 from __future__ import annotations
 
+from vit_mechinterp.stimuli.batches import TaskBatch, TaskGenerator
 from vit_mechinterp.stimuli.colors import COLOR_MEANS, COLOR_NAMES
 from vit_mechinterp.stimuli.counterfactuals import (
     CounterfactualBatch,
@@ -18,6 +19,12 @@ from vit_mechinterp.stimuli.exchanges import object_exchanges
 from vit_mechinterp.stimuli.geometry import Geometry
 from vit_mechinterp.stimuli.registry import build, names, register
 from vit_mechinterp.stimuli.render import Normalization, shape_gallery
+from vit_mechinterp.stimuli.rmts import RMTSBatch, RMTSGenerator, rmts
+from vit_mechinterp.stimuli.rmts_counterfactuals import (
+    RMTSCounterfactualBatch,
+    RMTSCounterfactualGenerator,
+    rmts_counterfactuals,
+)
 from vit_mechinterp.stimuli.shapes import SHAPE_NAMES, shape_masks
 from vit_mechinterp.stimuli.splits import SPLITS, allowed_combinations
 
@@ -32,6 +39,12 @@ __all__ = [
     "DiscriminationGenerator",
     "Geometry",
     "Normalization",
+    "RMTSBatch",
+    "RMTSCounterfactualBatch",
+    "RMTSCounterfactualGenerator",
+    "RMTSGenerator",
+    "TaskBatch",
+    "TaskGenerator",
     "allowed_combinations",
     "build",
     "counterfactuals",
@@ -39,6 +52,8 @@ __all__ = [
     "names",
     "object_exchanges",
     "register",
+    "rmts",
+    "rmts_counterfactuals",
     "shape_gallery",
     "shape_masks",
 ]

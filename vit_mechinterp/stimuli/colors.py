@@ -1,5 +1,5 @@
-"""The 16 colours of the objects (Lepori et al. 2024): names, and mean RGB values that a Gaussian texture
-surrounds.
+"""The 16 colours of the objects, and 4 more that no model is trained on (Lepori et al. 2024): names, and mean
+RGB values that a Gaussian texture surrounds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ _MEANS: dict[str, tuple[int, int, int]] = {
     "brown": (121, 85, 72),
     "grey": (158, 158, 158),
     "slate": (120, 144, 156),
+    # Colours of the out-of-distribution sets.
+    "olive": (103, 110, 0),
+    "rose": (255, 155, 238),
+    "maroon": (145, 0, 0),
+    "lavender": (194, 188, 255),
 }
 
 COLOR_NAMES: tuple[str, ...] = tuple(_MEANS)
-"""Colour names; the position is the colour id."""
+"""Colour names; the position is the colour id. The last four are out of distribution."""
 
 COLOR_MEANS: NDArray[np.int16] = np.array(list(_MEANS.values()), dtype=np.int16)
-"""Mean red, green and blue (0 to 255) of every colour: ``[16, 3]``."""
+"""Mean red, green and blue (0 to 255) of every colour: ``[20, 3]``."""
 
-N_COLORS: int = len(COLOR_NAMES)
+N_COLORS: int = 16
+"""How many colours the objects of training have: ids 0 to 15."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.stimuli.chunks import CHUNK, ChunkedGenerator
-from vit_mechinterp.stimuli.discrimination import object_metadata
+from vit_mechinterp.stimuli.columns import check_count, object_columns, to_dataset
 from vit_mechinterp.stimuli.geometry import Geometry
 from vit_mechinterp.stimuli.render import (
     NORMALIZATION,
@@ -44,11 +44,18 @@ from vit_mechinterp.stimuli.streams import Stream
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["CounterfactualBatch", "CounterfactualGenerator", "counterfactuals"]
+__all__ = [
+    "ATTRIBUTES",
+    "Attribute",
+    "CounterfactualBatch",
+    "CounterfactualGenerator",
+    "check_attribute",
+    "counterfactuals",
+]
 
 Attribute = Literal["shape", "color"]
 Direction = Literal["both", "different_to_same", "same_to_different"]
-_ATTRIBUTES: tuple[Attribute, ...] = ("shape", "color")
+ATTRIBUTES: tuple[Attribute, ...] = ("shape", "color")
 _DIRECTIONS: tuple[Direction, ...] = ("both", "different_to_same", "same_to_different")
 _VALUES = 16
 
@@ -89,7 +96,7 @@ class CounterfactualBatch:
             columns[f"{source}_shape"] = self.source_objects[:, index, 0]
             columns[f"{source}_color"] = self.source_objects[:, index, 1]
         shape, color = self.base_objects[..., 0], self.base_objects[..., 1]
-        return columns | object_metadata(shape, color, self.base_box, self.base_tokens)
+        return columns | object_columns(shape, color, self.base_box, self.base_tokens)
 
     def columns(self) -> dict[str, Tensor]:
         """Return all columns as tensors, the images normalised to float32 ``[n, 3, canvas, canvas]``."""
@@ -129,7 +136,7 @@ class CounterfactualGenerator(ChunkedGenerator[CounterfactualBatch]):
         normalization: Normalization = NORMALIZATION,
     ) -> None:
         super().__init__()
-        self.attribute: Attribute = _one_of("attribute", attribute, _ATTRIBUTES)
+        self.attribute: Attribute = check_attribute(attribute)
         self.direction: Direction = _one_of("direction", direction, _DIRECTIONS)
         self.split: Split = check_split(split)
         self.seed = seed
@@ -189,6 +196,16 @@ class CounterfactualGenerator(ChunkedGenerator[CounterfactualBatch]):
         return base, source
 
 
+def check_attribute(attribute: str) -> Attribute:
+    """Return ``attribute`` if objects have it.
+
+    Raises:
+        SpecError: they do not; the message lists what they have.
+    """
+    checked: Attribute = _one_of("attribute", attribute, ATTRIBUTES)
+    return checked
+
+
 def _one_of(option: str, value: str, options: tuple[Any, ...]) -> Any:
     if value not in options:
         raise SpecError(
@@ -224,10 +241,7 @@ def counterfactuals(
     Raises:
         SpecError: an option does not fit; the message says which do.
     """
-    from datasets import ClassLabel, Dataset, Features, Image, List, Value
-
-    if n < 1:
-        raise SpecError(f"n={n}: ask for at least one pair.")
+    check_count(n, "pair")
     generator = CounterfactualGenerator(
         attribute,
         direction=direction,
@@ -239,15 +253,5 @@ def counterfactuals(
         combinations=combinations,
     )
     batch = generator.batch(0, n)
-    metadata = batch.metadata()
-    features: dict[str, Any] = {"base": Image(), "source": Image()}
-    for name, values in metadata.items():
-        integer = Value("int64")
-        features[name] = List(integer, length=values.shape[1]) if values.ndim == 2 else integer
-        if name.endswith("label"):
-            features[name] = ClassLabel(names=["different", "same"])
     images = to_image_column(np.concatenate([batch.base_pixels, batch.source_pixels]), progress=progress)
-    columns = {"base": images[:n], "source": images[n:]}
-    return Dataset.from_dict(
-        columns | {name: values.tolist() for name, values in metadata.items()}, features=Features(features)
-    )
+    return to_dataset({"base": images[:n], "source": images[n:]}, batch.metadata())

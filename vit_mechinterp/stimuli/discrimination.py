@@ -9,83 +9,52 @@ or by which process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
-from torch import Tensor
 
-from vit_mechinterp.errors import SpecError
-from vit_mechinterp.stimuli.chunks import CHUNK, ChunkedGenerator
+from vit_mechinterp.stimuli.batches import TaskBatch, TaskGenerator
+from vit_mechinterp.stimuli.chunks import CHUNK
+from vit_mechinterp.stimuli.columns import check_count, object_columns, to_dataset
 from vit_mechinterp.stimuli.geometry import Geometry
-from vit_mechinterp.stimuli.render import (
-    NORMALIZATION,
-    Normalization,
-    Scenes,
-    render,
-    to_image_column,
-    to_tensor,
-)
+from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization, Scenes, render, to_image_column
 from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS, check_split, object_pairs
 from vit_mechinterp.stimuli.streams import Stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["DiscriminationBatch", "DiscriminationGenerator", "discrimination", "object_metadata"]
+__all__ = ["DiscriminationBatch", "DiscriminationGenerator", "discrimination"]
 
 KIND_NAMES: tuple[str, ...] = ("none", *DIFFERENT_KINDS)
 """Names of ``different_kind``: 0 for same objects, then what differs."""
 
 
-@dataclass(frozen=True)
-class DiscriminationBatch:
-    """Images of the discrimination task with all that is known about them.
+@dataclass(frozen=True, kw_only=True)
+class DiscriminationBatch(TaskBatch):
+    """Images of the discrimination task, each with two objects.
 
     Attributes:
-        pixels: uint8 ``[n, 3, canvas, canvas]``.
-        label: 1 same, 0 different ``[n]``.
         different_kind: index into ``("none", "both", "shape", "color")`` ``[n]``.
-        shape, color: ids of the two objects ``[n, 2]``.
-        box: cells of the two objects as (x0, y0, x1, y1), half-open pixels ``[n, 2, 4]``.
-        tokens: their patch indices, row-major, prefix tokens not counted ``[n, 2, tokens_per_object]``.
     """
 
-    pixels: UInt8[np.ndarray, "image channel height width"]
-    label: NDArray[np.int64]
     different_kind: NDArray[np.int64]
-    shape: NDArray[np.int64]
-    color: NDArray[np.int64]
-    box: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    normalization: Normalization = NORMALIZATION
 
-    def images(self) -> Float[Tensor, "image channel height width"]:
-        """Return the images as normalised float32 tensors."""
-        return to_tensor(self.pixels, self.normalization)
-
-    def labels(self) -> Int64[Tensor, " image"]:
-        """Return the labels as a tensor."""
-        return torch.from_numpy(np.ascontiguousarray(self.label))
+    def groups(self) -> dict[str, NDArray[np.bool_]]:
+        """Return which images belong to each kind that an accuracy is given for ``[n]``."""
+        kinds = {name if name == "none" else f"different_{name}": k for k, name in enumerate(KIND_NAMES)}
+        kinds["same"] = kinds.pop("none")
+        return {name: self.different_kind == kind for name, kind in kinds.items()}
 
     def metadata(self) -> dict[str, NDArray[np.int64]]:
         """Return every column but the image, by the names of the dataset; ``different_kind`` as a number."""
         columns = {"label": self.label, "different_kind": self.different_kind}
-        return columns | object_metadata(self.shape, self.color, self.box, self.tokens)
-
-    def columns(self) -> dict[str, Tensor]:
-        """Return all columns as tensors, the images normalised to float32 ``[n, 3, canvas, canvas]``."""
-        metadata = {
-            name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in self.metadata().items()
-        }
-        return {"base": self.images(), **metadata}
+        return columns | object_columns(self.shape, self.color, self.box, self.tokens)
 
 
-class DiscriminationGenerator(ChunkedGenerator[DiscriminationBatch]):
+class DiscriminationGenerator(TaskGenerator[DiscriminationBatch]):
     """An endless, addressable sequence of images of one split.
 
     Args:
@@ -146,24 +115,6 @@ class DiscriminationGenerator(ChunkedGenerator[DiscriminationBatch]):
             normalization=self.normalization,
         )
 
-    def batches(self, n: int, batch_size: int, *, start: int = 0) -> Iterator[DiscriminationBatch]:
-        """Yield images ``start .. start + n - 1`` in batches."""
-        for first in range(start, start + n, batch_size):
-            yield self.batch(first, min(batch_size, start + n - first))
-
-
-def object_metadata(
-    shape: NDArray[np.int64], color: NDArray[np.int64], box: NDArray[np.int64], tokens: NDArray[np.int64]
-) -> dict[str, NDArray[np.int64]]:
-    """Name the columns of two objects: ``shape_1, color_1, box_1, object_1_tokens, shape_2``, and so on."""
-    columns: dict[str, NDArray[np.int64]] = {}
-    for index, name in enumerate(("1", "2")):
-        columns[f"shape_{name}"] = shape[:, index]
-        columns[f"color_{name}"] = color[:, index]
-        columns[f"box_{name}"] = box[:, index]
-        columns[f"object_{name}_tokens"] = tokens[:, index]
-    return columns
-
 
 def discrimination(
     split: str = "train",
@@ -187,21 +138,11 @@ def discrimination(
     Raises:
         SpecError: an option does not fit; the message says which do.
     """
-    from datasets import ClassLabel, Dataset, Features, Image, List, Value
-
-    if n < 1:
-        raise SpecError(f"n={n}: ask for at least one image.")
+    check_count(n, "image")
     generator = DiscriminationGenerator(
         split, seed=seed, canvas=canvas, patch=patch, cell=cell, combinations=combinations
     )
     batch = generator.batch(0, n)
-    metadata = batch.metadata()
-    features: dict[str, Any] = {"base": Image()}
-    for name, values in metadata.items():
-        integer = Value("int64")
-        features[name] = List(integer, length=values.shape[1]) if values.ndim == 2 else integer
-    features |= {"label": ClassLabel(names=["different", "same"]), "different_kind": Value("string")}
-    columns: dict[str, Any] = {"base": to_image_column(batch.pixels, progress=progress)}
-    columns |= {name: values.tolist() for name, values in metadata.items()}
-    columns["different_kind"] = [KIND_NAMES[kind] for kind in batch.different_kind]
-    return Dataset.from_dict(columns, features=Features(features))
+    kinds = [KIND_NAMES[kind] for kind in batch.different_kind]
+    images = {"base": to_image_column(batch.pixels, progress=progress)}
+    return to_dataset(images, batch.metadata(), {"different_kind": kinds})

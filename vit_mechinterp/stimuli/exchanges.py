@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vit_mechinterp.errors import SpecError
-from vit_mechinterp.stimuli.discrimination import KIND_NAMES, DiscriminationGenerator, object_metadata
+from vit_mechinterp.stimuli.columns import check_count, object_columns, to_dataset
+from vit_mechinterp.stimuli.discrimination import KIND_NAMES, DiscriminationGenerator
 from vit_mechinterp.stimuli.render import to_image_column
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ def object_exchanges(
     Raises:
         SpecError: an option does not fit; the message says which do.
     """
-    from datasets import ClassLabel, Dataset, Features, Image, List, Value
-
-    if n < 1:
-        raise SpecError(f"n={n}: ask for at least one pair.")
+    check_count(n, "pair")
     generator = DiscriminationGenerator(
         split, seed=seed, canvas=canvas, patch=patch, cell=cell, combinations=combinations
     )
@@ -75,21 +72,12 @@ def object_exchanges(
     for name, index in (("edited", edited), ("other", other), ("source", edited), ("source_other", other)):
         columns[f"{name}_box"] = batch.box[base, index]
         columns[f"{name}_tokens"] = batch.tokens[base, index]
-    columns |= object_metadata(batch.shape[base], batch.color[base], batch.box[base], batch.tokens[base])
+    columns |= object_columns(batch.shape[base], batch.color[base], batch.box[base], batch.tokens[base])
 
-    integer = Value("int64")
-    features = {"base": Image(), "source": Image(), "different_kind": Value("string")}
-    features |= {
-        name: List(integer, length=v.shape[1]) if v.ndim == 2 else integer for name, v in columns.items()
-    }
-    features |= {name: ClassLabel(names=["different", "same"]) for name in ("label", "counterfactual_label")}
     images = to_image_column(batch.pixels, progress=progress)
     different = np.minimum(base, source)
-    content = {
-        "base": [images[i] for i in base],
-        "source": [images[i] for i in source],
-        "different_kind": [KIND_NAMES[batch.different_kind[i]] for i in different],
-    }
-    return Dataset.from_dict(
-        content | {name: values.tolist() for name, values in columns.items()}, features=Features(features)
+    return to_dataset(
+        {"base": [images[i] for i in base], "source": [images[i] for i in source]},
+        columns,
+        {"different_kind": [KIND_NAMES[batch.different_kind[i]] for i in different]},
     )

@@ -12,6 +12,8 @@ from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.stimuli.counterfactuals import counterfactuals
 from vit_mechinterp.stimuli.discrimination import discrimination
 from vit_mechinterp.stimuli.exchanges import object_exchanges
+from vit_mechinterp.stimuli.rmts import rmts
+from vit_mechinterp.stimuli.rmts_counterfactuals import rmts_counterfactuals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,6 +24,8 @@ _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "discrimination": discrimination,
     "discrimination_counterfactuals": counterfactuals,
     "discrimination_exchanges": object_exchanges,
+    "rmts": rmts,
+    "rmts_counterfactuals": rmts_counterfactuals,
 }
 
 

@@ -1,4 +1,4 @@
-"""The 16 shapes of the objects, drawn by geometry at any size.
+"""The 16 shapes of the objects, and 4 more that no model is trained on, drawn by geometry at any size.
 
 A shape is a region of the unit square (x to the right, y downwards). Its mask at ``size`` pixels is the set
 of pixels of which the region covers at least half, measured on an 8 x 8 grid of points in each pixel.
@@ -102,17 +102,23 @@ _REGIONS: dict[str, Callable[[Points, Points], Region]] = {
     "horseshoe": _polygon(
         [(0.0, 0.0), (0.3, 0.0), (0.3, 0.68), (0.7, 0.68), (0.7, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)]
     ),
+    # Shapes of the out-of-distribution sets.
+    "frame": lambda x, y: np.maximum(np.abs(x - 0.5), np.abs(y - 0.5)) >= 0.27,
+    "bowtie": lambda x, y: np.abs(y - 0.5) <= np.abs(x - 0.5) + 0.04,
+    "chevron": _polygon([(0.0, 0.0), (0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 1.0), (0.5, 0.5)]),
+    "checker": lambda x, y: (x < 0.5) == (y < 0.5),
 }
 
 SHAPE_NAMES: tuple[str, ...] = tuple(_REGIONS)
-"""Shape names; the position is the shape id."""
+"""Shape names; the position is the shape id. The last four are out of distribution."""
 
-N_SHAPES: int = len(SHAPE_NAMES)
+N_SHAPES: int = 16
+"""How many shapes the objects of training have: ids 0 to 15."""
 
 
 @lru_cache(maxsize=16)
 def shape_masks(size: int) -> NDArray[np.bool_]:
-    """Draw every shape at ``size`` x ``size`` pixels: a read-only boolean array ``[16, size, size]``.
+    """Draw every shape at ``size`` x ``size`` pixels: a read-only boolean array ``[20, size, size]``.
 
     Raises:
         SpecError: ``size`` is below 6 pixels, where the shapes are no longer distinct.
@@ -122,7 +128,7 @@ def shape_masks(size: int) -> NDArray[np.bool_]:
             f"The shapes cannot be told apart at {size} px: draw them at 6 px or more (in a cell of 8 px)."
         )
     points = (np.arange(size * _SAMPLES) + 0.5) / (size * _SAMPLES)
-    masks = np.empty((N_SHAPES, size, size), dtype=bool)
+    masks = np.empty((len(_REGIONS), size, size), dtype=bool)
     for index, region in enumerate(_REGIONS.values()):
         covered = region(points[None, :], points[:, None]).reshape(size, _SAMPLES, size, _SAMPLES)
         masks[index] = covered.sum(axis=(1, 3)) * 2 >= _SAMPLES**2

@@ -54,9 +54,9 @@ class Stream:
         uniform = (self._raw(int(np.prod(shape))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return (uniform.reshape(shape) * limit).astype(np.int64)
 
-    def excluding(self, limit: int, *excluded: NDArray[np.int64]) -> NDArray[np.int64]:
+    def excluding(self, limit: int | NDArray[Any], *excluded: NDArray[np.int64]) -> NDArray[np.int64]:
         """Draw one integer of ``0 .. limit - 1`` per element, never one of the ``excluded`` (which differ
-        from one another).
+        from one another); ``limit`` broadcasts to their shape.
         """
         drawn = self.below(limit - len(excluded), *excluded[0].shape)
         for value in np.sort(np.stack(excluded), axis=0):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vit_mechinterp.errors import TensorFileError
+from vit_mechinterp.errors import SpecError, TensorFileError
+from vit_mechinterp.model.loading import load
 
 if TYPE_CHECKING:
     from vit_mechinterp.training.config import TrainingConfig
@@ -28,7 +29,12 @@ def _model_args(config: TrainingConfig) -> dict[str, Any]:
 
 
 def build_model(config: TrainingConfig) -> nn.Module:
-    """Build the model with weights drawn from ``config.seed``; the global random state is left as it was."""
+    """Build the model with weights drawn from ``config.seed``, or with those of ``config.initial``; the
+    global random state is left as it was.
+
+    Raises:
+        SpecError: ``config.initial`` is a model of other sizes.
+    """
     import timm
 
     with torch.random.fork_rng(devices=[]):
@@ -36,6 +42,15 @@ def build_model(config: TrainingConfig) -> nn.Module:
         module: nn.Module = timm.create_model(
             config.model.architecture, pretrained=False, **_model_args(config)
         )
+    if config.initial is not None:
+        weights = load(config.initial).module.state_dict()
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise SpecError(
+                f"initial={config.initial!r} is a model of other sizes than the one to train ({error}). "
+                "Give both the same sizes."
+            ) from error
     return module
 
 

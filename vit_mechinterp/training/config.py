@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vit_mechinterp.stimuli.geometry import Geometry
+from vit_mechinterp.training.pipeline import PipelineStage
 
 __all__ = ["ModelConfig", "TrainingConfig"]
 
@@ -26,15 +27,21 @@ class ModelConfig(BaseModel):
 
 
 class TrainingConfig(BaseModel):
-    """Training from scratch on the discrimination task, every image new.
+    """Training on one of the two tasks, every image new.
 
     With ``auxiliary_weight`` above 0 the disentanglement loss (see `auxiliary`) acts at ``auxiliary_site``;
-    with 0 the task is all there is.
+    stages in ``pipeline`` add the pipeline loss (see `pipeline`). Without either the task is all there is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    task: Literal["discrimination", "rmts"] = Field(
+        "discrimination", description="same or different, or relational match to sample"
+    )
     model: ModelConfig = ModelConfig()
+    initial: str | None = Field(
+        None, description="model to start from, as load takes it, of the same sizes; None: random weights"
+    )
     canvas: int = Field(128, gt=0, description="side of the images in pixels")
     patch: int = Field(16, gt=0, description="side of a patch in pixels")
     cell: int = Field(32, gt=0, description="side of an object's cell in pixels")
@@ -44,6 +51,9 @@ class TrainingConfig(BaseModel):
         1.0, ge=0, description="weight of the disentanglement loss; 0 turns it off"
     )
     auxiliary_site: str = Field("blocks.1.resid_post", description="site whose object tokens the probes read")
+
+    pipeline: tuple[PipelineStage, ...] = Field((), description="stages of the pipeline loss; none: no loss")
+    pipeline_weight: float = Field(1.0, ge=0, description="weight of the pipeline loss")
 
     steps: int = Field(4500, gt=0, description="optimiser steps")
     batch_size: int = Field(64, gt=1, description="images a step")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from vit_mechinterp.stimuli.discrimination import KIND_NAMES
-
 if TYPE_CHECKING:
-    from vit_mechinterp.stimuli.discrimination import DiscriminationGenerator
+    from vit_mechinterp.stimuli.batches import TaskGenerator
 
 __all__ = ["evaluate"]
 
@@ -20,7 +18,7 @@ __all__ = ["evaluate"]
 @torch.no_grad()
 def evaluate(
     module: nn.Module,
-    generator: DiscriminationGenerator,
+    generator: TaskGenerator[Any],
     n: int,
     *,
     batch_size: int = 128,
@@ -30,30 +28,29 @@ def evaluate(
     restored).
 
     Returns:
-        ``loss``, ``accuracy``, ``accuracy_same``, and ``accuracy_different_both``, ``..._shape``,
-        ``..._color``: the accuracy on images whose objects differ in both attributes, in shape only, in
-        colour only.
+        ``loss``, ``accuracy``, and ``accuracy_...`` of each kind of image that there is: ``same``,
+        ``different_both``, ``different_shape``, ``different_color`` in discrimination,
+        ``sample_same_display_different`` and so on in relational match to sample.
     """
     from tqdm.auto import tqdm
 
     device = next(module.parameters()).device
     was_training = module.training
     module.eval()
-    losses, correct, kinds = [], [], []
+    losses, correct, groups = [], [], []
     try:
         batches = generator.batches(n, batch_size)
         for batch in tqdm(batches, total=-(-n // batch_size), desc="evaluate", disable=not progress):
             logits = module(batch.images().to(device)).float().cpu()
             losses.append(functional.cross_entropy(logits, batch.labels(), reduction="none"))
             correct.append((logits.argmax(-1) == batch.labels()).numpy())
-            kinds.append(batch.different_kind)
+            groups.append(batch.groups())
     finally:
         module.train(was_training)
-    hits, kind = np.concatenate(correct), np.concatenate(kinds)
+    hits = np.concatenate(correct)
     result = {"loss": float(torch.cat(losses).double().mean()), "accuracy": float(hits.mean())}
-    for index, name in enumerate(KIND_NAMES):
-        if (kind == index).any():
-            result["accuracy_same" if name == "none" else f"accuracy_different_{name}"] = float(
-                hits[kind == index].mean()
-            )
+    for name in groups[0]:
+        members = np.concatenate([group[name] for group in groups])
+        if members.any():
+            result[f"accuracy_{name}"] = float(hits[members].mean())
     return result

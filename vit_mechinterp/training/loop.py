@@ -1,11 +1,11 @@
-"""Training from scratch on images that are never shown twice."""
+"""Training on images that are never shown twice."""
 
 from __future__ import annotations
 
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 from vit_mechinterp.engine.provenance import versions
-from vit_mechinterp.errors import DataError
+from vit_mechinterp.errors import DataError, SpecError
+from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.registry import wrap
+from vit_mechinterp.stimuli.batches import TaskGenerator
 from vit_mechinterp.stimuli.discrimination import DiscriminationGenerator
+from vit_mechinterp.stimuli.rmts import RMTSGenerator
 from vit_mechinterp.training.auxiliary import DisentanglementProbes
 from vit_mechinterp.training.checkpoint import build_model, load_state, save_model, save_state, write_json
 from vit_mechinterp.training.config import TrainingConfig
@@ -26,6 +29,10 @@ from vit_mechinterp.training.objective import objective
 
 __all__ = ["TrainingResult", "train"]
 
+_TASKS: dict[str, Callable[..., TaskGenerator[Any]]] = {
+    "discrimination": DiscriminationGenerator,
+    "rmts": RMTSGenerator,
+}
 _LIBRARIES = ("torch", "timm", "accelerate", "numpy")
 
 
@@ -89,14 +96,13 @@ def _train(
     from tqdm.auto import tqdm
 
     options = {name: getattr(config, name) for name in ("seed", "canvas", "patch", "cell", "combinations")}
-    images = DiscriminationGenerator("train", **options)
-    held_out = DiscriminationGenerator("val", **options)
+    task = _TASKS[config.task]
+    images, held_out = task("train", **options), task("val", **options)
 
     accelerator = Accelerator(cpu=config.device == "cpu")
     module, probes = accelerator.prepare(build_model(config), _build_probes(config))
     vit = wrap(module)
-    if config.auxiliary_weight:
-        vit.expand([config.auxiliary_site])
+    _check_sites(vit, config)
     modules: dict[str, nn.Module] = {"model": module, "probes": probes}
     parameters = [parameter for owner in modules.values() for parameter in owner.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -122,9 +128,7 @@ def _train(
     with (folder / "log.jsonl").open("a" if resume else "w") as log:
         for step in steps:
             batch = images.batch(step * config.batch_size, config.batch_size)
-            loss, line = objective(
-                vit, probes, batch, weight=config.auxiliary_weight, site=config.auxiliary_site
-            )
+            loss, line = objective(vit, probes, batch, config, step)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, config.clip)
             line |= {"gradient_norm": float(norm), "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -145,22 +149,45 @@ def _train(
                 state |= {"step": done, "seconds": seconds}
                 save_state(folder / "state", modules, optimizer, state)
                 write_json(folder / "training.json", document | {"progress": state})
-    test = _test(module, folder, options, config.test_images, progress)
+    test = _test(module, folder, task, options, config.test_images, progress)
     write_json(folder / "training.json", document | {"progress": state, "test": test})
     return TrainingResult(folder, state["best_step"], state["best"], test)
 
 
 def _test(
-    module: nn.Module, folder: Path, options: dict[str, Any], n: int, progress: bool
+    module: nn.Module,
+    folder: Path,
+    task: Callable[..., TaskGenerator[Any]],
+    options: dict[str, Any],
+    n: int,
+    progress: bool,
 ) -> dict[str, dict[str, float]]:
     """Evaluate the best checkpoint on the two test splits."""
     from safetensors.torch import load_file
 
     module.load_state_dict(load_file(folder / "model.safetensors"))
     return {
-        split: evaluate(module, DiscriminationGenerator(split, **options), n, progress=progress)
+        split: evaluate(module, task(split, **options), n, progress=progress)
         for split in ("test", "test_iid")
     }
+
+
+def _check_sites(vit: HookedViT, config: TrainingConfig) -> None:
+    """Raise SpecError before the first step if a loss reads what the model or the task has not."""
+    vit.expand([config.auxiliary_site] if config.auxiliary_weight else [])
+    for stage in config.pipeline:
+        vit.expand(list(stage.sites))
+        beyond = [head for head in stage.heads or () if not 0 <= head < vit.layout.n_heads]
+        if beyond:
+            raise SpecError(
+                f"The pipeline stage {stage.attention} names heads {beyond}; the model's are 0 to "
+                f"{vit.layout.n_heads - 1}."
+            )
+        if stage.attention == "between_pairs" and config.task != "rmts":
+            raise SpecError(
+                "The pipeline stage between_pairs needs two pairs of objects, and an image of "
+                f"{config.task} shows one: leave the stage out, or set task to rmts."
+            )
 
 
 def _build_probes(config: TrainingConfig) -> DisentanglementProbes:
@@ -175,7 +202,8 @@ def _check_folder(folder: Path, config: TrainingConfig, resume: bool) -> None:
         return
     if not resume:
         raise DataError(f"{folder} holds a training already. Resume it, or choose another folder.")
-    before, wanted = json.loads(path.read_text())["config"], config.model_dump()
+    before = TrainingConfig.model_validate(json.loads(path.read_text())["config"]).model_dump()
+    wanted = config.model_dump()
     changed = [
         f"{name}: {before.get(name)} -> {wanted[name]}" for name in wanted if before.get(name) != wanted[name]
     ]
