@@ -26,6 +26,15 @@ from vit_mechinterp.adapters.transformers_gated import AIMV2, PIXTRAL
 from vit_mechinterp.adapters.transformers_internvl import INTERNVL, STEP3
 from vit_mechinterp.adapters.transformers_llama4 import LLAMA4
 from vit_mechinterp.adapters.transformers_mgp_str import MGP_STR
+from vit_mechinterp.adapters.transformers_packed_clip import (
+    COSMOS_EDGE,
+    HUNYUAN,
+    INKLING2,
+    MINIMAX,
+    PADDLE_OCR,
+    VIDEO_LLAMA,
+)
+from vit_mechinterp.adapters.transformers_qwen_vl import QWEN_VL
 from vit_mechinterp.adapters.transformers_sam import SAM as TRANSFORMERS_SAM
 from vit_mechinterp.adapters.transformers_sam import SAM3
 from vit_mechinterp.adapters.transformers_timm_wrapper import around
@@ -47,6 +56,13 @@ TIMM = (
     XCIT,
 )
 TRANSFORMERS = (
+    QWEN_VL,
+    PADDLE_OCR,
+    VIDEO_LLAMA,
+    COSMOS_EDGE,
+    MINIMAX,
+    HUNYUAN,
+    INKLING2,
     TRANSFORMERS_VIT,
     BEIT,
     DATA2VEC,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_mechinterp.errors import ExecutionError, SpecError, UnsupportedModelError, UnsupportedSiteError
+from vit_mechinterp.errors import ExecutionError, SpecError, UnsupportedSiteError
 from vit_mechinterp.model.cache import ActivationCache, SiteInfo, describe
 from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
@@ -75,9 +75,7 @@ class HookedViT:
                 "Pass images one at a time, as execute does."
             )
         args, kwargs = family.inputs(self.module, x)
-        native = self.module(*args, **kwargs)
-        output: Tensor = native if self.layout.readout.output is None else native[self.layout.readout.output]
-        return output
+        return self.layout.outcome(self.module(*args, **kwargs))
 
     @property
     def device(self) -> torch.device:
@@ -95,18 +93,7 @@ class HookedViT:
         if self._preprocess is None:
             from vit_mechinterp.model.preprocess import Preprocess
 
-            library = self.layout.family.library
-            if library == "timm":
-                self._preprocess = Preprocess.from_timm(self.module)
-            elif library != "transformers":
-                size = (3, *self.layout.tokens.image_size)
-                raise UnsupportedModelError(
-                    f"No preprocessing is known for models of {self.layout.family.name}: give float tensors "
-                    f"of shape {size} instead of images."
-                )
-            else:
-                name = self.origin.removeprefix("hf/") if self.origin else None
-                self._preprocess = Preprocess.from_transformers(self.module, name)
+            self._preprocess = Preprocess.of(self.module, self.layout, self.origin)
         return self._preprocess
 
     def run(

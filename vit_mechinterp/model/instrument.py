@@ -95,6 +95,11 @@ class Instrument:
             tapped_layers = {s.layer for s in self._visits if self._is_tapped(s) and s.layer is not None}
             for layer in sorted(tapped_layers):
                 self._install_tap(stack, layer)
+            if self.layout.packing is not None:
+                for layer in range(self.layout.n_layers):  # rows may have joined on the way
+                    block = lookup(self.module, self.layout.block_path(layer))
+                    fit = block.register_forward_pre_hook(self.layout.packing.fit, with_kwargs=True)
+                    stack.callback(fit.remove)
             if self._stop is not None:
                 layer, before = self._stop
                 block = lookup(self.module, self.layout.block_path(layer))
@@ -153,7 +158,8 @@ class Instrument:
             for name in TAP_SITES
             if Site(layer, name) in self._visits and self._is_tapped(Site(layer, name))
         }
-        stack.enter_context(tapped(lookup(self.module, path), visits, path, self.layout.n_heads))
+        attention: nn.Module = lookup(self.module, path)
+        stack.enter_context(tapped(attention, visits, path, self.layout.n_heads, self.layout.packing))
 
     def _install_result(self, stack: ExitStack, attn_out: Site) -> None:
         """Per-head results: each head's z through its columns of the output projection (and LayerScale)."""
@@ -169,11 +175,13 @@ class Instrument:
         scale = next((s for s in scales if not is_missing(s)), None)
         port = self.layout.ports.get(f"blocks.{layer}.attn.result")
         token_first = isinstance(port, Port) and port.token_first
+        packing = self.layout.packing
         merged: list[Tensor] = []
         result_site = Site(layer, "attn.result")
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            merged.append(args[0].transpose(0, 1) if token_first else args[0])
+            z = args[0] if packing is None else packing.unpack(args[0].flatten(0, -2))
+            merged.append(z.transpose(0, 1) if token_first else z)
             _EDITED_RESULTS.pop(projection, None)
 
         def forget(module: nn.Module, args: Any, output: Any) -> None:

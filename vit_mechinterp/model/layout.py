@@ -14,12 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vit_mechinterp.model.packing import Packing
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 
 __all__ = [
     "Difference",
     "Family",
     "Layout",
+    "Packing",
     "Port",
     "Readout",
     "Share",
@@ -155,6 +157,8 @@ class Family:
         parallel: whether attention and MLP run side by side on one input, so that neither reaches the other.
         refuses: returns a reason why a module of this family cannot be supported, or None.
         any_size: whether a module takes images of other sizes than ``tokens`` reads off it.
+        packing: for modules that pack all images of a batch into one sequence: how the tokens of an image of
+            that layout lie in it. Their blocks take the ends of the stretches by name.
     """
 
     name: str
@@ -185,6 +189,7 @@ class Family:
     parallel: bool = False
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     any_size: Callable[[nn.Module], bool] = lambda module: False
+    packing: Callable[[nn.Module, TokenLayout], Packing] | None = None
 
     def lacks(self, site: str, block: nn.Module) -> str | None:
         """Why a block of this family has no such site; None if it has one."""
@@ -210,6 +215,12 @@ class Layout:
     readout: Readout
     ports: Mapping[str, Port | Difference | Share]
     absent: Mapping[str, str]
+    packing: Packing | None = None
+
+    def outcome(self, native: Any) -> Tensor:
+        """What ``vit(x)`` returns, taken from the native output: one row per image."""
+        value: Tensor = native if self.readout.output is None else native[self.readout.output]
+        return value if self.packing is None else self.packing.split(value)
 
     @property
     def output(self) -> str:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from vit_mechinterp.model.packing import Packing
+
 __all__ = ["Difference", "Port", "Share", "is_missing", "lookup"]
 
 _MISSING = object()
@@ -37,6 +39,7 @@ class Port:
             they must also equal it.
         scope: path of the block whose beginning starts the count of calls; set by `resolve`.
         head_shape: number of heads and width of one; set by `resolve`.
+        packing: how images lie in the sequence that a module packs them into; set by `resolve`.
     """
 
     path: str
@@ -52,6 +55,7 @@ class Port:
     requires: tuple[tuple[str, Any], ...] = ()
     scope: str = ""
     head_shape: tuple[int, int] = (0, 0)
+    packing: Packing | None = None
 
     def applies_to(self, block: nn.Module) -> bool:
         """Whether the module and the required attributes exist on ``block``."""
@@ -147,7 +151,12 @@ def lookup(root: Any, path: str) -> Any:
     missing."""
     current = root
     for step in path.split(".") if path else ():
-        current = current[int(step)] if step.isdigit() else getattr(current, step, _MISSING)
+        if not step.isdigit():
+            current = getattr(current, step, _MISSING)
+        elif not hasattr(current, "__getitem__") or int(step) >= len(current):
+            current = _MISSING
+        else:
+            current = current[int(step)]
         if current is _MISSING:
             return _MISSING
     return current

@@ -116,6 +116,8 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     ports: dict[str, Port | Difference | Share] = {}
     absent: dict[str, str] = {}
     strangers = family.strangers(module)
+    tokens = _tokens(family, module, image_size)
+    packing = None if family.packing is None else family.packing(module, tokens)
     for layer, block in enumerate(blocks):
         if layer in strangers:
             absent.update({f"blocks.{layer}.{site}": strangers[layer] for site in BLOCK_SITES})
@@ -132,7 +134,8 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
                 ports[name] = port.resolved(scope, n_heads * d_head)
             elif port is not None:
                 path = f"{scope}.{port.path}" if port.path else scope
-                ports[name] = replace(port, path=path, scope=scope, head_shape=(n_heads, d_head))
+                shape = n_heads, d_head
+                ports[name] = replace(port, path=path, scope=scope, head_shape=shape, packing=packing)
             elif site in _OPTIONAL:
                 absent[name] = "the MLP of this block is not gated"
             elif site not in (*TAP_SITES, "attn.result"):
@@ -142,7 +145,7 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     for site in GLOBAL_SITES[1:]:
         found = readout.ports.get(site, f"the readout of {family.name} does not name it")
         if isinstance(found, Port):
-            ports[site] = found
+            ports[site] = replace(found, packing=packing) if site == "ln_final" else found
         else:
             absent[site] = found
     return Layout(
@@ -152,8 +155,9 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
         n_heads=n_heads,
         d_model=family.d_model(module),
         d_head=d_head,
-        tokens=_tokens(family, module, image_size),
+        tokens=tokens,
         readout=readout,
         ports=MappingProxyType(ports),
         absent=MappingProxyType(absent),
+        packing=packing,
     )

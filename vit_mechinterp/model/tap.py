@@ -11,22 +11,18 @@ is shadowed on the instance and restored on exit.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from vit_mechinterp.errors import ExecutionError
+from vit_mechinterp.model.interception import Interception, PackedInterception, Visit
 from vit_mechinterp.model.multihead import opened
+from vit_mechinterp.model.packing import ENDS, Packing
 
 __all__ = ["shadowed_forward", "tapped"]
-
-Visit = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -45,7 +41,13 @@ def shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str, n_heads: int = 1) -> Iterator[None]:
+def tapped(
+    attention: nn.Module,
+    visits: Mapping[str, Visit],
+    where: str,
+    n_heads: int = 1,
+    packing: Packing | None = None,
+) -> Iterator[None]:
     """Let ``visits`` see, and replace, the tensors inside one attention module's call.
 
     Taps on one module add up: a later one is given what the earlier ones returned.
@@ -56,6 +58,7 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str, n_head
             ``scores`` and ``pattern`` ``[batch, head, query, key]``; each returns the tensor to go on with.
         where: the module's path, for messages.
         n_heads: number of heads, for a module that folds them into the batch.
+        packing: how images lie in one sequence, for a module that attends to stretches of it one by one.
 
     Raises:
         ExecutionError: during a forward, if the module did not make exactly one attention call.
@@ -68,7 +71,7 @@ def tapped(attention: nn.Module, visits: Mapping[str, Visit], where: str, n_head
         finally:
             there.taps[:] = [tap for tap in there.taps if tap is not visits]
         return
-    tap = _Tap(opened(attention), visits, f"{where} ({type(attention).__name__})", n_heads)
+    tap = _Tap(opened(attention), visits, f"{where} ({type(attention).__name__})", n_heads, packing)
     with shadowed_forward(attention, tap):
         yield
 
@@ -77,15 +80,29 @@ class _Tap:
     """A forward whose one attention call is seen by every tap on the module, in the order of their coming."""
 
     def __init__(
-        self, native: Callable[..., Any], visits: Mapping[str, Visit], where: str, n_heads: int
+        self,
+        native: Callable[..., Any],
+        visits: Mapping[str, Visit],
+        where: str,
+        n_heads: int,
+        packing: Packing | None,
     ) -> None:
         self.native = native
         self.taps = [visits]
         self.where = where
         self.n_heads = n_heads
+        self.packing = packing
+
+    def _interception(self, kwargs: dict[str, Any]) -> Interception:
+        if self.packing is None:
+            return Interception(self.taps, self.n_heads)
+        # Told of one stretch, the module makes one call; the interception makes a call for each stretch.
+        ends: Tensor = kwargs[ENDS]
+        kwargs[ENDS] = ends[[0, -1]]
+        return PackedInterception(self.taps, self.n_heads, self.packing, ends)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Interception(self.taps, self.n_heads) as interception:
+        with self._interception(kwargs) as interception:
             output = self.native(*args, **kwargs)
         if interception.calls != 1 or interception.is_open:
             raise ExecutionError(
@@ -101,146 +118,3 @@ _UNFUSED = (
     "Use fused attention: attn_implementation='sdpa' when loading with transformers (or "
     "model.set_attn_implementation('sdpa')); fused_attn=True on every attention module of timm."
 )
-
-
-_PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
-_SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
-
-
-class _Interception(TorchFunctionMode):
-    def __init__(self, taps: Sequence[Mapping[str, Visit]], n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.visits: dict[str, list[Visit]] = {}
-        for tap in taps:
-            for site, visit in tap.items():
-                self.visits.setdefault(site, []).append(visit)
-        self.calls = 0
-        self._keys: int | None = None
-        self.is_open = False
-        """Whether a softmax was seen whose product with the values has not come yet."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.calls += 1
-            if args and args[0].ndim == 3:
-                return self._attend_folded(*args, **kwargs)
-            return self._attend(*args, **kwargs)
-        if func in _PRODUCTS and not kwargs and self._has_heads(args[0]) and args[0].ndim == args[1].ndim:
-            return self._multiply(func, *args)
-        if func in _SOFTMAXES and self._has_heads(args[0]) and args[0].shape[-1] == self._keys:
-            return self._normalise(func, *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _has_heads(self, x: Tensor) -> bool:
-        """Whether a tensor is ``[batch, head, ., .]``, or with heads folded into the batch."""
-        return x.ndim == 4 or (x.ndim == 3 and len(x) % self.n_heads == 0)
-
-    def _multiply(self, func: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
-        """Queries by transposed keys, or the pattern by the values."""
-        if self.is_open and left.shape[-1] == self._keys:
-            self.is_open = False
-            return self._by_token("z", func(left, self._by_token("v", right)))
-        self._keys = right.shape[-1]
-        query, key = self._by_token("q", left), self._by_token("k", right.transpose(-2, -1))
-        return func(query, key.transpose(-2, -1))
-
-    def _normalise(self, func: Callable[..., Tensor], scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls += 1
-        self.is_open = True
-        return self._visit("pattern", func(self._visit("scores", scores), *args, **kwargs))
-
-    def _attend_folded(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Heads folded into the batch, ``[batch * head, token, d_head]``."""
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = self._unfolded(attn_mask)
-        query, key, value = map(self._unfolded, (query, key, value))
-        return self._attend(query, key, value, attn_mask, *args, **kwargs).flatten(0, 1)
-
-    def _unfolded(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.n_heads, *x.shape[1:])
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        query, key, value = (self._by_token(site, x) for site, x in (("q", query), ("k", key), ("v", value)))
-        if "scores" in self.visits or "pattern" in self.visits:
-            z = self._explicit(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        else:
-            # GQA is passed on only where it is on: older signatures lack the argument.
-            extra = {"enable_gqa": True} if enable_gqa else {}
-            z = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=attn_mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                **extra,
-            )
-        return self._by_token("z", z)
-
-    def _by_token(self, site: str, x: Tensor) -> Tensor:
-        """Visit ``[batch, head, token, d_head]`` as ``[batch, token, head, d_head]``."""
-        if site in self.visits and x.ndim == 3:
-            return self._by_token(site, self._unfolded(x)).flatten(0, 1)
-        return self._visit(site, x.transpose(1, 2)).transpose(1, 2) if site in self.visits else x
-
-    def _visit(self, site: str, x: Tensor) -> Tensor:
-        if site in self.visits and x.ndim == 3:
-            return self._visit(site, self._unfolded(x)).flatten(0, 1)
-        for visit in self.visits.get(site, ()):
-            x = visit(x)
-        return x
-
-    def _explicit(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        grouped: bool,
-    ) -> Tensor:
-        if grouped:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        if is_causal:
-            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~causal, -math.inf)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        scores = self._visit("scores", scores)
-        # Softmax in float32 at least, as the fused kernels accumulate.
-        precise = torch.promote_types(scores.dtype, torch.float32)
-        pattern = self._visit("pattern", torch.softmax(scores, dim=-1, dtype=precise).to(value.dtype))
-        if dropout_p > 0:
-            pattern = F.dropout(pattern, dropout_p)
-        return pattern @ value

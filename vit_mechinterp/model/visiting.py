@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from vit_mechinterp.model.ports import Port, Share
 
-__all__ = ["contribution", "hand_on", "hand_on_tuple", "replace_input", "replace_output"]
+__all__ = ["contribution", "hand_on", "hand_on_tuple", "laid_out_as", "replace_input", "replace_output"]
 
 
 def replace_input(
@@ -26,7 +27,7 @@ def replace_input(
     new = _visit(port, value, visit)
     if new is value:
         return None
-    new = _laid_out_as(value, new)
+    new = laid_out_as(value, new)
     return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
 
 
@@ -43,7 +44,7 @@ def replace_output(port: Port, output: Any, visit: Callable[[Tensor], Tensor]) -
     return _visit(port, output, visit)
 
 
-def _laid_out_as(value: Tensor, new: Tensor) -> Tensor:
+def laid_out_as(value: Tensor, new: Tensor) -> Tensor:
     """The replacement in the memory layout of what it replaces: what kernels round depends on it."""
     if new.shape != value.shape or new.stride() == value.stride() or 0 in value.stride():
         return new
@@ -52,6 +53,13 @@ def _laid_out_as(value: Tensor, new: Tensor) -> Tensor:
 
 def _visit(port: Port, value: Tensor, visit: Callable[[Tensor], Tensor]) -> Tensor:
     """Visit the part of a tensor that a port means, and put it back."""
+    if port.packing is not None:
+        packing, port = port.packing, replace(port, packing=None)
+        rows = packing.unpack(value.flatten(0, -2))  # some have a leading axis of one
+        new = _visit(port, rows, visit)
+        if new is rows and not value.requires_grad:
+            return value
+        return packing.pack(new).reshape(*value.shape[:-2], -1, new.shape[-1])
     if port.spatial:
         seen = value.flatten(1, 2)
     elif port.head_first:
