@@ -1,4 +1,4 @@
-"""A timm model inside a module of another library: the timm row of what is inside, read through the wrapper."""
+"""A timm model inside another library's module: the timm row of what is inside, read through the wrapper."""
 
 from __future__ import annotations
 

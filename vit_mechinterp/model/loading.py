@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vit_mechinterp.errors import SpecError, TensorFileError, VitMechInterpError, suggest
-from vit_mechinterp.model import from_timm, from_transformers
+from vit_mechinterp.model import from_open_clip, from_timm, from_torchvision, from_transformers
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.origins import absolute, library_of
 from vit_mechinterp.model.registry import wrap
@@ -20,6 +20,8 @@ __all__ = ["checkpoints", "load"]
 BUILDERS: Mapping[str, Callable[[str, bool, bool, Mapping[str, Any]], nn.Module]] = {
     "timm": from_timm.build,
     "hf": from_transformers.build,
+    "torchvision": from_torchvision.build,
+    "open_clip": from_open_clip.build,
 }
 """By the word before a model string's first slash: makes a module from the rest of the string, whether to
 load weights, whether pickles may be read, and options for the library."""
@@ -41,16 +43,17 @@ def load(
     Args:
         name: ``"timm/NAME"``; ``"hf/ORG/NAME"``; a folder in either library's format (``"hf/./my-vit"``
             written by ``save_pretrained``, ``"timm/./my-vit"`` with ``config.json`` and
-            ``model.safetensors``, or ``"./my-vit"`` for whichever it is); or ``"vmi/NAME"`` for a checkpoint
-            that ships with this package.
+            ``model.safetensors``, or ``"./my-vit"`` for whichever it is); ``"torchvision/vit_b_16"``;
+            ``"open_clip/ViT-B-32/TAG"``, ``"open_clip/hf-hub:ORG/NAME"`` or ``"open_clip/./FOLDER"`` for a
+            vision tower; or ``"vmi/NAME"`` for a checkpoint that ships with this package.
         pretrained: whether to load weights; without them the architecture is initialised at random.
         image_size: see `wrap`; where a model takes images of any size, what its own preprocessing makes is
             the default.
-        check: run the conformance checks as well.
+        check: run the fast conformance checks as well (``vit-mechinterp check`` runs all of them).
         allow_pickle: read weights that exist in no other format than pickles, which can run code when they
             are read. Without it they are refused, and safetensors alone are read.
-        options: passed on to ``timm.create_model`` (``checkpoint_path="weights.safetensors"``) or
-            ``from_pretrained`` (``revision="..."``).
+        options: passed on to ``timm.create_model``, torchvision's builder or ``open_clip.create_model``
+            (all with ``checkpoint_path="weights.safetensors"``), or ``from_pretrained`` (``revision="..."``).
 
     Raises:
         SpecError: the string has another form, names nothing that can be loaded, or weights in pickles.
@@ -77,6 +80,8 @@ def load(
             f"{name!r}: code from a model repository is never run (trust_remote_code). Load the module "
             "yourself, and wrap it."
         )
+    if library == "torchvision" and isinstance(image_size, int):
+        options["image_size"] = image_size  # a model is made for one size
     _, _, rest = absolute(f"{library}/{rest}").partition("/")
     try:
         module = BUILDERS[library](rest, pretrained, allow_pickle, options).eval()

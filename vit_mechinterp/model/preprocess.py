@@ -1,18 +1,17 @@
 """From PIL images to the model's input, exactly as the model's own library does it.
 
-A `Preprocess` wraps the transform that timm or transformers builds from a checkpoint's own configuration, and
+A `Preprocess` wraps the transform that a model's library builds from a checkpoint's own configuration, and
 knows its `Geometry`, so that pixel boxes of the original image become patches of the model's input.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_mechinterp.errors import DataError, UnsupportedModelError, suggest
+from vit_mechinterp.errors import DataError, UnsupportedModelError
 from vit_mechinterp.model.geometry import (
     CenterCrop,
     Geometry,
@@ -23,15 +22,16 @@ from vit_mechinterp.model.geometry import (
     TrimBorder,
     patches_of_box,
 )
+from vit_mechinterp.model.processors import default_processor, geometry_of, saved_processor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from PIL.Image import Image
     from torch import Tensor, nn
 
-__all__ = ["Geometry", "Preprocess", "patches_of_box"]
+    from vit_mechinterp.model.layout import Layout
 
-logger = logging.getLogger(__name__)
+__all__ = ["Geometry", "Preprocess", "patches_of_box"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,28 @@ class Preprocess:
     transform: Callable[[list[Image]], Tensor] = field(repr=False)
     geometry: Geometry
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module, layout: Layout, origin: str | None) -> Preprocess:
+        """The transform of a model of any library; ``origin`` is the string that it was loaded by, if any.
+
+        Raises:
+            UnsupportedModelError: nothing is known of the library, or of the images of the model's type.
+        """
+        name = origin.partition("/")[2] if origin else None
+        match layout.family.library:
+            case "timm":
+                return cls.from_timm(module)
+            case "transformers":
+                return cls.from_transformers(module, name)
+            case "torchvision":
+                return cls.from_torchvision(module, name)
+            case "open_clip":
+                return cls.from_open_clip(module)
+        raise UnsupportedModelError(
+            f"No preprocessing is known for models of {layout.family.name}: give float tensors of shape "
+            f"{layout.tokens.input_shape} instead of images."
+        )
 
     def __call__(self, images: Sequence[Image]) -> Float[Tensor, "batch 3 height width"]:
         """Return the model input for PIL images of any size and mode, on the CPU, in float32.
@@ -79,7 +101,6 @@ class Preprocess:
             UnsupportedModelError: the model does not take three channels.
         """
         import timm.data
-        import torch
 
         library: Any = timm.data
         config = library.resolve_model_data_config(module)
@@ -93,11 +114,43 @@ class Preprocess:
         if own_size is not None:
             config = library.resolve_model_data_config(module, args={"input_size": (channels, *own_size)})
         single = library.create_transform(**config, is_training=False)
+        return cls(_one_by_one(single), _composed_geometry(single, "timm"), {"library": "timm", **config})
 
-        def transform(images: list[Image]) -> Tensor:
-            return torch.stack([single(image.convert("RGB")) for image in images])
+    @classmethod
+    def from_torchvision(cls, module: nn.Module, name: str | None = None) -> Preprocess:
+        """Build the evaluation transform of torchvision's weights.
 
-        return cls(transform, _timm_geometry(single), {"library": "timm", **config})
+        Args:
+            module: the model; its ``image_size`` is used where ``name`` names no weights.
+            name: of weights, as ``vit_b_16.IMAGENET1K_V1``. Without it the default transform of ViT-B/16 is
+                scaled to the model's image size.
+        """
+        import torchvision.models
+
+        from vit_mechinterp.model.from_torchvision import weights_of
+
+        size: Any = getattr(module, "image_size", None)
+        weights = weights_of(name) if name is not None else None
+        preset: Any = None if weights is None else weights.transforms()
+        if preset is None or preset.crop_size != [size]:
+            default = torchvision.models.ViT_B_16_Weights.DEFAULT.transforms
+            preset = default(crop_size=size, resize_size=round(size * 256 / 224))
+        steps = (ResizeShortest(preset.resize_size[0]), CenterCrop(size, size, rounding="nearest"))
+        names = ("crop_size", "resize_size", "mean", "std", "antialias")
+        config = {name: getattr(preset, name) for name in names}
+        config |= {"library": "torchvision", "interpolation": preset.interpolation.value}
+        return cls(_one_by_one(preset), Geometry(steps), config)
+
+    @classmethod
+    def from_open_clip(cls, module: nn.Module) -> Preprocess:
+        """Build the evaluation transform that open_clip keeps with a vision tower, or its default one."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        config: dict[str, Any] = dict(getattr(module, "preprocess_cfg", {}))
+        config["size"] = getattr(module, "image_size", config.get("size", 224))
+        single = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        geometry = _composed_geometry(single, "open_clip")
+        return cls(_one_by_one(single), geometry, {"library": "open_clip", **config})
 
     @classmethod
     def from_transformers(cls, module: nn.Module, folder_or_name: str | Path | None = None) -> Preprocess:
@@ -114,9 +167,9 @@ class Preprocess:
             UnsupportedModelError: there is no configuration, and no processor is known for the model type.
             DataError: a processor's configuration cannot be reached or read.
         """
-        processor = _saved_processor(folder_or_name) if folder_or_name is not None else None
+        processor = saved_processor(folder_or_name) if folder_or_name is not None else None
         if processor is None:
-            processor = _default_processor(module)
+            processor = default_processor(module)
 
         def transform(images: list[Image]) -> Tensor:
             if not getattr(processor, "do_convert_rgb", False):
@@ -131,11 +184,22 @@ class Preprocess:
             return pixels
 
         config = {"library": "transformers", **processor.to_dict()}
-        return cls(transform, _transformers_geometry(processor), config)
+        return cls(transform, geometry_of(processor), config)
 
 
-def _timm_geometry(transform: Any) -> Geometry:
-    """Read the resizes and crops off timm's composed transform; normalisation does not move pixels."""
+def _one_by_one(single: Callable[[Image], Tensor]) -> Callable[[list[Image]], Tensor]:
+    """A transform of one image, for lists of images of any mode."""
+
+    def transform(images: list[Image]) -> Tensor:
+        import torch
+
+        return torch.stack([single(image.convert("RGB")) for image in images])
+
+    return transform
+
+
+def _composed_geometry(transform: Any, library: str) -> Geometry:
+    """Read the resizes and crops off a composed transform; normalisation does not move pixels."""
     steps: list[Step] = []
     for part in getattr(transform, "transforms", [transform]):
         match type(part).__name__:
@@ -154,100 +218,10 @@ def _timm_geometry(transform: Any) -> Geometry:
                 steps.append(CenterCrop(height, width, rounding="nearest"))
             case "TrimBorder":
                 steps.append(TrimBorder(part.border_size))
-            case "MaybeToTensor" | "ToTensor" | "MaybePILToTensor" | "PILToTensor" | "Normalize":
+            case "MaybeConvertMode" | "MaybeToTensor" | "MaybePILToTensor" | "ToTensor" | "PILToTensor":
+                continue
+            case "Normalize":
                 continue
             case name:
-                return Geometry(unknown=f"timm's transform has a step {name} with positions of its own")
+                return Geometry(unknown=f"{library}'s transform has a step {name} with positions of its own")
     return Geometry(tuple(steps))
-
-
-def _transformers_geometry(processor: Any) -> Geometry:
-    """Read the resize and crop rules off an image processor of transformers."""
-    from transformers.image_processing_backends import TorchvisionBackend
-
-    name = type(processor).__name__
-    rules = ("resize", "center_crop")
-    own = [
-        rule
-        for rule in rules
-        if getattr(type(processor), rule, None) is not getattr(TorchvisionBackend, rule)
-    ]
-    if own:
-        return Geometry(unknown=f"{name} has rules of its own for {' and '.join(own)}")
-    if getattr(processor, "do_pad", None):
-        return Geometry(unknown=f"{name} pads its images (do_pad=True)")
-    steps: list[Step] = []
-    if processor.do_resize:
-        size = {key: value for key, value in dict(processor.size).items() if value is not None}
-        match sorted(size):
-            case ["height", "width"]:
-                steps.append(ResizeExact(size["height"], size["width"]))
-            case ["shortest_edge"]:
-                steps.append(ResizeShortest(size["shortest_edge"]))
-            case ["longest_edge", "shortest_edge"]:
-                steps.append(ResizeShortest(size["shortest_edge"], longest=size["longest_edge"]))
-            case _:
-                return Geometry(unknown=f"{name} resizes by the rule {size}")
-    if getattr(processor, "do_center_crop", None):
-        crop = processor.crop_size
-        steps.append(CenterCrop(crop["height"], crop["width"], rounding="down"))
-    return Geometry(tuple(steps))
-
-
-def _saved_processor(folder_or_name: str | Path) -> Any | None:
-    """Load the processor saved with a checkpoint, or return None where the checkpoint has none."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from transformers import AutoImageProcessor
-
-    local = Path(folder_or_name).is_dir()
-    if local and not (Path(folder_or_name) / "preprocessor_config.json").is_file():
-        return None
-    auto: Any = AutoImageProcessor
-    try:
-        return auto.from_pretrained(str(folder_or_name), local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        cause = error.__cause__
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-            logger.warning("%s has no preprocessor_config.json; using its type's default", folder_or_name)
-            return None
-        raise DataError(
-            f"The image processor of {str(folder_or_name)!r} could not be read: {error} "
-            "Give tensors instead of images, or repair preprocessor_config.json."
-        ) from error
-
-
-def _default_processor(module: nn.Module) -> Any:
-    """Build the processor class of the model's type, its sizes scaled to the model's image size."""
-    import transformers
-    import transformers.models.auto.image_processing_auto as auto
-
-    known: Mapping[str, Mapping[str, str]] = vars(auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
-    config: Any = getattr(module, "config", None)
-    model_type = str(getattr(config, "model_type", ""))
-    image_size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    # A vision tower and a variant share their family's processor: "clip_vision_model" is listed as "clip".
-    words = model_type.split("_")
-    names = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
-    listed = next((known[name] for name in names if name in known), None)
-    if not listed or "torchvision" not in listed or image_size is None:
-        raise UnsupportedModelError(
-            f"No image processor is known for {type(module).__name__} (config.model_type {model_type!r}, "
-            f"image_size {image_size}).{suggest(model_type, known)} Save one beside the model "
-            "(preprocessor_config.json), or give tensors instead of images."
-        )
-    processor_class: Any = getattr(transformers, listed["torchvision"])
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    edges = {"height": height, "width": width, "shortest_edge": max(height, width)}
-    size: dict[str, int] = dict(processor_class.size)
-    if not set(size) <= set(edges):
-        raise UnsupportedModelError(
-            f"{processor_class.__name__} resizes by the rule {size}, which does not follow from the model's "
-            f"image size {image_size}. Save the processor beside the model (preprocessor_config.json)."
-        )
-    crop = processor_class.crop_size if getattr(processor_class, "do_center_crop", False) else None
-    # DeiT resizes to 256 and crops 224: at another image size the same share is cropped away.
-    default = max(dict(crop or size).values())
-    options = {"size": {edge: round(value * edges[edge] / default) for edge, value in size.items()}}
-    if crop:
-        options["crop_size"] = {"height": height, "width": width}
-    return processor_class(**options)

@@ -1,0 +1,110 @@
+"""Image processors of transformers: the one saved with a checkpoint, or its type's own, and its geometry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_mechinterp.errors import DataError, UnsupportedModelError, suggest
+from vit_mechinterp.model.geometry import CenterCrop, Geometry, ResizeExact, ResizeShortest, Step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["default_processor", "geometry_of", "saved_processor"]
+
+logger = logging.getLogger(__name__)
+
+
+def geometry_of(processor: Any) -> Geometry:
+    """Read the resize and crop rules off an image processor of transformers."""
+    from transformers.image_processing_backends import TorchvisionBackend
+
+    name = type(processor).__name__
+    rules = ("resize", "center_crop")
+    own = [
+        rule
+        for rule in rules
+        if getattr(type(processor), rule, None) is not getattr(TorchvisionBackend, rule)
+    ]
+    if own:
+        return Geometry(unknown=f"{name} has rules of its own for {' and '.join(own)}")
+    if getattr(processor, "do_pad", None):
+        return Geometry(unknown=f"{name} pads its images (do_pad=True)")
+    steps: list[Step] = []
+    if processor.do_resize:
+        size = {key: value for key, value in dict(processor.size).items() if value is not None}
+        match sorted(size):
+            case ["height", "width"]:
+                steps.append(ResizeExact(size["height"], size["width"]))
+            case ["shortest_edge"]:
+                steps.append(ResizeShortest(size["shortest_edge"]))
+            case ["longest_edge", "shortest_edge"]:
+                steps.append(ResizeShortest(size["shortest_edge"], longest=size["longest_edge"]))
+            case _:
+                return Geometry(unknown=f"{name} resizes by the rule {size}")
+    if getattr(processor, "do_center_crop", None):
+        crop = processor.crop_size
+        steps.append(CenterCrop(crop["height"], crop["width"], rounding="down"))
+    return Geometry(tuple(steps))
+
+
+def saved_processor(folder_or_name: str | Path) -> Any | None:
+    """Load the processor saved with a checkpoint, or return None where the checkpoint has none."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from transformers import AutoImageProcessor
+
+    local = Path(folder_or_name).is_dir()
+    if local and not (Path(folder_or_name) / "preprocessor_config.json").is_file():
+        return None
+    auto: Any = AutoImageProcessor
+    try:
+        return auto.from_pretrained(str(folder_or_name), local_files_only=local, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        cause = error.__cause__
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            logger.warning("%s has no preprocessor_config.json; using its type's default", folder_or_name)
+            return None
+        raise DataError(
+            f"The image processor of {str(folder_or_name)!r} could not be read: {error} "
+            "Give tensors instead of images, or repair preprocessor_config.json."
+        ) from error
+
+
+def default_processor(module: nn.Module) -> Any:
+    """Build the processor class of the model's type, its sizes scaled to the model's image size."""
+    import transformers
+    import transformers.models.auto.image_processing_auto as auto
+
+    known: Mapping[str, Mapping[str, str]] = vars(auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
+    config: Any = getattr(module, "config", None)
+    model_type = str(getattr(config, "model_type", ""))
+    image_size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    # A vision tower and a variant share their family's processor: "clip_vision_model" is listed as "clip".
+    words = model_type.split("_")
+    names = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
+    listed = next((known[name] for name in names if name in known), None)
+    if not listed or "torchvision" not in listed or image_size is None:
+        raise UnsupportedModelError(
+            f"No image processor is known for {type(module).__name__} (config.model_type {model_type!r}, "
+            f"image_size {image_size}).{suggest(model_type, known)} Save one beside the model "
+            "(preprocessor_config.json), or give tensors instead of images."
+        )
+    processor_class: Any = getattr(transformers, listed["torchvision"])
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    edges = {"height": height, "width": width, "shortest_edge": max(height, width)}
+    size: dict[str, int] = dict(processor_class.size)
+    if not set(size) <= set(edges):
+        raise UnsupportedModelError(
+            f"{processor_class.__name__} resizes by the rule {size}, which does not follow from the model's "
+            f"image size {image_size}. Save the processor beside the model (preprocessor_config.json)."
+        )
+    crop = processor_class.crop_size if getattr(processor_class, "do_center_crop", False) else None
+    # DeiT resizes to 256 and crops 224: at another image size the same share is cropped away.
+    default = max(dict(crop or size).values())
+    options = {"size": {edge: round(value * edges[edge] / default) for edge, value in size.items()}}
+    if crop:
+        options["crop_size"] = {"height": height, "width": width}
+    return processor_class(**options)
