@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from vit_mechinterp.circuits.activation_patching import activation_patching
 from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.das import das, das_by_attribute
+from vit_mechinterp.circuits.images import image_pairs, sample_photographs
 from vit_mechinterp.circuits.interchange_sweep import interchange_sweep
+from vit_mechinterp.circuits.metrics import KLDivergence, LogitDifference, Probability, Rank, Similarity
 from vit_mechinterp.circuits.result import CircuitResult
 
-__all__ = ["CircuitResult", "attention_stages", "das", "das_by_attribute", "interchange_sweep"]
+__all__ = [
+    "CircuitResult",
+    "KLDivergence",
+    "LogitDifference",
+    "Probability",
+    "Rank",
+    "Similarity",
+    "activation_patching",
+    "attention_stages",
+    "das",
+    "das_by_attribute",
+    "image_pairs",
+    "interchange_sweep",
+    "sample_photographs",
+]
