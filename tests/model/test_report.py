@@ -6,6 +6,7 @@ import vit_mechinterp as vmi
 from tests.model.zoo import plain
 from vit_mechinterp.model.conformance import check
 from vit_mechinterp.model.conformance.report import Report, Row
+from vit_mechinterp.model.conformance.suite import SLOW
 
 
 def test_a_report_reads_well() -> None:
@@ -50,3 +51,15 @@ def test_long_lists_of_failures_are_cut() -> None:
     assert str(report).splitlines()[1].split() == ["FAILED", "check", "0/30"]
     assert "  check: site 3: is wrong\n  check: 26 more (to_pandas() lists all)" in str(report)
     assert not Report("model", ()).passed
+
+
+def test_the_fast_checks_are_fewer_and_see_the_blocks_at_the_ends_and_in_the_middle() -> None:
+    vit = vmi.wrap(plain(depth=5, img_size=(24, 40))().eval())
+    fast, whole = check(vit, subset="fast"), check(vit)
+    assert fast.passed
+    assert str(fast).splitlines()[0].endswith("(fast checks)")
+    slow = {row.check for row in whole.rows} - {row.check for row in fast.rows}
+    assert slow == {*SLOW, "module unchanged after an exception"}
+    written = {row.site.split(".")[1] for row in fast.rows if row.check == "residual stream adds up"}
+    assert written == {"0", "2", "4"}
+    assert {row.site for row in fast.rows if row.check == "write back"} == set(vit.site_names())

@@ -42,7 +42,7 @@ class Fit:
 
     @property
     def rank(self) -> tuple[float, bool]:
-        """Sorts fits, the best last: by the places found, less what is foreign, and by the path of the list."""
+        """Sorts fits, the best last: by the places found, less what is foreign, and by the path."""
         return (self.n_found - len(self.foreign)) / self.n_places, self.path in self.family.blocks
 
     def __str__(self) -> str:

@@ -136,7 +136,7 @@ def wrap(
         module: any module that a known family describes, or one that is wrapped already.
         image_size: height and width in pixels of the images to come, for a module that takes images of any
             size (DINOv2 of transformers, ``dynamic_img_size`` of timm); the module's own by default.
-        check: run the conformance checks as well (a few dozen small forwards).
+        check: run the fast conformance checks as well (a few dozen small forwards).
         source: where the module came from (a model string), for its preprocessing.
 
     Raises:
@@ -210,6 +210,6 @@ def _describing(module: nn.Module) -> Family:
 def _require_conformance(vit: HookedViT) -> None:
     from vit_mechinterp.model.conformance import check
 
-    report = check(vit)
+    report = check(vit, subset="fast")
     if not report.passed:
         raise UnsupportedModelError(f"{type(vit.module).__name__} fails the conformance checks:\n{report}")
