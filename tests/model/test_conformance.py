@@ -22,9 +22,8 @@ from vit_mechinterp.adapters.timm_vit import VIT
 from vit_mechinterp.adapters.transformers_vit import VIT as TRANSFORMERS_VIT
 from vit_mechinterp.model import Family, HookedViT, Port, TokenLayout, instrument, tap, visiting
 from vit_mechinterp.model.conformance import CHECKS, Report, check
+from vit_mechinterp.model.interception import Interception
 from vit_mechinterp.model.resolve import resolve
-
-INTERCEPTION = getattr(tap, "Interception", None) or tap._Interception
 
 
 def made(
@@ -148,12 +147,12 @@ def test_a_wrapper_that_changes_the_output(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_explicit_attention_that_forgets_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     module = next(variant for variant in TIMM if variant.name == "relative-positions").module()
-    explicit = INTERCEPTION._explicit
+    explicit = Interception._explicit
 
     def maskless(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any) -> Tensor:
         return explicit(self, query, key, value, None, *rest)
 
-    monkeypatch.setattr(INTERCEPTION, "_explicit", maskless)
+    monkeypatch.setattr(Interception, "_explicit", maskless)
     report = check(vmi.wrap(module))
     explicit_sites = {f"blocks.{layer}.attn.{name}" for layer in (0, 1) for name in ("scores", "pattern")}
     for name in ("capture only", "write back"):
@@ -253,13 +252,13 @@ def test_gates_under_each_others_names() -> None:
 
 
 def test_a_pattern_edit_that_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = INTERCEPTION._visit
+    whole = Interception._visit
 
     def deaf(self: Any, site: str, x: Tensor) -> Tensor:
         new = whole(self, site, x)
         return x if site == "pattern" else new
 
-    monkeypatch.setattr(INTERCEPTION, "_visit", deaf)
+    monkeypatch.setattr(Interception, "_visit", deaf)
     report = check(seen(made()))
     assert {"blocks.0.attn.z", "blocks.0.attn_out"} <= failing(report, "a pattern edit, by hand")
     assert {"blocks.0.attn.z", "blocks.1.attn.z"} == failing(report, "attention adds up")

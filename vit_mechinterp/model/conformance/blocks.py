@@ -96,7 +96,12 @@ class Edited:
 
     def reaches(self, site: str) -> list[str]:
         """Sites that a write at ``site`` must move."""
-        nearest = {*self.feeds[site], "resid_post"} - {site}
+        nearest, ahead = {"resid_post"} - {site}, list(self.feeds[site])
+        for other in ahead:
+            if other in self.rows:
+                nearest.add(other)
+            else:  # what a block does not show hands the change on
+                ahead += [further for further in self.feeds[other] if further not in ahead]
         return [other for other in self.rows if other in nearest]
 
     def unmoved(self, site: str) -> list[str]:

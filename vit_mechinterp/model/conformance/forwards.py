@@ -146,6 +146,25 @@ def write_back(subject: Subject, record: Record) -> None:
     _changes_nothing(subject, record, lambda name: torch.clone)
 
 
+def captures_outlive_edits(subject: Subject, record: Record) -> None:
+    """What was read at a site stays as it was when somebody writes there in the same forward."""
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def reading(name: str) -> Visitor:
+        def visitor(value: Tensor) -> None:
+            kept[name] = value, value.clone()
+
+        return visitor
+
+    subject.run({name: reading(name) for name in subject.sites}, then=dict.fromkeys(subject.sites, _one_more))
+    for name, (value, copy) in kept.items():
+        record.near(deviation(value, copy), 0, name, "what was kept")
+
+
+def _one_more(value: Tensor) -> Tensor:
+    return value + 1
+
+
 def interchange_of_images(subject: Subject, record: Record) -> None:
     """The whole residual stream of other images gives the other images' output: nothing goes past it."""
     other, values = subject.native.roll(1, dims=0), subject.values

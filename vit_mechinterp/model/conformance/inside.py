@@ -37,7 +37,7 @@ def heads_stay_apart(subject: Subject, layer: int, sites: list[str], record: Rec
     """A write to one head moves that head of the next site, and no other."""
     shown = [site for site in (*HEADS, "attn.result") if site in sites]
     counts = {site: subject.values[f"blocks.{layer}.{site}"].shape[_axis(site)] for site in shown}
-    chosen = {site: (layer + 1) % count for site, count in counts.items()}
+    chosen = {site: layer % count for site, count in counts.items()}
 
     def write(site: str, row: Tensor) -> Tensor:
         if site not in chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +95,12 @@ class Subject:
         stop: int | None = None,
         before: bool = False,
         verify: bool = True,
+        then: Mapping[str, Visitor] = MappingProxyType({}),
     ) -> Tensor | None:
-        """One forward with visitors in place; None if it was stopped at block ``stop``."""
+        """One forward with visitors in place, those of ``then`` behind the others; None if it was stopped at
+        block ``stop``."""
         instrument = Instrument(self.vit.module, self.layout)
-        for name, visitor in visitors.items():
+        for name, visitor in (*visitors.items(), *then.items()):
             instrument.visit(Site.parse(name), visitor)
         instrument.skip(skip)
         if stop is not None:
