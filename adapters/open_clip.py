@@ -15,12 +15,8 @@ from vit_mechinterp.adapters.timm_inside import inside
 from vit_mechinterp.adapters.timm_vit import wrong_channels
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-POOLERS = {"attn_pool", "attn_pool_contrastive"}
-PARTS = frozenset(
-    {"conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre", "transformer"}
-    | {"ln_post", "proj"}
-    | POOLERS
-)
+EMBEDDINGS = {"conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre"}
+PARTS = frozenset(EMBEDDINGS | {"transformer", "attn_pool", "ln_post", "proj"})
 BLOCK = frozenset({"ln_1", "attn", "ln_attn", "ls_1", "ln_2", "mlp", "ls_2"})
 PROJECTIONS = {"in_proj_weight", "in_proj_bias", "out_proj"}
 ATTENTION = frozenset(PROJECTIONS | {"ln_q", "ln_k", "attn_drop", "head_scale", "ln_inner", "out_drop"})
@@ -37,8 +33,7 @@ def readout(model: Any) -> Readout:
     ln_final: Port | str = Port("ln_post")
     pooled: Port | str = "tokens are pooled and projected between modules; read ln_final, or logits"
     if model.attn_pool is not None:
-        if getattr(model, "attn_pool_contrastive", None) is None:
-            ln_final = "its last norm acts on what attention pools; read logits, or the last resid_post"
+        ln_final = "its last norm acts on what attention pools; read logits, or the last resid_post"
         pooled = "an attention head pools the tokens, which are projected between modules; read logits"
     elif model.final_ln_after_pool:
         ln_final, pooled = "its last norm acts on the pooled vector; read pooled", Port("ln_post")
