@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.zoo.packed_models import PACKED
+
 Build = Callable[[], nn.Module]
 
 TINY: dict[str, Any] = {
@@ -345,7 +347,7 @@ def _timm_wrapper(name: str) -> Build:
     return build
 
 
-BUILDERS |= {
+BUILDERS |= PACKED | {
     "Data2VecVisionModel": _data2vec("Data2VecVisionModel"),
     "Data2VecVisionForImageClassification": _data2vec("Data2VecVisionForImageClassification"),
     "VitPoseForPoseEstimation": _vitpose,
