@@ -18,6 +18,7 @@ from vit_mechinterp.model.conformance import check
 from vit_mechinterp.model.preprocess import Preprocess
 
 BUILDERS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
+TAPPED = ("q", "k", "v", "scores", "pattern", "z", "result")
 TINY = {"num_layers": 3, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48, "num_classes": 5}
 
 
@@ -106,7 +107,7 @@ def by_hand(module: VisionTransformer, x: Tensor, layer: int) -> dict[str, Tenso
 def test_attention_is_what_the_weights_say(gradients: bool) -> None:
     module = tiny()
     vit, x = vmi.wrap(module), images(module)
-    names = ["resid_pre", "attn_out", *(f"attn.{name}" for name in "q k v scores pattern z result".split())]
+    names = ["resid_pre", "attn_out", *(f"attn.{name}" for name in TAPPED)]
     with torch.set_grad_enabled(gradients):
         native = module(x)
         output, cache = vit.run(x, capture=[f"blocks.1.{name}" for name in names])
