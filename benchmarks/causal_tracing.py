@@ -17,6 +17,7 @@ from benchmarks.report import Report
 
 PRESETS = {
     "full": {"model": "vit_small", "examples": 4, "repeats": 5, "unit_images": 8, "positions": 50},
+    "cuda": {"model": "vit_base", "examples": 16, "unit_images": 256},
     "small": {"model": "vit_tiny", "examples": 1, "repeats": 3, "unit_images": 8, "positions": 12},
     "micro": {"model": "micro", "examples": 2, "repeats": 1, "unit_images": 2, "positions": 4},
 }

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import vit_mechinterp as vmi
-from benchmarks.measure import interleaved
-from benchmarks.models import images, tolerance
-from benchmarks.plain import Plain, agree, effective
+from benchmarks.measure import Spread, interleaved, seconds
+from benchmarks.models import images
+from benchmarks.plain import Plain, agree, effective, tell_apart
 from benchmarks.report import Report, Row
 
-__all__ = ["TARGET", "over_floor"]
+__all__ = ["PLANNING", "TARGET", "over_floor"]
 
-TARGET = 1.05
+TARGET, PLANNING = 1.05, 0.01
 
 
 @torch.no_grad()
@@ -53,10 +53,11 @@ def over_floor(
     for index in sample:
         outputs.append(plain.run(runs[index].model_dump(mode="json")))
         found = results.logits[int(index)]
-        difference = agree(runs[index].name, found, outputs[-1], tolerance(chosen.torch_dtype), scale)
+        difference = agree(runs[index].name, found, outputs[-1], chosen.tolerance, scale)
         worst = max(worst, difference)
     moved = effective(outputs, clean, 1e-3)
     assert moved >= len(sample) // 2, f"only {moved} of {len(sample)} runs had an effect to speak of"
+    tell_apart(name, results.logits[torch.as_tensor(sample)], torch.stack(outputs), clean)
     unit_images = images(vit.module, chosen.unit_images, 7)
     timed = interleaved(
         {name: lambda: vmi.execute(vit, runs, data, tensors=tensors, progress=False)},
@@ -77,6 +78,9 @@ def over_floor(
             **fields,
         )
     )
+    planned = [seconds(lambda: vmi.plan(vit, runs, data), chosen.torch_device) for _ in range(3)]
+    share = Spread.of([s / Spread.of(timed.seconds).median for s in planned])
+    report.rows.append(Row(f"{name}, planning", share, "of the time", target=PLANNING))
     report.note(
         f"{name}: {n_runs} runs x {n_examples} examples; {plan.forwards:.5g} forwards' worth of blocks instead of "
         f"{plan.naive_forwards:.5g}; {plan.launches} launches of at most {plan.widest} rows. {len(sample)} runs "

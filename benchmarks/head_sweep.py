@@ -15,6 +15,7 @@ from benchmarks.report import Report
 
 PRESETS = {
     "full": {"model": "vit_base", "examples": 4, "repeats": 5, "unit_images": 8},
+    "cuda": {"examples": 64, "unit_images": 256},
     "small": {"model": "vit_tiny", "examples": 2, "repeats": 3, "unit_images": 8},
     "micro": {"model": "micro", "examples": 2, "repeats": 1, "unit_images": 2},
 }

@@ -27,6 +27,7 @@ def arguments(options: Any) -> list[str]:
     """The shared options as a command line."""
     words = ["--model", options.model, "--examples", options.examples, "--repeats", options.repeats]
     words += ["--device", options.device, "--dtype", options.dtype]
+    words += ["--tolerance", options.tolerance]
     if options.threads is not None:
         words += ["--threads", options.threads]
     if options.scale != "full":

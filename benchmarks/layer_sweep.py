@@ -20,8 +20,8 @@ from torch import Tensor
 import vit_mechinterp as vmi
 from benchmarks import isolated, options
 from benchmarks.measure import interleaved
-from benchmarks.models import build, pairs, tolerance
-from benchmarks.plain import Plain, agree
+from benchmarks.models import build, pairs
+from benchmarks.plain import Plain, agree, tell_apart
 from benchmarks.report import Report, Row
 
 WAYS = {
@@ -35,6 +35,7 @@ WAYS = {
 
 PRESETS = {
     "full": {"model": "vit_small", "examples": 8, "repeats": 7},
+    "cuda": {"model": "vit_base", "examples": 64, "repeats": 15},
     "small": {"model": "vit_tiny", "examples": 4, "repeats": 3},
     "micro": {"model": "micro", "examples": 2, "repeats": 1},
 }
@@ -78,7 +79,9 @@ def measure(name: str, chosen: Any, report: Report) -> None:
     assert not (wanted[-1] - clean).any(), "patches behind the last block reached the class token"
     found = ways(name, module, data)
     for title, way in found.items():
-        agree(title, way(), wanted, tolerance(chosen.torch_dtype))
+        logits = way()
+        agree(title, logits, wanted, chosen.tolerance)
+        tell_apart(title, logits, wanted, clean)
     timed = interleaved(found, lambda: module(data["base"]).logits, chosen.repeats, chosen.torch_device)
     floor = plan.forwards / chosen.examples
     for title, times in timed.items():
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> Report:
         "A figure is a time in plain native forwards of the same images (fused attention), measured around each "
         "repeat in the same process. Each way has a process and a model of its own.",
         "The bound counts the plan's (row, block) pairs. All ways agree with plain hooks to "
-        f"{tolerance(chosen.torch_dtype):g} of the output's scale, and every effect is above 1e-3 of it, but at the "
+        f"{chosen.tolerance:g} of the output's scale, and every effect is above 1e-3 of it, but at the "
         "last block, behind which patches reach nothing.",
     )
     if chosen.way is not None:

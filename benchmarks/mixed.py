@@ -21,6 +21,7 @@ from benchmarks.report import Report
 
 PRESETS = {
     "full": {"model": "vit_small", "examples": 2, "repeats": 5, "unit_images": 8, "runs": 1000},
+    "cuda": {"model": "vit_base", "examples": 8, "unit_images": 256},
     "small": {"model": "vit_tiny", "examples": 1, "repeats": 3, "unit_images": 8, "runs": 150},
     "micro": {"model": "micro", "examples": 2, "repeats": 1, "unit_images": 2, "runs": 12},
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SIZES", "Geometry", "build", "images", "pairs", "tolerance"]
+__all__ = ["SIZES", "Geometry", "build", "images", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,3 @@ def pairs(module: nn.Module, n: int, tokens: int = 4) -> dict[str, Tensor]:
         "source_tokens": chosen[n:],
         "label": torch.randint(0, config.num_labels, (n,), generator=draw),
     }
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far two ways may differ, as a share of the output's scale."""
-    return 1e-5 if dtype == torch.float32 else 3e-2

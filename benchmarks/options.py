@@ -14,6 +14,8 @@ from benchmarks.models import SIZES
 __all__ = ["DTYPES", "add", "parse"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
+"""How far two ways may differ, as a share of the output's scale."""
 
 Presets = Mapping[str, Mapping[str, Any]]
 
@@ -26,6 +28,7 @@ def add(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, help="how often everything is timed")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--tolerance", type=float, help="how far ways may differ, as a share of the output's scale")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU; torch's own choice if left out")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", dest="scale", action="store_const", const="small", help="a minute or two")
@@ -37,13 +40,21 @@ def add(doc: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, presets: Presets, argv: list[str] | None = None) -> Any:
-    """Parse, fill what was left out from the preset of the chosen scale, and set the number of threads."""
+    """Parse, fill what was left out from the preset of the chosen scale, and set the number of threads.
+
+    The preset ``cuda`` overlays the full one on a GPU, which needs more images to be busy.
+    """
     options = parser.parse_args(argv)
-    for name, value in presets[options.scale].items():
+    preset = dict(presets[options.scale])
+    if options.scale == "full" and options.device.startswith("cuda"):
+        preset |= presets.get("cuda", {})
+    for name, value in preset.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     options.torch_device = torch.device(options.device)
     options.torch_dtype = DTYPES[options.dtype]
+    if options.tolerance is None:
+        options.tolerance = TOLERANCES[options.dtype]
     return options

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Plain", "agree", "effective"]
+__all__ = ["Plain", "agree", "effective", "tell_apart"]
 
 Touch = Callable[[Tensor], Tensor]
 
@@ -150,3 +150,13 @@ def agree(name: str, found: Tensor, wanted: Tensor, share: float, scale: float |
 def effective(outputs: Iterable[Tensor], clean: Tensor, share: float) -> int:
     """How many outputs differ from the clean one by more than a share of its scale."""
     return sum(bool((o - clean).abs().max() > share * clean.abs().max()) for o in outputs)
+
+
+def tell_apart(name: str, found: Tensor, wanted: Tensor, clean: Tensor) -> None:
+    """Assert that rounding is far below what the interventions do, without which agreement would mean little.
+
+    The mean error must be below a third of the mean effect; both are over all runs.
+    """
+    error = (found.float().cpu() - wanted).abs().mean().item()
+    effect = (wanted - clean).abs().mean().item()
+    assert error < effect / 3, f"{name}: a mean error of {error:.2g} beside a mean effect of {effect:.2g}"

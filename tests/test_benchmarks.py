@@ -1,0 +1,143 @@
+"""Every benchmark runs at its smallest size; each asserts by itself that all ways agree. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import isolated, options
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.measure import Spread, Timed, interleaved
+from benchmarks.models import build, pairs
+from benchmarks.plain import Plain, agree, tell_apart
+from benchmarks.report import Report, Row
+
+ROOT = Path(__file__).parents[1]
+IN_PROCESS = [name for name in BENCHMARKS if name not in ("layer_sweep", "das_training")]
+
+
+def _run(name: str, *words: str) -> Report:
+    main = importlib.import_module(f"benchmarks.{name}").main
+    report: Report = main(["--micro", *words])
+    return report
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_benchmark_runs_and_writes(name: str, tmp_path: Path) -> None:
+    report = _run(name, "--json", str(tmp_path / "found.json"), "--report", str(tmp_path))
+    assert report.rows
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert [Row.from_record(row) for row in record["rows"]] == report.rows
+    assert {"device", "threads", "versions", "dtype"} <= set(record["configuration"])
+    (page,) = tmp_path.glob("*.md")
+    assert page.name.startswith(record["date"])
+    assert report.rows[0].name in page.read_text()
+
+
+def test_mixed_in_bfloat16() -> None:
+    assert _run("mixed", "--dtype", "bf16").rows
+
+
+@pytest.mark.parametrize("way", ["vit_mechinterp", "hooks"])
+def test_layer_sweep(way: str) -> None:
+    assert _run("layer_sweep", "--way", way).rows
+
+
+@pytest.mark.parametrize("way", ["transformer_lens", "nnsight", "pyvene"])
+def test_layer_sweep_of_a_peer(way: str, tmp_path: Path) -> None:
+    package = importlib.import_module("benchmarks.layer_sweep").WAYS[way]
+    if not isolated.available(package):
+        pytest.skip(f"{package} is not installed")
+    rows = isolated.part("benchmarks.layer_sweep", ["--micro", "--way", way])
+    assert all(row.value.median > 0 for row in rows)
+
+
+def test_das_training_without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    das_training = importlib.import_module("benchmarks.das_training")
+    monkeypatch.setattr(das_training, "PEERS", {})
+    report = _run("das_training")
+    curves = report.curves["all 3 layers"]
+    assert len(curves["ours"]) == len(curves["plain"]) == 3
+
+
+@pytest.mark.parametrize("way", ["transformer_lens", "pyvene"])
+def test_das_training_of_a_peer(way: str) -> None:
+    if not isolated.available(way):
+        pytest.skip(f"{way} is not installed")
+    words = ["--micro", "--batch", "2", "--layers", "0", "--way", way]
+    assert isolated.part("benchmarks.das_peers", words)
+
+
+def test_the_bound_of_das_training() -> None:
+    bound = importlib.import_module("benchmarks.das_training").bound
+    assert bound([0], 12) == pytest.approx((24 + 11) / 22)
+    assert bound(range(12), 12) == pytest.approx(2.68, abs=0.005)
+
+
+def test_a_wrong_way_is_found() -> None:
+    module: Any = build("micro")
+    data = pairs(module, 2)
+    plain = Plain(module, data)
+    swap = {
+        "op": "interchange", "site": "blocks.0.resid_post", "tokens": {"column": "edited"}, "source": "source",
+        "source_tokens": {"column": "source_tokens"},
+    }  # fmt: skip
+    wanted, clean = plain.run({"interventions": [swap]}), plain.clean("base")
+    shifted = plain.run({"interventions": [swap | {"source_tokens": {"column": "edited"}}]})
+    with pytest.raises(AssertionError, match=r"way: differs by"):
+        agree("way", shifted, wanted, 1e-5)
+    with pytest.raises(AssertionError, match=r"way: a mean error"):
+        tell_apart("way", clean, wanted, clean)
+
+
+def test_a_failed_part_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"invalid choice: 'nobody'"):
+        isolated.part("benchmarks.layer_sweep", ["--way", "nobody"])
+
+
+def test_all_of_them_in_one_table() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--micro", "--only", "mixed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "12 runs" in done.stdout
+
+
+def test_units_are_measured_around_every_repeat() -> None:
+    calls: list[str] = []
+    ways = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    timed = interleaved(ways, lambda: calls.append("unit"), 2, torch.device("cpu"), units_around=1)
+    first, second = ["unit", "a", "unit", "unit", "b", "unit"], ["unit", "b", "unit", "unit", "a", "unit"]
+    assert calls == ["unit", *first, *second]
+    assert len(timed["a"].units) == 2
+
+
+def test_spread() -> None:
+    spread = Spread.of([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (spread.median, spread.q1, spread.q3, spread.n) == (3.0, 2.0, 4.0, 5)
+    assert 1 <= spread.low <= 3 <= spread.high <= 100
+
+
+def test_targets() -> None:
+    timed = Timed(seconds=[2.2, 2.0, 2.1], unit_seconds=[1.0, 1.0, 1.0])
+    assert Row.timed("x", timed, target=2.1).met
+    assert not Row.timed("x", timed, target=2.0).met
+    assert Row.timed("x", timed, target=1.9, or_contains=2.05).met
+    assert Row.timed("x", timed, target=2.0, at_least=True).met
+    row = Row.timed("x", timed, rows=21, unit_images=7)
+    assert row.interventions == pytest.approx(10)
+    assert row.of_plain == pytest.approx(21 / (2.1 * 7))
+
+
+def test_a_gpu_gets_more_images() -> None:
+    presets = {"full": {"examples": 8, "repeats": 3}, "cuda": {"examples": 64}, "small": {"examples": 1}}
+    parser = options.add("")
+    assert options.parse(parser, presets, ["--device", "cuda"]).examples == 64
+    assert options.parse(parser, presets, ["--device", "cuda", "--small"]).examples == 1
+    assert options.parse(parser, presets, ["--examples", "5"]).examples == 5
