@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,6 +76,27 @@ def test_patches_are_what_the_tower_s_own_processor_cuts(name: str) -> None:
     assert torch.equal(ours[1], torch.as_tensor(grid))
     output = vit.module(pixels.reshape(ours[0].shape), torch.as_tensor(grid), *ours[2:])
     assert torch.equal(vit(x).flatten(), output[vit.layout.output].flatten())
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@torch.no_grad()
+def test_pictures_of_the_right_size_become_the_processor_s_own_patches(name: str) -> None:
+    vit = vmi.wrap(build(name))
+    height, width = vit.layout.tokens.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+    picture = Image.fromarray(pixels.numpy())
+    kind, options = PROCESSORS[name]
+    given = getattr(transformers, kind)(patch_size=4, **options)(
+        images=[picture], do_resize=False, return_tensors="pt"
+    )
+    ours, _ = vit.layout.family.inputs(vit.module, vit.preprocess([picture]))
+    assert torch.equal(ours[0].flatten(), given["pixel_values"].flatten())
+    other = vit.preprocess([picture.resize((50, 30)), picture])
+    assert other.shape == (2, 3, height, width)
+    assert torch.equal(vit.preprocess([picture])[0], other[1])
+    box = vit.preprocess.geometry.map_box((0, 0, 25, 30), (50, 30))
+    assert box == (0, 0, width / 2, height)
 
 
 def places_of_patches(vit: vmi.HookedViT, x: Tensor) -> list[int]:

@@ -22,7 +22,13 @@ from vit_mechinterp.model.geometry import (
     TrimBorder,
     patches_of_box,
 )
-from vit_mechinterp.model.processors import default_processor, geometry_of, saved_processor
+from vit_mechinterp.model.processors import (
+    default_processor,
+    geometry_of,
+    saved_processor,
+    to_exact_size,
+    tower_processor,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -56,6 +62,8 @@ class Preprocess:
             UnsupportedModelError: nothing is known of the library, or of the images of the model's type.
         """
         name = origin.partition("/")[2] if origin else None
+        if layout.packing is not None:
+            return cls.for_tower(module, layout.tokens.image_size, name)
         match layout.family.library:
             case "timm":
                 return cls.from_timm(module)
@@ -185,6 +193,28 @@ class Preprocess:
 
         config = {"library": "transformers", **processor.to_dict()}
         return cls(transform, geometry_of(processor), config)
+
+    @classmethod
+    def for_tower(
+        cls, module: nn.Module, image_size: tuple[int, int], folder_or_name: str | Path | None = None
+    ) -> Preprocess:
+        """The same for a vision tower that takes patches: images of one size, which the tower's row cuts.
+
+        The tower's own processor chooses a size for every image, near the image's own; images that it would
+        leave at ``image_size`` become the same patches here.
+
+        Args:
+            module: the tower.
+            image_size: ``(height, width)`` that every image is resized to.
+            folder_or_name: as in `from_transformers`.
+
+        Raises:
+            UnsupportedModelError: no processor is known for the tower's type.
+        """
+        processor = saved_processor(folder_or_name) if folder_or_name is not None else None
+        processor = tower_processor(module) if processor is None else processor
+        config = {"library": "transformers", **processor.to_dict(), "resized_to": list(image_size)}
+        return cls(to_exact_size(processor, *image_size), Geometry((ResizeExact(*image_size),)), config)
 
 
 def _one_by_one(single: Callable[[Image], Tensor]) -> Callable[[list[Image]], Tensor]:

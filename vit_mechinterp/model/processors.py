@@ -11,9 +11,12 @@ from vit_mechinterp.errors import DataError, UnsupportedModelError, suggest
 from vit_mechinterp.model.geometry import CenterCrop, Geometry, ResizeExact, ResizeShortest, Step
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
 
-__all__ = ["default_processor", "geometry_of", "saved_processor"]
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+__all__ = ["default_processor", "geometry_of", "saved_processor", "to_exact_size", "tower_processor"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,26 +76,79 @@ def saved_processor(folder_or_name: str | Path) -> Any | None:
         ) from error
 
 
-def default_processor(module: nn.Module) -> Any:
-    """Build the processor class of the model's type, its sizes scaled to the model's image size."""
+def tower_processor(module: nn.Module) -> Any:
+    """Build the processor class of a vision tower's type, as it is."""
+    return _class_for(module)()
+
+
+def to_exact_size(processor: Any, height: int, width: int) -> Callable[[list[Image]], Tensor]:
+    """A transform that resizes, rescales and normalises as a processor does, and cuts no patches.
+
+    Processors that make patches choose a size for every image; here all images are given one.
+
+    Raises:
+        UnsupportedModelError: the processor is not of torchvision's kind.
+    """
+    from transformers.image_processing_backends import TorchvisionBackend
+    from transformers.image_utils import SizeDict
+
+    if not isinstance(processor, TorchvisionBackend):
+        raise UnsupportedModelError(
+            f"{type(processor).__name__} makes patches of images, and is not of torchvision's kind; give "
+            "float tensors instead of images."
+        )
+    size = SizeDict(height=height, width=width)
+
+    def transform(images: list[Image]) -> Tensor:
+        import torch
+
+        pixels = [processor.process_image(image.convert("RGB"), do_convert_rgb=True) for image in images]
+        resample = getattr(processor, "resample", None)
+        resized = [TorchvisionBackend.resize(processor, one, size, resample=resample) for one in pixels]
+        made: Tensor = processor.rescale_and_normalize(
+            torch.stack(resized),
+            processor.do_rescale,
+            processor.rescale_factor,
+            processor.do_normalize,
+            processor.image_mean,
+            processor.image_std,
+        )
+        return made
+
+    return transform
+
+
+def _class_for(module: nn.Module) -> Any:
+    """The processor class of the model's type."""
     import transformers
     import transformers.models.auto.image_processing_auto as auto
 
     known: Mapping[str, Mapping[str, str]] = vars(auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
-    config: Any = getattr(module, "config", None)
-    model_type = str(getattr(config, "model_type", ""))
-    image_size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    model_type = str(getattr(getattr(module, "config", None), "model_type", ""))
     # A vision tower and a variant share their family's processor: "clip_vision_model" is listed as "clip".
     words = model_type.split("_")
     names = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
     listed = next((known[name] for name in names if name in known), None)
-    if not listed or "torchvision" not in listed or image_size is None:
+    if not listed or "torchvision" not in listed:
         raise UnsupportedModelError(
-            f"No image processor is known for {type(module).__name__} (config.model_type {model_type!r}, "
-            f"image_size {image_size}).{suggest(model_type, known)} Save one beside the model "
-            "(preprocessor_config.json), or give tensors instead of images."
+            f"No image processor is known for {type(module).__name__} (config.model_type {model_type!r})."
+            f"{suggest(model_type, known)} {_INSTEAD}"
         )
-    processor_class: Any = getattr(transformers, listed["torchvision"])
+    return getattr(transformers, listed["torchvision"])
+
+
+_INSTEAD = "Save one beside the model (preprocessor_config.json), or give tensors instead of images."
+
+
+def default_processor(module: nn.Module) -> Any:
+    """Build the processor class of the model's type, its sizes scaled to the model's image size."""
+    processor_class = _class_for(module)
+    config: Any = getattr(module, "config", None)
+    image_size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if image_size is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no image_size for its {processor_class.__name__}. {_INSTEAD}"
+        )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     edges = {"height": height, "width": width, "shortest_edge": max(height, width)}
     size: dict[str, int] = dict(processor_class.size)
