@@ -99,7 +99,7 @@ def test_models_of_any_size_are_wrapped_for_one(build: Any) -> None:
 
 def test_models_of_one_size_say_so() -> None:
     with pytest.raises(
-        SpecError, match=r"takes images of 32 x 32 pixels only, not of 48 x 48\. Make the model"
+        SpecError, match=r"takes no images of 48 x 48 pixels: .* It is made for 32 x 32"
     ):
         vmi.wrap(plain()().eval(), image_size=48)
 

@@ -132,10 +132,11 @@ def test_shipped_checkpoints_are_listed_and_load() -> None:
 def test_other_strings(name: str) -> None:
     with pytest.raises(SpecError) as raised:
         vmi.load(name)
-    assert str(raised.value).startswith(
-        f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as"
-    )
-    assert str(raised.value).endswith(f"{', '.join(checkpoints())}.")
+    text = str(raised.value)
+    assert text.startswith(f"{name!r} is no model string.")
+    assert (" Close matches: 'timm/vit_base_patch16_224', " in text) == (name == "vit_base_patch16_224")
+    assert "Write 'timm/NAME', 'hf/ORG/NAME', a folder as 'hf/./FOLDER'" in text
+    assert text.endswith(f"{', '.join(checkpoints())}.")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,14 @@ def test_other_strings(name: str) -> None:
     [
         (
             "timm/vit_base_patch16_225",
-            r"timm has no model 'vit_base_patch16_225'\. Close matches: .*vit_base_patch16_224",
+            r"timm has no model 'vit_base_patch16_225'\. Close matches: 'timm/vit_base_patch16_224'",
+        ),
+        ("timm/resnet5O", r"timm has no model 'resnet5O'\. Close matches: .*resnet50.* 'vit-mechinterp models'"),
+        ("timm/dinov2-base", r"timm has no model 'dinov2-base'\. Close matches: 'hf/facebook/dinov2-base'"),
+        ("dinov3", r"'dinov3' is no model string\. Close matches: .*dinov3"),
+        (
+            "hf/facebook/dinov2-bse",
+            r"could not be loaded: .*\. Close matches: 'hf/facebook/dinov2-base', .*Check the name",
         ),
         (
             "timm/vit_base_patch16_224.nonsense",
@@ -270,7 +278,7 @@ def test_models_of_any_size_take_what_their_preprocessing_makes(tmp_path: Path) 
     assert vit.preprocess([Image.new("RGB", (90, 70))]).shape == (1, 3, 48, 48)
     assert vmi.load(f"hf/{tmp_path}", image_size=(32, 40)).layout.tokens.grid == (4, 5)
     hf("CLIPVisionModel", "CLIPVisionConfig", CLIP)().save_pretrained(tmp_path / "clip")
-    with pytest.raises(SpecError, match="takes images of 32 x 32 pixels only"):
+    with pytest.raises(SpecError, match="takes no images of 40 x 40 pixels: .* It is made for 32 x 32"):
         vmi.load(f"hf/{tmp_path}/clip", image_size=40)
 
 

@@ -18,6 +18,7 @@ from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import Layout, lookup
 from vit_mechinterp.model.origins import absolute
+from vit_mechinterp.model.sizes import require_images
 from vit_mechinterp.spec import Site, expand, is_glob, site_names
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class HookedViT:
         self._sites: dict[str, SiteInfo] | None = None
         self._preprocess: Preprocess | None = None
         self.lock = lock_of(module)
+        self._watched = 0
 
     def __repr__(self) -> str:
         return f"HookedViT({type(self.module).__name__}, {self.layout})"
@@ -68,6 +70,8 @@ class HookedViT:
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        if self._watched or not isinstance(x, Tensor):
+            require_images(self, x)
         family = self.layout.family
         if family.one_image is not None and len(x) > 1:
             raise ExecutionError(
@@ -110,6 +114,7 @@ class HookedViT:
 
         Raises:
             SpecError: a name or glob fits no site of the model; close matches are named.
+            ExecutionError: something is captured, and the images are not of the layout's size.
         """
         activations: dict[str, Tensor] = {}
 
@@ -120,12 +125,22 @@ class HookedViT:
             return visitor
 
         instrument = Instrument(self.module, self.layout)
-        for name in self.expand(capture):
+        names = self.expand(capture)
+        for name in names:
             instrument.visit(Site.parse(name), keep(name))
-        with self.lock, instrument.installed():
+        with self.lock, instrument.installed(), self._watching(len(names)):
             output = self._forward(x)
             instrument.verify()
         return output, ActivationCache(activations)
+
+    @contextmanager
+    def _watching(self, n_sites: int) -> Iterator[None]:
+        """Where sites are read or written, images must be of the size that the layout describes."""
+        self._watched += n_sites
+        try:
+            yield
+        finally:
+            self._watched -= n_sites
 
     @contextmanager
     def hooks(self, visitors: Mapping[str, Visitor]) -> Iterator[HookedViT]:
@@ -152,7 +167,7 @@ class HookedViT:
                 )
             for name in self.expand([pattern]):
                 instrument.visit(Site.parse(name), _checked(name, visitor))
-        with self.lock, instrument.installed():
+        with self.lock, instrument.installed(), self._watching(len(visitors)):
             yield self
             # A forward inside may stop early or skip blocks (`execute` does), or fail and be caught.
             instrument.verify(every=False)

@@ -15,6 +15,7 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.layout import Family
 from vit_mechinterp.model.nearest import describe_nearest
 from vit_mechinterp.model.resolve import missing_for, resolve
+from vit_mechinterp.model.sizes import require_size
 from vit_mechinterp.spec import BLOCK_SITES
 
 __all__ = ["families", "foresee", "register", "register_adapter", "wrap"]
@@ -134,8 +135,9 @@ def wrap(
 
     Args:
         module: any module that a known family describes, or one that is wrapped already.
-        image_size: height and width in pixels of the images to come, for a module that takes images of any
-            size (DINOv2 of transformers, ``dynamic_img_size`` of timm); the module's own by default.
+        image_size: height and width in pixels of the images to come, for a module that takes images of
+            several sizes (DINOv2 of transformers, ``dynamic_img_size`` of timm); one blank image is tried.
+            The module's own by default.
         check: run the fast conformance checks as well (a few dozen small forwards).
         source: where the module came from (a model string), for its preprocessing.
 
@@ -162,6 +164,8 @@ def wrap(
         )
     family = _describing(module)
     vit = HookedViT(module, resolve(family, module, size), source)
+    if size not in (None, family.tokens(module).image_size):
+        require_size(vit)
     if check:
         _require_conformance(vit)
     return vit

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from vit_mechinterp.errors import SpecError, UnsupportedModelError
+from vit_mechinterp.errors import UnsupportedModelError
 from vit_mechinterp.model.layout import (
     TAP_SITES,
     Difference,
@@ -90,12 +90,6 @@ def _tokens(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     tokens = family.tokens(module)
     if image_size is None or image_size == tokens.image_size:
         return tokens
-    if not family.any_size(module):
-        raise SpecError(
-            f"{type(module).__name__} takes images of {tokens.image_size[0]} x {tokens.image_size[1]} pixels "
-            f"only, not of {image_size[0]} x {image_size[1]}. Make the model for that size (timm: "
-            "img_size=...)."
-        )
     return tokens.resized(image_size)
 
 
@@ -104,7 +98,6 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
 
     Raises:
         UnsupportedModelError: the row does not fit; the message says which path was missing where.
-        SpecError: the module takes images of its own size only.
     """
     reason = missing_for(family, module)
     if reason is not None:
