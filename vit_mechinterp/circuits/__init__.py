@@ -8,6 +8,7 @@ from vit_mechinterp.circuits.das import das, das_by_attribute
 from vit_mechinterp.circuits.images import image_pairs, sample_photographs
 from vit_mechinterp.circuits.interchange_sweep import interchange_sweep
 from vit_mechinterp.circuits.metrics import KLDivergence, LogitDifference, Probability, Rank, Similarity
+from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
 from vit_mechinterp.circuits.result import CircuitResult
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "attention_stages",
     "das",
     "das_by_attribute",
+    "edge_patching",
     "image_pairs",
     "interchange_sweep",
+    "path_patching",
     "sample_photographs",
 ]

@@ -7,6 +7,7 @@ from vit_mechinterp.figures.heatmaps import condition_map, head_layer_map
 from vit_mechinterp.figures.images import attention_overlay, contact_sheet
 from vit_mechinterp.figures.lines import das_by_layer, lines_by_layer, stages_over_layers
 from vit_mechinterp.figures.maps import position_maps, round_up
+from vit_mechinterp.figures.matrices import node_matrix
 from vit_mechinterp.figures.style import PALETTE, png_bytes, save_figure
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "examples_by_run",
     "head_layer_map",
     "lines_by_layer",
+    "node_matrix",
     "png_bytes",
     "position_maps",
     "round_up",
