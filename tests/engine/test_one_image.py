@@ -29,7 +29,8 @@ def vit() -> vmi.HookedViT:
 
 
 def test_the_plan_says_so(vit: vmi.HookedViT) -> None:
-    plan = vmi.plan(vit, RUNS, {"base": torch.zeros(4, 3, 32, 32), "source": torch.zeros(4, 3, 32, 32)})
+    images = torch.randn(8, 3, 32, 32)
+    plan = vmi.plan(vit, RUNS, {"base": images[:4], "source": images[4:]})
     assert plan.launches == 4 + 4 + 1
     assert plan.width >= 8
     assert "note: clean forwards take one image each: it packs all images of a batch" in str(plan)

@@ -176,18 +176,20 @@ def test_a_plan_runs_no_model() -> None:
 def test_a_plan_says_why_more_is_computed() -> None:
     world = world_of(TIMM_PLAIN, 6)
 
-    def text(name: str, batch_size: Any = "auto") -> str:
+    def text(name: str, batch_size: Any = "auto", chunk: int = 6) -> str:
         runs = [Run.model_validate(document) for document in EXPERIMENTS[name]]
-        return str(vmi.plan(world.vit, runs, world.columns, batch_size))
+        memory = world.memory(EXPERIMENTS[name], chunk, batch_size) if chunk < 6 else None
+        return str(vmi.plan(world.vit, runs, world.columns, batch_size, memory=memory))
 
     assert "note: dataset means need a pass of their own, because the dataset spans several chunks" in text(
-        "computed means", 4
+        "computed means", 4, 4
     )
-    assert "dataset means" not in text("computed means")
-    assert "note: resampled images of 'base' lie in other chunks" in text("resampling", 4)
+    assert "dataset means" not in text("computed means", 4)
+    assert "note: resampled images of 'base' lie in other chunks" in text("resampling", 4, 4)
+    assert "resampled images" not in text("resampling", 4)
     assert "note: runs that read other edited runs wait for them, in stages" in text("runs that read runs")
     assert "rows that join one growing batch (stage 3)" in text("runs that read runs")
-    assert "2 chunks of up to 4 examples, at most 4 rows each" in text("resampling", 4)
+    assert "2 chunks of up to 4 examples, at most 4 rows each" in text("resampling", 4, 4)
     assert "note: edits inside a block (blocks.1.attn.k) join at its input" in text("clean and edited")
 
 

@@ -201,7 +201,7 @@ def test_provenance_is_plain_and_complete() -> None:
     provenance = executed(world_of(TIMM_PLAIN, 4), batch_size=3).provenance
     assert json.loads(json.dumps(provenance)) == provenance
     assert provenance["columns"] == ["base", "box", "here", "label", "source"]
-    assert (provenance["chunk"], provenance["rows_per_forward"], provenance["halvings"]) == (3, 3, 0)
+    assert (provenance["chunk"], provenance["rows_per_forward"], provenance["halvings"]) == (4, 3, 0)
     assert provenance["examples"] == 4
     assert provenance["device"] == "cpu"
     assert provenance["dtype"] == "float32"

@@ -13,6 +13,10 @@ import vit_mechinterp as vmi
 from tests.oracles import Oracle
 from tests.tiny_models import N_LAYERS, Tiny
 from vit_mechinterp import HookedViT, Results, Run
+from vit_mechinterp.engine.bind import bind
+from vit_mechinterp.engine.cutting import schedule_for
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.footprint import footprint
 
 TOLERANCE = 1e-5
 """Of the output's scale."""
@@ -79,6 +83,13 @@ class World:
         runs = [Run.model_validate(document) for document in documents]
         options = {"progress": False, "tensors": named, **options}
         return vmi.execute(self.vit, runs, options.pop("data", self.columns), **options)
+
+    def memory(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> int:
+        """A budget that cuts an experiment into chunks of so many examples, with so many rows per forward."""
+        runs = [Run.model_validate(document) for document in documents]
+        columns = Data(self.columns, self.vit)
+        held = footprint(self.vit, schedule_for(self.vit, bind(self.vit, runs, columns), columns, rows))
+        return held.peak(chunk, rows) + held.example // 2
 
     @property
     def module_width(self) -> int:

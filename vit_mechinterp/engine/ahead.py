@@ -97,7 +97,5 @@ def requests_of(
 ) -> Iterator[Request]:
     """The batches that the clean forwards of some chunks ask for, in order."""
     for chunk in chunks:
-        for column in schedule.columns if reads is None else schedule.columns_of(reads):
-            images = schedule.images(column, chunk, reads)
-            for start in range(0, len(images), schedule.clean_width):
-                yield column, tuple(images[start : start + schedule.clean_width])
+        for batch in schedule.clean_batches(*schedule.clean_needs(chunk, reads)):
+            yield from batch.by_column()

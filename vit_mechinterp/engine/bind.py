@@ -140,10 +140,12 @@ def _bind_run(vit: HookedViT, run: Run, data: Data | None, bound: dict[str, Boun
         )
     # Sorting is stable: list order counts at one and the same site only.
     edits.sort(key=lambda edit: edit.site)
-    layer = edits[0].site.layer if edits else None
     # Without a middle of the stream, what a block returns is not its middle plus the MLP's increment.
-    through = layer is not None and (
-        vit.has_own_return(layer) or f"blocks.{layer}.resid_mid" in vit.layout.absent
+    layers = {edit.site.layer for edit in edits if edit.site.layer is not None}
+    through = frozenset(
+        layer
+        for layer in layers
+        if vit.has_own_return(layer) or f"blocks.{layer}.resid_mid" in vit.layout.absent
     )
     return BoundRun(run, tuple(edits), tuple(captures), through)
 
@@ -175,16 +177,20 @@ def _bind_edit(
     choice: tuple[int, ...] | None = None
     if isinstance(choose, Column) and data is not None:
         data.require(choose.column, f"{where}, choose")
-        choice = tuple(
-            row[0] if len(row) == 1 else -1 for row in data.integers(choose.column, f"{where}, choose")
-        )
-        if min(choice) < 0:
-            raise SpecError(
-                f"{where}: column {choose.column!r} must hold one non-negative integer per example."
-            )
+        column = choose.column
+        choice = data.once(("choice", column), lambda: _choices(data, column, where))
     elif isinstance(choose, Column):
         choice = (0,)
     return Edit(spec, site, positions, keys, source, mean, refs, choice, where)
+
+
+def _choices(data: Data, column: str, where: str) -> tuple[int, ...]:
+    """One non-negative integer per example."""
+    rows = data.integers(column, f"{where}, choose")
+    choice = tuple(row[0] if len(row) == 1 else -1 for row in rows)
+    if min(choice) < 0:
+        raise SpecError(f"{where}: column {column!r} must hold one non-negative integer per example.")
+    return choice
 
 
 def _bind_source(
@@ -240,20 +246,20 @@ def _check_pairing(
         return
     n = vit.layout.tokens.n_tokens
     targets, sources = (p.counts(range(data.n), n) for p in (positions, source.positions))
-    for example, (target, paired) in enumerate(zip(targets, sources, strict=True)):
-        if target != paired:
-            raise SpecError(
-                f"{where}: base and source tokens are paired by position, but example {example} selects "
-                f"{target} base tokens and {paired} source tokens."
-            )
+    if (targets != sources).any():
+        example = int((targets != sources).argmax())
+        raise SpecError(
+            f"{where}: base and source tokens are paired by position, but example {example} selects "
+            f"{targets[example]} base tokens and {sources[example]} source tokens."
+        )
 
 
 def _check_distinct(positions: Positions, where: str) -> None:
     """Refuse a token that is selected twice: its new value would be ambiguous."""
-    for example, chosen in enumerate(positions.each or (positions.shared or (),)):
-        if len(set(chosen)) != len(chosen):
-            place = f"example {example} selects" if positions.each else "the selection names"
-            raise SpecError(f"{where}: {place} a base token twice, so its new value is ambiguous.")
+    example = positions.repeated
+    if example is not None:
+        place = f"example {example} selects" if positions.each else "the selection names"
+        raise SpecError(f"{where}: {place} a base token twice, so its new value is ambiguous.")
 
 
 def _some(names: Sequence[str]) -> str:

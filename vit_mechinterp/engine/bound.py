@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from vit_mechinterp.engine.positions import Positions
-from vit_mechinterp.engine.values import ColumnOrigin, Read
+import numpy as np
+
+from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import Column, Intervention, Run, Site, TensorRef, TokenBox, TokenColumn
 
 __all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join"]
@@ -51,6 +53,11 @@ class Edit:
     choice: tuple[int, ...] | None
     where: str
 
+    @cached_property
+    def choices(self) -> IntArray:
+        """The index of every example."""
+        return np.array(self.choice or (), dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class BoundCapture:
@@ -64,14 +71,14 @@ class BoundCapture:
 class BoundRun:
     """One run, bound: edits in forward order, and captures told apart by whether the edits reach them.
 
-    ``through`` says that rows must pass through the whole block of the first edit, because somebody else acts
-    on what the block returns.
+    ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what
+    their blocks return.
     """
 
     run: Run
     edits: tuple[Edit, ...]
     captures: tuple[BoundCapture, ...]
-    through: bool = False
+    through: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -98,7 +105,13 @@ class BoundRun:
         layer, name = self.first.layer, self.first.name
         if layer is None:
             return Join(0, False) if name == "embed" else Join(n_layers - 1, True)
-        return Join(layer, name == "resid_post" or (name == "mlp_out" and not self.through))
+        return Join(layer, name == "resid_post" or self.starts_at_mlp_out)
+
+    @cached_property
+    def starts_at_mlp_out(self) -> bool:
+        """Whether the run's rows join behind a block with an MLP increment of their own."""
+        first = self.first
+        return first is not None and first.name == "mlp_out" and first.layer not in self.through
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,15 @@ class Bound:
         bases = {run.run.base for run in self.runs}
         sources = (getattr(spec, "source", None) for run in self.runs for spec in run.run.interventions)
         return frozenset(bases | {source for source in sources if isinstance(source, str)})
+
+    @cached_property
+    def reads_of(self) -> dict[str, tuple[Read, ...]]:
+        """Values of every run that somebody wants: its captures, and what other runs read."""
+        reads: dict[str, list[Read]] = {run.name: [c.read for c in run.captures] for run in self.runs}
+        for read in self.run_reads:
+            assert isinstance(read.origin, RunOrigin)
+            reads[read.origin.run].append(read)
+        return {name: tuple(dict.fromkeys(own)) for name, own in reads.items()}
 
     @cached_property
     def columns(self) -> frozenset[str]:

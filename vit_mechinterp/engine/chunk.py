@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound
-from vit_mechinterp.engine.clean import clean_pass, means_of
+from vit_mechinterp.engine.clean import CleanPass, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.editing import Material
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.schedule import Copies, Schedule, clean_read
 from vit_mechinterp.engine.values import Read, RunOrigin, Values
-from vit_mechinterp.engine.wave import Material, run_wave
+from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 
 __all__ = ["Collected", "chunk_of"]
 
 Tick = Callable[[int], None]
+Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 
 class Collected:
@@ -28,6 +32,13 @@ class Collected:
     def __init__(self, bound: Bound) -> None:
         self.outputs: dict[str, list[Tensor]] = {run.name: [] for run in bound.runs}
         self.captures: dict[tuple[str, str], list[tuple[Tensor, list[int] | None]]] = {}
+
+    def extend(self, part: Collected) -> None:
+        """Add what the next chunk gave."""
+        for run, output in part.outputs.items():
+            self.outputs[run] += output
+        for key, pieces in part.captures.items():
+            self.captures.setdefault(key, []).extend(pieces)
 
 
 def chunk_of(
@@ -38,44 +49,104 @@ def chunk_of(
     tensors: Mapping[TensorRef, Tensor],
     means: Mapping[Read, Tensor],
     tick: Tick,
+    passing: CleanPass = clean_pass,
 ) -> Collected:
-    """Compute everything that one chunk of examples gives."""
+    """Compute everything that one chunk of examples gives; ``passing`` makes its clean values."""
     bound = schedule.bound
-    clean = clean_pass(vit, data, schedule, chunk, tick=tick)
+    clean = passing(vit, data, schedule, chunk, tick=tick)
     if schedule.mean_reads and not means:
         means = means_of(schedule, clean)
-    material = Material(bound, chunk, clean, tensors, means)
-    part = Collected(bound)
-    captured: dict[tuple[str, Read], list[Tensor]] = {}
-    for stage in bound.stages:
-        for segments in schedule.waves(stage, chunk):
-            result = run_wave(vit, segments, material)
-            for name, output in result.outputs.items():
-                part.outputs[name].append(output.cpu())
-            for key, value in result.captured.items():
-                captured.setdefault(key, []).append(value)
+    material = Material(bound, clean, tensors, means, images=schedule.sharing.images)
+    outputs = _Outputs(chunk)
+    captures: dict[tuple[str, str], Values] = {}
+    for n, stage in enumerate(bound.stages):
+        parts, copies = schedule.rows(stage, chunk)
+        material.copies = _by_owner(copies)
+        captured: Pieces = defaultdict(list)
+        for segments in schedule.waves(parts):
+            result = run_wave(vit, segments, material, spares=schedule.spares)
+            for segment, output in zip(segments, result.outputs, strict=True):
+                outputs.put(segment.run.name, np.array(segment.examples), output.cpu())
+            for key, pieces in result.captured.items():
+                captured[key] += pieces
             tick(schedule.wave_blocks(segments))
-        in_stage = {run.name for run in stage}
-        for read in bound.run_reads:
-            if isinstance(read.origin, RunOrigin) and read.origin.run in in_stage:
-                material.run_values[read] = _values(read, captured[read.origin.run, read], chunk)
+        for own in copies:
+            outputs.put(own.run, own.examples, outputs.get(own.owner, own.owners))
+        for run in stage:
+            for read in bound.reads_of[run.name]:
+                values = _joined(read, clean.values.get(clean_read(run, read)), captured, run.name, chunk)
+                if isinstance(read.origin, RunOrigin):
+                    material.run_values[read] = values
+                else:
+                    name = next(c.name for c in run.captures if c.read == read)
+                    captures[run.name, name] = values
+        # What no later stage reads, and no capture keeps, is dropped.
+        done = {read for read, last in schedule.last_stage.items() if last == n}
+        for read in done:
+            material.run_values.pop(read, None)
+            if not schedule.is_kept(read):
+                clean.values.pop(read, None)
+    part = Collected(bound)
     for run in bound.runs:
-        if not run.edits:
-            part.outputs[run.name].append(clean.outputs[run.run.base].cpu())
+        rows = schedule.clean_rows(run.name, chunk)
+        if len(rows):
+            outputs.put(run.name, rows, clean.outputs[run.run.base].whole(rows).cpu())
+        part.outputs[run.name] = [outputs.get(run.name, np.arange(chunk.start, chunk.stop))]
         for capture in run.captures:
-            read = capture.read
-            if run.is_clean_at(read.site):
-                values = clean.values[read]
-            else:
-                values = _values(read, captured[run.name, read], chunk)
-            counts = None if values.starts is None else np.diff(values.starts).tolist()
-            part.captures[run.name, capture.name] = [(values.tensor.cpu(), counts)]
+            values = captures.get((run.name, capture.name)) or clean.values[capture.read]
+            own = values.whole(chunk) if values.starts is None else values.rows(chunk)
+            counts = None if values.starts is None else capture.read.positions.counts(chunk, 0).tolist()
+            part.captures[run.name, capture.name] = [(own.cpu(), counts)]
     return part
 
 
-def _values(read: Read, pieces: list[Tensor], chunk: range) -> Values:
-    tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+class _Outputs:
+    """Outputs of every run, in the order of the chunk's examples."""
+
+    def __init__(self, chunk: range) -> None:
+        self.chunk = chunk
+        self._by_run: dict[str, Tensor] = {}
+
+    def put(self, run: str, examples: IntArray, rows: Tensor) -> None:
+        """Rows of some examples."""
+        if run not in self._by_run:
+            self._by_run[run] = rows.new_empty(len(self.chunk), *rows.shape[1:])
+        self._by_run[run][torch.as_tensor(examples - self.chunk.start)] = rows
+
+    def get(self, run: str, examples: IntArray) -> Tensor:
+        """Rows of some examples, a copy."""
+        return self._by_run[run][torch.as_tensor(examples - self.chunk.start)]
+
+
+def _by_owner(copies: Sequence[Copies]) -> dict[tuple[str, int], list[tuple[str, int]]]:
+    """Rows that share another row's values, by that row."""
+    found: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+    for own in copies:
+        for example, owner in zip(own.examples.tolist(), own.owners.tolist(), strict=True):
+            found[own.owner, owner].append((own.run, example))
+    return found
+
+
+def _joined(read: Read, clean: Values | None, captured: Pieces, run: str, chunk: range) -> Values:
+    """Values of a run for a whole chunk: from its rows and, where no edit comes before, clean ones."""
+    pieces = list(captured.pop((run, read), ()))
+    examples = [own for own, _ in pieces]
+    if not pieces:
+        assert clean is not None
+        return clean
+    missing = np.setdiff1d(np.arange(chunk.start, chunk.stop), np.concatenate(examples))
+    if len(missing):
+        assert clean is not None
+        whole = read.positions.is_all
+        tokens = read.site.has_tokens
+        piece = clean.whole(missing) if whole else clean.rows(missing, tokens=tokens)
+        pieces.append((missing, piece))
+        examples.append(missing)
+    order = np.concatenate(examples)
+    tensor = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
+    place = np.argsort(order, kind="stable")
+    held = order[place]
     if read.positions.is_all:
-        return Values(tensor)
-    counts = [len(read.positions.of(i) or ()) for i in chunk]
-    return Values(tensor, np.concatenate([[0], np.cumsum(counts)]))
+        return Values(tensor, held, place)
+    starts = np.concatenate([[0], np.cumsum(read.positions.counts(order, 0))])
+    return Values(tensor, held, place, starts)

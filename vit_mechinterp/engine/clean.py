@@ -2,29 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.schedule import Schedule, seed_of
-from vit_mechinterp.engine.values import Read, Values, gather
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.schedule import CleanGroup, Schedule
+from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, contiguous, gather
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward
+from vit_mechinterp.spec import Site
 
-__all__ = ["Clean", "clean_pass", "dataset_means", "means_of"]
+__all__ = ["Clean", "CleanPass", "clean_pass", "dataset_means", "means_of"]
+
+
+class CleanPass(Protocol):
+    """Makes the clean values of one chunk, as `clean_pass` does."""
+
+    def __call__(
+        self,
+        vit: HookedViT,
+        data: Data,
+        schedule: Schedule,
+        chunk: range,
+        reads: Sequence[Read] | None = None,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> Clean: ...
 
 
 @dataclass
 class Clean:
-    """What the clean forwards of one chunk gave: values by read, outputs by image column."""
+    """What the clean forwards of one chunk gave: values by read, outputs (float32) by image column."""
 
     values: dict[Read, Values] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Values] = field(default_factory=dict)
+
+
+class _Filling:
+    """Values of one read (of the output, if None) that come in piece by piece."""
+
+    def __init__(self, read: Read | None, examples: IntArray, images: IntArray) -> None:
+        self.read = read
+        self.examples = examples
+        self.tensor: Tensor | None = None
+        self.starts: IntArray | None = None
+        if read is None or read.positions.is_all:
+            self.images, self.place = np.unique(images, return_inverse=True)
+            self.place = self.place.reshape(-1)
+            self.size = len(self.images)
+            self._examples = examples[np.unique(self.place, return_index=True)[1]]
+        else:
+            self.images, self.place = images, np.arange(len(images))
+            self.starts = np.concatenate([[0], np.cumsum(read.positions.counts(examples, 0))])
+            self.size = int(self.starts[-1])
+            self._examples = examples
+
+    def members(self, batch: IntArray) -> tuple[IntArray, IntArray]:
+        """Which entries come from a batch of images, and from which of its rows."""
+        order = np.argsort(batch)
+        found = np.minimum(np.searchsorted(batch[order], self.images), len(batch) - 1)
+        rows = order[found]
+        entries = np.flatnonzero(batch[rows] == self.images)
+        return entries, rows[entries]
+
+    def take(self, site: Site | None, value: Tensor, entries: IntArray, rows: IntArray) -> None:
+        """Keep what a batch holds of the value."""
+        span = contiguous(rows)
+        if self.read is None or site is None:
+            piece = value[rows if span is None else span].float()
+        else:
+            piece = gather(site, value, rows if span is None else span, self.read, self._examples[entries])
+        if self.starts is None:
+            places = entries
+        else:
+            counts = self.starts[entries + 1] - self.starts[entries]
+            places = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+            places = places + np.repeat(self.starts[entries], counts)
+        if self.tensor is None:
+            # What is all there already is kept as it is, unless it would keep more alive than itself.
+            alone = len(places) == self.size and piece.untyped_storage().nbytes() <= piece.nbytes
+            if alone and contiguous(places) is not None:
+                self.tensor = piece
+                return
+            self.tensor = piece.new_empty(self.size, *piece.shape[1:])
+        target = contiguous(places)
+        if target is not None:
+            self.tensor[target] = piece
+        else:
+            self.tensor[torch.as_tensor(places, device=piece.device)] = piece
+
+    def values(self) -> Values:
+        """All of it."""
+        assert self.tensor is not None
+        return Values(self.tensor, self.examples, self.place, self.starts)
 
 
 def clean_pass(
@@ -38,112 +114,87 @@ def clean_pass(
     """Run the clean forwards of one chunk under ``no_grad``, not inference mode: trainings read the values.
 
     Args:
-        reads: only these reads (and no outputs); all of the schedule's by default.
+        reads: only these reads, for every example (and no outputs); what the chunk needs by default.
         tick: called with the number of (row, block) pairs of every forward.
     """
-    clean = Clean()
-    columns = schedule.columns if reads is None else schedule.columns_of(reads)
-    for column in columns:
-        images = schedule.images(column, chunk, reads)
-        wanted = schedule.reads_of(column, reads)
-        pieces: dict[Read, list[tuple[list[int], Tensor]]] = {read: [] for read in wanted}
-        outputs: list[Tensor] = []
-        blocks = schedule.stop(column, reads).blocks(schedule.n_layers)
-        for start in range(0, len(images), schedule.clean_width):
-            batch = images[start : start + schedule.clean_width]
-            output = _forward(vit, data, schedule, column, chunk, batch, pieces, reads)
-            if reads is None and column in schedule.outputs and output is not None:
-                kept = [row for row, image in enumerate(batch) if image in chunk]
-                outputs.append(output[kept].float())
-            tick(len(batch) * blocks)
-        clean.values.update({read: _assemble(read, pieces[read], chunk) for read in wanted})
-        if outputs:
-            clean.outputs[column] = torch.cat(outputs)
-    return clean
+    needs, outputs = schedule.clean_needs(chunk, reads)
+    images_of = schedule.sharing.images_of
+    filling: dict[Read, _Filling] = {}
+    for read, examples in needs.items():
+        assert isinstance(read.origin, ColumnOrigin)
+        filling[read] = _Filling(read, examples, images_of(read.origin)[examples])
+    results = {
+        column: _Filling(None, examples, images_of(ColumnOrigin(column))[examples])
+        for column, examples in outputs.items()
+    }
+    for batch in schedule.clean_batches(needs, outputs):
+        _forward(vit, data, batch, filling, results)
+        tick(len(batch.images) * batch.stop.blocks)
+    return Clean(
+        {read: own.values() for read, own in filling.items()},
+        {column: own.values() for column, own in results.items()},
+    )
 
 
 def _forward(
     vit: HookedViT,
     data: Data,
-    schedule: Schedule,
-    column: str,
-    chunk: range,
-    batch: list[int],
-    pieces: dict[Read, list[tuple[list[int], Tensor]]],
-    reads: Sequence[Read] | None,
-) -> Tensor | None:
-    row_of = {image: row for row, image in enumerate(batch)}
+    batch: CleanGroup,
+    filling: Mapping[Read, _Filling],
+    results: Mapping[str, _Filling],
+) -> None:
     instrument = Instrument(vit.module, vit.layout)
 
-    def keep(read: Read, examples: list[int], rows: list[int]) -> Callable[[Tensor], None]:
-        span = slice(0, len(batch)) if rows == list(range(len(batch))) else rows
+    def keep(own: _Filling, site: Site, entries: IntArray, rows: IntArray) -> Callable[[Tensor], None]:
+        return lambda value: own.take(site, value, entries, rows)
 
-        def visitor(value: Tensor) -> None:
-            pieces[read].append((examples, gather(read.site, value, span, read, examples)))
-
-        return visitor
-
-    held: dict[int | None, tuple[list[int], list[int]]] = {}
-    for read in pieces:
-        seed = seed_of(read)
-        if seed not in held:
-            images = zip(chunk, schedule.images_of(seed, chunk), strict=True)
-            here = [(i, row_of[image]) for i, image in images if image in row_of]
-            held[seed] = [i for i, _ in here], [row for _, row in here]
-        if held[seed][0]:
-            instrument.visit(read.site, keep(read, *held[seed]))
-    stop = schedule.stop(column, reads)
-    if stop.layer is not None:
-        instrument.stop(stop.layer, before=stop.before)
-    output: Tensor | None = None
+    for read, own in filling.items():
+        entries, rows = own.members(batch.images)
+        if len(entries):
+            instrument.visit(read.site, keep(own, read.site, entries, rows))
+    stop = batch.stop.at(vit.layout.n_layers)
+    if stop is not None:
+        instrument.stop(stop[0], before=stop[1])
     with torch.no_grad(), instrument.installed():
         with suppress(StopForward):
-            output = vit(data.images(column, batch))
+            parts = [data.images(column, examples) for column, examples in batch.by_column()]
+            output = vit(parts[0] if len(parts) == 1 else torch.cat(parts))
+            for own in results.values():
+                entries, rows = own.members(batch.images)
+                if len(entries):
+                    own.take(None, output, entries, rows)
         instrument.verify()
-    return output
-
-
-def _assemble(read: Read, pieces: list[tuple[list[int], Tensor]], chunk: range) -> Values:
-    """Join what several forwards gave, in the order of the chunk's examples."""
-    order = [i for examples, _ in pieces for i in examples]
-    tensor = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
-    in_order = order == list(chunk)
-    if read.positions.is_all:
-        if not in_order:
-            tensor = tensor[torch.as_tensor(np.argsort(order, kind="stable"), device=tensor.device)]
-        return Values(tensor)
-    counts = [len(read.positions.of(i) or ()) for i in order]
-    values = Values(tensor, np.concatenate([[0], np.cumsum(counts)]))
-    if in_order:
-        return values
-    places = [int(p) for p in np.argsort(order, kind="stable")]
-    starts = np.concatenate([[0], np.cumsum([counts[p] for p in places])])
-    return Values(values.rows(places), starts)
 
 
 def means_of(schedule: Schedule, clean: Clean) -> dict[Read, Tensor]:
     """Dataset means from a clean pass over the whole dataset."""
-    return {
-        read: _sum(read, clean.values[read])[0] / _sum(read, clean.values[read])[1]
-        for read in schedule.mean_reads
-    }
+    sums = {read: _sum(clean.values[read]) for read in schedule.mean_reads}
+    return {read: total / count for read, (total, count) in sums.items()}
 
 
 def dataset_means(
-    vit: HookedViT, data: Data, schedule: Schedule, tick: Callable[[int], None] = lambda n: None
+    vit: HookedViT,
+    data: Data,
+    schedule: Schedule,
+    tick: Callable[[int], None] = lambda n: None,
+    passing: CleanPass = clean_pass,
 ) -> dict[Read, Tensor]:
     """Dataset means by a pass of their own over every chunk; sums are kept in float64."""
     sums: dict[Read, Tensor] = {}
     counts: dict[Read, int] = dict.fromkeys(schedule.mean_reads, 0)
     for chunk in schedule.chunks:
-        clean = clean_pass(vit, data, schedule, chunk, schedule.mean_reads, tick)
+        clean = passing(vit, data, schedule, chunk, schedule.mean_reads, tick)
         for read in schedule.mean_reads:
-            total, count = _sum(read, clean.values[read])
+            total, count = _sum(clean.values[read])
             sums[read] = total if read not in sums else sums[read] + total
             counts[read] += count
     return {read: sums[read] / counts[read] for read in schedule.mean_reads}
 
 
-def _sum(read: Read, values: Values) -> tuple[Tensor, int]:
+def _sum(values: Values) -> tuple[Tensor, int]:
+    """Sum over examples (over selected tokens), and how many there are."""
     tensor = values.tensor.double()
-    return tensor.sum(dim=0), tensor.shape[0]
+    if values.starts is not None:
+        return tensor.sum(dim=0), len(tensor)
+    times = torch.as_tensor(np.bincount(values.place, minlength=len(tensor)), device=tensor.device)
+    return (tensor * times.view(-1, *[1] * (tensor.ndim - 1))).sum(dim=0), int(times.sum())

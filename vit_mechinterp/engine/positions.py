@@ -40,13 +40,24 @@ class Positions:
         """Positions for one example; None for the whole activation."""
         return self.shared if self.each is None else self.each[example]
 
-    def counts(self, examples: Sequence[int], n_tokens: int) -> list[int]:
+    def counts(self, examples: IntArray | Sequence[int] | range, n_tokens: int) -> IntArray:
         """How many tokens are selected in each of some examples."""
         if self.each is not None:
-            return [len(self.each[i]) for i in examples]
-        return [n_tokens if self.shared is None else len(self.shared)] * len(examples)
+            return np.diff(self._table[0])[np.asarray(examples, dtype=np.int64)]
+        return np.full(len(examples), n_tokens if self.shared is None else len(self.shared))
 
-    def flat(self, examples: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
+    @cached_property
+    def most(self) -> int:
+        """How many tokens are selected at most; 0 for the whole activation."""
+        return 0 if self.is_all else int(np.diff(self._table[0]).max())
+
+    @cached_property
+    def repeated(self) -> int | None:
+        """The first example (0 where they share) whose selection names a token twice; None if none does."""
+        each = ((self.shared or ()),) if self.each is None else self.each
+        return next((n for n, own in enumerate(each) if len(set(own)) != len(own)), None)
+
+    def flat(self, examples: IntArray | Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
         """``(row, position, ordinal)`` of every selected token, rows counted along ``examples``.
 
         ``ordinal`` is the token's place within its example's selection. Not for the whole activation.

@@ -2,80 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
+from vit_mechinterp.engine.order import Segment, in_waves
 from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.sharing import Part, Sharing
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import Site
 
-__all__ = ["Schedule", "Segment", "Stop", "permutation"]
+__all__ = ["CleanGroup", "Copies", "Schedule", "Segment", "Stop", "join_reads"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Stop:
-    """Where a clean forward may stop: before or behind a block; None as layer: it runs to the end."""
+    """Where a forward may stop: before block n (2n), behind it (2n + 1), or at the end of n blocks (2n)."""
 
-    layer: int | None
-    before: bool = False
+    place: int
 
-    def blocks(self, n_layers: int) -> int:
+    @classmethod
+    def for_site(cls, site: Site, n_layers: int) -> Stop:
+        """Where a forward may stop once this site has been seen."""
+        if site.name == "embed":
+            return cls(0)
+        if site.layer is None:
+            return cls(2 * n_layers)
+        return cls(2 * site.layer + (site.name != "resid_pre"))
+
+    @property
+    def blocks(self) -> int:
         """How many blocks have run by then."""
-        return n_layers if self.layer is None else self.layer + (not self.before)
+        return (self.place + 1) // 2
+
+    def at(self, n_layers: int) -> tuple[int, bool] | None:
+        """Layer, and whether the stop comes before its block; None at the end."""
+        return None if self.place == 2 * n_layers else (self.place // 2, self.place % 2 == 0)
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Rows of one wave that belong to one run: one row per example."""
+class CleanGroup:
+    """Images that pass through the model together, as far as ``stop``.
 
-    run: BoundRun
-    examples: tuple[int, ...]
+    ``images`` are their numbers, ``sources`` the column and the example that each is taken from.
+    """
 
+    stop: Stop
+    images: IntArray
+    sources: tuple[tuple[str, int], ...]
 
-def permutation(seed: int, n: int) -> IntArray:
-    """The seeded permutation of a whole dataset that resample ablation draws from."""
-    return np.random.default_rng(seed).permutation(n)
-
-
-def seed_of(read: Read) -> int | None:
-    """The seed of the permutation that a clean read takes its images from; None for each example's own."""
-    assert isinstance(read.origin, ColumnOrigin)
-    return read.origin.permutation
+    def by_column(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Examples by column, in the order of the images."""
+        grouped = groupby(self.sources, key=lambda source: source[0])
+        return [(column, tuple(example for _, example in own)) for column, own in grouped]
 
 
-def stop_for(site: Site) -> Stop:
-    """Where a forward may stop once this site has been seen."""
-    if site.name == "embed":
-        return Stop(0, before=True)
-    if site.layer is None:
-        return Stop(None)
-    return Stop(site.layer, before=site.name == "resid_pre")
+@dataclass(frozen=True)
+class Copies:
+    """Rows of one run that are what rows of another (or of other examples) are."""
+
+    run: str
+    examples: IntArray
+    owner: str
+    owners: IntArray
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All the work of one experiment on ``n_examples`` examples, in chunks, each in clean forwards and waves.
+    """All the work of one experiment, in chunks, each in clean forwards and waves.
 
     Args:
-        bound: the bound runs.
+        sharing: the bound runs, and which of their rows are equal or clean.
         n_layers: number of blocks of the model.
-        n_examples: number of examples.
         chunk: examples per chunk.
         width: most rows in one forward.
         one_image: why the model takes one image per forward, or None (see `Family`). Rows that join behind
             its embeddings are not limited by it.
+        spares: whether parts of a joining block run once for rows that are still equal there.
     """
 
-    bound: Bound
+    sharing: Sharing
     n_layers: int
-    n_examples: int
     chunk: int
     width: int
     one_image: str | None = None
+    spares: bool = False
+
+    @property
+    def bound(self) -> Bound:
+        """The bound runs."""
+        return self.sharing.bound
+
+    @property
+    def n_examples(self) -> int:
+        """Number of examples."""
+        return self.sharing.n_examples
 
     @property
     def clean_width(self) -> int:
@@ -90,94 +115,52 @@ class Schedule:
     @cached_property
     def mean_reads(self) -> tuple[Read, ...]:
         """Reads to be averaged over the dataset."""
-        means = (edit.mean for run in self.bound.runs for edit in run.edits)
+        parts = (part for parts in self.sharing.parts.values() for part in parts)
+        means = (edit.mean for part in parts for edit in part.run.edits)
         return tuple(dict.fromkeys(m for m in means if m is not None))
 
     @property
     def means_come_first(self) -> bool:
         """Whether dataset means need forwards of their own, because the dataset spans several chunks."""
-        return bool(self.mean_reads) and len(self.chunks) > 1
+        return bool(self.mean_reads) and self.chunk < self.n_examples
+
+    def is_kept(self, read: Read) -> bool:
+        """Whether a clean value is a result, or stands in for a run's, so that it is wanted to the end."""
+        return read in self._kept
 
     @cached_property
-    def outputs(self) -> frozenset[str]:
-        """Image columns whose clean output is a result: the bases of runs without edits."""
-        return frozenset(run.run.base for run in self.bound.runs if not run.edits)
+    def _kept(self) -> frozenset[Read]:
+        runs = self.bound.runs
+        return frozenset(clean_read(run, read) for run in runs for read in self.bound.reads_of[run.name])
 
-    @cached_property
-    def clean_reads(self) -> tuple[Read, ...]:
-        """Every value of a clean forward that somebody reads: sources, captures, and where rows join."""
-        reads: dict[Read, None] = {}
-        for run in self.bound.runs:
-            for edit in run.edits:
-                if edit.source is not None and isinstance(edit.source.origin, ColumnOrigin):
-                    reads[edit.source] = None
-            reads.update(dict.fromkeys(c.read for c in run.captures if run.is_clean_at(c.read.site)))
-            if run.edits:
-                reads.update(dict.fromkeys(join_reads(run, self.n_layers)))
-        if not self.means_come_first:
-            reads.update(dict.fromkeys(self.mean_reads))
-        return tuple(reads)
-
-    @cached_property
-    def columns(self) -> tuple[str, ...]:
-        """Image columns that need clean forwards."""
-        return tuple(dict.fromkeys((*self.columns_of(self.clean_reads), *sorted(self.outputs))))
-
-    def columns_of(self, reads: Sequence[Read]) -> tuple[str, ...]:
-        """Image columns that some reads are taken from, each once."""
-        columns = (read.origin.column for read in reads if isinstance(read.origin, ColumnOrigin))
-        return tuple(dict.fromkeys(columns))
-
-    def reads_of(self, column: str, reads: Sequence[Read] | None = None) -> list[Read]:
-        """The clean reads of one image column."""
-        return [
-            read
-            for read in (self.clean_reads if reads is None else reads)
-            if isinstance(read.origin, ColumnOrigin) and read.origin.column == column
+    def rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[list[Part], list[Copies]]:
+        """Rows of one stage that are computed for a chunk, and rows that are copies of these."""
+        parts = [
+            Part(part.run, _within(part.examples, chunk))
+            for run in stage
+            for part in self.sharing.parts[run.name]
         ]
+        parts = [part for part in parts if len(part.examples)]
+        if not parts or not self.sharing.repeats:
+            return parts, []
+        classes = np.concatenate([self.sharing.classes[p.run.name][p.examples] for p in parts])
+        part_of = np.repeat(np.arange(len(parts)), [len(p.examples) for p in parts])
+        examples = np.concatenate([p.examples for p in parts])
+        _, first, which = np.unique(classes, return_index=True, return_inverse=True)
+        owner = first[which.reshape(-1)]
+        own = owner == np.arange(len(owner))
+        computed = [Part(p.run, examples[own & (part_of == n)]) for n, p in enumerate(parts)]
+        copies = []
+        for n, m in sorted(set(zip(part_of[~own].tolist(), part_of[owner[~own]].tolist(), strict=True))):
+            here = ~own & (part_of == n) & (part_of[owner] == m)
+            copies.append(
+                Copies(parts[n].run.name, examples[here], parts[m].run.name, examples[owner[here]])
+            )
+        return [part for part in computed if len(part.examples)], copies
 
-    def stop(self, column: str, reads: Sequence[Read] | None = None) -> Stop:
-        """Where the clean forwards of a column may stop."""
-        if reads is None and column in self.outputs:
-            return Stop(None)
-        stops = [stop_for(read.site) for read in self.reads_of(column, reads)]
-        return max(stops, key=lambda s: (s.layer is None, s.layer or 0, not s.before))
-
-    def images_of(self, seed: int | None, chunk: range) -> list[int]:
-        """The examples whose images a chunk's clean reads are taken from; ``seed`` is their permutation's."""
-        if seed is None:
-            return list(chunk)
-        images: list[int] = self._permutation(seed)[chunk.start : chunk.stop].tolist()
-        return images
-
-    def _permutation(self, seed: int) -> IntArray:
-        if seed not in self._permutations:
-            self._permutations[seed] = permutation(seed, self.n_examples)
-        return self._permutations[seed]
-
-    @cached_property
-    def _permutations(self) -> dict[int, IntArray]:
-        return {}
-
-    def images(self, column: str, chunk: range, reads: Sequence[Read] | None = None) -> list[int]:
-        """The examples whose image of a column must pass through the model for a chunk, each once."""
-        seeds = dict.fromkeys(seed_of(read) for read in self.reads_of(column, reads))
-        wanted = {image for seed in seeds for image in self.images_of(seed, chunk)}
-        if reads is None and column in self.outputs:
-            wanted.update(chunk)
-        return sorted(wanted)
-
-    def waves(
-        self, stage: tuple[BoundRun, ...], chunk: range, width: int | None = None
-    ) -> Iterator[list[Segment]]:
-        """Groups of runs whose rows fit into one growing batch, in the order in which their rows join."""
-        width = width or self.width
-        ordered = sorted(stage, key=lambda run: run.join(self.n_layers))
-        per_wave = max(1, width // len(chunk))
-        for i in range(0, len(ordered), per_wave):
-            group = ordered[i : i + per_wave]
-            for start in range(0, len(chunk), width):
-                yield [Segment(run, tuple(chunk[start : start + width])) for run in group]
+    def waves(self, parts: Sequence[Part]) -> Iterator[list[Segment]]:
+        """Rows that fit into one growing batch, in the order in which they join."""
+        return in_waves(parts, self.width, self.n_layers, spares=self.spares)
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:
         """(row, block) pairs of one wave."""
@@ -185,11 +168,123 @@ class Schedule:
             len(s.examples) * (self.n_layers - s.run.join(self.n_layers).first_block) for s in segments
         )
 
+    def needs(self, chunk: range) -> dict[Read, IntArray]:
+        """Every clean value that a chunk needs, and for which of its examples."""
+        everyone = np.arange(chunk.start, chunk.stop)
+        wanted: dict[Read, list[IntArray]] = {}
+
+        def want(read: Read, examples: IntArray) -> None:
+            if len(examples):
+                wanted.setdefault(read, []).append(everyone if len(examples) == len(everyone) else examples)
+
+        for stage in self.bound.stages:
+            for part in self.rows(stage, chunk)[0]:
+                for read in _clean_sources(part.run, self.n_layers):
+                    want(read, part.examples)
+        for run in self.bound.runs:
+            clean = self.clean_rows(run.name, chunk)
+            for read in self.bound.reads_of[run.name]:
+                as_clean = clean_read(run, read)
+                want(as_clean, clean)
+                for part in self.sharing.parts.get(run.name, ()):
+                    if part.run.is_clean_at(read.site):
+                        want(as_clean, _within(part.examples, chunk))
+        if not self.means_come_first:
+            for read in self.mean_reads:
+                want(read, everyone)
+        return {read: _union(examples, everyone) for read, examples in wanted.items()}
+
+    def clean_rows(self, run: str, chunk: range) -> IntArray:
+        """Examples of a chunk whose row of a run a clean forward answers."""
+        own = self.sharing.classes[run][chunk.start : chunk.stop]
+        return chunk.start + np.flatnonzero(own < 0)
+
+    def clean_outputs(self, chunk: range) -> dict[str, IntArray]:
+        """Examples of a chunk whose clean output somebody wants, by image column."""
+        wanted: dict[str, list[IntArray]] = {}
+        for run in self.bound.runs:
+            examples = self.clean_rows(run.name, chunk)
+            if len(examples):
+                wanted.setdefault(run.run.base, []).append(examples)
+        everyone = np.arange(chunk.start, chunk.stop)
+        return {column: _union(examples, everyone) for column, examples in wanted.items()}
+
+    def clean_needs(
+        self, chunk: range, reads: Sequence[Read] | None = None
+    ) -> tuple[dict[Read, IntArray], dict[str, IntArray]]:
+        """Clean values and outputs that a chunk needs, by example; or only some reads, for all examples."""
+        if reads is None:
+            return self.needs(chunk), self.clean_outputs(chunk)
+        return dict.fromkeys(reads, np.arange(chunk.start, chunk.stop)), {}
+
+    def clean_batches(
+        self, needs: Mapping[Read, IntArray], outputs: Mapping[str, IntArray]
+    ) -> Iterator[CleanGroup]:
+        """The clean forwards that give what is needed, each image in one of them."""
+        for group in self.clean_groups(needs, outputs):
+            for start in range(0, len(group.images), self.clean_width):
+                span = slice(start, start + self.clean_width)
+                yield CleanGroup(group.stop, group.images[span], group.sources[span])
+
+    def clean_groups(
+        self, needs: Mapping[Read, IntArray], outputs: Mapping[str, IntArray]
+    ) -> list[CleanGroup]:
+        """Distinct images, grouped by how far they pass through the model; those that go furthest first."""
+        stops: dict[tuple[ColumnOrigin, bytes], tuple[IntArray, int]] = {}
+
+        def until(origin: ColumnOrigin, examples: IntArray, place: int) -> None:
+            key = origin, examples.tobytes()
+            known = stops.get(key, (examples, 0))
+            stops[key] = examples, max(place, known[1])
+
+        for read, examples in needs.items():
+            assert isinstance(read.origin, ColumnOrigin)
+            until(read.origin, examples, Stop.for_site(read.site, self.n_layers).place)
+        for column, examples in outputs.items():
+            until(ColumnOrigin(column), examples, 2 * self.n_layers)
+        if not stops:
+            return []
+        numbers, places, sources = [], [], []
+        for (origin, _), (examples, place) in stops.items():
+            numbers.append(self.sharing.images_of(origin)[examples])
+            places.append(np.full(len(examples), place))
+            sources += [(origin.column, i) for i in self.sharing.places_of(origin)[examples].tolist()]
+        distinct, first, which = np.unique(np.concatenate(numbers), return_index=True, return_inverse=True)
+        furthest = np.zeros(len(distinct), dtype=np.int64)
+        np.maximum.at(furthest, which.reshape(-1), np.concatenate(places))
+        groups = []
+        for place in sorted(set(furthest.tolist()), reverse=True):
+            members = np.flatnonzero(furthest == place)
+            members = members[np.argsort(first[members], kind="stable")]
+            groups.append(
+                CleanGroup(Stop(place), distinct[members], tuple(sources[i] for i in first[members].tolist()))
+            )
+        return groups
+
+    @cached_property
+    def last_stage(self) -> dict[Read, int]:
+        """The last stage whose edits read a value; a value that edits never read is not in it."""
+        last: dict[Read, int] = {}
+        for n, stage in enumerate(self.bound.stages):
+            for run in stage:
+                for part in self.sharing.parts[run.name]:
+                    reads = (edit.source for edit in part.run.edits)
+                    clean = _clean_sources(part.run, self.n_layers)
+                    last.update({read: n for read in (*reads, *clean) if read is not None})
+        return last
+
+
+def clean_read(run: BoundRun, read: Read) -> Read:
+    """The same value of a run's clean forward."""
+    if isinstance(read.origin, RunOrigin):
+        return Read(run.origin, read.site, read.positions, read.heads)
+    return read
+
 
 def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
     """The clean values that a run's rows start from."""
     join = run.join(n_layers)
-    if starts_at_mlp_out(run):
+    if run.starts_at_mlp_out:
         # Exact: the row's residual stream is what the block would have computed from its edited increment.
         return (
             Read(run.origin, Site(join.layer, "resid_mid")),
@@ -198,12 +293,19 @@ def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
     return (Read(run.origin, join.site, Positions()),)
 
 
-def starts_at_mlp_out(run: BoundRun) -> bool:
-    """Whether a run's rows join behind a block with an MLP increment of their own."""
-    return run.first is not None and run.first.name == "mlp_out" and not run.through
+def _clean_sources(run: BoundRun, n_layers: int) -> list[Read]:
+    """The clean values that a run's rows start from, and those that its edits read."""
+    reads = [edit.source for edit in run.edits if edit.source is not None]
+    return [*join_reads(run, n_layers), *(r for r in reads if isinstance(r.origin, ColumnOrigin))]
 
 
-def wave_reads(run: BoundRun, bound: Bound) -> list[Read]:
-    """Values to read off a run's own rows: captures behind its first edit, and what other runs read."""
-    own = [c.read for c in run.captures if not run.is_clean_at(c.read.site)]
-    return own + [r for r in bound.run_reads if isinstance(r.origin, RunOrigin) and r.origin.run == run.name]
+def _within(examples: IntArray, chunk: range) -> IntArray:
+    """Those of some ascending examples that lie in a chunk."""
+    start, stop = np.searchsorted(examples, [chunk.start, chunk.stop])
+    return examples[start:stop]
+
+
+def _union(wanted: list[IntArray], everyone: IntArray) -> IntArray:
+    if any(len(examples) == len(everyone) for examples in wanted):
+        return everyone
+    return wanted[0] if len(wanted) == 1 else np.unique(np.concatenate(wanted))

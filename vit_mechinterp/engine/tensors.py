@@ -156,7 +156,7 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
     if shape == (d,):
         return
     counts = (
-        set(edit.positions.counts(range(n_examples), vit.layout.tokens.n_tokens))
+        set(np.unique(edit.positions.counts(range(n_examples), vit.layout.tokens.n_tokens)).tolist())
         if edit.site.has_tokens
         else {1}
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.spec import Site
 
-__all__ = ["ColumnOrigin", "Read", "RunOrigin", "Values", "by_token", "gather"]
+__all__ = ["ColumnOrigin", "Read", "RunOrigin", "Values", "by_token", "contiguous", "gather", "permutation"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,18 @@ class Read:
     heads: tuple[int, ...] | None = None
 
 
+def permutation(seed: int, n: int) -> IntArray:
+    """The seeded permutation of a whole dataset that resample ablation draws from."""
+    return np.random.default_rng(seed).permutation(n)
+
+
 def by_token(site: Site, value: Tensor) -> Tensor:
     """A view of an activation as ``[row, token, *features]``; its own inverse."""
     return value.transpose(1, 2) if site.is_attention_matrix else value
 
 
 def gather(
-    site: Site, value: Tensor, rows: Sequence[int] | slice, read: Read, examples: Sequence[int]
+    site: Site, value: Tensor, rows: IntArray | slice, read: Read, examples: IntArray | Sequence[int]
 ) -> Tensor:
     """The selected tokens and heads of some rows of an activation.
 
@@ -66,10 +71,13 @@ def gather(
         ``[row, token, *features]`` (or ``[row, d]``) if everything is selected, otherwise ``[m, *features]``,
         one row per selected token, row by row.
     """
-    view = by_token(site, value)[rows]
+    view = by_token(site, value)
     if not read.positions.is_all:
         row, position, _ = read.positions.flat(examples)
+        row = row + rows.start if isinstance(rows, slice) else rows[row]
         view = view[_index(row, value), _index(position, value)]
+    else:
+        view = view[rows] if isinstance(rows, slice) else view.index_select(0, _index(rows, value))
     if read.heads is not None:
         view = view.index_select(view.ndim - 2, _index(np.asarray(read.heads), value))
     return view
@@ -81,32 +89,46 @@ def _index(indices: IntArray, like: Tensor) -> Tensor:
 
 @dataclass
 class Values:
-    """What one `Read` gave, for a range of examples.
+    """What one `Read` gave, for some examples.
 
-    ``tensor`` is ``[example, token, *features]`` (or ``[example, d]``) if whole activations were read,
-    otherwise ``[m, *features]`` with ``starts [example + 1]`` saying where each example's tokens begin.
+    Args:
+        tensor: ``[k, token, *features]`` (or ``[k, d]``) if whole activations were read, otherwise
+            ``[m, *features]``.
+        examples: the examples held, ascending.
+        place: for each of them, its row of ``tensor`` (examples of one image share theirs), or its entry of
+            ``starts``.
+        starts: where the selected tokens of each entry begin in ``tensor``; None for whole activations.
     """
 
     tensor: Tensor
+    examples: IntArray
+    place: IntArray
     starts: IntArray | None = None
 
-    def whole(self, local: Sequence[int]) -> Tensor:
+    def whole(self, examples: IntArray | Sequence[int]) -> Tensor:
         """Whole activations of some examples, ``[row, ...]``."""
-        return self.tensor[_contiguous(local)]
+        places = self._places(examples)
+        span = contiguous(places)
+        return self.tensor[span] if span is not None else self.tensor[_index(places, self.tensor)]
 
-    def rows(self, local: Sequence[int], *, tokens: bool = True) -> Tensor:
+    def rows(self, examples: IntArray | Sequence[int], *, tokens: bool = True) -> Tensor:
         """Selected tokens of some examples as ``[m, *features]``, row by row.
 
         ``tokens`` says whether the site has a token axis to flatten.
         """
         if self.starts is None:
-            whole = self.whole(local)
+            whole = self.whole(examples)
             return whole.flatten(0, 1) if tokens else whole
-        span = _contiguous(local)
-        if isinstance(span, slice):
+        places = self._places(examples)
+        span = contiguous(places)
+        if span is not None:
             return self.tensor[self.starts[span.start] : self.starts[span.stop]]
-        index = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in local])
-        return self.tensor[_index(index, self.tensor)]
+        counts = self.starts[places + 1] - self.starts[places]
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.tensor[_index(np.repeat(self.starts[places], counts) + within, self.tensor)]
+
+    def _places(self, examples: IntArray | Sequence[int]) -> IntArray:
+        return self.place[np.searchsorted(self.examples, np.asarray(examples, dtype=np.int64))]
 
     @property
     def nbytes(self) -> int:
@@ -114,9 +136,9 @@ class Values:
         return self.tensor.numel() * self.tensor.element_size()
 
 
-def _contiguous(local: Sequence[int]) -> slice | list[int]:
-    """A slice where the indices are consecutive, so that nothing is copied."""
-    first, last = local[0], local[-1] + 1
-    if last - first == len(local) and all(i == first + n for n, i in enumerate(local)):
+def contiguous(places: IntArray) -> slice | None:
+    """A slice where the places are consecutive, so that nothing is copied."""
+    first, last = int(places[0]), int(places[-1]) + 1
+    if last - first == len(places) and bool((np.diff(places) == 1).all()):
         return slice(first, last)
-    return list(local)
+    return None

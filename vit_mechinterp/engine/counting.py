@@ -1,0 +1,150 @@
+"""What a schedule amounts to, counted before it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vit_mechinterp.engine.bind import sources_first
+from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.order import Segment
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.engine.wave import distinct_rows
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.sparing import costs_of
+from vit_mechinterp.spec import RunSource
+
+__all__ = ["Counts", "count"]
+
+
+@dataclass
+class Counts:
+    """Totals over all chunks.
+
+    ``images`` counts by column and number of blocks; ``kept`` are the clean values held, ``outputs`` the
+    columns whose clean output is wanted; ``again`` are images that pass through the model once more because
+    they occur in several chunks, and ``rows_again`` equal rows of different chunks.
+    """
+
+    evaluations: int = 0
+    naive: int = 0
+    launches: int = 0
+    widest: int = 0
+    spared: float = 0.0
+    clean: int = 0
+    shared: int = 0
+    again: int = 0
+    rows_again: int = 0
+    images: Counter[tuple[str, int]] = field(default_factory=Counter)
+    kept: dict[Read, None] = field(default_factory=dict)
+    outputs: set[str] = field(default_factory=set)
+
+
+def count(vit: HookedViT, schedule: Schedule) -> Counts:
+    """Count what a schedule computes."""
+    sharing, chunks = schedule.sharing, schedule.chunks
+    total = Counts()
+    shares = costs_of(vit.module, vit.layout, vit.layout.n_layers // 2) if schedule.spares else {}
+    known: dict[int, Counts] = {}
+    regular = _is_regular(schedule)
+    for chunk in chunks:
+        if not regular or len(chunk) not in known:
+            known[len(chunk)] = _count_chunk(schedule, chunk, shares)
+        _add(total, known[len(chunk)])
+    total.naive = _naive(schedule.bound, schedule.n_layers) * schedule.n_examples
+    total.clean = sum(len(sharing.clean_rows(run.name)) for run in schedule.bound.runs)
+    computed = [own[own >= 0] for own in sharing.classes.values()]
+    rows = np.concatenate(computed) if computed else np.zeros(0)
+    total.rows_again = len(rows) - total.shared - len(np.unique(rows)) if sharing.repeats else 0
+    if len(chunks) > 1:
+        used = [sharing.images_of(r.origin) for r in total.kept if isinstance(r.origin, ColumnOrigin)]
+        used += [sharing.images[column] for column in total.outputs]
+        first_pass = sum(total.images.values()) - sum(_means(schedule, Counts()).images.values())
+        total.again = max(0, first_pass - len(np.unique(np.concatenate(used)))) if used else 0
+    return total
+
+
+def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float]) -> Counts:
+    own = Counts()
+    if schedule.means_come_first:
+        _count_clean(own, schedule, chunk, means=True)
+    _count_clean(own, schedule, chunk, means=False)
+    for stage in schedule.bound.stages:
+        parts, copies = schedule.rows(stage, chunk)
+        own.shared += sum(len(c.examples) for c in copies)
+        for segments in schedule.waves(parts):
+            own.evaluations += schedule.wave_blocks(segments)
+            own.launches += 1
+            own.widest = max(own.widest, sum(len(s.examples) for s in segments))
+            if schedule.spares:
+                own.spared += _spared(schedule, segments, shares)
+    return own
+
+
+def _count_clean(own: Counts, schedule: Schedule, chunk: range, *, means: bool) -> None:
+    needs, outputs = schedule.clean_needs(chunk, schedule.mean_reads if means else None)
+    for batch in schedule.clean_batches(needs, outputs):
+        own.evaluations += len(batch.images) * batch.stop.blocks
+        own.launches += 1
+        own.widest = max(own.widest, len(batch.images))
+        for column, examples in batch.by_column():
+            own.images[column, batch.stop.blocks] += len(examples)
+    own.kept.update(dict.fromkeys(needs))
+    own.outputs |= set(outputs)
+
+
+def _means(schedule: Schedule, own: Counts) -> Counts:
+    if schedule.means_come_first:
+        for chunk in schedule.chunks:
+            _count_clean(own, schedule, chunk, means=True)
+    return own
+
+
+def _spared(schedule: Schedule, segments: list[Segment], shares: dict[str, float]) -> float:
+    found = distinct_rows(segments, schedule.sharing.images, schedule.n_layers)
+    return sum(
+        shares[part] * (len(rows.index) - len(rows.first))
+        for parts in found.values()
+        for part, rows in parts.items()
+    )
+
+
+def _is_regular(schedule: Schedule) -> bool:
+    """Whether chunks of one length compute the same, so that one of them need be counted."""
+    sharing = schedule.sharing
+    if sharing.repeats or any(len(own) > 1 for own in sharing.parts.values()):
+        return False
+    if any(len(p.examples) < sharing.n_examples for own in sharing.parts.values() for p in own):
+        return False
+    origins = {read.origin for read in schedule.needs(range(1))}
+    if any(isinstance(origin, ColumnOrigin) and origin.permutation is not None for origin in origins):
+        return False
+    images = np.concatenate(list(sharing.images.values()))
+    return len(np.unique(images)) == len(images)
+
+
+def _add(total: Counts, own: Counts) -> None:
+    total.evaluations += own.evaluations
+    total.launches += own.launches
+    total.widest = max(total.widest, own.widest)
+    total.spared += own.spared
+    total.shared += own.shared
+    total.images.update(own.images)
+    total.kept.update(own.kept)
+    total.outputs |= own.outputs
+
+
+def _naive(bound: Bound, n_layers: int) -> int:
+    """Blocks per example for one run at a time, each with its own base and source forwards."""
+    by_name = {run.name: run for run in bound.runs}
+    cost: dict[str, int] = {}
+    for spec in sources_first([run.run for run in bound.runs]):
+        edits = by_name[spec.name].edits
+        sources = {getattr(edit.spec, "source", None) for edit in edits} - {None}
+        permuted_or_mean = {(e.source or e.mean) for e in edits if e.spec.op == "ablate"} - {None}
+        forwards = 1 + len(permuted_or_mean) + sum(1 for s in sources if isinstance(s, str))
+        cost[spec.name] = n_layers * forwards + sum(cost[s.run] for s in sources if isinstance(s, RunSource))
+    return sum(cost.values())

@@ -1,0 +1,109 @@
+"""How an experiment is cut: rows per forward by throughput, examples per chunk by the bytes they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.images import image_numbers
+from vit_mechinterp.engine.footprint import footprint
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.sharing import Sharing
+from vit_mechinterp.engine.sizes import in_words, parse_bytes
+from vit_mechinterp.engine.throughput import likely_width, measured_width, remembered_width
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.sparing import why_nothing_is_spared
+from vit_mechinterp.spec import TensorRef
+
+__all__ = ["schedule_for"]
+
+BUDGET = 2 * 1024**3
+"""Bytes held beside the model on a CPU, unless something else is asked for."""
+SHARE = 0.4
+"""On a GPU, the share of the free memory."""
+ROWS = {"cpu": 2048}
+MORE_ROWS = 16384
+"""Rows per chunk, by device and elsewhere: a chunk is what is lost if an experiment is killed, and what must
+be done again if memory runs out."""
+
+
+def schedule_for(
+    vit: HookedViT,
+    bound: Bound,
+    data: Data | None,
+    batch_size: int | Literal["auto"],
+    *,
+    memory: int | str | None = None,
+    tensors: Mapping[TensorRef, Tensor] | None = None,
+    measure: bool = False,
+    progress: bool = False,
+) -> Schedule:
+    """Find what is shared, and choose chunk and width.
+
+    Args:
+        vit: the model.
+        bound: the bound runs.
+        data: the examples; without them, one stands for all.
+        batch_size: most rows in one forward, or ``"auto"``.
+        memory: most bytes to hold beside the model; 2 GiB on a CPU, 40 % of what is free on a GPU by default.
+        tensors: the given tensors, where they are known.
+        measure: whether a forward may be timed, if there is much work to do.
+        progress: show a bar while images are compared, if that takes longer than two seconds.
+
+    Raises:
+        SpecError: ``batch_size`` or ``memory`` is no such thing, or too little for one row.
+    """
+    if batch_size != "auto" and not (hasattr(batch_size, "__index__") and batch_size > 0):
+        raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
+    budget = _budget(vit) if memory is None else parse_bytes(memory)
+    columns = sorted(bound.image_columns)
+    if data is None:
+        images = {column: np.array([n]) for n, column in enumerate(columns)}
+    else:
+        images = image_numbers(data, columns, progress=progress)
+    sharing = Sharing(bound, images, tensors, imagined=data is None)
+    spares = why_nothing_is_spared(vit.layout) is None
+    draft = Schedule(sharing, vit.layout.n_layers, 1, 1, vit.layout.family.one_image, spares)
+    held = footprint(vit, draft)
+    least = held.peak(1, 1 if batch_size == "auto" else int(batch_size))
+    if memory is not None and least > budget:
+        raise SpecError(
+            f"memory={memory!r} is too little: one example and "
+            f"{'one row' if batch_size == 'auto' else f'{batch_size} rows'} take {in_words(least)}."
+        )
+    # At least half of the budget is left for what a chunk of examples holds.
+    widest = max(1, int(max(budget / 2, budget - 64 * held.example) // max(1, held.row)))
+    rows = sum(len(part.examples) for parts in sharing.parts.values() for part in parts)
+    if batch_size != "auto":
+        width = int(batch_size)
+    else:
+        width = remembered_width(vit) if data is not None and _is_large(draft, rows) else None
+        if width is None and measure:
+            with vit.lock, torch.no_grad():
+                width = measured_width(vit, widest, rows * vit.layout.n_layers // 2)
+        width = min(widest, width or likely_width(vit))
+    left = budget - width * held.row
+    per_example = max(1.0, rows / sharing.n_examples)
+    at_once = max(ROWS.get(vit.device.type, MORE_ROWS), 4 * width) / per_example
+    chunk = max(1, min(sharing.n_examples, int(left // max(1, held.example)), int(at_once)))
+    return replace(draft, chunk=chunk, width=width)
+
+
+def _is_large(schedule: Schedule, rows: int) -> bool:
+    """Whether the work is of a size for which a width would have been measured."""
+    return rows * schedule.n_layers >= 10_000
+
+
+def _budget(vit: HookedViT) -> int:
+    if vit.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(vit.device)
+        return int(SHARE * free)
+    return BUDGET

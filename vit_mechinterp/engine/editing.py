@@ -1,0 +1,151 @@
+"""One intervention on rows of an activation: what is selected, what it reads, and where it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound, Edit
+from vit_mechinterp.engine.clean import Clean
+from vit_mechinterp.engine.ops import Inputs, apply
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.values import Read, Values, by_token
+from vit_mechinterp.errors import ExecutionError
+from vit_mechinterp.spec import Ablate, TensorRef
+
+__all__ = ["Material", "edit_rows"]
+
+
+@dataclass
+class Material:
+    """Everything that waves read: clean values, values of earlier runs, dataset means, and given tensors.
+
+    Args:
+        bound: the bound runs.
+        clean: what the clean forwards gave.
+        tensors: the given tensors by reference.
+        means: dataset means by read.
+        run_values: values of edited runs by read.
+        source_order: for training, a permutation of every source selection's tokens (paper A.6).
+        images: numbers of the images of every column; rows of one image start from the same values.
+        copies: rows (run, example) whose values other rows (run, example) share.
+    """
+
+    bound: Bound
+    clean: Clean
+    tensors: Mapping[TensorRef, Tensor]
+    means: Mapping[Read, Tensor] = field(default_factory=dict)
+    run_values: dict[Read, Values] = field(default_factory=dict)
+    source_order: Sequence[int] | None = None
+    images: Mapping[str, IntArray] = field(default_factory=dict)
+    copies: Mapping[tuple[str, int], Sequence[tuple[str, int]]] = field(default_factory=dict)
+
+    def values(self, read: Read) -> Values:
+        """The values of a read, clean or from an earlier run."""
+        return self.run_values[read] if read in self.run_values else self.clean.values[read]
+
+
+def edit_rows(value: Tensor, rows: slice, edit: Edit, examples: Sequence[int], material: Material) -> None:
+    """Apply one intervention to some rows of an activation that is ours to write.
+
+    Raises:
+        ExecutionError: the operator returned something of another shape.
+    """
+    view = by_token(edit.site, value)
+    device = value.device
+    features = slice(None) if edit.spec.heads is None else torch.as_tensor(edit.spec.heads, device=device)
+    if edit.positions.is_all:
+        region = view[rows]
+        shape = region.shape
+        h = region.flatten(0, 1) if edit.site.has_tokens else region
+        # The operator's gradient may need its input, which is about to be written over.
+        h = h.clone() if torch.is_grad_enabled() else h
+        tokens = shape[1] if edit.site.has_tokens else 1
+        counts = np.full(len(examples), tokens)
+        ordinal = torch.arange(tokens, device=device).repeat(len(examples))
+    else:
+        row, position, order = edit.positions.flat(examples)
+        where = (torch.as_tensor(row + rows.start, device=device), torch.as_tensor(position, device=device))
+        h = view[where]
+        counts = edit.positions.counts(examples, 0)
+        ordinal = torch.as_tensor(order, device=device)
+    selected = h if edit.spec.heads is None else h[:, features]
+    # What the mask leaves alone must survive an operator that writes into its argument.
+    given = selected if edit.keys.is_all else selected.clone()
+    new = apply(edit.spec, given, _inputs(edit, examples, counts, ordinal, material))
+    if new.shape != selected.shape:
+        raise ExecutionError(
+            f"{edit.where}: the operator returned {tuple(new.shape)} for {tuple(selected.shape)}."
+        )
+    if not edit.keys.is_all:
+        new = torch.where(_key_mask(edit, examples, counts, view.shape[-1], device), new, selected)
+    if edit.spec.heads is not None:
+        new = h.index_copy(1, features, new)  # type: ignore[arg-type]
+    if edit.positions.is_all:
+        view[rows] = new.reshape(shape)
+    else:
+        view[where] = new
+
+
+def _inputs(
+    edit: Edit, examples: Sequence[int], counts: IntArray, ordinal: Tensor, material: Material
+) -> Inputs:
+    device = ordinal.device
+    tensors = {field: material.tensors[ref] for field, ref in edit.refs}
+    choice = None
+    if edit.choice is not None:
+        chosen = edit.choices[np.asarray(examples)]
+        choice = torch.as_tensor(np.repeat(chosen, counts), device=device)
+    source: Tensor | None = None
+    if edit.source is not None:
+        values = material.values(edit.source)
+        source = values.rows(examples, tokens=edit.source.site.has_tokens)
+        if material.source_order is not None:
+            source = source[_reordered(counts, material.source_order, device)]
+    elif isinstance(edit.spec, Ablate) and edit.spec.method == "mean":
+        source = _mean(edit, examples, ordinal, material)
+    return Inputs(ordinal=ordinal, source=source, tensors=tensors, choice=choice)
+
+
+def _mean(edit: Edit, examples: Sequence[int], ordinal: Tensor, material: Material) -> Tensor:
+    """The mean to put in place, paired with the selected tokens: ``[m or 1, *features]``."""
+    pooled = bool(getattr(edit.spec, "pool_tokens", False)) or not edit.site.has_tokens
+    if edit.mean is None:
+        mean = material.tensors[edit.refs[0][1]]
+        if edit.site.is_attention_matrix and not pooled:
+            mean = mean.transpose(0, 1)
+        if edit.spec.heads is not None:
+            mean = mean[..., list(edit.spec.heads), :]
+    else:
+        mean = material.means[edit.mean]
+        if pooled and edit.site.has_tokens and edit.mean.positions.is_all:
+            mean = mean.mean(dim=0)
+    if pooled:
+        return mean[None]
+    if edit.positions.is_all:
+        return mean.repeat(len(examples), *([1] * (mean.ndim - 1)))
+    _, position, _ = edit.positions.flat(examples)
+    return mean[torch.as_tensor(position, device=ordinal.device)]
+
+
+def _reordered(counts: IntArray, order: Sequence[int], device: torch.device) -> Tensor:
+    """Rows of every example's selection in one order; an example of few tokens leaves out those it lacks."""
+    sizes = counts.tolist()
+    within = {size: np.array([k for k in order if k < size], dtype=np.int64) for size in set(sizes)}
+    starts = np.cumsum([0, *sizes[:-1]])
+    rows = [start + within[size] for start, size in zip(starts, sizes, strict=True)]
+    return torch.as_tensor(np.concatenate(rows), device=device)
+
+
+def _key_mask(
+    edit: Edit, examples: Sequence[int], counts: IntArray, n_keys: int, device: torch.device
+) -> Tensor:
+    """Which keys are meant, ``[m, 1, key]``."""
+    mask = torch.zeros(len(examples), n_keys, dtype=torch.bool)
+    row, position, _ = edit.keys.flat(examples)
+    mask[torch.as_tensor(row), torch.as_tensor(position)] = True
+    return mask.repeat_interleave(torch.as_tensor(counts), dim=0)[:, None, :].to(device)

@@ -1,0 +1,76 @@
+"""How many bytes the engine holds beside the model, reckoned from shapes before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.values import Read
+from vit_mechinterp.model.hooked import HookedViT
+
+__all__ = ["Footprint", "footprint"]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that an experiment's computation takes at most.
+
+    Args:
+        example: bytes held for every example of a chunk: clean values, values of runs, and captures until
+            they are handed on.
+        row: bytes of one row while its forward runs.
+        result: bytes of outputs and captures of one example, which are the caller's.
+    """
+
+    example: int
+    row: int
+    result: int
+
+    def peak(self, chunk: int, rows: int) -> int:
+        """Bytes for a chunk of examples and forwards of at most so many rows."""
+        return chunk * self.example + rows * self.row
+
+
+def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
+    """Reckon what one example and one row of a schedule take."""
+    bound = schedule.bound
+    element = torch.finfo(vit.dtype).bits // 8
+    held = sum(_read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk))))
+    kept = sum(_read_size(vit, read) for own in bound.reads_of.values() for read in own)
+    captures = sum(_read_size(vit, c.read) for run in bound.runs for c in run.captures)
+    shape = vit.sites().get("logits")
+    outputs = 4 * len(bound.runs) * (shape.shape[-1] if shape else vit.layout.d_model)
+    return Footprint(
+        # A run's values come in pieces that are then joined, so for a moment both are there.
+        example=element * (held + 2 * kept) + 2 * outputs,
+        row=element * _row_size(vit, bound),
+        result=element * captures + outputs,
+    )
+
+
+def _read_size(vit: HookedViT, read: Read) -> int:
+    """Numbers of one read, for the example that selects the most tokens."""
+    size = 1
+    for n in vit.sites()[str(read.site)].shape:
+        size *= n
+    return size if read.positions.is_all else size * read.positions.most // vit.layout.tokens.n_tokens
+
+
+def _row_size(vit: HookedViT, bound: Bound) -> int:
+    """Numbers that one row takes at most on its way through a block: what the block makes of it, and copies
+    that joining and editing make."""
+    tokens, d_model, heads = vit.layout.tokens.n_tokens, vit.layout.d_model, vit.layout.n_heads
+    sites = vit.sites()
+    hidden = [i.shape[-1] for name, i in sites.items() if name.endswith(("mlp.pre", "mlp.pre_linear"))]
+    visited = [edit.site for run in bound.runs for edit in run.edits]
+    visited += [read.site for own in bound.reads_of.values() for read in own]
+    visited += [e.source.site for run in bound.runs for e in run.edits if e.source is not None]
+    size = tokens * (14 * d_model + 3 * max(hidden, default=4 * d_model))
+    if any(site.is_attention_matrix for site in visited):
+        size += 5 * heads * tokens * tokens
+    if any(site.name == "attn.result" for site in visited):
+        size += 4 * tokens * heads * d_model
+    return size

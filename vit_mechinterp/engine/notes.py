@@ -1,0 +1,59 @@
+"""What a plan says beside its numbers: why something is computed that could have been shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vit_mechinterp.engine.bound import BoundRun
+from vit_mechinterp.engine.counting import Counts
+from vit_mechinterp.engine.order import starts_late
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.sparing import why_nothing_is_spared
+
+__all__ = ["notes_on"]
+
+
+def notes_on(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str]:
+    """Notes on one schedule."""
+    bound = schedule.bound
+    if schedule.one_image is not None:
+        yield f"clean forwards take one image each: {schedule.one_image}"
+    if schedule.means_come_first:
+        yield "dataset means need a pass of their own, because the dataset spans several chunks"
+    if len(schedule.chunks) > 1:
+        permuted = {
+            read.origin.column
+            for read in counts.kept
+            if isinstance(read.origin, ColumnOrigin) and read.origin.permutation is not None
+        }
+        for column in sorted(permuted):
+            yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"
+        if counts.again and not permuted:
+            yield f"images that occur in several chunks pass through the model {counts.again} times more"
+        if counts.rows_again:
+            yield f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again"
+    if len(bound.stages) > 1:
+        yield "runs that read other edited runs wait for them, in stages of one growing batch each"
+    gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]
+    if gates and schedule.sharing.tensors is None:
+        yield "gates are not known here, so rows whose gate is all zeros count as changed"
+    yield from _late(vit, schedule)
+
+
+def _late(vit: HookedViT, schedule: Schedule) -> Iterator[str]:
+    every = [p.run for own in schedule.sharing.parts.values() for p in own]
+    late: list[BoundRun] = [run for run in every if starts_late(run, schedule.n_layers)]
+    if not late:
+        return
+    names = ", ".join(sorted({str(run.first) for run in late})[:4])
+    reason = why_nothing_is_spared(vit.layout)
+    if reason is None:
+        how = (
+            "rows of one image that join a block together share the part of it before their edits; that part "
+            "runs again for the others"
+        )
+    else:
+        how = f"the part of the block before them runs again: {reason}"
+    yield f"edits inside a block ({names}) join at its input; {how}"

@@ -1,0 +1,299 @@
+"""What need not be computed twice: equal rows, and rows that no edit changes.
+
+A row is one example of one run. Rows with the same base image and equal edits (the same operation, site,
+tokens, heads and sources, by the contents of their images) are of one class, whatever their runs are called.
+An edit that cannot change anything by construction is left out of its row: a direction times zero, a gate
+that is all zeros, and a value put back where it comes from. A row that no edit changes is answered by the
+clean forward of its image.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.ops import ablate, add_direction, inject_subspace, interchange, operator_of
+from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.values import ColumnOrigin, Read, permutation
+from vit_mechinterp.spec import Ablate, AddDirection, SourcedIntervention, TensorRef
+
+__all__ = ["Part", "Sharing"]
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one run on which the same edits act: the run with these edits alone, and the examples."""
+
+    run: BoundRun
+    examples: IntArray
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Classes of rows of one experiment.
+
+    Args:
+        bound: the bound runs.
+        images: numbers of the images of every image column, ``[example]``; equal numbers, equal images.
+        tensors: the given tensors, where they are known: a gate may be all zeros.
+        rows: whether equal rows are found; otherwise every row that is declared stands for itself.
+        imagined: whether there is no data, so that one example stands for all: what is resampled is another
+            image then, and columns that select tokens are told apart by their names.
+    """
+
+    bound: Bound
+    images: Mapping[str, IntArray]
+    tensors: Mapping[TensorRef, Tensor] | None = None
+    rows: bool = True
+    imagined: bool = False
+
+    @cached_property
+    def n_examples(self) -> int:
+        """Number of examples."""
+        return len(next(iter(self.images.values())))
+
+    def images_of(self, origin: ColumnOrigin) -> IntArray:
+        """Number of the image that each example's clean value is made from."""
+        if origin not in self._images_of:
+            own = self.images[origin.column]
+            if origin.permutation is not None and self.imagined:
+                own = own + len(self.images) * (1 + origin.permutation)
+            elif origin.permutation is not None:
+                own = own[self.places_of(origin)]
+            self._images_of[origin] = own
+        return self._images_of[origin]
+
+    def places_of(self, origin: ColumnOrigin) -> IntArray:
+        """The example in whose place of the column each example's image stands."""
+        if origin.permutation not in self._places_of:
+            n, seed = self.n_examples, origin.permutation
+            self._places_of[seed] = np.arange(n) if seed is None else permutation(seed, n)
+        return self._places_of[origin.permutation]
+
+    @cached_property
+    def _images_of(self) -> dict[ColumnOrigin, IntArray]:
+        return {}
+
+    @cached_property
+    def _places_of(self) -> dict[int | None, IntArray]:
+        return {}
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[Part, ...]]:
+        """Rows of every run that edits change, by run; what is left is clean."""
+        return self._sorted_out[0]
+
+    @cached_property
+    def classes(self) -> dict[str, IntArray]:
+        """Class of every row by run, ``[example]``; a negative class is that of a clean forward's image."""
+        return self._sorted_out[1]
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether any two rows that edits change are of one class."""
+        edited = [own[own >= 0] for own in self.classes.values()]
+        sizes = sum(map(len, edited))
+        return sizes > 0 and len(np.unique(np.concatenate(edited))) < sizes
+
+    def clean_rows(self, run: str) -> IntArray:
+        """Examples of a run that a clean forward answers."""
+        return np.flatnonzero(self.classes[run] < 0)
+
+    def means_of(self, column: str) -> str:
+        """The first column that holds the same images: its means are the same."""
+        own = self.images[column]
+        return next(name for name, other in self.images.items() if np.array_equal(own, other))
+
+    @cached_property
+    def _sorted_out(self) -> tuple[dict[str, tuple[Part, ...]], dict[str, IntArray]]:
+        parts: dict[str, tuple[Part, ...]] = {}
+        classes = {
+            run.name: -1 - self.images[run.run.base] for run in self.bound.runs
+        }  # until edits say otherwise
+        everyone = np.arange(self.n_examples)
+        if not self.rows:
+            edited = [run for stage in self.bound.stages for run in stage]
+            for n, run in enumerate(edited):
+                parts[run.name] = (Part(run, everyone),)
+                classes[run.name] = n * self.n_examples + everyone
+            return parts, classes
+        keys = _Keys(self, classes)
+        count = 0
+        for stage in self.bound.stages:
+            groups: defaultdict[Any, list[tuple[Part, list[IntArray]]]] = defaultdict(list)
+            for run in stage:
+                own = []
+                for examples, edits in self._variants(run, keys, everyone):
+                    part = Part(run if len(edits) == len(run.edits) else replace(run, edits=edits), examples)
+                    own.append(part)
+                    fixed, varying = keys.of(part)
+                    groups[fixed].append((part, varying))
+                parts[run.name] = tuple(own)
+            for members in groups.values():
+                count = self._number(members, classes, count)
+        return parts, classes
+
+    def _variants(
+        self, run: BoundRun, keys: _Keys, everyone: IntArray
+    ) -> list[tuple[IntArray, tuple[Edit, ...]]]:
+        """Examples by the edits that act on them, without those that none acts on."""
+        acting: list[bool | BoolArray] = []
+        changed: bool | BoolArray = False
+        for edit in run.edits:
+            acts: bool | BoolArray = _acts(edit, self.tensors)
+            if acts is True and (same := keys.puts_back(run, edit)) is not None:
+                acts = ~same | changed if not isinstance(changed, bool) else (True if changed else ~same)
+            if not isinstance(acts, bool) and acts.all():
+                acts = True
+            acting.append(acts)
+            changed = changed | acts
+        if all(acts is True for acts in acting):
+            return [(everyone, run.edits)]
+        if all(isinstance(acts, bool) for acts in acting):
+            edits = tuple(e for e, acts in zip(run.edits, acting, strict=True) if acts)
+            return [(everyone, edits)] if edits else []
+        table = np.stack([np.broadcast_to(np.asarray(acts), everyone.shape) for acts in acting])
+        patterns, which = np.unique(table, axis=1, return_inverse=True)
+        return [
+            (
+                np.flatnonzero(which.reshape(-1) == n),
+                tuple(e for e, on in zip(run.edits, pattern, strict=True) if on),
+            )
+            for n, pattern in enumerate(patterns.T)
+            if pattern.any()
+        ]
+
+    def _number(
+        self, members: list[tuple[Part, list[IntArray]]], classes: dict[str, IntArray], count: int
+    ) -> int:
+        """Give classes to rows whose edits differ at most in what varies from example to example."""
+        if len(members) == 1 and self._all_distinct(members[0][0]):
+            part = members[0][0]
+            classes[part.run.name] = classes[part.run.name].copy()
+            classes[part.run.name][part.examples] = count + np.arange(len(part.examples))
+            return count + len(part.examples)
+        rows = np.concatenate([np.stack(varying, axis=1) for _, varying in members])
+        distinct, which = np.unique(rows, axis=0, return_inverse=True)
+        start = 0
+        for part, _ in members:
+            name, stop = part.run.name, start + len(part.examples)
+            classes[name] = classes[name].copy()
+            classes[name][part.examples] = count + which.reshape(-1)[start:stop]
+            start = stop
+        return count + len(distinct)
+
+    def _all_distinct(self, part: Part) -> bool:
+        column = part.run.run.base
+        if self._is_distinct(column):
+            return True
+        own = self.images[column][part.examples]
+        return len(np.unique(own)) == len(own)
+
+    def _is_distinct(self, column: str) -> bool:
+        if column not in self._distinct:
+            own = self.images[column]
+            self._distinct[column] = len(np.unique(own)) == len(own)
+        return self._distinct[column]
+
+    @cached_property
+    def _distinct(self) -> dict[str, bool]:
+        return {}
+
+
+def _acts(edit: Edit, tensors: Mapping[TensorRef, Tensor] | None) -> bool:
+    """Whether an edit may change anything, whatever the values are."""
+    operator = operator_of(edit.spec)
+    if operator is add_direction and isinstance(edit.spec, AddDirection):
+        return edit.spec.alpha != 0
+    if operator is inject_subspace and tensors is not None:
+        gate = dict(edit.refs).get("gate")
+        return gate is None or bool(tensors[gate].any())
+    return True
+
+
+class _Keys:
+    """What rows are compared by: numbers for what varies from example to example, the rest as it is."""
+
+    def __init__(self, sharing: Sharing, classes: Mapping[str, IntArray]) -> None:
+        self.sharing = sharing
+        self.classes = classes
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._arrays: dict[Positions, IntArray] = {}
+
+    def puts_back(self, run: BoundRun, edit: Edit) -> BoolArray | None:
+        """For which examples an edit puts a clean value back where it comes from; None for none at all."""
+        source = edit.source
+        if operator_of(edit.spec) not in (interchange, inject_subspace, ablate):
+            return None
+        if source is None or source.site != edit.site:
+            return None
+        paired = getattr(edit.spec, "source_tokens", None)
+        if self.sharing.imagined and paired not in (None, edit.spec.tokens):
+            return None
+        here, there = self._positions(edit.positions), self._positions(source.positions)
+        if isinstance(here, int) and isinstance(there, int) and here != there:
+            return None
+        same: BoolArray = (self._source(source) == -1 - self.sharing.images[run.run.base]) & (here == there)
+        return same if same.any() else None
+
+    def of(self, part: Part) -> tuple[Any, list[IntArray]]:
+        """The key of a part's rows: what they share, and numbers ``[row]`` for what they may differ in."""
+        rows = part.examples
+        fixed: list[Any] = []
+        varying = [self.sharing.images[part.run.run.base][rows]]
+        for edit in part.run.edits:
+            fixed.append((type(edit.spec), edit.site, edit.spec.heads, self._options(edit)))
+            for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
+                place = None if positions is None else self._positions(positions)
+                fixed.append(place if place is None or isinstance(place, int) else "each")
+                if place is not None and not isinstance(place, int):
+                    varying.append(place[rows])
+            if edit.source is not None:
+                fixed.append(edit.source.site)
+                varying.append(self._source(edit.source)[rows])
+            if edit.mean is not None:
+                assert isinstance(edit.mean.origin, ColumnOrigin)
+                fixed += [self.sharing.means_of(edit.mean.origin.column), edit.mean.positions]
+            if edit.choice is not None:
+                varying.append(edit.choices[rows])
+                fixed.append("choice")
+        return tuple(fixed), varying
+
+    def _source(self, read: Read) -> IntArray:
+        """What each example's source value is that of: a row's class, or a clean image's."""
+        if not isinstance(read.origin, ColumnOrigin):
+            return self.classes[read.origin.run]
+        return -1 - self.sharing.images_of(read.origin)
+
+    def _positions(self, positions: Positions) -> int | IntArray:
+        """A number that stands for the positions: one for all examples, or one for each."""
+        if positions.each is None:
+            return -1 if positions.shared is None else self._number(positions.shared)
+        if positions not in self._arrays:
+            own = [self._number(chosen) for chosen in positions.each]
+            self._arrays[positions] = np.array(own, dtype=np.int64)
+        return self._arrays[positions]
+
+    def _number(self, chosen: tuple[int, ...]) -> int:
+        return self._numbers.setdefault(chosen, len(self._numbers))
+
+    def _options(self, edit: Edit) -> str:
+        """Every field of an intervention that is not resolved into the bound edit."""
+        resolved = set() if self.sharing.imagined else {"site", "tokens", "heads", "keys"}
+        if isinstance(edit.spec, SourcedIntervention) and not self.sharing.imagined:
+            resolved |= {"source", "source_tokens", "source_site"}
+        if edit.choice is not None and not self.sharing.imagined:
+            resolved.add("choose")
+        if isinstance(edit.spec, Ablate) and edit.source is not None:
+            resolved.add("seed")
+        return edit.spec.model_dump_json(exclude=resolved)

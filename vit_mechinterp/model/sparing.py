@@ -1,0 +1,231 @@
+"""Parts of a block that run once for several rows, where these rows still hold the same values.
+
+Rows of one example that join a batch at one block are equal until the first of them is edited. Every part of
+the block that ends before is given the distinct rows alone, and what it puts out is handed to all of them.
+Norms, linear layers and the activation function are row-wise by nature, the attention call and the attention
+module by construction; each is shadowed on the instance for one forward, and hooks on it see all rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vit_mechinterp.model.layout import Layout
+from vit_mechinterp.model.ports import Port, lookup
+from vit_mechinterp.model.tap import shadowed_forward
+
+__all__ = ["PARTS", "Distinct", "Sparing", "costs_of", "why_nothing_is_spared"]
+
+PARTS = ("ln1", "attn.q", "attn.z", "attn.result", "attn_out", "ln2", "mlp.pre", "mlp.post")
+"""Parts by the first site behind them: the norm, the projections to q, k and v, the attention call, the
+output projection, the whole attention module, the second norm, the first layer of the MLP, its activation
+function. Rows whose first edit is at the site or behind it are still equal there."""
+
+ACTIVATIONS = ("act", "activation_fn", "act_fn", "intermediate_act_fn", "activation")
+PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+_UNFIT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_FIT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """The rows of a batch that differ, ``first [d]``, and for every row its place among them, ``index``."""
+
+    first: NDArray[np.int64]
+    index: NDArray[np.int64]
+
+
+def why_nothing_is_spared(layout: Layout) -> str | None:
+    """Why parts of this model's blocks cannot run for some of the rows alone, or None if they can."""
+    family = layout.family
+    if family.parallel or not family.attention:
+        return f"blocks of {family.name} run attention and MLP in one"
+    if layout.packing is not None:
+        return f"{family.name} packs all rows into one sequence"
+    return None
+
+
+def parts_of(module: nn.Module, layout: Layout, layer: int) -> dict[str, list[nn.Module]]:
+    """Modules of a block by the part that they are; the attention call has none."""
+    parts: dict[str, list[nn.Module]] = {part: [] for part in PARTS}
+    for part, site in (("ln1", "ln1"), ("ln2", "ln2"), ("mlp.pre", "mlp.pre"), ("mlp.pre", "mlp.pre_linear")):
+        port = layout.ports.get(f"blocks.{layer}.{site}")
+        if isinstance(port, Port) and port.side == "output" and port.call is None and port.field is None:
+            found: nn.Module = lookup(module, port.path)
+            if all(found is not other for other in parts[part]):
+                parts[part].append(found)
+            if part == "mlp.pre":
+                mlp: nn.Module = lookup(module, port.path.rpartition(".")[0])
+                names = [name for name in ACTIVATIONS if name in dict(mlp.named_children())]
+                parts["mlp.post"] = [getattr(mlp, name) for name in names]
+    attention: nn.Module = lookup(module, layout.attention_path(layer))
+    projection: nn.Module = lookup(lookup(module, layout.block_path(layer)), layout.family.out_projection)
+    linear = (child for child in attention.children() if isinstance(child, nn.Linear))
+    parts["attn.q"] = [child for child in linear if child is not projection]
+    parts["attn.result"] = [projection]
+    parts["attn_out"] = [attention]
+    return parts
+
+
+def costs_of(module: nn.Module, layout: Layout, layer: int) -> dict[str, float]:
+    """Share of a block's multiplications that each part makes, for one row; the whole attention module's
+    share is that of its parts."""
+
+    def multiplications(modules: list[nn.Module]) -> int:
+        weights = {id(w): w for m in modules for w in m.parameters() if w.ndim == 2}
+        return sum(w.numel() for w in weights.values())
+
+    parts = parts_of(module, layout, layer)
+    call = 2 * layout.tokens.n_tokens * layout.n_heads * layout.d_head
+    block: nn.Module = lookup(module, layout.block_path(layer))
+    total = multiplications([block]) + call
+    shares = {part: multiplications(own) / total for part, own in parts.items()}
+    return shares | {"attn.z": call / total, "attn_out": 0.0}
+
+
+class Sparing:
+    """What is spared in one forward of a native module, in place for the duration of `installed`."""
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.module = module
+        self.layout = layout
+        self._wanted: dict[int, Mapping[str, Distinct]] = {}
+        self._opened: set[int] = set()
+
+    def spare(self, layer: int, distinct: Mapping[str, Distinct], *, opened: bool) -> None:
+        """Let parts of a block run on distinct rows alone.
+
+        Args:
+            layer: the block.
+            distinct: the distinct rows by part.
+            opened: whether anything inside the attention module is read or edited there, by any row.
+        """
+        self._wanted[layer] = distinct
+        if opened:
+            self._opened.add(layer)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Shadow the parts; to be entered behind an instrument's, so that taps lie inside."""
+        with ExitStack() as stack:
+            for layer, distinct in self._wanted.items():
+                self._install(stack, layer, distinct)
+            yield
+
+    def _install(self, stack: ExitStack, layer: int, distinct: Mapping[str, Distinct]) -> None:
+        parts = parts_of(self.module, self.layout, layer)
+        attention = parts["attn_out"][0]
+        inside = [m for m in attention.modules() if m is not attention]
+        watched = any(m._forward_hooks or m._forward_pre_hooks for m in inside)
+        whole = "attn_out" in distinct and layer not in self._opened and not watched
+        for part, rows in distinct.items():
+            if part == "attn_out" or (whole and part in ("attn.q", "attn.z", "attn.result")):
+                continue
+            for module in parts[part]:
+                stack.enter_context(shadowed_forward(module, _Spared(module, rows)))
+        if whole:
+            stack.enter_context(shadowed_forward(attention, _Spared(attention, distinct["attn_out"])))
+        elif "attn.z" in distinct:
+            attend = _Attending(attention.forward, distinct["attn.z"])
+            stack.enter_context(shadowed_forward(attention, attend))
+
+
+class _Spared:
+    """The forward of a part: it runs on the distinct rows, at its first call in the forward."""
+
+    def __init__(self, module: nn.Module, rows: Distinct) -> None:
+        self.module = module
+        self.native = module.forward
+        self.rows = rows
+        self.called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        fits = not self.called and isinstance(given, Tensor) and self.module not in _UNFIT
+        self.called = True
+        if not fits or not self._one_for_all(given, args, kwargs):
+            return self.native(*args, **kwargs)
+        few = _rows(given, self.rows.first)
+        if self.module not in _FIT:
+            # Once per module: whatever its place in the block, it must see equal values.
+            again = _rows(few, self.rows.index)
+            off = float((again - given).abs().max())
+            (_FIT if off <= 1e-4 * float(given.abs().max()) else _UNFIT).add(self.module)
+            if self.module in _UNFIT:
+                return self.native(*args, **kwargs)
+        args = tuple(few if value is given else value for value in args)
+        kwargs = {name: few if value is given else value for name, value in kwargs.items()}
+        return self._expanded(self.native(*args, **kwargs))
+
+    def _one_for_all(self, given: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the batch is in the first argument alone, row by row."""
+        n = len(self.rows.index)
+        if given.ndim < 2 or len(given) != n:
+            return False
+
+        def is_free(value: Any) -> bool:
+            if isinstance(value, (tuple, list)):
+                return all(map(is_free, value))
+            if isinstance(value, Tensor):
+                return value is given or value.ndim == 0 or len(value) % n != 0
+            return isinstance(value, PLAIN)
+
+        return all(map(is_free, (*args, *kwargs.values())))
+
+    def _expanded(self, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(map(self._expanded, output))
+        if isinstance(output, Tensor) and output.ndim and len(output) == len(self.rows.first):
+            return _rows(output, self.rows.index)
+        return output
+
+
+class _Attending:
+    """The forward of an attention module whose one attention call runs on the distinct rows."""
+
+    def __init__(self, native: Callable[..., Any], rows: Distinct) -> None:
+        self.native = native
+        self.rows = rows
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Call(self.rows):
+            return self.native(*args, **kwargs)
+
+
+class _Call(TorchFunctionMode):
+    def __init__(self, rows: Distinct) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or len(args) < 3:
+            return func(*args, **kwargs)
+        n = len(self.rows.index)
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        # A mask of fewer axes, or of one row, is the same for all rows.
+        masked = mask is not None and mask.ndim == 4 and len(mask) != 1
+        if masked or any(x.ndim != 4 or len(x) != n for x in args[:3]):
+            return func(*args, **kwargs)
+        few = (_rows(x, self.rows.first) for x in args[:3])
+        return _rows(func(*few, *args[3:], **kwargs), self.rows.index)
+
+
+def _rows(x: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    if len(rows) == len(x) and bool((rows == np.arange(len(x))).all()):
+        return x
+    return x.index_select(0, torch.as_tensor(rows, device=x.device))
