@@ -23,6 +23,7 @@ PACKAGE = ROOT / "vit_mechinterp"
 ORDER = (
     "errors",
     "spec",
+    "catalogue",
     "model",
     "engine",
     "stimuli",
@@ -33,6 +34,7 @@ ORDER = (
     "circuits",
     "report",
     "bridges",
+    "commands",
     "cli",
 )
 ADAPTERS_MAY_IMPORT = {"errors", "spec", "model", "adapters"}

@@ -45,7 +45,7 @@ def test_help_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("LOADED []\n")
-    for command in ("demo", "check", "sites", "plan", "run", "train", "schema"):
+    for command in ("demo", "models", "check", "sites", "plan", "run", "train", "schema"):
         assert f"\n    {command}" in done.stdout
 
 
@@ -76,6 +76,99 @@ def test_check_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "passed  a pattern edit, by hand" in out
     assert out.endswith("The model conforms.\n")
+
+
+OWN = '''
+import torch, timm
+from torch import nn
+
+def tiny():
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3, drop_rate=0.1)
+
+class Broken(nn.Module):
+    def __init__(self):
+        raise ValueError("no such width")
+
+model = tiny()
+number = 3
+make_number = lambda: 3
+'''
+
+
+def test_check_of_ones_own_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_models_here.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("tiny", "model"):
+        assert main(["check", f"own_models_here:{name}", "--json", "--fast"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["passed"] is True
+        assert found["model"].startswith("VisionTransformer, timm.vit: 2 blocks, 3 heads of 8, width 24, cls + 2x2")
+        assert {"check", "site", "passed", "detail", "deviation"} <= set(found["rows"][0])
+        assert found["absent"]["blocks.0.mlp.pre_linear"] == "the MLP of this block is not gated"
+    for name, text in {
+        "own_models_her:tiny": "The Python module 'own_models_her' cannot be imported: ModuleNotFoundError",
+        "own_models_here:tinny": "own_models_here has no 'tinny'. Close matches: tiny.",
+        "own_models_here:Broken": "'own_models_here:Broken' could not be called without arguments: ValueError: no such",
+        "own_models_here:number": "'own_models_here:number' is a int, and no module of torch, nor callable",
+        "own_models_here:make_number": "wrap takes a torch module, not int",
+    }.items():
+        assert main(["check", name]) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_check_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers
+
+    small = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+    config = transformers.ViTConfig(**small, image_size=32, patch_size=16)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "./mine", "--fast"]) == 0
+    assert "ViTModel, transformers.vit: 2 blocks" in capsys.readouterr().out
+    (tmp_path / "mine" / "model.safetensors").rename(tmp_path / "mine" / "pytorch_model.bin")
+    assert main(["check", "./mine"]) == 2
+    assert "allow_pickle=True" in capsys.readouterr().err
+
+
+def test_models_are_listed_with_what_they_lack(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--library", "timm", "--search", "samvit_base_patch16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model", "family", "layout", "lacks", "(reason", "below)"]
+    assert lines[1].startswith("timm/samvit_base_patch16 ")
+    assert "timm.sam  12 blocks, 12 heads of 64, width 768, 64x64 patches of 16x16 px" in lines[1]
+    assert "attn.q, attn.k, attn.v, attn.scores, attn.pattern, attn.z, attn.result (3)" in lines[1].replace(
+        "attn.result, attn.", "attn."
+    )
+    assert any("blocks 0-1, 3-4, 6-7, 9-10: this block attends within windows of 14 x 14 tokens" in line for line in lines)
+    assert lines[-1].startswith("2 models (2 of timm), verified with timm ")
+
+    assert main(["models", "--library", "hf", "--search", "dinov2-base", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {model["name"] for model in found["models"]} >= {"Dinov2Model", "Dinov2ForImageClassification"}
+    assert {model["row"] for model in found["models"]} == {"transformers.dinov2"}
+    assert found["models"][0]["growth"] == "yes"
+
+
+def test_models_that_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--library", "tim"]) == 2
+    assert "The catalogue has no library 'tim'. Close matches: timm. It has: timm, hf" in capsys.readouterr().err
+    assert main(["models", "--search", "vit_base_patch16_225"]) == 1
+    assert "The catalogue lists no model with 'vit_base_patch16_225'" in (out := capsys.readouterr().out)
+    assert "Close matches: 'timm/vit_base_patch16_224'" in out
+    assert main(["models", "--search", "resnet18"]) == 1
+    assert "timm/resnet18 is not supported. No known family of ViTs describes" in capsys.readouterr().out
+
+
+def test_listing_models_loads_no_library() -> None:
+    code = (
+        "import sys\nfrom vit_mechinterp.cli import main\nmain(['models'])\n"
+        "print('LOADED', sorted({'torch', 'timm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("LOADED []\n")
 
 
 def test_check_of_a_model_that_fails(
@@ -118,7 +211,7 @@ def test_training_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: pytest.
 def test_a_run_without_labels_shows_mean_outputs() -> None:
     import torch
 
-    from vit_mechinterp.cli import _summary
+    from vit_mechinterp.commands.analyses import _summary
 
     logits = torch.tensor([[[1.0, 2.0], [3.0, 2.0]], [[0.0, 4.0], [0.0, 0.0]]])
     results = vit_mechinterp.Results(logits=logits, run_names=("clean", "swap"), captures={})

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from vit_mechinterp.catalogue import catalogue
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.origins import is_folder
 from vit_mechinterp.model.pickles import is_pickle, pickles_in, refused
@@ -68,7 +69,8 @@ def _known(name: str) -> None:
         )
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise SpecError(f"timm has no model {name!r}.{suggest(architecture, timm.list_models())}")
+        near = catalogue().near(name) or suggest(architecture, timm.list_models())
+        raise SpecError(f"timm has no model {name!r}.{near} 'vit-mechinterp models' lists what is supported.")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tags and tag not in tags:
         raise SpecError(

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from vit_mechinterp.catalogue import catalogue
 from vit_mechinterp.errors import SpecError, TensorFileError, VitMechInterpError, suggest
 from vit_mechinterp.model import from_open_clip, from_timm, from_torchvision, from_transformers
 from vit_mechinterp.model.hooked import HookedViT
@@ -65,8 +66,9 @@ def load(
     if not rest or library not in (*BUILDERS, "vmi"):
         forms = " or ".join(f"'{known}/./FOLDER'" for known in ("hf", "timm"))
         raise SpecError(
-            f"{name!r} is no model string. Write 'timm/NAME', 'hf/ORG/NAME', a folder as {forms}, or "
-            f"'vmi/NAME' with one of {', '.join(checkpoints()) or 'no shipped checkpoints'}."
+            f"{name!r} is no model string.{catalogue().near(str(name))} Write 'timm/NAME', 'hf/ORG/NAME', a "
+            f"folder as {forms}, or 'vmi/NAME' with one of "
+            f"{', '.join(checkpoints()) or 'no shipped checkpoints'}."
         )
     if library == "vmi":
         if rest not in checkpoints():
@@ -95,8 +97,8 @@ def load(
         # Missing files, names unknown to the hub, no way to reach it, unknown tags, weights that do not fit.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise SpecError(
-            f"{name!r} could not be loaded: {reason}. Check the name, or give a local folder as "
-            "'hf/./FOLDER' or 'timm/./FOLDER'; pretrained=False needs no weights."
+            f"{name!r} could not be loaded: {reason}.{catalogue().near(name)} Check the name, or give a "
+            "local folder as 'hf/./FOLDER' or 'timm/./FOLDER'; pretrained=False needs no weights."
         ) from error
     vit = wrap(module, image_size=image_size, source=name)
     if image_size is None and pretrained and vit.layout.family.any_size(module):

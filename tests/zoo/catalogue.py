@@ -1,0 +1,203 @@
+"""Makes ``vit_mechinterp/catalogue.json`` and ``docs/supported_models.md`` from the live models.
+
+``python -m tests.zoo.catalogue`` writes both: the facts (family, layout, sites) from every architecture in its full
+size, made without memory, and the measurements from the conformance checks on the tiny ones of the tests.
+``--facts`` keeps the measurements that there are; ``--only TEXT`` measures the models whose name contains a text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from open_clip.factory import get_model_config
+from open_clip.model import _build_vision_tower
+from torch import nn
+from torchvision import models
+from tqdm.auto import tqdm
+
+import vit_mechinterp as vmi
+from tests.zoo import test_open_clip, test_torchvision
+from tests.zoo.shrink import module_of, names
+from tests.zoo.supported import DOCUMENT, rendered
+from tests.zoo.test_timm import tiny
+from tests.zoo.transformers_models import BUILDERS
+from tests.zoo.transformers_models import build as build_transformers
+from vit_mechinterp.catalogue import FILE, Catalogue, Entry, Row, read, summarised
+from vit_mechinterp.model import Report, families
+from vit_mechinterp.model.conformance import check
+
+LIBRARIES = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model: how to make it in the size that its library gives it, and tiny.
+
+    ``full`` is made without memory, and is None where the default configuration is another model's. ``small``
+    is None where the parts that matter are another library's, whose own models are measured.
+    """
+
+    library: str
+    name: str
+    full: Callable[[], nn.Module] | None
+    small: Callable[[], nn.Module] | None
+    module: str = ""
+
+
+def subjects() -> Iterator[Subject]:
+    """Every model that the tests cover."""
+    for name in names():
+        yield Subject("timm", name, _timm(name), lambda name=name: tiny(name).module, module_of(name))
+    for name in BUILDERS:
+        yield Subject("hf", name, _transformers(name), lambda name=name: build_transformers(name))
+    for name in test_torchvision.BUILDERS:
+        full = lambda name=name: models.get_model(name, weights=None)  # noqa: E731
+        yield Subject("torchvision", name, full, lambda name=name: test_torchvision.tiny(name))
+    for name in open_clip.list_models():
+        config = get_model_config(name)
+        vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+        trunk = vision.get("timm_model_name", "")
+        if trunk in names() or name in test_open_clip.OWN:
+            yield Subject("open_clip", name, _open_clip(config["embed_dim"], vision), _tower(name))
+
+
+def _open_clip(width: int, vision: dict[str, Any]) -> Callable[[], nn.Module]:
+    return lambda: _build_vision_tower(width, vision)
+
+
+def _tower(name: str) -> Callable[[], nn.Module] | None:
+    options = test_open_clip.OWN.get(name)
+    return None if options is None else lambda: test_open_clip.tower(**dict(test_open_clip.kinds(options)))
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, pretrained=False)
+
+
+def _transformers(name: str) -> Callable[[], nn.Module] | None:
+    # A variant is a choice of the configuration, and these cannot be made from a default one.
+    if " " in name or name.startswith(("TimmWrapper", "ViTMAE")):
+        return None
+
+    def make() -> nn.Module:
+        module = BUILDERS[name]()
+        return type(module)(type(module.config)())
+
+    return make
+
+
+def weightless(subject: Subject) -> vmi.HookedViT:
+    """The wrapped model in its full size, without memory; else the tiny one."""
+    if subject.full is None:
+        assert subject.small is not None
+        return vmi.wrap(subject.small())
+    with torch.device("meta"):
+        return vmi.wrap(subject.full().eval())
+
+
+def facts(subject: Subject) -> Entry:
+    """What is true of a model on every machine."""
+    vit = weightless(subject)
+    layout, module = vit.layout, vit.module
+    family = layout.family.name
+    return Entry(
+        library=subject.library,
+        name=subject.name,
+        row=family,
+        model=type(module).__name__,
+        block=type(module.get_submodule(layout.block_path(0))).__name__,
+        layout="" if subject.full is None else str(layout).removeprefix(f"{family}: "),
+        missing=summarised(layout.absent, layout.n_layers),
+        module=subject.module or type(module).__module__.split(".")[-2 if subject.library == "hf" else -1],
+        checkpoint=_checkpoint(module) if subject.library == "hf" else "",
+    )
+
+
+def _checkpoint(module: nn.Module) -> str:
+    """The checkpoint that transformers names for a configuration, of the model or of what holds it."""
+    source = inspect.getsource(inspect.getmodule(type(module.config)))
+    found = re.search(r'checkpoint="([^"]+)"', source)
+    return found[1] if found else ""
+
+
+def measured(report: Report) -> dict[str, float]:
+    """The largest differences that a report found, to one digit."""
+    groups = {
+        "native": [row for row in report.rows if row.check == "native output"],
+        "explicit": [
+            row for row in report.rows if row.check == "write back" and row.site.endswith(("scores", "pattern"))
+        ],
+        "growth": [row for row in report.rows if row.check == "growth and skip"],
+    }
+    return {
+        name: float(f"{max(found):.0e}")
+        for name, rows in groups.items()
+        if (found := [row.deviation for row in rows if row.deviation is not None])
+    }
+
+
+def rows(entries: list[Entry]) -> list[Row]:
+    """The families that the entries belong to."""
+    used = {entry.row for entry in entries}
+    found = []
+    for family in families():
+        if family.name in used:
+            growth = "yes"
+            if family.one_image is not None:
+                growth = f"one image a forward: {family.one_image}"
+            elif family.counts_rows:
+                growth = "yes, behind as many blank images as rows in the end"
+            found.append(Row(family.name, growth, "yes"))
+    return found
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries."""
+    return {library: metadata.version(name) for library, name in {**LIBRARIES, "torch": "torch"}.items()}
+
+
+def live(only: Callable[[Entry], bool], kept: Mapping[tuple[str, str], Mapping[str, float]]) -> Catalogue:
+    """The catalogue of the live models; those of which ``only`` holds are measured.
+
+    What does not conform is said on stderr, and has no measurements.
+    """
+    entries = []
+    for subject in tqdm(list(subjects()), unit="model", mininterval=30):
+        entry = facts(subject)
+        found = kept.get((entry.library, entry.name), {})
+        if subject.small is not None and only(entry):
+            report = check(vmi.wrap(subject.small()), progress=False)
+            found = measured(report) if report.passed else {}
+            if not report.passed:
+                sys.stderr.write(f"{entry.library}/{entry.name} does not conform:\n{report}\n")
+        entries.append(replace(entry, measured=found))
+    return Catalogue(versions(), tuple(rows(entries)), tuple(entries))
+
+
+def main() -> None:
+    """Write the catalogue and the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--facts", action="store_true", help="measure nothing")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure names that contain a text")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # models this small only lose by threads that wait for each other
+    old = read() if FILE.exists() else Catalogue({}, (), ())
+    kept = {(entry.library, entry.name): entry.measured for entry in old.entries}
+    chosen = live(lambda entry: not arguments.facts and arguments.only in f"{entry.library}/{entry.name}", kept)
+    chosen.write()
+    Path(DOCUMENT).write_text(rendered(chosen), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

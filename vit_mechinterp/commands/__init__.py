@@ -1,0 +1,1 @@
+"""The commands of ``vit-mechinterp``: each prints its answer and returns the exit code."""
