@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, UnsupportedModelError
 from vit_mechinterp.model.origins import is_folder
 from vit_mechinterp.model.pickles import pickles_in, refused
 from vit_mechinterp.model.registry import foresee
+from vit_mechinterp.model.towers import tower_in
 
 __all__ = ["build"]
 
@@ -41,7 +42,7 @@ _MAKING = ("attn_implementation", "dtype", "torch_dtype")
 
 
 def build(name: str, pretrained: bool, allow_pickle: bool, options: Mapping[str, Any]) -> nn.Module:
-    """Make the model that a checkpoint's configuration names, or the vision tower of a model of two towers.
+    """Make the model that a checkpoint's configuration names, or the vision tower of a model that holds more.
 
     Raises:
         SpecError: there is no configuration, or the weights are pickles.
@@ -72,11 +73,19 @@ def build(name: str, pretrained: bool, allow_pickle: bool, options: Mapping[str,
         module: nn.Module = make(own, **making)
         return module
 
+    tower = None
+    try:
+        foresee(unloaded)
+    except UnsupportedModelError:
+        tower = tower_in(unloaded)
+        if tower is None:
+            raise
     if not pretrained:
-        return unloaded()
-    foresee(unloaded)
+        return unloaded() if tower is None else tower.unloaded(making)
     settings = {"use_safetensors": None if allow_pickle else True, **options}
     try:
+        if tower is not None:
+            return tower.loaded(name, model_class, settings)
         return _with_weights(model_class, name, settings)
     except OSError as error:
         if not allow_pickle and (files := _pickles(name, places)):
