@@ -77,12 +77,15 @@ class World:
     def execute(self, documents: Iterable[Mapping[str, Any]], **options: Any) -> Results:
         """What the engine makes of documents; ``progress`` is off."""
         documents = list(documents)
+        runs = [Run.model_validate(document) for document in documents]
+        options = {"progress": False, "tensors": self.named(documents), **options}
+        return vmi.execute(self.vit, runs, options.pop("data", self.columns), **options)
+
+    def named(self, documents: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The tensors that documents name."""
         fields = ("vector", "basis", "gate", "vectors", "mean")
         edits = [edit for document in documents for edit in document.get("interventions", ())]
-        named = {name: self.tensors[name] for edit in edits for field in fields if (name := edit.get(field))}
-        runs = [Run.model_validate(document) for document in documents]
-        options = {"progress": False, "tensors": named, **options}
-        return vmi.execute(self.vit, runs, options.pop("data", self.columns), **options)
+        return {name: self.tensors[name] for edit in edits for field in fields if (name := edit.get(field))}
 
     def memory(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> int:
         """A budget that cuts an experiment into chunks of so many examples, with so many rows per forward."""

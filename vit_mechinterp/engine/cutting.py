@@ -71,7 +71,8 @@ def schedule_for(
         images = image_numbers(data, columns, progress=progress)
     sharing = Sharing(bound, images, tensors, imagined=data is None)
     spares = why_nothing_is_spared(vit.layout) is None
-    draft = Schedule(sharing, vit.layout.n_layers, 1, 1, vit.layout.family.one_image, spares)
+    n = sharing.n_examples
+    draft = Schedule(sharing, vit.layout.n_layers, n, 1, vit.layout.family.one_image, spares)
     held = footprint(vit, draft)
     least = held.peak(1, 1 if batch_size == "auto" else int(batch_size))
     if memory is not None and least > budget:
@@ -91,9 +92,9 @@ def schedule_for(
                 width = measured_width(vit, widest, rows * vit.layout.n_layers // 2)
         width = min(widest, width or likely_width(vit))
     left = budget - width * held.row
-    per_example = max(1.0, rows / sharing.n_examples)
+    per_example = max(1.0, rows / n)
     at_once = max(ROWS.get(vit.device.type, MORE_ROWS), 4 * width) / per_example
-    chunk = max(1, min(sharing.n_examples, int(left // max(1, held.example)), int(at_once)))
+    chunk = max(1, min(n, int(left // max(1, held.example)), int(at_once)))
     return replace(draft, chunk=chunk, width=width)
 
 
