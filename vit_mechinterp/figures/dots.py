@@ -26,8 +26,9 @@ def dots_by_row(
     *,
     title: str = "",
     label: str = "",
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: tuple[float, float] | None = (0.0, 1.0),
     references: Mapping[str, float] | None = None,
+    logarithmic: bool = False,
 ) -> Figure:
     """Draw one row per name and in it one dot per group, with its interval.
 
@@ -35,7 +36,8 @@ def dots_by_row(
         groups: group to row to (value, lower end, upper end); the rows of the first group give the order.
         title: above the axes.
         label: what the x axis measures.
-        limits: the fixed range of the x axis.
+        limits: the fixed range of the x axis; None fits it to the data.
+        logarithmic: whether the x axis is; its range fits the data.
         references: name to value, drawn as vertical dotted lines (chance).
 
     Raises:
@@ -57,7 +59,7 @@ def dots_by_row(
             axes.plot([low, high], [place + offset] * 2, color=color, linewidth=2.4, alpha=0.35, zorder=2)
             axes.plot(value, place + offset, marker="o", markersize=6.5, color=color, zorder=3, clip_on=False)
             axes.annotate(
-                f"{value:.2f}",
+                f"{value:.2g}" if logarithmic else f"{value:.2f}",
                 (high, place + offset),
                 xytext=(7, 0),
                 textcoords="offset points",
@@ -74,7 +76,11 @@ def dots_by_row(
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(*limits)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.margins(x=0.12)
+    elif limits is not None:
+        axes.set_xlim(*limits)
     axes.set_xlabel(label)
     axes.set_title(title)
     axes.grid(axis="x")

@@ -1,0 +1,230 @@
+"""How fast an embedding changes, direction by direction: local Lipschitz estimates (after Salman, Shams and
+Liu 2024).
+
+Around an image x, for a direction u of length 1 and a step e,
+
+    L(x; u, e) = |f(x + e u) - f(x)| / e
+
+is a directional estimate of the local Lipschitz constant. For small e it tends to ``|J u|``, and its largest
+value over u is the largest singular value of J. The estimator, the directions and the scales are this
+project's own; the paper's are not known. Four kinds of directions are compared:
+
+* ``random``: Gaussian, made of length 1;
+* ``singular``: the right singular vectors of J with the largest values, the normal directions in which least
+  is needed to change the embedding most;
+* ``null``: random directions projected onto the null space of J, along which the embedding stays, to first
+  order;
+* ``between``: from the image towards images of another class (or any other, without labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vit_mechinterp.circuits.embeddings import Embedding, in_batches
+from vit_mechinterp.circuits.images import image_column
+from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.spectrum import Spectrum, null_directions, singular_directions
+from vit_mechinterp.circuits.statistics import bootstrap_interval
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.errors import DataError, SpecError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec.tokens import Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["local_lipschitz"]
+
+_SCALES = (1e-3, 1e-2, 1e-1)
+_KINDS = ("singular", "between", "random", "null")
+
+
+def local_lipschitz(
+    vit: HookedViT,
+    images: Any,
+    *,
+    sites: Sequence[str] | None = None,
+    tokens: Tokens = "all",
+    scales: Sequence[float] = _SCALES,
+    n_directions: int = 4,
+    n_singular: int = 8,
+    label: str | None = "label",
+    base: str = "base",
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> CircuitResult:
+    """Estimate local Lipschitz constants of embeddings along four kinds of directions, and singular spectra.
+
+    Args:
+        vit: the model.
+        images: images, in any form that `image_column` takes.
+        sites: where embeddings are read, one after the other; by default the model's own embedding.
+        tokens: token names or patch indices, at sites with tokens.
+        scales: lengths of the steps, as shares of the length of the image itself.
+        n_directions: random, null, and between-class directions each, per image.
+        n_singular: singular directions per image; as many values make the spectrum.
+        label: a column of classes for the between-class directions; without it (or the column) the other
+            images serve.
+        base: the image column.
+        seed: seeds random directions and the bootstrap.
+        batch_size: most rows in one forward.
+        progress: show a bar.
+
+    Returns:
+        Table, one row per site, image, kind, direction and scale: ``estimate`` (embedding units per input
+        unit); the scale 0 stands for the limit ``|J u|``. For singular directions ``value`` holds the
+        singular value and ``residual`` how exact it is, for null directions ``residual`` what is left of
+        ``|J u|`` after the projection. Figures: ``lipschitz`` and ``spectra``.
+
+    Raises:
+        SpecError: no such site, or a scale that is not positive; DataError: fewer than two images.
+    """
+    import pandas as pd
+
+    if not scales or min(scales) <= 0:
+        raise SpecError(f"scales={tuple(scales)}: steps have a positive length.")
+    embeddings = [Embedding.of(vit, site, tokens) for site in sites or (None,)]
+    data = Data(image_column(images, vit, column=base), vit)
+    if data.n < 2:
+        raise DataError("Directions between images need at least two images.")
+    others = _others(data, label, n_directions, seed)
+    rows: list[dict[str, Any]] = []
+    jobs = [(embedding, example) for embedding in embeddings for example in range(data.n)]
+    for embedding, example in tqdm(jobs, desc="directions", unit="image", delay=2, disable=not progress):
+        x = data.images(base, [example])[0]
+        spectrum = singular_directions(
+            embedding, x, n_singular, tolerance=1e-2, seed=seed + example, batch_size=batch_size
+        )
+        towards = data.images(base, others[example])
+        for kind, directions, facts in _directions(
+            embedding, x, spectrum, towards, n_directions, seed + example, batch_size
+        ):
+            estimates = _estimates(embedding, x, directions, scales, batch_size)
+            for n in range(len(directions)):
+                fixed = {"site": embedding.site, "image": example, "kind": kind, "direction": n, **facts[n]}
+                rows += [
+                    fixed | {"scale": scale, "estimate": float(estimates[scale][n])} for scale in estimates
+                ]
+    table = pd.DataFrame(rows)
+    limit = table[table["scale"] == 0].groupby("kind")["estimate"].median()
+    singular, null = float(limit["singular"]), float(limit["null"])
+    return CircuitResult(
+        name="local_lipschitz",
+        table=table,
+        provenance=provenance(
+            {"model_fingerprint": vit.fingerprint()}, seed=seed, sites=[str(e) for e in embeddings]
+        ),
+        summary={
+            **{f"median |J u|, {kind}": float(limit[kind]) for kind in _KINDS},
+            "singular over null": singular / max(null, 1e-30),
+            "images": data.n,
+        },
+        description=(
+            "How much the embedding moves per unit of change of the image, along four kinds of directions. "
+            "Along singular directions little change of the image moves it far; along null directions the "
+            "image can change at nearly no cost. Estimates are this project's own."
+        ),
+        captions={
+            "lipschitz": "Local Lipschitz estimates; means over images with 95 % bootstrap intervals. Scale "
+            "0 is the limit |J u|.",
+            "spectra": "The largest singular values of the Jacobian, one line per image.",
+        },
+        draw=_draw,
+    )
+
+
+def _others(data: Data, label: str | None, n: int, seed: int) -> list[list[int]]:
+    """For every image, other images to walk towards: of another class where labels are known."""
+    generator = np.random.default_rng(seed)
+    classes: list[Any] = [None] * data.n
+    if label is not None and label in data.columns:
+        classes = [row[0] for row in data.integers(label)]
+    chosen = []
+    for example in range(data.n):
+        rest = [i for i in range(data.n) if i != example]
+        pool = [i for i in rest if classes[i] is None or classes[i] != classes[example]] or rest
+        chosen.append([int(i) for i in generator.choice(pool, size=min(n, len(pool)), replace=False)])
+    return chosen
+
+
+def _directions(
+    embedding: Embedding,
+    x: Tensor,
+    spectrum: Spectrum,
+    towards: Tensor,
+    n: int,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[str, Float[Tensor, "direction *image"], list[dict[str, float]]]]:
+    """Directions of length 1 of every kind, with what is known of each."""
+    generator = torch.Generator().manual_seed(seed)
+    random = _unit(torch.randn(n, *x.shape, generator=generator).to(x))
+    nothing: list[dict[str, float]] = [{} for _ in range(max(n, len(towards)))]
+    facts = [
+        {"value": float(value), "residual": float(residual)}
+        for value, residual in zip(spectrum.values, spectrum.residuals, strict=True)
+    ]
+    yield "singular", spectrum.directions.to(x), facts
+    between = towards - x
+    far = between.flatten(1).norm(dim=1) > 0
+    yield "between", _unit(between[far]), nothing
+    yield "random", random, nothing
+    null, left = null_directions(embedding, x, random, spectrum, batch_size=batch_size)
+    yield "null", _unit(null), [{"residual": float(share)} for share in left]
+
+
+def _unit(directions: Tensor) -> Tensor:
+    length = directions.flatten(1).norm(dim=1).clamp_min(1e-30)
+    unit: Tensor = directions / length.reshape(-1, *[1] * (directions.ndim - 1))
+    return unit
+
+
+def _estimates(
+    embedding: Embedding, x: Tensor, directions: Tensor, scales: Sequence[float], batch_size: int
+) -> dict[float, Float[Tensor, " direction"]]:
+    """``|f(x + e u) - f(x)| / e`` for every direction and scale, and ``|J u|`` under 0."""
+    images = x.expand(len(directions), *x.shape)
+    here, tangent = in_batches(embedding.jvp, images, directions, batch_size=batch_size)
+    found = {0.0: tangent.norm(dim=1)}
+    length = float(x.norm())
+    for scale in scales:
+        step = scale * length
+        with torch.no_grad():
+            (there,) = in_batches(lambda z: (embedding(z),), x + step * directions, batch_size=batch_size)
+        found[float(scale)] = (there - here).norm(dim=1) / step
+    return found
+
+
+def _draw(result: CircuitResult) -> dict[str, Figure]:
+    from vit_mechinterp.figures import dots_by_row
+    from vit_mechinterp.figures.matching import spectra
+
+    table = result.table
+    groups: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for scale, at_scale in table.groupby("scale"):
+        # Means over an image's directions first: images are what the interval is about.
+        means = at_scale.groupby(["kind", "site", "image"])["estimate"].mean()
+        own: dict[str, tuple[float, float, float]] = {}
+        for kind in _KINDS:
+            values = means[kind].to_numpy()
+            low, high = bootstrap_interval(values[None])
+            own[kind] = (float(values.mean()), float(low[0]), float(high[0]))
+        groups[f"step {float(str(scale)):g}" if scale else "limit |J u|"] = own
+    singular = table[(table["kind"] == "singular") & (table["scale"] == 0)]
+    values = {
+        str(site): own.pivot(index="image", columns="direction", values="value").to_numpy()
+        for site, own in singular.groupby("site", sort=False)
+    }
+    return {
+        "lipschitz": dots_by_row(groups, label="|f(x + e u) - f(x)| / e", logarithmic=True),
+        "spectra": spectra(values),
+    }
