@@ -135,6 +135,7 @@ def test_models_and_engine_import_no_model_library_and_no_plotting() -> None:
 def test_the_public_names_are_these() -> None:
     assert vit_mechinterp.__all__ == [
         "Ablate",
+        "ActivationStore",
         "AddDirection",
         "Capture",
         "Experiment",

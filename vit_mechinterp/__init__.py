@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_mechinterp.engine import Plan, Results, execute, plan
+    from vit_mechinterp.engine import ActivationStore, Plan, Results, execute, plan
     from vit_mechinterp.experiment import run_experiment
     from vit_mechinterp.model import HookedViT, load, register, register_adapter, wrap
     from vit_mechinterp.spec import (
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Ablate",
+    "ActivationStore",
     "AddDirection",
     "Capture",
     "Experiment",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "vit_mechinterp.engine": ("Plan", "Results", "execute", "plan"),
+    "vit_mechinterp.engine": ("ActivationStore", "Plan", "Results", "execute", "plan"),
     "vit_mechinterp.experiment": ("run_experiment",),
     "vit_mechinterp.model": ("HookedViT", "load", "register", "register_adapter", "wrap"),
     "vit_mechinterp.spec": (

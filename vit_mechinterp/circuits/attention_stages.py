@@ -27,8 +27,8 @@ from vit_mechinterp.circuits.attention_example import ExampleAttention, attend_i
 from vit_mechinterp.circuits.attention_shares import measure_shares, part_tokens
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.token_sets import object_tokens
+from vit_mechinterp.engine.checks import refuse_dropout
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.execute import refuse_dropout
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.digest import digest

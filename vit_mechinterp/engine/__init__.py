@@ -5,5 +5,19 @@ from vit_mechinterp.engine.ops import Inputs, register_operator
 from vit_mechinterp.engine.plan import Plan, plan
 from vit_mechinterp.engine.prepare import Prepared, prepare
 from vit_mechinterp.engine.results import Results
+from vit_mechinterp.engine.store import ActivationStore
+from vit_mechinterp.engine.store_view import StoredActivations, StoredSite
 
-__all__ = ["Inputs", "Plan", "Prepared", "Results", "execute", "plan", "prepare", "register_operator"]
+__all__ = [
+    "ActivationStore",
+    "Inputs",
+    "Plan",
+    "Prepared",
+    "Results",
+    "StoredActivations",
+    "StoredSite",
+    "execute",
+    "plan",
+    "prepare",
+    "register_operator",
+]

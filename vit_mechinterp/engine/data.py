@@ -161,6 +161,9 @@ class Data(Columns):
 
     def image_digest(self, column: str) -> str:
         """SHA-256 over what decides the model's input: a column's images, and how they are preprocessed."""
+        return self.once(("image digest", column), lambda: self._image_digest(column))
+
+    def _image_digest(self, column: str) -> str:
         preprocessing = ""
         if any(map(is_picture, self.values(column, [0]))):
             preprocessing = json.dumps(self.vit.preprocess.config, sort_keys=True, default=str)

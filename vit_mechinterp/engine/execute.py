@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.checks import check_images, refuse_dropout
 from vit_mechinterp.engine.chunk import Collected, chunk_of
-from vit_mechinterp.engine.clean import dataset_means
+from vit_mechinterp.engine.clean import CleanPass, clean_pass, dataset_means
+from vit_mechinterp.engine.collect import collected_results
+from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.plan import describe, schedule_for
-from vit_mechinterp.engine.provenance import provenance_of
-from vit_mechinterp.engine.results import Captures, Results
+from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.identity import identity_of
+from vit_mechinterp.engine.plan import describe
+from vit_mechinterp.engine.provenance import circumstances, provenance_of
+from vit_mechinterp.engine.results import Results
+from vit_mechinterp.engine.resume import FinishedChunks
 from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.store_clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
-from vit_mechinterp.engine.values import Read, by_token
-from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep, TensorRef
+
+if TYPE_CHECKING:
+    from vit_mechinterp.engine.store import ActivationStore
 
 __all__ = ["execute"]
 
@@ -41,6 +49,9 @@ def execute(
     tensors: Mapping[str, Tensor] | None = None,
     batch_size: int | Literal["auto"] = "auto",
     progress: bool = True,
+    memory: int | str | None = None,
+    store: ActivationStore | None = None,
+    out: str | Path | None = None,
 ) -> Results:
     """Carry out runs on every example of a dataset.
 
@@ -55,13 +66,22 @@ def execute(
         batch_size: most rows in one forward, or ``"auto"``. The same batch size, device and threads give the
             same bits; others agree to 1e-5 of the output's scale.
         progress: show a bar if it takes longer than two seconds.
+        memory: most bytes that the engine may hold beside the model and the results, or a text such as
+            ``"4GiB"``; 2 GiB on a CPU, 40 % of what is free on a GPU by default.
+        store: where clean values are read from if they are there, and kept if they are not. With it, clean
+            forwards hold fixed batches of one column's images, so that a value has the same bits whether it
+            is read or computed.
+        out: a folder to write results into as they come, chunk by chunk. The same call with a folder that
+            was begun goes on where it was, repeats nothing that is there, and gives the same bits; what
+            captures hold is then mapped from the folder's ``results.safetensors``.
 
     Returns:
         Outputs ``[run, example, *output]`` and captures, on the CPU.
 
     Raises:
         SpecError, DataError, TensorFileError: before the first forward, if anything does not fit.
-        ExecutionError: an intervention did not fire, or the model would drop activations at random.
+        ExecutionError: an intervention did not fire, the model would drop activations at random, or ``out``
+            holds another experiment (what differs is named) or cannot be written.
     """
     folder = runs.folder if isinstance(runs, Experiment) else None
     if isinstance(runs, Experiment) and batch_size == "auto":
@@ -73,34 +93,37 @@ def execute(
     bound = bind(vit, flat, columns)
     resolved = resolve_refs(bound, tensors, vit, folder, files)
     check_tensors(bound, resolved, vit, columns.n)
-    schedule = schedule_for(vit, bound, columns.n, batch_size)
     check_images(columns, bound)
+    options: dict[str, Any] = {"memory": memory, "tensors": resolved, "progress": progress}
+    schedule = schedule_for(vit, bound, columns, batch_size, measure=True, **options)
+    kept: FinishedChunks | None = None
+    if out is not None:
+        identity = identity_of(vit, columns, bound, resolved)
+        kept = FinishedChunks(out, identity, circumstances(vit), schedule)
+        if (results := kept.finished()) is not None:
+            return results
+        schedule = kept.schedule
+    clean: CleanPass = clean_pass
+    if store is not None:
+        clean = StoredClean(store.tiers, vit, columns, schedule, batch_size)
     with vit.lock, torch.no_grad(), _Bar(vit, schedule, progress) as tick:
-        collected, halvings = _with_halving(vit, columns, schedule, resolved, tick)
-    return _results(vit, columns, schedule, resolved, collected, halvings)
-
-
-def refuse_dropout(vit: HookedViT) -> None:
-    """Raise ExecutionError if the model is in train mode and would drop activations at random."""
-    path = vit.dropout()
-    if path is not None:
-        raise ExecutionError(
-            f"{type(vit.module).__name__} is in train mode and would drop activations at random (at {path}), "
-            "so no two forwards could be compared. Call module.eval() first."
-        )
-
-
-def check_images(data: Data, bound: Bound) -> None:
-    """Raise DataError before the first forward if an image column holds something else."""
-    for column in sorted(bound.image_columns):
-        data.check_images(column)
+        collected, halvings = _chunks(vit, columns, schedule, resolved, clean, kept, tick)
+    if store is not None:
+        store.tiers.flush()
+    labels = columns.labels()
+    provenance = provenance_of(vit, columns, schedule, resolved, halvings)
+    if isinstance(clean, StoredClean):
+        provenance["images_per_stored_forward"] = clean.rows
+    if kept is not None:
+        return kept.finish(labels, provenance)
+    return collected_results(bound, collected, labels, provenance)
 
 
 class _Bar:
     """A progress bar over (row, block) pairs, shown after two seconds."""
 
     def __init__(self, vit: HookedViT, schedule: Schedule, progress: bool) -> None:
-        total = describe(vit, schedule, per_example=False).block_evaluations
+        total = describe(vit, schedule, per_example=False).block_evaluations if progress else None
         self._bar = tqdm(
             total=total,
             desc="interventions",
@@ -120,77 +143,47 @@ class _Bar:
         self._bar.close()
 
 
-def _with_halving(
-    vit: HookedViT, data: Data, schedule: Schedule, tensors: Mapping[TensorRef, Tensor], tick: Tick
-) -> tuple[Collected, int]:
-    """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again."""
-    collected = Collected(schedule.bound)
-    halvings = 0
-    means: dict[Read, Tensor] | None = None
-    while means is None:
-        with suppress(torch.OutOfMemoryError):
-            means = dataset_means(vit, data, schedule, tick) if schedule.means_come_first else {}
-        if means is None:
-            # Out here the failed forward's frames are gone, and its memory with them.
-            schedule, halvings = _halved(schedule), halvings + 1
-    for chunk in schedule.chunks:
-        part: Collected | None = None
-        while part is None:
-            with suppress(torch.OutOfMemoryError):
-                part = chunk_of(vit, data, schedule, chunk, tensors, means, tick)
-            if part is None:
-                schedule, halvings = _halved(schedule), halvings + 1
-        for run, output in part.outputs.items():
-            collected.outputs[run] += output
-        for key, pieces in part.captures.items():
-            collected.captures.setdefault(key, []).extend(pieces)
-    return collected, halvings
-
-
-def _halved(schedule: Schedule) -> Schedule:
-    if schedule.width == 1:
-        raise ExecutionError(
-            "Out of memory with one row per forward: the model does not fit with its activations."
-        )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return replace(schedule, width=max(1, schedule.width // 2))
-
-
-def _results(
+def _chunks(
     vit: HookedViT,
     data: Data,
     schedule: Schedule,
     tensors: Mapping[TensorRef, Tensor],
-    collected: Collected,
-    halvings: int,
-) -> Results:
-    runs = schedule.bound.runs
-    captures = {
-        run.name: Captures(
-            run.name, {c.name: _capture(c.read, collected.captures[run.name, c.name]) for c in run.captures}
-        )
-        for run in runs
-    }
-    return Results(
-        logits=torch.stack([torch.cat(collected.outputs[run.name]) for run in runs]),
-        run_names=tuple(run.name for run in runs),
-        captures=captures,
-        labels=data.labels(),
-        provenance=provenance_of(vit, data, schedule, tensors, halvings),
-    )
+    clean: CleanPass,
+    kept: FinishedChunks | None,
+    tick: Tick,
+) -> tuple[Collected, int]:
+    """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again.
 
-
-def _capture(read: Read, pieces: list[tuple[Tensor, list[int] | None]]) -> Tensor | list[Tensor]:
-    """Captured rows in the site's own axis order; a list where examples differ in their number of tokens."""
-    if pieces[0][1] is None:
-        return by_token(read.site, torch.cat([tensor for tensor, _ in pieces])).contiguous()
-    counts = [count for _, own in pieces for count in (own or ())]
-    rows = torch.cat([tensor for tensor, _ in pieces])
-    if len(set(counts)) == 1:
-        return by_token(read.site, rows.reshape(-1, counts[0], *rows.shape[1:])).contiguous()
-    parts = torch.split(rows, counts)
-    return [
-        part.transpose(0, 1).contiguous() if read.site.is_attention_matrix else part.contiguous()
-        for part in parts
-    ]
+    Chunks go to ``kept``, if it is given, and those that it has are left out.
+    """
+    collected = Collected(schedule.bound)
+    ahead = clean.requests if isinstance(clean, StoredClean) else requests_of
+    waiting = [chunk for chunk in schedule.chunks if kept is None or not kept.has(chunk)]
+    if kept is not None:
+        schedule = replace(schedule, width=kept.width())
+    means = kept.means() if kept is not None and schedule.means_come_first else None
+    if not waiting or not schedule.means_come_first:
+        means = {}
+    halvings = 0
+    while means is None:
+        batches = ahead(schedule, schedule.chunks, schedule.mean_reads)
+        with memory_may_run_out(), data.ahead(batches):
+            means = dataset_means(vit, data, schedule, tick, clean)
+        # Out here a failed forward's frames are gone, and its memory with them.
+        if means is None:
+            schedule, halvings = replace(schedule, width=make_room(schedule.width)), halvings + 1
+        elif kept is not None:
+            kept.add_means(means)
+    while waiting:
+        with memory_may_run_out(), data.ahead(ahead(schedule, list(waiting))):
+            while waiting:
+                if kept is None:
+                    part = chunk_of(vit, data, schedule, waiting[0], tensors, means, tick, clean)
+                    collected.extend(part)
+                elif not kept.has(waiting[0]) and not kept.is_done():  # another process may have been here
+                    part = chunk_of(vit, data, schedule, waiting[0], tensors, means, tick, clean)
+                    kept.add(waiting[0], part, schedule.width, halvings)
+                waiting.pop(0)
+        if waiting:
+            schedule, halvings = replace(schedule, width=make_room(schedule.width)), halvings + 1
+    return collected, halvings

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.clean import Clean, clean_pass, means_of
+from vit_mechinterp.engine.checks import check_images, refuse_dropout
+from vit_mechinterp.engine.clean import Clean, CleanPass, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.execute import check_images, refuse_dropout
+from vit_mechinterp.engine.editing import Material
+from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.schedule import Schedule, Segment
+from vit_mechinterp.engine.sharing import Sharing
+from vit_mechinterp.engine.store_clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
-from vit_mechinterp.engine.wave import Material, run_wave
+from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import Experiment, Run, Sweep
+
+if TYPE_CHECKING:
+    from vit_mechinterp.engine.store import ActivationStore
 
 __all__ = ["Prepared", "prepare"]
 
@@ -91,26 +100,27 @@ class Prepared:
             )
         bound = self._schedule.bound
         refs = resolve_refs(bound, tensors, self.vit)
+        images = self._schedule.sharing.images
         material = Material(
-            bound, range(self.n_examples), self._clean, refs, means=self._means, source_order=source_order
+            bound, self._clean, refs, means=self._means, source_order=source_order, images=images
         )
         outputs: dict[str, Tensor] = {}
-        index = torch.as_tensor(list(examples), device=self.vit.device)
         for stage in bound.stages:
             ordered = sorted(stage, key=lambda run: run.join(self._schedule.n_layers))
             with self.vit.lock:
-                result = run_wave(self.vit, [Segment(run, tuple(examples)) for run in ordered], material)
-            outputs |= result.outputs
+                segments = [Segment(run, tuple(examples)) for run in ordered]
+                result = run_wave(self.vit, segments, material, spares=self._schedule.spares)
+            outputs |= {run.name: output for run, output in zip(ordered, result.outputs, strict=True)}
         for run in bound.runs:
             if not run.edits:
-                outputs[run.name] = self._clean.outputs[run.run.base][index]
+                outputs[run.name] = self._clean.outputs[run.run.base].whole(examples)
         return torch.stack([outputs[run.name] for run in bound.runs])
 
 
 def _most_source_tokens(vit: HookedViT, schedule: Schedule) -> int:
     every, n_tokens = range(schedule.n_examples), vit.layout.tokens.n_tokens
     counts = [
-        max(edit.source.positions.counts(every, n_tokens)) if edit.site.has_tokens else 1
+        int(edit.source.positions.counts(every, n_tokens).max()) if edit.site.has_tokens else 1
         for run in schedule.bound.runs
         for edit in run.edits
         if edit.source is not None
@@ -126,6 +136,7 @@ def prepare(
     tensors: Mapping[str, Tensor],
     batch_size: int = 64,
     progress: bool = True,
+    store: ActivationStore | None = None,
 ) -> Iterator[Prepared]:
     """Do the clean forwards of an experiment once, and hold what its runs read, with the model frozen.
 
@@ -136,6 +147,7 @@ def prepare(
         tensors: initial values of the tensors that the specs name, for checking.
         batch_size: images per clean forward.
         progress: show a bar if it takes longer than two seconds.
+        store: where clean values are read from if they are there, and kept if they are not.
 
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
@@ -152,8 +164,15 @@ def prepare(
         )
     check_tensors(bound, resolve_refs(bound, tensors, vit), vit, columns.n)
     check_images(columns, bound)
-    one_image = vit.layout.family.one_image
-    schedule = Schedule(bound, vit.layout.n_layers, columns.n, columns.n, batch_size, one_image)
+    images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
+    one_image, spares = vit.layout.family.one_image, why_nothing_is_spared(vit.layout) is None
+    sharing = Sharing(bound, images, rows=False)
+    schedule = Schedule(sharing, vit.layout.n_layers, columns.n, batch_size, one_image, spares)
+    passing: CleanPass = clean_pass
+    if store is not None:
+        passing = StoredClean(store.tiers, vit, columns, schedule, batch_size)
+    ahead = passing.requests if isinstance(passing, StoredClean) else requests_of
+    every = range(columns.n)
     parameters = [p for p in vit.module.parameters() if p.requires_grad]
     evaluations = 0
     bar = tqdm(desc="clean forwards", unit="block", unit_scale=True, delay=2.0, disable=not progress)
@@ -167,8 +186,10 @@ def prepare(
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-            with bar:
-                clean = clean_pass(vit, columns, schedule, range(columns.n), tick=tick)
+            with bar, columns.ahead(ahead(schedule, [every])):
+                clean = passing(vit, columns, schedule, every, tick=tick)
+            if store is not None:
+                store.tiers.flush()
             yield Prepared(vit, columns, schedule, clean, evaluations)
         finally:
             for parameter in parameters:

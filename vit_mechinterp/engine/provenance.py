@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.identity import columns_read
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import digest_of
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 from vit_mechinterp.spec.digest import digest
 
-__all__ = ["provenance_of", "versions"]
+__all__ = ["circumstances", "provenance_of", "versions"]
 
 PACKAGES = ("vit-mechinterp", "torch", "timm", "transformers", "datasets", "numpy")
 
@@ -29,8 +30,7 @@ def provenance_of(
 
     ``halvings`` counts how often the rows per forward were halved because memory ran out.
     """
-    # Labels are in the table of the results, so they count as read.
-    used = sorted({*schedule.bound.columns, *data.labels()})
+    used = columns_read(data, schedule.bound)
     return {
         "spec": digest([run.run.model_dump(mode="json") for run in schedule.bound.runs]),
         "model": vit.fingerprint(),
@@ -42,11 +42,14 @@ def provenance_of(
         "chunk": schedule.chunk,
         "rows_per_forward": schedule.width,
         "halvings": halvings,
-        "device": str(vit.device),
         "dtype": str(vit.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **circumstances(vit),
     }
+
+
+def circumstances(vit: HookedViT) -> dict[str, Any]:
+    """What may change the last bits of results: device, threads, and versions."""
+    return {"device": str(vit.device), "threads": torch.get_num_threads(), "versions": versions()}
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

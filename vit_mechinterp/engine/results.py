@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from vit_mechinterp.engine.tensorfiles import file_checksum, read_tensors, replacing, writing
 from vit_mechinterp.errors import TensorFileError, suggest
 from vit_mechinterp.model.cache import BySite
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Captures", "Results"]
+__all__ = ["Captures", "Results", "capture_keys", "save_document"]
 
 
 class Captures(BySite[Any]):
@@ -92,49 +93,51 @@ class Results:
         return pd.DataFrame(table)
 
     def save(self, folder: str | Path) -> Path:
-        """Write tensors (safetensors), table (parquet and CSV) and provenance (JSON) into a folder."""
-        from safetensors.torch import save_file
+        """Write tensors (safetensors), table (parquet and CSV) and provenance (JSON) into a folder.
 
+        Every file takes its name once it is complete, so a folder of older results is replaced, never mixed.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {"logits": self.logits.contiguous()}
+        tensors = {"logits": self.logits}
         index: list[dict[str, Any]] = []
         for n, run in enumerate(self.run_names):
             for site, value in self.captures.get(run, {}).items():
                 parts = value if isinstance(value, list) else [value]
-                keys = [
-                    f"capture.{n}.{site}" + (f".{i}" if isinstance(value, list) else "")
-                    for i in range(len(parts))
-                ]
-                tensors |= {key: part.contiguous() for key, part in zip(keys, parts, strict=True)}
+                keys = capture_keys(n, site, len(value) if isinstance(value, list) else None)
+                tensors |= dict(zip(keys, parts, strict=True))
                 index.append({"run": run, "site": site, "keys": keys, "ragged": isinstance(value, list)})
-        save_file(tensors, path / "results.safetensors")
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with writing(path / "results.safetensors", layout) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        save_document(path, self.run_names, index, self.labels, self.provenance)
+        self.save_table(path)
+        return path
+
+    def save_table(self, folder: str | Path) -> Path:
+        """Write the table alone, as ``results.parquet`` and ``results.csv``."""
+        path = Path(folder)
         table = self.to_pandas()
-        table.to_parquet(path / "results.parquet")
-        table.to_csv(path / "results.csv", index=False)
-        document = {
-            "runs": list(self.run_names),
-            "captures": index,
-            "labels": {name: list(map(int, values)) for name, values in self.labels.items()},
-            "provenance": dict(self.provenance),
-        }
-        (path / "results.json").write_text(json.dumps(document, indent=2))
+        with replacing(path / "results.parquet") as file:
+            table.to_parquet(file)
+        with replacing(path / "results.csv") as file:
+            table.to_csv(file, index=False)
         return path
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
-        """Read what `save` wrote.
+        """Read what `save` wrote. Tensors are mapped: their bytes are read when they are looked at.
 
         Raises:
             TensorFileError: a file is missing or damaged.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
         path = Path(folder)
         try:
             document = json.loads((path / "results.json").read_text())
-            tensors = load_file(path / "results.safetensors")
+            tensors, _ = read_tensors(path / "results.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise TensorFileError(f"{path} holds no readable results: {error}.") from None
         try:
@@ -155,3 +158,30 @@ class Results:
     def __repr__(self) -> str:
         captured = sum(len(c) for c in self.captures.values())
         return f"Results({len(self.run_names)} runs x {self.logits.shape[1]} examples, {captured} captures)"
+
+
+def capture_keys(run: int, site: str, parts: int | None) -> list[str]:
+    """Names of a capture's tensors in the file of results: one, or one per example where they are ragged."""
+    key = f"capture.{run}.{site}"
+    return [key] if parts is None else [f"{key}.{i}" for i in range(parts)]
+
+
+def save_document(
+    folder: Path,
+    runs: Sequence[str],
+    captures: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, Sequence[int]],
+    provenance: Mapping[str, Any],
+    **more: Any,
+) -> None:
+    """Write ``results.json``, which says what the tensors beside it are."""
+    document = {
+        "runs": list(runs),
+        "captures": list(captures),
+        "labels": {name: list(map(int, values)) for name, values in labels.items()},
+        "provenance": dict(provenance),
+        "checksum": file_checksum(folder / "results.safetensors"),
+        **more,
+    }
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(document, indent=2).encode())

@@ -19,7 +19,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-__all__ = ["Layout", "TensorWriter", "checksum", "raw_bytes", "read_tensors", "replacing", "sweep", "writing"]
+__all__ = [
+    "Layout",
+    "TensorWriter",
+    "checksum",
+    "file_checksum",
+    "raw_bytes",
+    "read_tensors",
+    "replacing",
+    "sweep",
+    "writing",
+]
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """dtype and shape of every tensor of a file."""
@@ -86,16 +96,15 @@ def sweep(folder: Path) -> None:
 
 
 class TensorWriter:
-    """Fills the tensors of one file, in any order, each as a whole or in pieces along its first axis."""
+    """Fills the tensors of one file, in any order, each as a whole or piece by piece."""
 
-    def __init__(self, file: IO[bytes], offsets: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, file: IO[bytes], offsets: Mapping[str, int]) -> None:
         self._file = file
         self._offsets = offsets
 
-    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """Put a tensor, or the piece of it that begins at row ``start``, into its place."""
-        offset, row_bytes = self._offsets[name]
-        self._file.seek(offset + start * row_bytes)
+    def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Put a tensor, or the piece of it that begins at element ``first`` (row-major), into its place."""
+        self._file.seek(self._offsets[name] + first * tensor.dtype.itemsize)
         self._file.write(raw_bytes(tensor))
 
 
@@ -114,13 +123,20 @@ def writing(path: Path, layout: Layout, metadata: Mapping[str, str] | None = Non
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
-    offsets = {
-        name: (first + begins[name], _size(layout[name][1][1:]) * layout[name][0].itemsize) for name in order
-    }
+    offsets = {name: first + begin for name, begin in begins.items()}
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(first + end)
         yield TensorWriter(file, offsets)
+
+
+def file_checksum(path: Path) -> str:
+    """XXH3-128 of a file's contents."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _size(shape: tuple[int, ...]) -> int:

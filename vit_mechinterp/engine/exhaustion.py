@@ -1,0 +1,43 @@
+"""What to do when memory runs out: halve the rows per forward, say so in one line, and go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vit_mechinterp.errors import ExecutionError
+
+__all__ = ["make_room", "memory_may_run_out"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def memory_may_run_out() -> Iterator[None]:
+    """Leave the ``with`` block quietly where memory runs out in it, on a GPU or on the host."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+
+
+def make_room(rows: int) -> int:
+    """Half as many rows per forward, to be called once the frames of the failed forward are gone.
+
+    Raises:
+        ExecutionError: one row does not fit.
+    """
+    if rows == 1:
+        raise ExecutionError(
+            "Out of memory with one row per forward: the model does not fit with its activations."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    logger.warning("Out of memory at %d rows per forward: going on with %d.", rows, rows // 2)
+    return rows // 2

@@ -1,0 +1,310 @@
+"""Finished chunks kept in a folder as they come, so that a killed experiment goes on where it was.
+
+The folder of an experiment holds, while it runs, ``chunks/experiment.json`` (what is computed, and how it is
+cut into chunks) and one tensor file per finished chunk; once it is done, the results. Files take their names
+when they are complete, and two processes that compute one chunk write the same bits under the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.chunk import Collected
+from vit_mechinterp.engine.collect import in_native_order
+from vit_mechinterp.engine.identity import differences
+from vit_mechinterp.engine.results import Results, capture_keys, save_document
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.tensorfiles import checksum, file_checksum, read_tensors, replacing, sweep, writing
+from vit_mechinterp.engine.values import Read
+from vit_mechinterp.errors import ExecutionError, TensorFileError
+from vit_mechinterp.spec.digest import digest
+
+__all__ = ["FinishedChunks"]
+
+logger = logging.getLogger(__name__)
+
+
+class FinishedChunks:
+    """The chunks of one experiment in one folder.
+
+    Args:
+        folder: the folder of the experiment's results; made if need be.
+        identity: what decides the results, as `identity_of` gives it.
+        circumstances: what may change their last bits: device, threads, versions.
+        schedule: how the work is cut, if this is the first start.
+
+    Attributes:
+        schedule: how the work is cut; fixed at the first start.
+
+    Raises:
+        ExecutionError: the folder holds another experiment, or nothing can be written there.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: Mapping[str, Any],
+        circumstances: Mapping[str, Any],
+        schedule: Schedule,
+    ) -> None:
+        self.results = Path(folder).expanduser()
+        self.folder = self.results / "chunks"
+        self.identity = dict(identity)
+        self.digest = digest(self.identity)
+        document = {
+            "experiment": self.identity,
+            "schedule": _plain_fields(schedule),
+            "circumstances": dict(circumstances),
+        }
+        with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
+            sweep(self.results)
+            stored = self._first(document)
+        if found := differences(stored["experiment"], self.identity):
+            raise ExecutionError(
+                f"{self.results} holds another experiment: {'; '.join(found)}. Choose another folder, or "
+                f"delete {self.folder} to begin anew."
+            )
+        if changed := differences(stored["circumstances"], document["circumstances"]):
+            logger.warning(
+                "%s was begun under other circumstances, so later chunks may differ in their last bits: %s.",
+                self.results,
+                "; ".join(changed),
+            )
+        own = _plain_fields(schedule)
+        fixed = {name: value for name, value in stored["schedule"].items() if name in own}
+        self.schedule = replace(schedule, **fixed)
+        if fixed != own:
+            logger.warning(
+                "%s was begun with other chunks, which are kept so that the results are the same: %s.",
+                self.results,
+                ", ".join(f"{name} {value}" for name, value in fixed.items() if value != own[name]),
+            )
+        self._checked: dict[range, bool] = {}
+
+    def _first(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """The document of whoever started first; ours, if it was us."""
+        path = self.folder / "experiment.json"
+        if not path.exists():
+            own = path.with_name(f".experiment-{os.getpid()}.json.tmp")
+            with replacing(own) as file:
+                file.write(json.dumps(document, indent=2).encode())
+            try:
+                with suppress(FileExistsError):
+                    os.link(own, path)
+            finally:
+                own.unlink(missing_ok=True)
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text())
+            stored["experiment"], stored["schedule"], stored["circumstances"]
+        except (ValueError, LookupError, TypeError):
+            raise ExecutionError(
+                f"{path} is not what an experiment leaves there. Choose another folder, or delete "
+                f"{self.folder} to begin anew."
+            ) from None
+        return stored
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, TensorFileError)):
+                raise
+            raise ExecutionError(
+                f"Results cannot be written into {self.results}: {error.strerror or error}. Choose another "
+                "folder, or make room; what is finished there stays, and the same call goes on from it."
+            ) from error
+
+    def path(self, chunk: range | None) -> Path:
+        """The file of a chunk; None for the dataset means."""
+        part = "means" if chunk is None else [chunk.start, chunk.stop]
+        schedule = _plain_fields(self.schedule)
+        name = digest({"experiment": self.digest, "schedule": schedule, "part": part})
+        return self.folder / f"{name[:40]}.safetensors"
+
+    def finished(self) -> Results | None:
+        """The results, if the whole experiment is done and its file is sound."""
+        try:
+            document = json.loads((self.results / "results.json").read_text())
+            if document["experiment"] != self.digest:
+                return None
+            if document["checksum"] == file_checksum(self.results / "results.safetensors"):
+                return Results.load(self.results)
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        logger.warning("%s/results.safetensors is damaged; it is made anew.", self.results)
+        return None
+
+    def is_done(self) -> bool:
+        """Whether the results are there, as far as their document says."""
+        try:
+            return bool(json.loads((self.results / "results.json").read_text())["experiment"] == self.digest)
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+
+    def has(self, chunk: range) -> bool:
+        """Whether a chunk is finished, looked at once; a damaged file is dropped with a warning."""
+        if not self._checked.get(chunk, False):
+            self._checked[chunk] = self._read(self.path(chunk)) is not None
+        return self._checked[chunk]
+
+    def width(self) -> int:
+        """Most rows in one forward: as at the first start, or less where memory has run out since."""
+        widths = [int(part[1]["width"]) for chunk in self.schedule.chunks if (part := self._part(chunk))]
+        return min([self.schedule.width, *widths])
+
+    def _part(self, chunk: range) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        return self._read(self.path(chunk), check=False) if self.has(chunk) else None
+
+    def _read(self, path: Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        from safetensors import SafetensorError
+
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = read_tensors(path)
+            sums = json.loads(metadata["checksums"])
+            sound = not check or {name: checksum(x) for name, x in tensors.items()} == sums
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError, LookupError):
+            sound = False
+        if sound:
+            return tensors, metadata
+        logger.warning("%s is damaged; it is dropped, and computed again.", path)
+        path.unlink(missing_ok=True)
+        return None
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
+        layout = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+        sums = json.dumps({name: checksum(x) for name, x in tensors.items()})
+        with self._disk():
+            own = {key: str(value) for key, value in metadata.items()}
+            with writing(path, layout, {"checksums": sums, **own}) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+
+    def add(self, chunk: range, part: Collected, width: int, halvings: int) -> None:
+        """Keep what a chunk gave."""
+        runs = self.schedule.bound.runs
+        tensors = {"outputs": torch.stack([torch.cat(part.outputs[run.name]) for run in runs])}
+        for key, (n, name) in _capture_names(self.schedule.bound).items():
+            pieces = part.captures[runs[n].name, name]
+            tensors[key] = torch.cat([tensor for tensor, _ in pieces])
+            if pieces[0][1] is not None:
+                counts = [count for _, own in pieces for count in (own or ())]
+                tensors[f"counts.{key}"] = torch.tensor(counts, dtype=torch.int64)
+        self._write(self.path(chunk), tensors, width=width, halvings=halvings)
+        self._checked[chunk] = True
+
+    def means(self) -> dict[Read, Tensor] | None:
+        """The dataset means, if they are finished."""
+        found = self._read(self.path(None))
+        if found is None:
+            return None
+        return {read: found[0][f"mean.{n}"].clone() for n, read in enumerate(self.schedule.mean_reads)}
+
+    def add_means(self, means: Mapping[Read, Tensor]) -> None:
+        """Keep the dataset means, which every chunk reads."""
+        tensors = {f"mean.{n}": means[read].cpu() for n, read in enumerate(self.schedule.mean_reads)}
+        if tensors:
+            self._write(self.path(None), tensors)
+
+    def finish(self, labels: Mapping[str, Sequence[int]], provenance: Mapping[str, Any]) -> Results:
+        """Join the chunks into the file of results, one at a time; the chunks' own files are removed."""
+        try:
+            with self._disk():
+                self._join(labels, provenance)
+        except FileNotFoundError:
+            # Another process has joined and removed them.
+            if (results := self.finished()) is not None:
+                return results
+            raise
+        for chunk in (*self.schedule.chunks, None):
+            self.path(chunk).unlink(missing_ok=True)
+        return Results.load(self.results)
+
+    def _join(self, labels: Mapping[str, Sequence[int]], provenance: Mapping[str, Any]) -> None:
+        runs, chunks = self.schedule.bound.runs, self.schedule.chunks
+        names = _capture_names(self.schedule.bound)
+        parts = [read_tensors(self.path(chunk)) for chunk in chunks[:1]]
+        counts: dict[str, list[int]] = {key: [] for key in names if f"counts.{key}" in parts[0][0]}
+        halvings = 0
+        for chunk in chunks:
+            tensors, metadata = read_tensors(self.path(chunk))
+            halvings = max(halvings, int(metadata["halvings"]))
+            for key, own in counts.items():
+                own += tensors[f"counts.{key}"].tolist()
+        equal = {key: len(set(own)) == 1 for key, own in counts.items()}
+        first = parts[0][0]
+        n = self.schedule.n_examples
+        output = tuple(first["outputs"].shape[2:])
+        layout = {"logits": (first["outputs"].dtype, (len(runs), n, *output))}
+        index: list[dict[str, Any]] = []
+        for key, (run, name) in names.items():
+            ragged = key in counts and not equal[key]
+            keys = capture_keys(run, name, n if ragged else None)
+            index.append({"run": runs[run].name, "site": name, "keys": keys, "ragged": ragged})
+            read = _read_of(self.schedule.bound, run, name)
+            for i, own_key in enumerate(keys):
+                own = counts.get(key)
+                few = first[key][:1] if own is None else first[key][: own[0]]
+                shown = in_native_order(read, few, own and own[:1], equal=not ragged)
+                shape = tuple(shown[0].shape)
+                if isinstance(shown, Tensor):
+                    layout[own_key] = (first[key].dtype, (n, *shape))
+                else:
+                    axis = 1 if read.site.is_attention_matrix else 0
+                    assert own is not None
+                    layout[own_key] = (first[key].dtype, (*shape[:axis], own[i], *shape[axis + 1 :]))
+        with writing(self.results / "results.safetensors", layout) as writer:
+            for chunk in chunks:
+                tensors, _ = read_tensors(self.path(chunk))
+                for run, rows in enumerate(tensors["outputs"]):
+                    writer.write("logits", rows, (run * n + chunk.start) * rows[0].numel())
+                for key, (run, name) in names.items():
+                    own = counts[key][chunk.start : chunk.stop] if key in counts else None
+                    read = _read_of(self.schedule.bound, run, name)
+                    value = in_native_order(read, tensors[key], own, equal=equal.get(key))
+                    if isinstance(value, Tensor):
+                        keys = capture_keys(run, name, None)
+                        writer.write(keys[0], value, chunk.start * value[0].numel())
+                        continue
+                    keys = capture_keys(run, name, n)[chunk.start : chunk.stop]
+                    for own_key, part in zip(keys, value, strict=True):
+                        writer.write(own_key, part)
+        provenance = {**provenance, "halvings": max(halvings, int(provenance["halvings"]))}
+        names_of_runs = [run.name for run in runs]
+        save_document(self.results, names_of_runs, index, labels, provenance, experiment=self.digest)
+
+
+def _capture_names(bound: Bound) -> dict[str, tuple[int, str]]:
+    """Run number and name of every capture, by the name of its tensor in a chunk's file."""
+    return {
+        f"capture.{n}.{k}": (n, capture.name)
+        for n, run in enumerate(bound.runs)
+        for k, capture in enumerate(run.captures)
+    }
+
+
+def _read_of(bound: Bound, run: int, name: str) -> Read:
+    return next(capture.read for capture in bound.runs[run].captures if capture.name == name)
+
+
+def _plain_fields(schedule: Schedule) -> dict[str, Any]:
+    """What fixes chunks and forwards, as plain values."""
+    own = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    return {name: value for name, value in own.items() if isinstance(value, (bool, int, float, str))}

@@ -1,0 +1,188 @@
+"""`ActivationStore`: activations kept from one experiment to the next, on GPUs, in memory and on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from vit_mechinterp.engine.bind import check_heads
+from vit_mechinterp.engine.checks import refuse_dropout
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.positions import Positions, resolve_tokens
+from vit_mechinterp.engine.sizes import in_words, parse_bytes
+from vit_mechinterp.engine.store_source import Source, rows_by_default
+from vit_mechinterp.engine.store_tiers import Tiers
+from vit_mechinterp.engine.store_view import StoredActivations
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.errors import ExecutionError, SpecError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Site, Tokens
+
+__all__ = ["ActivationStore"]
+
+logger = logging.getLogger(__name__)
+
+
+class ActivationStore:
+    """Activations of clean forwards, by the digests of model, images, site, tokens and dtype.
+
+    What is asked for a second time, by whichever experiment, is read and not computed. Blocks of examples lie
+    in preallocated memory of the GPU, in (page-locked) memory of the host, and on disk as memory-mapped
+    safetensors files; where a tier is full, the least recently used blocks leave it. A checksum per example
+    is compared whenever it is read from disk: what is damaged is dropped and computed again. Several
+    processes may share one folder.
+
+    Args:
+        folder: folder of the disk tier; None keeps activations in memory only.
+        gpu: most memory on every GPU, in bytes or as ``"2GiB"``; 0 leaves the tier out.
+        host: most memory of the host.
+        disk: most bytes of the files in ``folder``, those of other processes included.
+
+    Raises:
+        SpecError: a budget is no amount of memory.
+        ExecutionError: ``folder`` cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        gpu: int | str = "2GiB",
+        host: int | str = "4GiB",
+        disk: int | str = "50GiB",
+    ) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser().resolve()
+        budgets = [parse_bytes(own, name) for own, name in ((gpu, "gpu"), (host, "host"), (disk, "disk"))]
+        try:
+            self.tiers = Tiers(self.folder, *budgets)
+        except OSError as error:
+            raise ExecutionError(
+                f"Activations cannot be kept in {self.folder}: {error.strerror or error}. Choose another "
+                "folder."
+            ) from None
+
+    def capture(
+        self,
+        vit: HookedViT,
+        data: Any,
+        sites: str | Iterable[str],
+        dtype: torch.dtype | None = None,
+        *,
+        column: str = "base",
+        tokens: Tokens = "all",
+        heads: int | Iterable[int] | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        progress: bool = True,
+    ) -> StoredActivations:
+        """Make sure that activations of every example are stored, and return them by site and example.
+
+        Images stream: beside the budgets, one batch is held in memory.
+
+        Args:
+            vit: the model, in eval mode (or without dropout).
+            data: a ``datasets.Dataset`` or a mapping of columns.
+            sites: site names or globs.
+            dtype: dtype to keep; the model's by default.
+            column: the image column.
+            tokens: the tokens to keep, as in a spec; boxes are drawn on ``column``.
+            heads: the heads to keep, at sites with heads.
+            batch_size: images per forward; by default that of what is stored already, or the model's.
+            progress: show a bar if it takes longer than two seconds.
+
+        Raises:
+            SpecError: a site, token or head does not exist.
+            DataError: a column is missing, or holds something else.
+            ExecutionError: the model would drop activations at random, or one image does not fit.
+        """
+        refuse_dropout(vit)
+        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+            raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
+        columns = Data(data, vit, progress=progress)
+        columns.require(column, "capture")
+        reads = _reads(vit, columns, sites, column, tokens, heads)
+        columns.check_images(column)
+        rows = rows_by_default(vit) if batch_size == "auto" else batch_size
+        rows = rows if vit.layout.family.one_image is None else 1
+        with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
+            source = Source(self.tiers, vit, columns, column, reads.values(), rows, dtype, tick=bar.update)
+            if batch_size == "auto":
+                source.adopt_rows(max(rows, columns.n))
+            _fill(source)
+        source.tick = lambda n: None
+        self.tiers.flush()
+        self._warn_of_loss(source)
+        return StoredActivations(source, reads)
+
+    def _warn_of_loss(self, source: Source) -> None:
+        lost = max((len(examples) for examples in source.absent().values()), default=0)
+        if lost:
+            needed = sum(entry.nbytes for read in source.reads if (entry := source.entry(read)))
+            logger.warning(
+                "The store's budgets hold less than the %s that were captured: %d of %d examples will be "
+                "computed again when they are asked for. Give it more, or a folder.",
+                in_words(needed),
+                lost,
+                source.data.n,
+            )
+
+    def usage(self) -> dict[str, int]:
+        """Bytes held by tier: ``gpu``, ``host`` and ``disk``."""
+        self.tiers.flush()
+        return self.tiers.usage()
+
+    def close(self) -> None:
+        """Finish writing and give all memory back; files stay."""
+        self.tiers.close()
+
+    def clear(self) -> None:
+        """Forget everything, files included."""
+        self.tiers.close()
+        self.tiers.forget()
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({self.folder or 'memory only'}: {self.tiers!r})"
+
+
+def _reads(
+    vit: HookedViT,
+    data: Data,
+    sites: str | Iterable[str],
+    column: str,
+    tokens: Tokens,
+    heads: int | Iterable[int] | None,
+) -> dict[str, Read]:
+    chosen = None if heads is None else (heads,) if isinstance(heads, int) else tuple(heads)
+    reads: dict[str, Read] = {}
+    for name in vit.expand([sites] if isinstance(sites, str) else sites):
+        site = Site.parse(name)
+        where = f"capture of {name}"
+        check_heads(vit, site, chosen, where)
+        own = Positions()
+        if site.has_tokens:
+            own = resolve_tokens(tokens, vit, data, column, f"{where}, tokens")
+        reads[name] = Read(ColumnOrigin(column), site, own, chosen)
+    return reads
+
+
+def _fill(source: Source) -> None:
+    """Fill the store; where memory runs out, begin again with half as many images per forward."""
+    filled = False
+    while not filled:
+        batches = ((source.column, tuple(grain)) for grain in source.missing_grains())
+        with memory_may_run_out(), source.data.ahead(batches):
+            source.fill()
+            filled = True
+        if not filled:
+            source.use_rows(make_room(source.rows))

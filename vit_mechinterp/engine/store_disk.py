@@ -1,0 +1,221 @@
+"""Blocks of activations on disk: one safetensors file each, mapped, with a checksum for every example."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.store_keys import Entry, Key
+from vit_mechinterp.engine.tensorfiles import checksum, read_tensors, replacing, sweep, writing
+
+__all__ = ["DiskTier", "Shard"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_OPEN = 256
+"""Mapped files at most."""
+
+
+@dataclass
+class Shard:
+    """One block's file, mapped: bytes are read when they are looked at."""
+
+    path: Path
+    size: int
+    values: Tensor
+    sums: IntArray
+
+
+class DiskTier:
+    """A folder of blocks under a budget, the least recently used out; several processes may share it.
+
+    A block's file is written once and complete, and what its name stands for never changes, so it does not
+    matter who writes it, and a file that another process removes is a file that is not there.
+
+    Args:
+        folder: the folder; made if need be.
+        budget: most bytes of all files together.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder = folder
+        self.budget = budget
+        self.dropped = 0
+        self._open: OrderedDict[Path, Shard] = OrderedDict()
+        folder.mkdir(parents=True, exist_ok=True)
+        for own in [folder, *self._entries()]:
+            sweep(own)
+
+    def _entries(self) -> list[Path]:
+        return [own for own in self.folder.glob("*/*") if own.is_dir()]
+
+    def _home(self, key: Key) -> Path:
+        return self.folder / key.family / str(key.rows)
+
+    def path(self, entry: Entry, block: int) -> Path:
+        """The file of a block."""
+        return self._home(entry.key) / f"{block:06d}.safetensors"
+
+    def rows_of(self, key: Key) -> list[int]:
+        """Numbers of images per forward under which the same is stored."""
+        with suppress(OSError):
+            return sorted(int(own.name) for own in (self.folder / key.family).iterdir() if own.name.isdigit())
+        return []
+
+    def entry(self, key: Key, starts: IntArray | None) -> Entry | None:
+        """What is stored under a key; None if nothing is, or nothing readable."""
+        try:
+            document = json.loads((self._home(key) / "entry.json").read_text())
+            entry = Entry(
+                key, int(document["n"]), tuple(map(int, document["shape"])), int(document["block"]), starts
+            )
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return entry if entry.block > 0 and (starts is None or len(starts) == entry.n + 1) else None
+
+    def add(self, entry: Entry) -> Entry:
+        """Say what is to be stored under a key; whoever comes first decides how large its blocks are."""
+        home = self._home(entry.key)
+        home.mkdir(parents=True, exist_ok=True)
+        path = home / "entry.json"
+        known = self.entry(entry.key, entry.starts)
+        if known is not None:
+            return known
+        document = {"n": entry.n, "shape": entry.shape, "block": entry.block, "key": asdict(entry.key)}
+        own = home / f".entry-{os.getpid()}.json.tmp"
+        with replacing(own) as file:
+            file.write(json.dumps(document, indent=2).encode())
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            if self.entry(entry.key, entry.starts) is None:
+                own.replace(path)  # what is there is not readable
+        finally:
+            own.unlink(missing_ok=True)
+        return self.entry(entry.key, entry.starts) or entry
+
+    def has(self, entry: Entry, block: int) -> bool:
+        """Whether there is a file for a block, sound or not."""
+        return self.path(entry, block).exists()
+
+    def write(self, entry: Entry, block: int, tensor: Tensor) -> None:
+        """Write a complete block, and remove the least recently used ones beyond the budget.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        first = entry.span(entry.examples(block)).start
+        sums = [
+            checksum(tensor[span.start - first : span.stop - first])
+            for i in entry.examples(block)
+            if (span := entry.span(range(i, i + 1)))
+        ]
+        path = self.path(entry, block)
+        layout = {
+            "values": (entry.dtype, tuple(tensor.shape)),
+            "checksums": (torch.int64, (len(sums),)),
+        }
+        nbytes = tensor.nbytes + 8 * len(sums) + 512
+        if nbytes > self.budget:
+            return
+        self._make_room(nbytes)
+        with writing(path, layout) as writer:
+            writer.write("values", tensor)
+            writer.write("checksums", torch.tensor(sums, dtype=torch.int64))
+
+    def usage(self) -> int:
+        """Bytes of all files, those of other processes included."""
+        return sum(size for _, size, _ in self._files())
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        found = []
+        for home in self._entries():
+            with suppress(OSError), os.scandir(home) as files:
+                for file in files:
+                    with suppress(OSError):
+                        if file.name.endswith(".safetensors"):
+                            own = file.stat()
+                            found.append((own.st_mtime, own.st_size, Path(file.path)))
+        return found
+
+    def _make_room(self, nbytes: int) -> None:
+        files = sorted(self._files())
+        total = sum(size for _, size, _ in files) + nbytes
+        for _, size, path in files:
+            if total <= self.budget:
+                return
+            self._open.pop(path, None)
+            path.unlink(missing_ok=True)
+            self.dropped += 1
+            total -= size
+
+    def open(self, entry: Entry, block: int) -> Shard | None:
+        """A block's file; None if there is none, or none that is sound as far as its header says."""
+        path = self.path(entry, block)
+        try:
+            size = path.stat().st_size
+        except OSError:
+            self._open.pop(path, None)
+            return None
+        shard = self._open.get(path)
+        if shard is None or shard.size != size:
+            shard = self._map(path, size, entry, block)
+            if shard is None:
+                return None
+            self._open[path] = shard
+            while len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+            with suppress(OSError):
+                os.utime(path)  # counts as used, for every process
+        self._open.move_to_end(path)
+        return shard
+
+    def _map(self, path: Path, size: int, entry: Entry, block: int) -> Shard | None:
+        from safetensors import SafetensorError
+
+        try:
+            tensors, _ = read_tensors(path)
+            values, sums = tensors["values"], tensors["checksums"]
+            fits = (tuple(values.shape), values.dtype) == (entry.block_shape(block), entry.dtype)
+            if fits and len(sums) == len(entry.examples(block)):
+                return Shard(path, size, values, sums.numpy())
+            reason = f"it holds {values.dtype} of shape {tuple(values.shape)}"
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, LookupError, ValueError) as error:
+            reason = str(error)
+        self.discard(path, reason)
+        return None
+
+    def sound(self, shard: Shard, entry: Entry, block: int, examples: IntArray) -> bool:
+        """Whether some examples of a file are what was written; a damaged file is dropped with a warning."""
+        first_example = entry.examples(block).start
+        first = entry.span(entry.examples(block)).start
+        for i in examples.tolist():
+            span = entry.span(range(i, i + 1))
+            found = checksum(shard.values[span.start - first : span.stop - first])
+            if found != shard.sums[i - first_example]:
+                self.discard(shard.path, f"the checksum of example {i} differs")
+                return False
+        return True
+
+    def discard(self, path: Path, reason: str) -> None:
+        """Remove a damaged file, and say so."""
+        logger.warning("Stored activations %s are damaged (%s): dropped, and computed again.", path, reason)
+        self._open.pop(path, None)
+        path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove every file."""
+        self._open.clear()
+        for _, _, path in self._files():
+            path.unlink(missing_ok=True)

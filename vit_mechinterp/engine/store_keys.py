@@ -1,0 +1,135 @@
+"""What stored activations are known by: everything that decides their bits, as one digest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.spec.digest import digest
+
+__all__ = ["Entry", "Key", "positions_digest"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """The identity of one site's activations on one column of images.
+
+    Args:
+        model: the model's fingerprint.
+        images: digest of the images and of their preprocessing.
+        site: canonical name of the site, or ``output``.
+        tokens: digest of the token positions.
+        heads: the heads selected.
+        dtype: dtype of what is stored.
+        device: type of the device that computed it.
+        explicit: blocks whose attention was computed explicitly in the same forwards.
+        rows: images per forward; forwards begin at its multiples.
+    """
+
+    model: str
+    images: str
+    site: str
+    tokens: str
+    heads: tuple[int, ...] | None
+    dtype: str
+    device: str
+    explicit: tuple[int, ...]
+    rows: int
+
+    @cached_property
+    def name(self) -> str:
+        """A digest of all of it, and a name for files."""
+        return digest(asdict(self))[:40]
+
+    @cached_property
+    def family(self) -> str:
+        """The same for every number of images per forward."""
+        return replace(self, rows=0).name
+
+
+def positions_digest(positions: Positions) -> str:
+    """A digest of token positions; ``all`` for whole activations."""
+    if positions.is_all:
+        return "all"
+    if positions.shared is not None:
+        return ",".join(map(str, positions.shared))
+    return hashlib.sha256(repr(positions.each).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Activations of all examples under one key, in blocks of consecutive examples.
+
+    What is stored of an example is one *item* of ``shape``, or, where examples differ in their number of
+    tokens, as many items as ``starts`` says.
+
+    Args:
+        key: the key.
+        n: number of examples.
+        shape: shape of an item.
+        block: examples per block.
+        starts: where the items of each example begin, ``[n + 1]``; None for one item per example.
+    """
+
+    key: Key
+    n: int
+    shape: tuple[int, ...]
+    block: int
+    starts: IntArray | None = None
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """dtype of the items."""
+        found: Any = getattr(torch, self.key.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @cached_property
+    def item_bytes(self) -> int:
+        """Bytes of an item."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all examples."""
+        return (self.n if self.starts is None else int(self.starts[-1])) * self.item_bytes
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.n // self.block)
+
+    def examples(self, block: int) -> range:
+        """The examples of a block."""
+        return range(block * self.block, min(self.n, (block + 1) * self.block))
+
+    def span(self, examples: range) -> slice:
+        """The items of consecutive examples."""
+        if self.starts is None:
+            return slice(examples.start, examples.stop)
+        return slice(int(self.starts[examples.start]), int(self.starts[examples.stop]))
+
+    def block_shape(self, block: int) -> tuple[int, ...]:
+        """Shape of a block's tensor."""
+        span = self.span(self.examples(block))
+        return (span.stop - span.start, *self.shape)
+
+    def items(self, examples: IntArray) -> IntArray:
+        """The items of some examples, in order."""
+        if self.starts is None:
+            return examples
+        counts = self.starts[examples + 1] - self.starts[examples]
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(self.starts[examples], counts) + within
+
+    def counts(self, examples: IntArray) -> IntArray:
+        """Number of items of some examples."""
+        if self.starts is None:
+            return np.ones(len(examples), dtype=np.int64)
+        return self.starts[examples + 1] - self.starts[examples]

@@ -1,0 +1,143 @@
+"""Blocks of activations in a GPU's or the host's memory, under a budget, the least recently used out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vit_mechinterp.engine.positions import IntArray
+
+__all__ = ["Block", "MemoryTier"]
+
+BlockName = tuple[str, int]
+"""Name of an entry, and number of a block of it."""
+
+
+@dataclass
+class Block:
+    """One block: its tensor, and which of its examples are there.
+
+    ``busy`` counts those who still read it elsewhere, so that it must stay. Copies to and from a GPU are
+    asynchronous; `settle` waits for the last of them. ``saved`` says that it is on disk, or on its way.
+    """
+
+    tensor: Tensor
+    buffer: Tensor
+    have: NDArray[np.bool_]
+    busy: int = 0
+    saved: bool = False
+    copying: list[torch.cuda.Event] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of its examples are there."""
+        return bool(self.have.all())
+
+    def copies(self, stream: torch.cuda.Stream) -> None:
+        """Note that copies from or to the block are under way on a stream."""
+        event = torch.cuda.Event()
+        event.record(stream)
+        self.copying.append(event)
+
+    def settle(self) -> None:
+        """Wait until no copy is under way."""
+        while self.copying:
+            self.copying.pop().synchronize()
+
+
+class MemoryTier:
+    """Preallocated blocks of one memory. A block that is dropped leaves its buffer to the next.
+
+    Args:
+        budget: most bytes of all buffers together.
+        device: where they lie.
+        pinned: whether they lie in page-locked memory, which a GPU copies from and to by itself.
+    """
+
+    def __init__(self, budget: int, device: torch.device, *, pinned: bool = False) -> None:
+        self.budget = budget
+        self.device = device
+        self.pinned = pinned
+        self.used = 0
+        self.evicted = 0
+        self._blocks: OrderedDict[BlockName, Block] = OrderedDict()
+        self._free: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def get(self, name: BlockName) -> Block | None:
+        """A block, which counts as used; None if it is not here."""
+        block = self._blocks.get(name)
+        if block is not None:
+            self._blocks.move_to_end(name)
+        return block
+
+    def has(self, name: BlockName, local: IntArray) -> bool:
+        """Whether a block is here with some of its examples; does not count as use."""
+        block = self._blocks.get(name)
+        return block is not None and bool(block.have[local].all())
+
+    def make(
+        self,
+        name: BlockName,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        examples: int,
+        *,
+        evict: bool = True,
+    ) -> Block | None:
+        """An empty block; None if the budget has no room for it, or (without ``evict``) no free room."""
+        self.drop(name)
+        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        buffer = self._buffer(nbytes, evict=evict)
+        if buffer is None:
+            return None
+        tensor = buffer[: nbytes - nbytes % dtype.itemsize].view(dtype)[: int(np.prod(shape))].view(shape)
+        block = Block(tensor, buffer, np.zeros(examples, dtype=np.bool_))
+        self._blocks[name] = block
+        return block
+
+    def _buffer(self, nbytes: int, *, evict: bool) -> Tensor | None:
+        # Blocks of one kind are equally large, so their buffers fit each other.
+        size = -(-nbytes // 4096) * 4096
+        if size > self.budget:
+            return None
+        while True:
+            fitting = [n for n, own in enumerate(self._free) if size <= len(own) <= 2 * size]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda n: len(self._free[n])))
+            if self.used + size <= self.budget:
+                self.used += size
+                return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
+            if self._free:
+                self.used -= len(self._free.pop())
+            elif not evict or not self._evict():
+                return None
+
+    def _evict(self) -> bool:
+        for name, block in self._blocks.items():
+            if not block.busy:
+                self.drop(name)
+                self.evicted += 1
+                return True
+        return False
+
+    def drop(self, name: BlockName) -> None:
+        """Forget a block; its buffer is free."""
+        block = self._blocks.pop(name, None)
+        if block is not None:
+            block.settle()
+            self._free.append(block.buffer)
+
+    def clear(self) -> None:
+        """Forget everything, and give the memory back."""
+        for name in list(self._blocks):
+            self.drop(name)
+        self._free.clear()
+        self.used = 0

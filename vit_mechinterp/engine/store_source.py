@@ -1,0 +1,278 @@
+"""Activations of one image column: read from a store where it has them, computed where it does not.
+
+Images pass through the model in batches that begin at multiples of ``rows``, whoever asks for which of them,
+so that a value has the same bits whether it was stored before, is computed now, or was lost in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.schedule import Stop
+from vit_mechinterp.engine.store_keys import Entry, Key, positions_digest
+from vit_mechinterp.engine.store_tiers import Tiers
+from vit_mechinterp.engine.values import ColumnOrigin, Read, by_token, gather
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.instrument import Instrument, StopForward
+from vit_mechinterp.spec import Site
+
+__all__ = ["Source", "Wanted", "rows_by_default"]
+
+Wanted = Read | None
+"""A value of a clean forward; None is its output."""
+
+Tick = Callable[[int], None]
+
+_BLOCK_BYTES = 16 * 1024**2
+_LEAST_BLOCK_BYTES = 256 * 1024
+
+
+def rows_by_default(vit: HookedViT) -> int:
+    """Images per forward: the same on every machine of one kind, so that what one stores another finds."""
+    if vit.layout.family.one_image is not None:
+        return 1
+    per_image = vit.layout.tokens.n_tokens * vit.layout.d_model
+    return max(4, (2**24 if vit.device.type == "cuda" else 2**20) // per_image)
+
+
+class Source:
+    """Values of clean forwards of one image column.
+
+    Args:
+        tiers: where they are kept.
+        vit: the model.
+        data: the examples.
+        column: the image column.
+        reads: every value that may be asked for; blocks whose attention matrices are among them compute
+            their attention explicitly, also where the matrices themselves are stored already.
+        rows: images per forward.
+        dtype: dtype that values are kept in; the model's by default.
+        model: the model's fingerprint, if it is known.
+        tick: called with the number of (row, block) pairs of every forward.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        vit: HookedViT,
+        data: Data,
+        column: str,
+        reads: Iterable[Wanted],
+        rows: int,
+        dtype: torch.dtype | None = None,
+        model: str | None = None,
+        tick: Tick = lambda n: None,
+    ) -> None:
+        self.tiers = tiers
+        self.vit = vit
+        self.data = data
+        self.column = column
+        self.reads = tuple(dict.fromkeys(reads))
+        self.rows = rows
+        self.dtype = vit.dtype if dtype is None else dtype
+        self.tick = tick
+        self._model = vit.fingerprint() if model is None else model
+        self._explicit = tuple(
+            sorted(
+                {
+                    read.site.layer
+                    for read in self.reads
+                    if read is not None and read.site.is_attention_matrix and read.site.layer is not None
+                }
+            )
+        )
+        self._keys: dict[Wanted, Key] = {}
+        self._entries: dict[Wanted, Entry] = {}
+
+    def key(self, read: Wanted) -> Key:
+        """What a value is known by."""
+        if read not in self._keys:
+            explicit = [n for n in self._explicit if read is None or Site(n, "attn.scores") <= read.site]
+            self._keys[read] = Key(
+                model=self._model,
+                images=self.data.image_digest(self.column),
+                site="output" if read is None else str(read.site),
+                tokens="all" if read is None else positions_digest(read.positions),
+                heads=None if read is None else read.heads,
+                dtype=str(torch.float32 if read is None else self.dtype).removeprefix("torch."),
+                device=self.vit.device.type,
+                explicit=tuple(explicit),
+                rows=self.rows,
+            )
+        return self._keys[read]
+
+    def use_rows(self, rows: int) -> None:
+        """Change the number of images per forward: what is stored under another is something else."""
+        self.rows = rows
+        self._keys.clear()
+        self._entries.clear()
+
+    def adopt_rows(self, most: int) -> None:
+        """Take the number of images per forward under which most of the values are stored already."""
+        stored = [rows for read in self.reads for rows in self.tiers.rows_of(self.key(read))]
+        found = [rows for rows in stored if rows <= most]
+        if found:
+            self.use_rows(max(set(found), key=lambda rows: (found.count(rows), rows == self.rows, rows)))
+
+    def entry(self, read: Wanted) -> Entry | None:
+        """What is stored of a value; None if its shape is unknown, because nothing ever was."""
+        if read not in self._entries:
+            key, starts = self.key(read), self._starts(read)
+            known = self.tiers.known(key, starts)
+            if known is None or known.n != self.data.n:
+                return None
+            self._entries[read] = known
+        return self._entries[read]
+
+    def _starts(self, read: Wanted) -> IntArray | None:
+        if read is None or read.positions.is_all:
+            return None
+        counts = read.positions.counts(range(self.data.n), 0)
+        return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
+
+    def ensure(self, read: Wanted, value: Tensor) -> Entry:
+        """The entry of a value, made with the shape of its items if there was none."""
+        found = self.entry(read)
+        if found is None:
+            starts, shape = self._starts(read), tuple(value.shape[1:])
+            draft = Entry(self.key(read), self.data.n, shape, 1, starts)
+            share = self.tiers.host.budget // (4 * len(self.reads))
+            wanted = max(_LEAST_BLOCK_BYTES, min(_BLOCK_BYTES, share or _BLOCK_BYTES))
+            block = max(1, min(draft.n, wanted * draft.n // max(1, draft.nbytes)))
+            found = self._entries[read] = self.tiers.add(Entry(draft.key, draft.n, shape, block, starts))
+        return found
+
+    def take(self, wanted: Mapping[Wanted, IntArray]) -> dict[Wanted, Tensor]:
+        """Values of some examples each, item by item, on the model's device and in the dtype that is kept."""
+        found: dict[Wanted, Tensor] = {}
+        missing: dict[Wanted, IntArray] = {}
+        for read, examples in wanted.items():
+            entry = self.entry(read)
+            if entry is None:
+                missing[read] = np.unique(examples)
+                continue
+            found[read] = self._empty(entry, examples)
+            absent = self.tiers.read(entry, examples, found[read])
+            if len(absent):
+                missing[read] = np.unique(absent)
+        for read in [read for read in missing if read is not None and read not in found]:
+            if (whole := self._from_whole(read, wanted[read])) is not None:
+                found[read] = whole
+                del missing[read]
+        for grain, reads in self._grains(missing):
+            for read, value in self.compute(grain, reads).items():
+                entry = self.ensure(read, value)
+                if read not in found:
+                    found[read] = self._empty(entry, wanted[read])
+                _copy(entry, grain, value, wanted[read], found[read])
+        return found
+
+    def _empty(self, entry: Entry, examples: IntArray) -> Tensor:
+        items = int(entry.counts(examples).sum())
+        return torch.empty(items, *entry.shape, dtype=entry.dtype, device=self.vit.device)
+
+    def _from_whole(self, read: Read, examples: IntArray) -> Tensor | None:
+        """A selection of tokens and heads from whole activations, if those are stored."""
+        if read.positions.is_all and read.heads is None:
+            return None
+        whole = Read(ColumnOrigin(self.column), read.site)
+        entry = self.tiers.known(self.key(whole), None)
+        if entry is None or entry.n != self.data.n or len(self.tiers.absent(entry, examples)):
+            return None
+        values = self._empty(entry, examples)
+        if len(self.tiers.read(entry, examples, values)):
+            return None
+        own = Read(ColumnOrigin(self.column), read.site, read.positions, read.heads)
+        return gather(read.site, by_token(read.site, values), slice(0, len(examples)), own, examples)
+
+    def absent(self) -> dict[Wanted, IntArray]:
+        """Examples that are not stored, by value."""
+        everyone = np.arange(self.data.n)
+        entries = {read: self.entry(read) for read in self.reads}
+        found = {r: everyone if e is None else self.tiers.absent(e, everyone) for r, e in entries.items()}
+        return {read: examples for read, examples in found.items() if len(examples)}
+
+    def _grains(self, missing: Mapping[Wanted, IntArray]) -> Iterator[tuple[range, list[Wanted]]]:
+        """Batches that hold missing examples, in order, and what is missing of them."""
+        grains = {read: np.unique(examples // self.rows) for read, examples in missing.items()}
+        for number in sorted({int(n) for own in grains.values() for n in own}):
+            batch = range(number * self.rows, min(self.data.n, (number + 1) * self.rows))
+            yield batch, [read for read, own in grains.items() if number in own]
+
+    def missing_grains(self, wanted: Mapping[Wanted, IntArray] | None = None) -> Iterator[range]:
+        """The batches that hold what is wanted (everything by default) and not stored, in order."""
+        if wanted is None:
+            missing = self.absent()
+        else:
+            missing = {}
+            for read, examples in wanted.items():
+                entry = self.entry(read)
+                missing[read] = examples if entry is None else self.tiers.absent(entry, examples)
+        return (grain for grain, _ in self._grains(missing))
+
+    def fill(self) -> None:
+        """Compute and keep everything that is not stored, one batch at a time."""
+        for grain, reads in self._grains(self.absent()):
+            self.compute(grain, reads)
+
+    def compute(self, grain: range, reads: Sequence[Wanted]) -> dict[Wanted, Tensor]:
+        """Values of one batch, by one forward; they are kept.
+
+        Raises:
+            OutOfMemoryError: the forward does not fit.
+        """
+        values = self._forward(grain, reads)
+        for read, value in values.items():
+            self.tiers.put(self.ensure(read, value), grain, value)
+        return values
+
+    def _forward(self, batch: range, reads: Sequence[Wanted]) -> dict[Wanted, Tensor]:
+        values: dict[Wanted, Tensor] = {}
+        instrument = Instrument(self.vit.module, self.vit.layout)
+
+        def keep(read: Read) -> Callable[[Tensor], None]:
+            def visitor(value: Tensor) -> None:
+                values[read] = gather(read.site, value, slice(0, len(batch)), read, batch).to(self.dtype)
+
+            return visitor
+
+        explicit = {layer for read in reads for layer in self.key(read).explicit}
+        for read in reads:
+            if read is not None:
+                instrument.visit(read.site, keep(read))
+                if read.site.is_attention_matrix:
+                    explicit.discard(read.site.layer or 0)
+        for layer in explicit:
+            instrument.visit(Site(layer, "attn.scores"), lambda value: None)
+        n_layers = self.vit.layout.n_layers
+        stop = max(Stop(2 * n_layers) if r is None else Stop.for_site(r.site, n_layers) for r in reads)
+        place = stop.at(n_layers)
+        if place is not None:
+            instrument.stop(place[0], before=place[1])
+        with self.vit.lock, torch.no_grad(), instrument.installed():
+            with suppress(StopForward):
+                output = self.vit(self.data.images(self.column, batch))
+                if None in reads:
+                    values[None] = output.float()
+            instrument.verify()
+        self.tick(len(batch) * stop.blocks)
+        return values
+
+
+def _copy(entry: Entry, grain: range, value: Tensor, examples: IntArray, out: Tensor) -> None:
+    """Put the wanted items of a batch into their places."""
+    inside = (examples >= grain.start) & (examples < grain.stop)
+    if not inside.any():
+        return
+    begin = entry.span(grain).start
+    places = np.flatnonzero(np.repeat(inside, entry.counts(examples)))
+    items = entry.items(examples[inside]) - begin
+    index = torch.as_tensor(items, device=value.device)
+    out[torch.as_tensor(places, device=out.device)] = value[index].to(out.dtype)

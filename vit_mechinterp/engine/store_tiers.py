@@ -1,0 +1,310 @@
+"""Where a block of activations is, in a GPU's memory, the host's, or on disk, and how it moves."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.sizes import in_words
+from vit_mechinterp.engine.store_disk import DiskTier
+from vit_mechinterp.engine.store_keys import Entry, Key
+from vit_mechinterp.engine.store_memory import Block, BlockName, MemoryTier
+from vit_mechinterp.engine.values import contiguous
+
+__all__ = ["Tiers"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_PENDING = 2
+"""Blocks that wait to be written at most."""
+
+
+class Tiers:
+    """The three tiers of a store, inclusive: a block in a faster one may be in the slower ones as well.
+
+    Reading moves a block up if at least half of it is wanted, or if there is free room, so that single rows
+    drawn at random do not drive out what is used.
+
+    Args:
+        folder: folder of the disk tier, or None.
+        gpu: bytes on every GPU that is used.
+        host: bytes in the host's memory.
+        disk: bytes in the folder.
+    """
+
+    def __init__(self, folder: Path | None, gpu: int, host: int, disk: int) -> None:
+        self.gpu_budget = gpu
+        self.gpus: dict[torch.device, MemoryTier] = {}
+        self.host = MemoryTier(host, torch.device("cpu"), pinned=torch.cuda.is_available())
+        self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
+        self.lock = threading.RLock()
+        self._counting = threading.Lock()  # of busy blocks; whoever holds the other lock may wait for a write
+        self._entries: dict[Key, Entry] = {}
+        self._assembling: dict[BlockName, Block] = {}
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: deque[Future[None]] = deque()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def _gpu(self, device: torch.device) -> MemoryTier | None:
+        if device.type != "cuda" or self.gpu_budget == 0:
+            return None
+        if device not in self.gpus:
+            self.gpus[device] = MemoryTier(self.gpu_budget, device)
+        return self.gpus[device]
+
+    def known(self, key: Key, starts: IntArray | None) -> Entry | None:
+        """What was ever stored under a key; None if nothing."""
+        with self.lock:
+            if key not in self._entries and self.disk is not None:
+                entry = self.disk.entry(key, starts)
+                if entry is not None:
+                    self._entries[key] = entry
+            return self._entries.get(key)
+
+    def rows_of(self, key: Key) -> list[int]:
+        """Numbers of images per forward under which the same is stored."""
+        own = {known.rows for known in self._entries if known.family == key.family}
+        return sorted(own.union(() if self.disk is None else self.disk.rows_of(key)))
+
+    def add(self, entry: Entry) -> Entry:
+        """Begin to store under a key; on disk, whoever comes first decides how large blocks are."""
+        with self.lock:
+            if entry.key not in self._entries:
+                try:
+                    self._entries[entry.key] = entry if self.disk is None else self.disk.add(entry)
+                except OSError as error:
+                    self._lose_disk(error)
+                    self._entries[entry.key] = entry
+            return self._entries[entry.key]
+
+    def _lose_disk(self, error: OSError) -> None:
+        if self.disk is not None:
+            self.disk = None
+            logger.warning(
+                "Activations can no longer be written (%s): the store goes on without the disk.", error
+            )
+
+    def put(self, entry: Entry, examples: range, values: Tensor) -> None:
+        """Keep the items of consecutive examples, ``[item, *shape]``, on whatever device they are."""
+        with self.lock:
+            begin = entry.span(examples).start
+            for number in range(examples.start // entry.block, (examples.stop - 1) // entry.block + 1):
+                own = entry.examples(number)
+                part = range(max(own.start, examples.start), min(own.stop, examples.stop))
+                span = entry.span(part)
+                self._put(entry, number, part, values[span.start - begin : span.stop - begin])
+
+    def _put(self, entry: Entry, number: int, part: range, piece: Tensor) -> None:
+        name = entry.key.name, number
+        gpu = self._gpu(piece.device)
+        if gpu is not None:
+            alone = self.disk is None and self.host.budget == 0
+            block = gpu.get(name) or self._make(gpu, entry, number, evict=alone)
+            if block is not None:
+                self._fill(block, entry, number, part, piece)
+        block = self.host.get(name) or self._assembling.get(name) or self._assemble(entry, number)
+        if block is None:
+            return
+        self._fill(block, entry, number, part, piece)
+        if block.complete and self.disk is not None and not block.saved:
+            block.saved = True
+            self._assembling.pop(name, None)
+            if not self.disk.has(entry, number):
+                self._save(entry, number, block)
+
+    def _make(self, tier: MemoryTier, entry: Entry, number: int, *, evict: bool) -> Block | None:
+        name, examples = (entry.key.name, number), len(entry.examples(number))
+        return tier.make(name, entry.block_shape(number), entry.dtype, examples, evict=evict)
+
+    def _assemble(self, entry: Entry, number: int) -> Block | None:
+        """A block that fills up: within the host's budget, or beside it where that cannot hold a block."""
+        block = self._make(self.host, entry, number, evict=True)
+        if block is None and self._pending:
+            self.flush()  # what waits to be written cannot be driven out
+            block = self._make(self.host, entry, number, evict=True)
+        if block is None and self.disk is not None:
+            tensor = torch.empty(entry.block_shape(number), dtype=entry.dtype)
+            block = Block(tensor, tensor, np.zeros(len(entry.examples(number)), dtype=np.bool_))
+            self._assembling[entry.key.name, number] = block
+        return block
+
+    def _fill(self, block: Block, entry: Entry, number: int, part: range, piece: Tensor) -> None:
+        own = entry.examples(number)
+        first, span = entry.span(own).start, entry.span(part)
+        target = block.tensor[span.start - first : span.stop - first]
+        if piece.is_cuda and not target.is_cuda:
+            stream = self._streams.setdefault(piece.device, torch.cuda.Stream(piece.device))
+            piece = piece.to(target.dtype).contiguous()
+            stream.wait_stream(torch.cuda.current_stream(piece.device))
+            with torch.cuda.stream(stream):
+                target.copy_(piece, non_blocking=True)
+            piece.record_stream(stream)
+            block.copies(stream)
+        else:
+            target.copy_(piece)
+        block.have[part.start - own.start : part.stop - own.start] = True
+
+    def _save(self, entry: Entry, number: int, block: Block) -> None:
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="activations")
+        while len(self._pending) >= _MOST_PENDING:
+            self._pending.popleft().result()
+        with self._counting:
+            block.busy += 1
+        self._pending.append(self._writer.submit(self._write, entry, number, block))
+
+    def _write(self, entry: Entry, number: int, block: Block) -> None:
+        disk = self.disk
+        try:
+            block.settle()
+            if disk is not None:
+                disk.write(entry, number, block.tensor)
+        except OSError as error:
+            self._lose_disk(error)
+        finally:
+            with self._counting:
+                block.busy -= 1
+
+    def flush(self) -> None:
+        """Wait until every complete block is on disk."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def absent(self, entry: Entry, examples: IntArray) -> IntArray:
+        """Those of some examples that no tier has, as far as can be said without reading."""
+        with self.lock:
+            numbers = examples // entry.block
+            gone = [n for n in np.unique(numbers) if not self._has(entry, int(n), examples[numbers == n])]
+            return examples[np.isin(numbers, gone)]
+
+    def _has(self, entry: Entry, number: int, examples: IntArray) -> bool:
+        name, local = (entry.key.name, number), examples - number * entry.block
+        if any(tier.has(name, local) for tier in (self.host, *self.gpus.values())):
+            return True
+        own = self._assembling.get(name)
+        if own is not None and own.have[local].all():
+            return True
+        return self.disk is not None and self.disk.has(entry, number)
+
+    def read(self, entry: Entry, examples: IntArray, out: Tensor) -> IntArray:
+        """Write items of some examples into ``out [item, *shape]``; return the examples that are absent."""
+        with self.lock:
+            numbers = examples // entry.block
+            order = np.argsort(numbers, kind="stable")
+            ends = np.cumsum(entry.counts(examples))
+            absent: list[IntArray] = []
+            for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+                here = examples[where]
+                items = self._items(entry, int(numbers[where[0]]), here, out.device)
+                if items is None:
+                    absent.append(here)
+                    continue
+                counts = entry.counts(here)
+                places = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+                places = places + np.repeat(ends[where] - counts, counts)
+                span = contiguous(places) if len(places) else slice(0, 0)
+                out[torch.as_tensor(places, device=out.device) if span is None else span] = items
+            return np.concatenate(absent) if absent else examples[:0]
+
+    def _items(self, entry: Entry, number: int, examples: IntArray, device: torch.device) -> Tensor | None:
+        """The items of some examples of one block, from the fastest tier that has them."""
+        name, own = (entry.key.name, number), entry.examples(number)
+        local = examples - own.start
+        items = entry.items(examples) - entry.span(own).start
+        many = 2 * len(examples) >= len(own)
+        gpu = self._gpu(device)
+        if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
+            return _pick(block.tensor, items)
+        block = self.host.get(name) or self._assembling.get(name)
+        if block is None or not block.have[local].all():
+            block = self._load(entry, number, evict=many)
+        if block is None:
+            return self._pick_elsewhere(entry, number, examples, items, device)
+        block.settle()
+        if gpu is not None and (higher := self._make(gpu, entry, number, evict=many)) is not None:
+            higher.tensor.copy_(block.tensor, non_blocking=True)
+            higher.have[:] = block.have
+            block.copies(torch.cuda.current_stream(device))
+            return _pick(higher.tensor, items)
+        found = _pick(block.tensor, items)
+        if device.type == "cuda":
+            if found.is_pinned():
+                found = found.to(device, non_blocking=True)
+                block.copies(torch.cuda.current_stream(device))
+                return found
+            return found.pin_memory().to(device, non_blocking=True)
+        return found
+
+    def _load(self, entry: Entry, number: int, *, evict: bool) -> Block | None:
+        """Move a block from disk into the host's memory, every example of it checked."""
+        shard = None if self.disk is None else self.disk.open(entry, number)
+        if shard is None or self.disk is None:
+            return None
+        block = self._make(self.host, entry, number, evict=evict)
+        if block is None:
+            return None
+        own = entry.examples(number)
+        if not self.disk.sound(shard, entry, number, np.arange(own.start, own.stop)):
+            self.host.drop((entry.key.name, number))
+            return None
+        block.tensor.copy_(shard.values)
+        block.have[:] = True
+        block.saved = True
+        return block
+
+    def _pick_elsewhere(
+        self, entry: Entry, number: int, examples: IntArray, items: IntArray, device: torch.device
+    ) -> Tensor | None:
+        """Items straight from the disk, or from a GPU where no host memory was given."""
+        name, local = (entry.key.name, number), examples - entry.examples(number).start
+        for tier in self.gpus.values():
+            if tier.has(name, local) and (block := tier.get(name)) is not None:
+                return _pick(block.tensor, items).to(device)
+        shard = None if self.disk is None else self.disk.open(entry, number)
+        if shard is None or self.disk is None or not self.disk.sound(shard, entry, number, examples):
+            return None
+        return _pick(shard.values, items)
+
+    def usage(self) -> dict[str, int]:
+        """Bytes held by tier."""
+        return {
+            "gpu": sum(tier.used for tier in self.gpus.values()),
+            "host": self.host.used,
+            "disk": 0 if self.disk is None else self.disk.usage(),
+        }
+
+    def close(self) -> None:
+        """Finish writing, and give all memory back."""
+        self.flush()
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+        with self.lock:
+            self._assembling.clear()
+            for tier in (self.host, *self.gpus.values()):
+                tier.clear()
+
+    def forget(self) -> None:
+        """Remove every file, and what is known of them."""
+        with self.lock:
+            self._entries.clear()
+            if self.disk is not None:
+                self.disk.clear()
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{tier} {in_words(nbytes)}" for tier, nbytes in self.usage().items())
+
+
+def _pick(tensor: Tensor, items: IntArray) -> Tensor:
+    if not len(items):
+        return tensor[:0]
+    span = contiguous(items)
+    return tensor[span] if span is not None else tensor[torch.as_tensor(items, device=tensor.device)]
