@@ -29,13 +29,16 @@ BENCHMARKS = (
     "scaling",
 )
 OWN_MODEL = ("scaling", "store")
-"""Benchmarks whose sizes are their own: they take no ``--model``, ``--examples`` or ``--repeats`` from here."""
+"""Benchmarks whose sizes are their own: they take no ``--model``, ``--examples`` or ``--repeats`` from
+here."""
 
 
 def words(name: str, chosen: Any) -> list[str]:
     """A benchmark's command line."""
     found = ["--device", chosen.device, "--dtype", chosen.dtype]
-    shared = ("threads", "tolerance", "report") + (() if name in OWN_MODEL else ("model", "examples", "repeats"))
+    shared = ["threads", "tolerance", "report"]
+    if name not in OWN_MODEL:
+        shared += ["model", "examples", "repeats"]
     for option in shared:
         if getattr(chosen, option) is not None:
             found += [f"--{option}", str(getattr(chosen, option))]
@@ -73,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = run_all(chosen.only, chosen)
     print(table([("benchmark", *HEAD), *((name, *cells(row)) for name, row in rows)]))
     missed = sum(row.met is False for _, row in rows)
-    print(f"{sum(row.met is True for _, row in rows)} targets met, {missed} not; benchmarks/README.md explains them.")
+    met = sum(row.met is True for _, row in rows)
+    print(f"{met} targets met, {missed} not; benchmarks/README.md explains them.")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Causal tracing: every block output at every one of 50 positions restored in corrupted images, over the plan's floor.
+"""Causal tracing: every block output at each of 50 positions, restored in corrupted images, over the floor.
 
     python -m benchmarks.causal_tracing --model vit_small --examples 4
 """
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> Report:
         for layer in range(vit.layout.n_layers)
         for patch in patches
     ]
-    over_floor(report, f"{vit.layout.n_layers} layers x {chosen.positions} positions", vit, runs, data, chosen)
+    name = f"{vit.layout.n_layers} layers x {chosen.positions} positions"
+    over_floor(report, name, vit, runs, data, chosen)
     report.finish()
     return report
 

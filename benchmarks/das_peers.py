@@ -1,4 +1,4 @@
-"""pyvene and TransformerLens training a subspace, each beside ours in one process; a part of `das_training`."""
+"""pyvene and TransformerLens training a subspace, each beside ours in one process: part of `das_training`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ RANK, RATE, FIT_EPOCHS = 4, 1e-2, 4
 
 
 def pyvene_forward(module: Any, layer: int, data: Mapping[str, Tensor]) -> Forward:
-    """One `IntervenableModel` with a trainable intervention of the same formula; a source forward every step."""
+    """One `IntervenableModel` with a trainable intervention of the same formula; a source forward every
+    step."""
     import pyvene as pv
 
     class Gated(pv.TrainableIntervention, pv.DistributedRepresentationIntervention):  # type: ignore[misc]
@@ -94,7 +95,8 @@ def against_fit_das(report: Report, chosen: Any) -> None:
         found = fit_das(
             model, f"blocks.{layer}.hook_out", data["base"], data["source"], data["label"],
             lambda x: model(x), rank=RANK, base_positions=1 + data["edited"][:, 0],
-            source_positions=1 + data["source_tokens"][:, 0], epochs=FIT_EPOCHS, batch_size=chosen.batch, lr=RATE,
+            source_positions=1 + data["source_tokens"][:, 0], epochs=FIT_EPOCHS, batch_size=chosen.batch,
+            lr=RATE,
         )  # fmt: skip
         curves["fit_das"] = list(found.losses)
 
@@ -121,7 +123,8 @@ def against_fit_das(report: Report, chosen: Any) -> None:
                 order, total = draw.permutation(len(labels)), 0.0
                 for start in range(0, len(order), chosen.batch):
                     batch = order[start : start + chosen.batch].tolist()
-                    loss = functional.cross_entropy(prepared(batch, {"basis": subspace.basis})[0], labels[batch])
+                    logits = prepared(batch, {"basis": subspace.basis})[0]
+                    loss = functional.cross_entropy(logits, labels[batch])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

@@ -1,9 +1,9 @@
-"""Training subspaces (distributed alignment search): vit_mechinterp against the same algorithm with plain hooks,
-against pyvene, and against TransformerLens's ``fit_das``.
+"""Training subspaces (distributed alignment search): vit_mechinterp against the same algorithm with plain
+hooks, against pyvene, and against TransformerLens's ``fit_das``.
 
 With the model frozen and s blocks behind the layer, a step needs s blocks forward and s backward. Run as the
-published code does it, a step needs a full source forward, a full base forward and s blocks backward: of L blocks
-the arithmetic allows (2L + s) / 2s, and 2.68 for the twelve layers of a base model together.
+published code does it, a step needs a full source forward, a full base forward and s blocks backward: of L
+blocks the arithmetic allows (2L + s) / 2s, and 2.68 for the twelve layers of a base model together.
 
     python -m benchmarks.das_training --model vit_small --examples 32
 """
@@ -73,7 +73,9 @@ def setup(chosen: Any) -> tuple[Any, dict[str, Tensor]]:
     return module, pairs(module, chosen.examples)
 
 
-def against_plain(report: Report, module: Any, data: dict[str, Tensor], layers: Sequence[int], chosen: Any) -> None:
+def against_plain(
+    report: Report, module: Any, data: dict[str, Tensor], layers: Sequence[int], chosen: Any
+) -> None:
     """Ours and plain hooks, step by step in turn."""
     vit = vmi.wrap(module)
     other = copy.deepcopy(module)
@@ -125,9 +127,10 @@ def main(argv: list[str] | None = None) -> Report:
         against_plain(report, module, data, [layer], chosen)
     against_plain(report, module, data, range(n_layers), chosen)
     report.note(
-        "'times as fast' is seconds of a step of the other over seconds of ours, step by step in turn, the first step "
-        "left out; the clean forwards, made once before the first step, are not in it. The bound is (2L + s) / 2s, "
-        "with s blocks of L behind the layer and backward counted as one forward. Rotations, gates, loss and "
+        "'times as fast' is seconds of a step of the other over seconds of ours, step by step in turn, "
+        "the first step left out; the clean forwards, made once before the first step, are not in it. The "
+        "bound is (2L + s) / 2s, with s blocks of L behind the layer and backward counted as one forward. "
+        "Rotations, gates, loss and "
         "optimizer are the same code in both.",
     )
     for name, package in PEERS.items():
@@ -138,10 +141,11 @@ def main(argv: list[str] | None = None) -> Report:
         words = [*isolated.arguments(chosen), "--batch", str(chosen.batch), "--way", name, "--layers"]
         report.rows += isolated.part("benchmarks.das_peers", [*words, *map(str, peer_layers)])
     report.note(
-        "pyvene: an intervention of our own with the same formula, one IntervenableModel per layer, the same loop. "
-        "TransformerLens: fit_das as it is (rank 4, one token, no gate; sources collected once, a full base forward "
-        "every step), against the same algorithm with prepared runs; whole trainings, clean forwards included. Its "
-        "bound counts blocks: (L + E (L + s)) / (2 (layer + 1) + 2 E s) for E epochs."
+        "pyvene: an intervention of our own with the same formula, one IntervenableModel per layer, the "
+        "same loop. TransformerLens: fit_das as it is (rank 4, one token, no gate; sources collected "
+        "once, a full base forward every step), against the same algorithm with prepared runs; whole "
+        "trainings, clean forwards included. Its bound counts blocks: (L + E (L + s)) / (2 (layer + 1) + "
+        "2 E s) for E epochs."
     )
     report.finish()
     return report

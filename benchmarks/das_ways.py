@@ -1,7 +1,7 @@
 """One training loop for distributed alignment search, and the ways to get its logits.
 
-The loop is the published algorithm at one or more block outputs: a rotation and a gate per layer, Adam, the tokens
-of source and base paired anew in every step. Only where the logits come from differs.
+The loop is the published algorithm at one or more block outputs: a rotation and a gate per layer, Adam, the
+tokens of source and base paired anew in every step. Only where the logits come from differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Forward = Callable[[Sequence[int], Mapping[str, Tensor], Sequence[int]], Tensor]
 def training(
     forward: Forward, layers: Sequence[int], d: int, data: Mapping[str, Tensor], batch: int, steps: int
 ) -> Iterator[Tensor]:
-    """Train, and yield every layer's loss after each step; the same batches and first rotations at every call."""
+    """Train, and yield every layer's loss after each step; the same batches and first rotations at every
+    call."""
     labels = data["label"].to(data["base"].device)
     modules = GatedRotations(layers, d).to(labels.device)
     parameters = dict(modules.named_parameters())
@@ -58,7 +59,8 @@ def training(
 
 
 def plain_forward(module: Any, layers: Sequence[int], data: Mapping[str, Tensor]) -> Forward:
-    """As the published code does it: for every layer and step a full source and a full base forward, with hooks."""
+    """As the published code does it: for every layer and step a full source and a full base forward, with
+    hooks."""
     device = data["base"].device
 
     def forward(examples: Sequence[int], tensors: Mapping[str, Tensor], pairing: Sequence[int]) -> Tensor:
@@ -80,7 +82,12 @@ def plain_forward(module: Any, layers: Sequence[int], data: Mapping[str, Tensor]
             basis, gate = tensors[rotation_name(layer)], tensors[gate_name(layer)]
 
             def inject(
-                m: object, a: object, output: Tensor, kept: list[Tensor] = kept, R: Tensor = basis, g: Tensor = gate
+                m: object,
+                a: object,
+                output: Tensor,
+                kept: list[Tensor] = kept,
+                R: Tensor = basis,
+                g: Tensor = gate,
             ) -> Tensor:
                 output = output.clone()
                 h = output[rows, edited].float()

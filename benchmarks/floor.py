@@ -1,4 +1,4 @@
-"""Time of an experiment over the floor of its own plan: what the plan's blocks would take as plain forwards."""
+"""Time of an experiment over the floor of its own plan: what its blocks would take as plain forwards."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def over_floor(
 ) -> None:
     """Check some runs against plain hooks, time all of them, and add the row.
 
-    The unit is one plain native forward of ``chosen.unit_images`` images; the floor is the plan's forwards times
-    that time per image.
+    The unit is one plain native forward of ``chosen.unit_images`` images; the floor is the plan's forwards
+    times that time per image.
 
     Args:
         checked: how many runs, drawn at random, are compared with plain hooks; all if there are fewer.
@@ -82,8 +82,8 @@ def over_floor(
     share = Spread.of([s / Spread.of(timed.seconds).median for s in planned])
     report.rows.append(Row(f"{name}, planning", share, "of the time", target=PLANNING))
     report.note(
-        f"{name}: {n_runs} runs x {n_examples} examples; {plan.forwards:.5g} forwards' worth of blocks instead of "
-        f"{plan.naive_forwards:.5g}; {plan.launches} launches of at most {plan.widest} rows. {len(sample)} runs "
-        f"drawn at random agree with plain hooks to {worst:.1g} of the output's scale; {moved} of them have an "
-        "effect above 1e-3 of it."
+        f"{name}: {n_runs} runs x {n_examples} examples; {plan.forwards:.5g} forwards' worth of blocks "
+        f"instead of {plan.naive_forwards:.5g}; {plan.launches} launches of at most {plan.widest} rows. "
+        f"{len(sample)} runs drawn at random agree with plain hooks to {worst:.1g} of the output's scale; "
+        f"{moved} of them have an effect above 1e-3 of it."
     )

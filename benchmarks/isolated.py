@@ -1,5 +1,5 @@
-"""Parts of a benchmark in processes of their own, so that what one package changes on import or in the model cannot
-touch another's timing. The unit is measured in that same process, beside what it divides.
+"""Parts of a benchmark in processes of their own, so that what one package changes on import or in the model
+cannot touch another's timing. The unit is measured in that same process, beside what it divides.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One intervention at every layer: vit_mechinterp, plain hooks, TransformerLens, nnsight and pyvene.
 
-Interchange of four per-example tokens at every block output of a HuggingFace ViT. A figure is a time in plain native
-forwards of the same images, measured around each repeat in the same process. Every way is first checked to give
-the numbers of plain hooks. Each way runs in a process and on a model of its own.
+Interchange of four per-example tokens at every block output of a HuggingFace ViT. A figure is a time in plain
+native forwards of the same images, measured around each repeat in the same process. Every way is first
+checked to give the numbers of plain hooks. Each way runs in a process and on a model of its own.
 
     python -m benchmarks.layer_sweep --model vit_small --examples 8
 """
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> Report:
     chosen = options.parse(parser, PRESETS, argv)
     report = Report("layer_sweep", f"Layer sweep, {chosen.model}", chosen)
     report.note(
-        "A figure is a time in plain native forwards of the same images (fused attention), measured around each "
+        "A figure is a time in plain native forwards of the same images (fused attention), measured "
+        "around each "
         "repeat in the same process. Each way has a process and a model of its own.",
         "The bound counts the plan's (row, block) pairs. All ways agree with plain hooks to "
         f"{chosen.tolerance:g} of the output's scale, and every effect is above 1e-3 of it, but at the "

@@ -1,4 +1,4 @@
-"""Timing: every way interleaved with its unit in one process, so that both see the same state of the machine."""
+"""Timing: every way interleaved with its unit in one process, so that both see the same machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HuggingFace ViTs with random weights and random images: nothing is downloaded, and every peer can run them."""
+"""HuggingFace ViTs with random weights, and random images: no downloads, and every peer can run them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def images(module: nn.Module, n: int, seed: int) -> Tensor:
 
 
 def pairs(module: nn.Module, n: int, tokens: int = 4) -> dict[str, Tensor]:
-    """``base`` and ``source`` images, patch indices ``edited`` and ``source_tokens`` ``[n, tokens]``, a label."""
+    """Images ``base`` and ``source``, patch indices ``edited`` and ``source_tokens`` ``[n, tokens]``, a
+    label."""
     config: Any = module.config
     patches = (config.image_size // config.patch_size) ** 2
     draw = torch.Generator().manual_seed(2)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.overheads --model vit_base --examples 8
 
-Patterns are compared with the same model with eager attention, which is what gives patterns otherwise: one block's
-should cost at most that model's extra divided by the number of blocks.
+Patterns are compared with the same model with eager attention, which is what gives patterns otherwise: one
+block's should cost at most that model's extra divided by the number of blocks.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ def main(argv: list[str] | None = None) -> Report:
         contained = 1.0 if name == "wrapped, idle" else None
         report.rows.append(Row.timed(name, times, target=targets.get(name), or_contains=contained))
     report.note(
-        "A figure is a time in plain native forwards of the same images (fused attention), measured around each "
+        "A figure is a time in plain native forwards of the same images (fused attention), measured "
+        "around each "
         "repeat. 'native, again' is the native model itself: how far the method of measuring is from one.",
         "Wrapped and idle also meets its target where its interval contains one.",
-        "Targets for patterns come from the eager model in the same run: one block at most its extra cost divided "
+        "Targets for patterns come from the eager model in the same run: one block at most its extra cost "
+        "divided "
         "by the number of blocks, plus 2 %; all blocks no more than the eager model.",
     )
     report.finish()

@@ -1,5 +1,5 @@
-"""Runs carried out with plain PyTorch hooks on a HuggingFace ViT, one at a time: what every benchmark is checked
-against. Nothing here is taken from the package.
+"""Runs carried out with plain PyTorch hooks on a HuggingFace ViT, one at a time: what every benchmark is
+checked against. Nothing here is taken from the package.
 
 A run is its own JSON document. Known are the sites and operations that the benchmarks use.
 """
@@ -92,19 +92,19 @@ class Plain:
             return list(range(n_tokens))
         if isinstance(selector, Mapping):
             return [1 + int(patch) for patch in self.data[selector["column"]][example]]
-        return [0 if token == "cls" else 1 + token for token in _listed(selector)]
+        return [0 if name == "cls" else 1 + name for name in _listed(selector)]
 
     def _new(self, edit: Mapping[str, Any], h: Tensor, source: Tensor | None) -> Tensor:
         """New values of some tokens, computed in float32."""
         x = h.float()
-        if edit["op"] == "interchange":
-            assert source is not None
+        if edit["op"] == "interchange" and source is not None:
             return source
         if edit["op"] == "ablate":
             return torch.zeros_like(h)
         if edit["op"] == "add_direction":
             return (x + edit.get("alpha", 1.0) * self._tensor(edit["vector"], x)).to(h.dtype)
-        assert edit["op"] == "inject_subspace" and source is not None
+        assert edit["op"] == "inject_subspace"
+        assert source is not None
         basis, gate = self._tensor(edit["basis"], x), self._tensor(edit["gate"], x)
         return (x + ((source.float() - x) @ basis * gate) @ basis.T).to(h.dtype)
 

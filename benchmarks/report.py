@@ -30,7 +30,8 @@ class Row:
     Attributes:
         name: what was measured.
         value: the spread of the figure.
-        unit: what the figure counts: ``forwards`` are multiples of one plain native forward of the same images.
+        unit: what the figure counts: ``forwards`` are multiples of one plain native forward of the same
+        images.
         seconds: median wall time, where there is one.
         bound: the same figure as the arithmetic allows it.
         target: what the figure should be at most (``at_least``: at least).
@@ -55,7 +56,14 @@ class Row:
 
     @classmethod
     def timed(
-        cls, name: str, timed: Timed, *, rows: int = 0, unit_images: int = 0, scale: float = 1.0, **fields: Any
+        cls,
+        name: str,
+        timed: Timed,
+        *,
+        rows: int = 0,
+        unit_images: int = 0,
+        scale: float = 1.0,
+        **fields: Any,
     ) -> Row:
         """A row from timings.
 

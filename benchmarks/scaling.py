@@ -1,7 +1,7 @@
 """Time against the number of runs, examples and layers, up to 100,000 rows, and the share of planning in it.
 
-A tiny model, so that what is not arithmetic shows most. Growth is the exponent of time against block evaluations,
-fitted to the larger half of each series: 1 is linear.
+A tiny model, so that what is not arithmetic shows most. Growth is the exponent of time against block
+evaluations, fitted to the larger half of each series: 1 is linear.
 
     python -m benchmarks.scaling --rows 100000
 """
@@ -43,16 +43,18 @@ def sizes(rows: int) -> dict[str, list[tuple[int, int, int]]]:
 
 
 def experiment(vit: vmi.HookedViT, n_runs: int) -> list[vmi.Run]:
-    """Interchanges of one patch or of per-example tokens, at block outputs in turn."""
+    """A direction added at a patch and the class token, at block outputs in turn; no two runs are the
+    same."""
     n_layers, n_patches = vit.layout.n_layers, vit.layout.tokens.n_patches
     return [
         vmi.Run(
             name=f"run{n}",
             interventions=[
-                vmi.Interchange(
+                vmi.AddDirection(
                     site=f"blocks.{n % n_layers}.resid_post",
                     tokens=["cls", n // n_layers % n_patches],
-                    source="source",
+                    vector=vmi.TensorRef("direction"),
+                    alpha=1 + n / n_runs,
                 )
             ],
         )
@@ -70,16 +72,19 @@ def point(shape: tuple[int, int, int], chosen: Any) -> dict[str, float]:
     data = pairs(module, n_examples)
     runs = experiment(vit, n_runs)
     plan = vmi.plan(vit, runs, data)
-    results = vmi.execute(vit, runs, data, progress=False)
-    plain = Plain(module, {name: column[:4] for name, column in data.items()})
+    tensors = {"direction": torch.randn(geometry.width, generator=torch.Generator().manual_seed(3))}
+
+    def work() -> vmi.Results:
+        return vmi.execute(vit, runs, data, tensors=tensors, progress=False)
+
+    results = work()
+    plain = Plain(module, {name: column[:4] for name, column in data.items()}, tensors)
     for n in {0, n_runs // 2, n_runs - 1}:
         wanted = plain.run(runs[n].model_dump(mode="json"))
         agree(runs[n].name, results.logits[n, :4], wanted, chosen.tolerance)
         assert not torch.equal(wanted, plain.clean("base"))
     device = chosen.torch_device
-    executed = [
-        seconds(lambda: vmi.execute(vit, runs, data, progress=False), device) for _ in range(chosen.repeats)
-    ]
+    executed = [seconds(work, device) for _ in range(chosen.repeats)]
     planned = [seconds(lambda: vmi.plan(vit, runs, data), device) for _ in range(chosen.repeats)]
     taken = float(np.median(executed))
     return {
@@ -120,15 +125,16 @@ def main(argv: list[str] | None = None) -> Report:
         report.note(
             f"{series}: "
             + "; ".join(
-                f"{p['runs']:.0f} runs x {p['examples']:.0f} examples, {p['layers']:.0f} layers: {p['seconds']:.3g} s, "
-                f"{1e6 * p['seconds'] / p['block_evaluations']:.3g} us a block evaluation, planning {p['planning']:.2%}"
+                f"{p['runs']:.0f} runs x {p['examples']:.0f} examples, {p['layers']:.0f} layers: "
+                f"{p['seconds']:.3g} s, {1e6 * p['seconds'] / p['block_evaluations']:.3g} us a block "
+                f"evaluation, planning {p['planning']:.2%}"
                 for p in points
             )
         )
     report.note(
-        "Growth is the exponent of seconds against block evaluations over the larger half of a series. Planning is "
-        "the time of vmi.plan, which binds runs, looks at the data and counts; with a real model its share is "
-        "smaller by as much as the model is slower than this one."
+        "Growth is the exponent of seconds against block evaluations over the larger half of a series. "
+        "Planning is the time of vmi.plan, which binds runs, looks at the data and counts; with a real "
+        "model its share is smaller by as much as the model is slower than this one."
     )
     report.finish()
     return report

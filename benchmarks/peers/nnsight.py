@@ -1,8 +1,8 @@
 """nnsight: traces of the model, stopped early where nothing behind is read.
 
-Importing it adds methods to Python's `object` and wraps `Tensor.backward`, and a wrapped model's modules get another
-``forward``: it runs in a process of its own, on a model of its own. Traces must stand in a file, since the body of a
-``with`` block is read as source.
+Importing it adds methods to Python's `object` and wraps `Tensor.backward`, and a wrapped model's modules get
+another ``forward``: it runs in a process of its own, on a model of its own. Traces must stand in a file,
+since the body of a ``with`` block is read as source.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def ways(module: Any, data: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]
             value[rows, edited] = new
             block.output = value
             logits = model.output.logits.save()
-        return logits
+        return logits  # noqa: RET504
 
     def stopped() -> Tensor:
         outputs = []

@@ -1,12 +1,12 @@
 """pyvene: an `IntervenableModel` with one `VanillaIntervention` per block output.
 
-Every call removes all hooks of the model, and the constructor freezes it, so it gets a model of its own. A model
-that pyvene does not know needs its components written out and interventions given as instances; positions are full
-nested lists, since an int switches to a path that is wrong for later calls.
+Every call removes all hooks of the model, and the constructor freezes it, so it gets a model of its own. A
+model that pyvene does not know needs its components written out and interventions given as instances;
+positions are full nested lists, since an int switches to a path that is wrong for later calls.
 
-``group_key`` shares one source forward among the sites that are edited in the *same* run. A sweep edits one site a
-run, so the documented way is a source for that site's group and None for the others; ``source_representations``
-takes sources that were computed before, which plain hooks do here in one forward.
+``group_key`` shares one source forward among the sites that are edited in the *same* run. A sweep edits one
+site a run, so the documented way is a source for that site's group and None for the others;
+``source_representations`` takes sources that were computed before, which plain hooks do here in one forward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TransformerLens 4: a `TransformerBridge` around the HuggingFace model.
 
-``boot_transformers`` replaces submodules of the model that it is given and sets its attention to eager, so it must
-have a model of its own. ``start_at_layer`` would spare a run the blocks below its edit, but is refused for vision
-models; every run goes through the whole model.
+``boot_transformers`` replaces submodules of the model that it is given and sets its attention to eager, so it
+must have a model of its own. ``start_at_layer`` would spare a run the blocks below its edit, but is refused
+for vision models; every run goes through the whole model.
 """
 
 from __future__ import annotations
