@@ -148,6 +148,7 @@ def test_other_strings(name: str) -> None:
         ),
         ("timm/resnet5O", r"timm has no model 'resnet5O'\. Close matches: .*resnet50.* 'vit-mechinterp models'"),
         ("timm/dinov2-base", r"timm has no model 'dinov2-base'\. Close matches: 'hf/facebook/dinov2-base'"),
+        ("hf/ViTModel", r"could not be loaded: .*\. Close matches: 'hf/google/vit-base-patch16-224'"),
         ("dinov3", r"'dinov3' is no model string\. Close matches: .*dinov3"),
         (
             "hf/facebook/dinov2-bse",
@@ -278,7 +279,7 @@ def test_models_of_any_size_take_what_their_preprocessing_makes(tmp_path: Path) 
     assert vit.preprocess([Image.new("RGB", (90, 70))]).shape == (1, 3, 48, 48)
     assert vmi.load(f"hf/{tmp_path}", image_size=(32, 40)).layout.tokens.grid == (4, 5)
     hf("CLIPVisionModel", "CLIPVisionConfig", CLIP)().save_pretrained(tmp_path / "clip")
-    with pytest.raises(SpecError, match="takes no images of 40 x 40 pixels: .* It is made for 32 x 32"):
+    with pytest.raises(SpecError, match=r"takes no images of 40 x 40 pixels: .* It is made for 32 x 32"):
         vmi.load(f"hf/{tmp_path}/clip", image_size=40)
 
 

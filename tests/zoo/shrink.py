@@ -7,6 +7,7 @@ columns cannot be mistaken for each other.
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from typing import Any
 
@@ -66,6 +67,42 @@ def shrunk(name: str, **options: Any) -> nn.Module:
         # These take images of any size and keep none; the pretrained configuration's counts.
         options = {"pretrained_cfg_overlay": {"input_size": (3, *overrides["img_size"])}, **options}
     return timm.create_model(name, pretrained=False, **{**overrides, **options}).eval()
+
+
+def distinct(module: str) -> dict[str, tuple[str, ...]]:
+    """The names of a module that shrink to models of their own, each with the others that shrink to the same.
+
+    Names that differ in depth, width and image size alone are one architecture.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names(module):
+        alike.setdefault(structure(shrunk(name)), []).append(name)
+    return {first: tuple(others) for first, *others in alike.values()}
+
+
+def structure(module: nn.Module) -> str:
+    """A digest of all that a model computes with, weights apart: classes, plain attributes, shapes, buffers."""
+    digest = hashlib.sha256()
+    for path, part in module.named_modules():
+        plain = {name: _plain(value) for name, value in sorted(vars(part).items()) if name not in _LABELS}
+        digest.update(f"{path} {type(part).__qualname__} {plain}".encode())
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    for name, buffer in module.named_buffers():
+        digest.update(f"{name} {tuple(buffer.shape)} {buffer.tolist()}".encode())
+    return digest.hexdigest()
+
+
+_LABELS = {"default_cfg", "pretrained_cfg"}
+
+
+def _plain(value: Any) -> Any:
+    """A number, a text, a sequence of these, or the name of a function; None for everything else."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return getattr(value, "__qualname__", None)
 
 
 def _eva(name: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Images of another size than the model's own: tried once where a model is wrapped for them.
 
 Whether a module takes them is the module's to say: its stem may ask for its own size, for whole patches or
-windows, or interpolate its positions to anything. So one blank image goes in as far as the first block, and
-the tokens that arrive there must be those of the layout.
+windows, or interpolate its positions to anything. So one blank image goes through, and the tokens that arrive
+at the first block must be those of the layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.errors import ExecutionError, SpecError
-from vit_mechinterp.model.instrument import Instrument, StopForward
+from vit_mechinterp.model.instrument import Instrument
 from vit_mechinterp.spec import Site
 
 if TYPE_CHECKING:
@@ -52,13 +52,10 @@ def _refusal(vit: HookedViT) -> str:
 
     instrument = Instrument(vit.module, vit.layout)
     instrument.visit(Site(None, "embed"), count)
-    instrument.stop(0)
     devices = [vit.device] if vit.device.type == "cuda" else []
     try:
         with vit.lock, torch.no_grad(), torch.random.fork_rng(devices), instrument.installed():
             vit(vit.blank(1))
-    except StopForward:
-        pass
     except Exception as error:  # whatever the module's own check raises
         return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     wanted = vit.layout.tokens.n_tokens

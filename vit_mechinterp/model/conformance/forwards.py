@@ -10,6 +10,7 @@ from torch import Tensor
 from vit_mechinterp.model.conformance.report import Record
 from vit_mechinterp.model.conformance.subject import Subject, deviation, keeping, returning, wide
 from vit_mechinterp.model.instrument import Visitor
+from vit_mechinterp.model.layout import lookup
 from vit_mechinterp.spec import Site
 
 
@@ -118,9 +119,10 @@ def token_layout(subject: Subject, record: Record) -> None:
 
 def _changes_nothing(subject: Subject, record: Record, visitor: Callable[[str], Visitor]) -> None:
     """No visit of this kind changes the output; explicit attention may, by rounding."""
+    rounding = max(subject.unit * subject.layout.n_layers, subject.sensitivity)
     groups = (
         ([name for name in subject.sites if not subject.explicit(name)], 0.0),
-        (list(filter(subject.explicit, subject.sites)), subject.unit * subject.layout.n_layers),
+        (list(filter(subject.explicit, subject.sites)), rounding),
     )
     for names, allowed in groups:
 
@@ -191,6 +193,7 @@ def interchange_of_images(subject: Subject, record: Record) -> None:
 def growth_and_skip(subject: Subject, record: Record) -> None:
     """Rows that join behind skipped blocks, and at every block of a growing batch, are as in forwards of
     their own."""
+    _returns(subject, record)
     ends = [layer for layer in subject.layers if f"blocks.{layer}.resid_post" in subject.sites]
     starts = [layer for layer in subject.layers if f"blocks.{layer}.resid_pre" in subject.sites]
     if not starts or not ends:
@@ -226,6 +229,29 @@ def growth_and_skip(subject: Subject, record: Record) -> None:
             share = deviation(found, alone[site])
             where = f"rows that join here behind {start} skipped blocks, from forwards of their own,"
             record.near(share, 10 * subject.unit, site, where)
+
+
+def _returns(subject: Subject, record: Record) -> None:
+    """A block that is skipped hands on what it would return: a tensor, or a tuple."""
+    layout = subject.layout
+    found: list[bool] = []
+
+    def note(module: nn.Module, args: object, output: object) -> None:
+        found.append(isinstance(output, tuple))
+
+    blocks = [lookup(subject.vit.module, layout.block_path(layer)) for layer in range(layout.n_layers)]
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    try:
+        subject.vit(subject.images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kinds = ("tensors", "tuples")
+    if (other := not layout.returns_tuple) in found:
+        text = f"it returns {kinds[other]}, and {kinds[layout.returns_tuple]} are declared"
+        record.add(False, f"blocks.{found.index(other)}", text)
+    else:
+        record.add(True)
 
 
 def _stream(starts: Sequence[int], ends: Sequence[int]) -> list[str]:

@@ -86,6 +86,16 @@ class Subject:
             precision = max(precision, 2.0**-10)
         return 8 * precision
 
+    @cached_property
+    def sensitivity(self) -> float:
+        """How far the output moves when one rounding is added to the stream at the first block.
+
+        Where that is more than rounding within the blocks explains, the output itself is known no better.
+        """
+        precision = torch.finfo(self.vit.dtype).eps
+        noise = 1 + precision * self.noise(self.values["embed"].shape)
+        return deviation(self.output({"embed": lambda value: value * noise}), self.native)
+
     def run(
         self,
         visitors: Mapping[str, Visitor],
