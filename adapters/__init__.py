@@ -21,6 +21,7 @@ from vit_mechinterp.adapters.transformers_beit import BEIT, DATA2VEC
 from vit_mechinterp.adapters.transformers_bert import BERT, BERT_TUPLE
 from vit_mechinterp.adapters.transformers_blip import BLIP
 from vit_mechinterp.adapters.transformers_clip import CLIP, JANUS, MLCD, PHI4, SIGLIP
+from vit_mechinterp.adapters.transformers_clip_towers import GRANITE_DOCLING, MOLMO2
 from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, EOMT_STYLE
 from vit_mechinterp.adapters.transformers_gated import AIMV2, PIXTRAL
 from vit_mechinterp.adapters.transformers_internvl import INTERNVL, STEP3
@@ -34,6 +35,7 @@ from vit_mechinterp.adapters.transformers_packed_clip import (
     PADDLE_OCR,
     VIDEO_LLAMA,
 )
+from vit_mechinterp.adapters.transformers_pix2struct import KOSMOS2_5, PIX2STRUCT
 from vit_mechinterp.adapters.transformers_qwen_vl import QWEN_VL
 from vit_mechinterp.adapters.transformers_sam import SAM as TRANSFORMERS_SAM
 from vit_mechinterp.adapters.transformers_sam import SAM3
@@ -63,6 +65,10 @@ TRANSFORMERS = (
     MINIMAX,
     HUNYUAN,
     INKLING2,
+    MOLMO2,
+    GRANITE_DOCLING,
+    KOSMOS2_5,
+    PIX2STRUCT,
     TRANSFORMERS_VIT,
     BEIT,
     DATA2VEC,

@@ -26,16 +26,19 @@ def merge_of(model: Any) -> int:
     return int(getattr(model, "spatial_merge_size", 1))
 
 
-def tokens_of(model: Any, merge: int, prefix: tuple[str, ...] = ()) -> TokenLayout:
+def tokens_of(
+    model: Any, merge: int, prefix: tuple[str, ...] = (), patch: tuple[int, int] | None = None
+) -> TokenLayout:
     """Patches alone, of an image of the configuration's size, or of 448 pixels where it has none.
 
     Args:
         model: the tower.
         merge: edge of the groups that the output merges; images hold whole groups.
         prefix: tokens before the patches of every image.
+        patch: size of a patch, where the configuration does not give it.
     """
     config = config_of(model)
-    patch = size_of(config.patch_size)
+    patch = size_of(config.patch_size) if patch is None else patch
     edges = size_of(getattr(config, "image_size", None) or LARGEST)
     unit = patch[0] * merge, patch[1] * merge
     height, width = (max(min(edge, LARGEST) // u, 1) * u for edge, u in zip(edges, unit, strict=True))

@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.image_utils import SizeDict
 
 import vit_mechinterp as vmi
 from tests.zoo.packed_models import PACKED
@@ -97,6 +98,33 @@ def test_pictures_of_the_right_size_become_the_processor_s_own_patches(name: str
     assert torch.equal(vit.preprocess([picture])[0], other[1])
     box = vit.preprocess.geometry.map_box((0, 0, 25, 30), (50, 30))
     assert box == (0, 0, width / 2, height)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("Kosmos2_5VisionModel", "Kosmos2_5ImageProcessor"), ("Pix2StructVisionModel", "Pix2StructImageProcessor")],
+)
+@torch.no_grad()
+def test_numbered_patches(name: str, kind: str) -> None:
+    vit = vmi.wrap(build(name))
+    x = noise(vit)
+    size = SizeDict(height=8, width=8)
+    made = getattr(transformers, kind)().extract_flattened_patches(x, max_patches=6, patch_size=size)
+    patches = made[0] if isinstance(made, tuple) else made
+    ours, _ = vit.layout.family.inputs(vit.module, x)
+    torch.testing.assert_close(ours[0], patches, rtol=0, atol=1e-6)
+    assert torch.equal(vit(x), vit.module(ours[0], torch.ones(1, 6)).last_hidden_state)
+
+
+@torch.no_grad()
+def test_patches_of_molmo2() -> None:
+    from transformers.models.molmo2 import image_processing_molmo2 as processing
+
+    vit = vmi.wrap(build("Molmo2VisionModel"))
+    x = noise(vit, 2)
+    patches = processing.batch_pixels_to_patches(x.permute(0, 2, 3, 1), 8)
+    ours, _ = vit.layout.family.inputs(vit.module, x)
+    assert torch.equal(ours[0], patches)
 
 
 def places_of_patches(vit: vmi.HookedViT, x: Tensor) -> list[int]:

@@ -119,6 +119,6 @@ def hand_on(*args: Any, **kwargs: Any) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def hand_on_tuple(*args: Any, **kwargs: Any) -> tuple[Any]:
-    """The same for blocks that return tuples."""
-    return (hand_on(*args, **kwargs),)
+def hand_on_tuple(*args: Any, **kwargs: Any) -> tuple[Any, None]:
+    """The same for blocks that return tuples: the stream, and no attention weights."""
+    return hand_on(*args, **kwargs), None
