@@ -118,9 +118,9 @@ class Catalogue:
         strings: dict[str, str] = {}
         for entry in self.entries:
             string = entry.string or (f"hf/{entry.checkpoint}" if entry.checkpoint else "")
-            for key in (string, string.partition("/")[2], string.rpartition("/")[2]):
+            for key in (string, string.partition("/")[2], string.rpartition("/")[2], entry.name):
                 strings.setdefault(_plain(key), string)
-        strings.pop("", None)
+        strings = {key: string for key, string in strings.items() if string}
         found = difflib.get_close_matches(_plain(name), strings, n=2 * limit, cutoff=0.7)
         if not found and len(name) > 3:
             found = [key for key in strings if _plain(name) in key]

@@ -200,3 +200,7 @@ def test_what_is_no_vit_is_refused_before_anything_is_downloaded(monkeypatch: py
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(UnsupportedModelError, match=r"resnet\.ResNet\. Probed:"):
         vmi.load("timm/resnet18.a1_in1k")
+    with pytest.raises(UnsupportedModelError) as raised:
+        vmi.load("timm/twins_svt_small")
+    assert ". Probed:\n  timm.sam, timm.vit" in str(raised.value)
+    assert "Nearest is timm." in str(raised.value)

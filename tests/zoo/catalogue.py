@@ -2,7 +2,8 @@
 
 ``python -m tests.zoo.catalogue`` writes both: the facts (family, layout, sites) from every architecture in its full
 size, made without memory, and the measurements from the conformance checks on the tiny ones of the tests.
-``--facts`` keeps the measurements that there are; ``--only TEXT`` measures the models whose name contains a text.
+``--facts`` keeps the measurements that there are, ``--missing`` measures what has none, and ``--only TEXT`` measures
+the models whose name contains a text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -34,8 +34,10 @@ from tests.zoo.test_timm import tiny
 from tests.zoo.transformers_models import BUILDERS
 from tests.zoo.transformers_models import build as build_transformers
 from vit_mechinterp.catalogue import FILE, Catalogue, Entry, Row, read, summarised
+from vit_mechinterp.errors import UnsupportedModelError
 from vit_mechinterp.model import Report, families
 from vit_mechinterp.model.conformance import check
+from vit_mechinterp.model.layout import lookup
 
 LIBRARIES = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
 
@@ -103,7 +105,8 @@ def weightless(subject: Subject) -> vmi.HookedViT:
         assert subject.small is not None
         return vmi.wrap(subject.small())
     with torch.device("meta"):
-        return vmi.wrap(subject.full().eval())
+        module = subject.full()
+    return vmi.wrap(module.eval())
 
 
 def facts(subject: Subject) -> Entry:
@@ -116,7 +119,7 @@ def facts(subject: Subject) -> Entry:
         name=subject.name,
         row=family,
         model=type(module).__name__,
-        block=type(module.get_submodule(layout.block_path(0))).__name__,
+        block=type(lookup(module, layout.block_path(0))).__name__,
         layout="" if subject.full is None else str(layout).removeprefix(f"{family}: "),
         missing=summarised(layout.absent, layout.n_layers),
         module=subject.module or type(module).__module__.split(".")[-2 if subject.library == "hf" else -1],
@@ -167,37 +170,60 @@ def versions() -> dict[str, str]:
     return {library: metadata.version(name) for library, name in {**LIBRARIES, "torch": "torch"}.items()}
 
 
-def live(only: Callable[[Entry], bool], kept: Mapping[tuple[str, str], Mapping[str, float]]) -> Catalogue:
-    """The catalogue of the live models; those of which ``only`` holds are measured.
+def live() -> list[Entry]:
+    """The facts about all models."""
+    return [facts(subject) for subject in tqdm(list(subjects()), desc="facts", mininterval=30)]
 
-    What does not conform is said on stderr, and has no measurements.
+
+def measure(subject: Subject) -> dict[str, float]:
+    """What the conformance checks find on the tiny model.
+
+    Raises:
+        UnsupportedModelError: it does not conform.
     """
-    entries = []
-    for subject in tqdm(list(subjects()), unit="model", mininterval=30):
-        entry = facts(subject)
-        found = kept.get((entry.library, entry.name), {})
-        if subject.small is not None and only(entry):
-            report = check(vmi.wrap(subject.small()), progress=False)
-            found = measured(report) if report.passed else {}
-            if not report.passed:
-                sys.stderr.write(f"{entry.library}/{entry.name} does not conform:\n{report}\n")
-        entries.append(replace(entry, measured=found))
-    return Catalogue(versions(), tuple(rows(entries)), tuple(entries))
+    assert subject.small is not None
+    report = check(vmi.wrap(subject.small()), progress=False)
+    if not report.passed:
+        raise UnsupportedModelError(f"{subject.library}/{subject.name} does not conform:\n{report}")
+    return measured(report)
 
 
-def main() -> None:
+def write(entries: list[Entry], numbers: Mapping[tuple[str, str], Mapping[str, float]]) -> None:
     """Write the catalogue and the document."""
+    filled = tuple(replace(entry, measured=numbers.get((entry.library, entry.name), {})) for entry in entries)
+    made = Catalogue(versions(), tuple(rows(entries)), filled)
+    made.write()
+    DOCUMENT.write_text(rendered(made), encoding="utf-8")
+
+
+def main() -> int:
+    """Write both files; what was measured until then is kept when a model does not conform."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", action="store_true", help="measure nothing")
+    parser.add_argument("--missing", action="store_true", help="keep the facts, measure what has no measurements")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure names that contain a text")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # models this small only lose by threads that wait for each other
-    old = read() if FILE.exists() else Catalogue({}, (), ())
-    kept = {(entry.library, entry.name): entry.measured for entry in old.entries}
-    chosen = live(lambda entry: not arguments.facts and arguments.only in f"{entry.library}/{entry.name}", kept)
-    chosen.write()
-    Path(DOCUMENT).write_text(rendered(chosen), encoding="utf-8")
+    old = list(read().entries) if FILE.exists() else []
+    numbers = {(entry.library, entry.name): entry.measured for entry in old}
+    entries = old if arguments.missing else live()
+    write(entries, numbers)
+    chosen = [one for one in subjects() if one.small and arguments.only in f"{one.library}/{one.name}"]
+    if arguments.missing:
+        chosen = [one for one in chosen if not numbers.get((one.library, one.name))]
+    code = 0
+    for count, subject in enumerate(tqdm([] if arguments.facts else chosen, desc="checks", mininterval=30)):
+        try:
+            numbers[subject.library, subject.name] = measure(subject)
+        except UnsupportedModelError as error:
+            numbers.pop((subject.library, subject.name), None)
+            sys.stderr.write(f"{error}\n")
+            code = 1
+        if count % 30 == 0:
+            write(entries, numbers)
+    write(entries, numbers)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -108,7 +108,8 @@ def _not_listed(known: Catalogue, search: str, library: str | None) -> str:
         if timm.is_model(search):
             try:
                 with torch.device("meta"):
-                    vit = wrap(timm.create_model(search, pretrained=False))
+                    module = timm.create_model(search, pretrained=False)
+                vit = wrap(module)
             except UnsupportedModelError as error:
                 return f"timm/{search} is not supported. {error}"
             return f"timm/{search} is not in the catalogue, and yet it is described: {vit.layout}."

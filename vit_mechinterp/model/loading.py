@@ -10,10 +10,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vit_mechinterp.catalogue import catalogue
-from vit_mechinterp.errors import SpecError, TensorFileError, VitMechInterpError, suggest
+from vit_mechinterp.errors import (
+    SpecError,
+    TensorFileError,
+    UnsupportedModelError,
+    VitMechInterpError,
+    suggest,
+)
 from vit_mechinterp.model import from_open_clip, from_timm, from_torchvision, from_transformers
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.origins import absolute, library_of
+from vit_mechinterp.model.origins import absolute, is_folder, library_of
 from vit_mechinterp.model.registry import wrap
 
 __all__ = ["checkpoints", "load"]
@@ -87,6 +93,10 @@ def load(
     _, _, rest = absolute(f"{library}/{rest}").partition("/")
     try:
         module = BUILDERS[library](rest, pretrained, allow_pickle, options).eval()
+    except UnsupportedModelError as error:
+        # Of a folder the name says nothing.
+        near = "" if is_folder(rest) else catalogue().near(rest)
+        raise UnsupportedModelError(f"{error}{near and f' Of the supported models:{near}'}") from None
     except VitMechInterpError:
         raise
     except SafetensorError as error:

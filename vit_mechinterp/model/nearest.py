@@ -87,11 +87,11 @@ def describe_nearest(families: Sequence[Family], module: nn.Module) -> list[str]
 
 
 def _lists(module: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
-    """Lists of modules of one class that could be a model's blocks."""
+    """Lists of modules that could be a model's blocks; a sequence of different ones is a stem or a head."""
     for path, part in module.named_modules():
         if path and isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part):
-            kinds = {type(child) for child in part}
-            if len(kinds) == 1 and any(True for _ in part[0].children()):
+            alike = isinstance(part, nn.ModuleList) or len({type(child) for child in part}) == 1
+            if alike and any(True for _ in part[0].children()):
                 yield path, part
 
 
