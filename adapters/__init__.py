@@ -18,11 +18,11 @@ from vit_mechinterp.adapters.timm_vit import VIT as TIMM_VIT
 from vit_mechinterp.adapters.timm_xcit import XCIT
 from vit_mechinterp.adapters.torchvision_vit import VIT as TORCHVISION
 from vit_mechinterp.adapters.transformers_beit import BEIT, DATA2VEC
-from vit_mechinterp.adapters.transformers_bert import BERT, BERT_TUPLE
+from vit_mechinterp.adapters.transformers_bert import BERT
 from vit_mechinterp.adapters.transformers_blip import BLIP
 from vit_mechinterp.adapters.transformers_clip import CLIP, JANUS, MLCD, PHI4, SIGLIP
 from vit_mechinterp.adapters.transformers_clip_towers import GRANITE_DOCLING, MOLMO2
-from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, EOMT_STYLE
+from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, DINOV2_BERT, EOMT_STYLE
 from vit_mechinterp.adapters.transformers_gated import AIMV2, PIXTRAL
 from vit_mechinterp.adapters.transformers_internvl import INTERNVL, STEP3
 from vit_mechinterp.adapters.transformers_llama4 import LLAMA4
@@ -73,9 +73,9 @@ TRANSFORMERS = (
     BEIT,
     DATA2VEC,
     BERT,
-    BERT_TUPLE,
     INTERNVL,
     DINOV2,
+    DINOV2_BERT,
     EOMT_STYLE,
     CLIP,
     MLCD,

@@ -16,6 +16,7 @@ from vit_mechinterp.adapters.transformers_readout import (
     prefix_of,
     readout,
     refusal,
+    returns_tuple,
 )
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
@@ -77,7 +78,7 @@ BEIT = Family(
 DATA2VEC = Family(
     name="transformers.data2vec_vision",
     library="transformers",
-    blocks=("data2vec_vision.encoder.layer", "encoder.layer"),
+    blocks=("data2vec_vision.encoder.layer", "beit.encoder.layer", "encoder.layer"),
     attention="attention.attention",
     out_projection="attention.output.dense",
     attention_scale=("lambda_1",),
@@ -98,6 +99,7 @@ DATA2VEC = Family(
     d_model=d_model,
     heads=heads,
     readout=beit_readout,
-    returns_tuple=True,
+    returns_tuple=returns_tuple,
     refuses=refuses,
 )
+"""In transformers 4 also the layout of BEiT."""

@@ -1,12 +1,12 @@
 """transformers' ViTs in the style of BERT: YOLOS, DPT, VideoMAE, ViTPose, and FLAVA's image tower.
 
-Attention is ``attention.attention`` (query, key, value) and ``attention.output``. Except in ViTPose the
-residual connection around the MLP is made inside ``output``, behind its dropout.
+In transformers 4 this is also the layout of ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA and ViViT. Attention is
+``attention.attention`` (query, key, value) and ``attention.output``. Except in ViTPose the residual connection
+around the MLP is made inside ``output``, behind its dropout.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from vit_mechinterp.adapters.transformers_readout import (
@@ -17,22 +17,28 @@ from vit_mechinterp.adapters.transformers_readout import (
     prefix_of,
     readout,
     refusal,
+    returns_tuple,
+    tubelets_of,
 )
+from vit_mechinterp.adapters.transformers_vit import in_order, masks
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
-NAMES = ("vit", "dpt", "videomae", "backbone")
+NAMES = ("vit", "deit", "ijepa", "vivit", "dpt", "videomae", "backbone")
 PARTS = frozenset({"embeddings", "encoder", "layernorm", "pooler"})
 HEADS = ("fc_norm", "class_labels_classifier", "bbox_predictor", "head")
 BLOCK = frozenset({"layernorm_before", "attention", "layernorm_after", "intermediate", "output", "mlp"})
-ATTENTION = frozenset({"query", "key", "value"})
+ATTENTION = frozenset({"query", "key", "value", "q_bias", "v_bias", "dropout"})
 
 
 def tokens(model: Any) -> TokenLayout:
-    """CLS (not in VideoMAE and ViTPose), patches or tubelets, and in YOLOS detection tokens behind them."""
+    """CLS (not in VideoMAE, ViTPose and I-JEPA), DeiT's distillation token, patches or tubelets, and in YOLOS
+    detection tokens behind them."""
     embeddings = base(model, *NAMES)[1].embeddings
     detection = getattr(embeddings, "detection_tokens", None)
     suffix = ("detection",) * (0 if detection is None else int(detection.shape[1]))
     config = base(model, *NAMES)[1].config
+    if not isinstance(getattr(config, "tubelet_size", 1), int):
+        return tubelets_of(config, prefix_of(embeddings))
     frames = (int(config.num_frames), int(config.tubelet_size)) if hasattr(config, "tubelet_size") else None
     return grid_of(base(model, *NAMES)[1], prefix_of(embeddings), suffix, frames=frames)
 
@@ -62,7 +68,7 @@ def refuses(model: Any) -> str | None:
         return "its patches come from a convolutional network whose grid the configuration does not tell"
     if getattr(inner.config, "num_experts", 1) > 1:
         return "its MLPs are mixtures of experts chosen by a dataset index that images do not carry"
-    return refusal(model, (*NAMES, *HEADS), PARTS, tokens(model))
+    return masks(model, inner.embeddings) or refusal(model, (*NAMES, *HEADS), PARTS, tokens(model))
 
 
 BERT = Family(
@@ -88,14 +94,8 @@ BERT = Family(
     d_model=lambda model: d_model(base(model, *NAMES)[1]),
     heads=heads,
     readout=bert_readout,
+    inputs=lambda model, x: in_order(base(model, *NAMES)[1].embeddings, x),
+    returns_tuple=returns_tuple,
     recorded=True,  # ViTPose's backbone hands on what transformers' recording hooks have seen
     refuses=refuses,
 )
-
-BERT_TUPLE = dataclasses.replace(
-    BERT,
-    name="transformers.bert_style_tuple",
-    parts={"": BLOCK, "attention.attention": ATTENTION | {"dropout"}},
-    returns_tuple=True,
-)
-"""The older form, in which attention holds its dropout as a module and blocks return tuples (FLAVA)."""

@@ -22,6 +22,7 @@ from vit_mechinterp.adapters.transformers_readout import (
     prefix_of,
     readout,
     refusal,
+    returns_tuple,
 )
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
@@ -91,6 +92,7 @@ CLIP = Family(
     d_model=d_model,
     heads=heads,
     readout=clip_readout,
+    returns_tuple=returns_tuple,
     refuses=clip_refuses,
 )
 
@@ -131,15 +133,14 @@ def siglip_readout(model: Any) -> Readout:
 
 
 def siglip_inputs(model: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """SigLIP 2 takes flattened patches, a mask of the real ones, and the grid's height and width."""
+    """SigLIP 2 takes flattened patches, a mask where some are none, and the grid's height and width."""
     if not takes_patches(model):
         return (x,), {}
     side = int(config_of(model).patch_size)
     rows, columns = x.shape[2] // side, x.shape[3] // side
     patches = x.reshape(len(x), x.shape[1], rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
     shapes = torch.tensor([[rows, columns]] * len(x), device=x.device)
-    mask = torch.ones(len(x), rows * columns, dtype=torch.int32, device=x.device)
-    return (patches.reshape(len(x), rows * columns, -1), mask, shapes), {}
+    return (patches.reshape(len(x), rows * columns, -1), None, shapes), {}
 
 
 def masks_its_pool(model: Any) -> bool:

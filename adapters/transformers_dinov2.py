@@ -18,6 +18,7 @@ from vit_mechinterp.adapters.transformers_readout import (
     prefix_of,
     readout,
     refusal,
+    returns_tuple,
     size_of,
 )
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
@@ -119,3 +120,19 @@ EOMT_STYLE = dataclasses.replace(
     name="transformers.eomt",
     out_projection="attention.out_proj",
 )
+
+DINOV2_BERT = dataclasses.replace(
+    DINOV2,
+    name="transformers.dinov2_bert_style",
+    attention="attention.attention",
+    out_projection="attention.output.dense",
+    parts={"": BLOCK, "attention.attention": frozenset({"query", "key", "value", "dropout"})},
+    ports={
+        **DINOV2.ports,
+        "mlp.pre": (Port("mlp.weights_in", part=(0, 2)), Port("mlp.fc1")),
+        "mlp.pre_linear": (Port("mlp.weights_in", part=(1, 2)),),
+        "mlp.post": (Port("mlp.weights_out", "input"), Port("mlp.fc2", "input")),
+    },
+    returns_tuple=returns_tuple,
+)
+"""DINOv2 with and without registers in transformers 4: attention as in BERT, and gates packed with values."""

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from vit_mechinterp.adapters.transformers_readout import base, d_model, grid_of, heads, readout, refusal
+import torch
+from torch import Tensor
+
+from vit_mechinterp.adapters.transformers_readout import (
+    base,
+    d_model,
+    grid_of,
+    heads,
+    readout,
+    refusal,
+    returns_tuple,
+)
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
 NAMES = ("vision_model", "transformer")
@@ -80,6 +91,11 @@ AIMV2 = Family(
     refuses=aimv2_refuses,
 )
 
+def pixtral_inputs(model: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The images with their sizes, which transformers 4 does not read off them."""
+    return (x,), {"image_sizes": torch.tensor([x.shape[-2:]] * len(x), device=x.device)}
+
+
 PIXTRAL = Family(
     name="transformers.pixtral",
     library="transformers",
@@ -103,6 +119,8 @@ PIXTRAL = Family(
     d_model=d_model,
     heads=heads,
     readout=pixtral_readout,
+    inputs=pixtral_inputs,
+    returns_tuple=returns_tuple,
     one_image="it packs all images of a batch into one sequence",
     refuses=pixtral_refuses,
     any_size=lambda model: True,  # positions are rotary

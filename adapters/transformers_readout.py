@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -130,6 +131,19 @@ def grid_of(
     )
 
 
+def tubelets_of(config: Any, prefix: tuple[str, ...]) -> TokenLayout:
+    """The token layout of a video model whose configuration gives a tubelet's frames, height and width."""
+    depth, height, width = config.tubelet_size
+    image = int(config.image_size)
+    return TokenLayout(
+        prefix=prefix,
+        grid=(config.num_frames // depth, image // height, image // width),
+        patch_size=(height, width),
+        image_size=(image, image),
+        frames=int(config.num_frames),
+    )
+
+
 def prefix_of(embeddings: Any) -> tuple[str, ...]:
     """CLS, distillation token and registers, as the embeddings hold and concatenate them."""
     cls = next(
@@ -140,6 +154,11 @@ def prefix_of(embeddings: Any) -> tuple[str, ...]:
         prefix += ("distillation",)
     registers = getattr(embeddings, "register_tokens", None)
     return prefix + ("registers",) * (0 if registers is None else int(registers.shape[1]))
+
+
+def returns_tuple(block: nn.Module) -> bool:
+    """Whether a block returns a tuple, as those of transformers 4 do that can give out attention weights."""
+    return "output_attentions" in inspect.signature(type(block).forward).parameters
 
 
 def size_of(value: Any) -> tuple[int, int]:

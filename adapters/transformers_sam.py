@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vit_mechinterp.adapters.transformers_readout import base, d_model, grid_of, heads
+from vit_mechinterp.adapters.transformers_readout import base, d_model, grid_of, heads, returns_tuple
 from vit_mechinterp.model.layout import TAP_SITES, Difference, Family, Port, Readout, TokenLayout
 
 NAMES = ("vision_encoder",)
@@ -81,6 +81,7 @@ SAM = Family(
     d_model=d_model,
     heads=heads,
     readout=sam_readout,
+    returns_tuple=returns_tuple,
     refuses=refuses,
 )
 

@@ -15,6 +15,7 @@ from vit_mechinterp.adapters.transformers_readout import (
     prefix_of,
     readout,
     refusal,
+    tubelets_of,
 )
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
@@ -27,18 +28,9 @@ ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 def tokens(model: Any) -> TokenLayout:
     """CLS (several in Pixio, none in I-JEPA), DeiT's distillation token, patches or tubelets."""
     prefix = prefix_of(base(model, *NAMES)[1].embeddings)
-    tubelet = getattr(model.config, "tubelet_size", None)
-    if tubelet is None:
-        return grid_of(model, prefix)
-    depth, height, width = tubelet
-    image = int(model.config.image_size)
-    return TokenLayout(
-        prefix=prefix,
-        grid=(model.config.num_frames // depth, image // height, image // width),
-        patch_size=(height, width),
-        image_size=(image, image),
-        frames=int(model.config.num_frames),
-    )
+    if hasattr(model.config, "tubelet_size"):
+        return tubelets_of(model.config, prefix)
+    return grid_of(model, prefix)
 
 
 def vit_readout(model: Any) -> Readout:
@@ -48,23 +40,27 @@ def vit_readout(model: Any) -> Readout:
     return readout(model, Port(prefix + "layernorm"), pools=pools)
 
 
-def inputs(model: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def in_order(embeddings: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """ViT-MAE shuffles its patches by random numbers, also in eval mode; rising numbers keep their order."""
-    embeddings = base(model, *NAMES)[1].embeddings
     if not hasattr(embeddings, "random_masking"):
         return (x,), {}
     order = torch.arange(embeddings.patch_embeddings.num_patches, device=x.device, dtype=torch.float32)
     return (x,), {"noise": order.expand(len(x), -1)}
 
 
-def refuses(model: Any) -> str | None:
-    """Masked autoencoders that mask, and other models around the same blocks."""
-    if hasattr(base(model, *NAMES)[1].embeddings, "random_masking") and model.config.mask_ratio != 0:
+def masks(model: Any, embeddings: Any) -> str | None:
+    """Masked autoencoders that mask."""
+    if hasattr(embeddings, "random_masking") and model.config.mask_ratio != 0:
         return (
             f"it drops {model.config.mask_ratio:.0%} of its patches at random, also in eval mode; set "
             "config.mask_ratio = 0"
         )
-    return refusal(model, NAMES, PARTS, tokens(model))
+    return None
+
+
+def refuses(model: Any) -> str | None:
+    """Masked autoencoders that mask, and other models around the same blocks."""
+    return masks(model, base(model, *NAMES)[1].embeddings) or refusal(model, NAMES, PARTS, tokens(model))
 
 
 VIT = Family(
@@ -90,6 +86,6 @@ VIT = Family(
     d_model=d_model,
     heads=heads,
     readout=vit_readout,
-    inputs=inputs,
+    inputs=lambda model, x: in_order(base(model, *NAMES)[1].embeddings, x),
     refuses=refuses,
 )

@@ -88,7 +88,7 @@ class Instrument:
             stack.callback(count.remove)
             for layer in self._skipped:
                 block = lookup(self.module, self.layout.block_path(layer))
-                forward = hand_on_tuple if self.layout.family.returns_tuple else hand_on
+                forward = hand_on_tuple if self.layout.returns_tuple else hand_on
                 stack.enter_context(shadowed_forward(block, forward))
             for site in sorted(self._ported()):
                 self._install_port(stack, site)

@@ -142,7 +142,8 @@ class Family:
         parts: for the block (path ``""``) and modules in it, the submodules and parameters that they may
             hold. What holds others computes other things under the same names, and is refused.
         absent: sites that the family cannot have, and why; a function of the block where blocks differ.
-        returns_tuple: whether a block returns a tuple whose first element is the residual stream.
+        returns_tuple: whether a block returns a tuple whose first element is the residual stream; a function
+            of the block where versions of a library differ.
         inputs: makes the arguments of the native call from a batch of images, where the call needs more than
             the images (random choices to be pinned, patches instead of images).
         one_image: why the module takes only one image per forward, or None. Such a module packs all images
@@ -176,7 +177,7 @@ class Family:
     absent: Mapping[str, str | Callable[[nn.Module], str | None]] = field(
         default_factory=lambda: MappingProxyType({})
     )
-    returns_tuple: bool = False
+    returns_tuple: bool | Callable[[nn.Module], bool] = False
     inputs: Callable[[nn.Module, Tensor], tuple[tuple[Any, ...], dict[str, Any]]] = lambda module, x: (
         (x,),
         {},
@@ -216,6 +217,7 @@ class Layout:
     ports: Mapping[str, Port | Difference | Share]
     absent: Mapping[str, str]
     packing: Packing | None = None
+    returns_tuple: bool = False
 
     def outcome(self, native: Any) -> Tensor:
         """What ``vit(x)`` returns, taken from the native output: one row per image."""

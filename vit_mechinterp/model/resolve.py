@@ -141,7 +141,9 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
             ports[site] = replace(found, packing=packing) if site == "ln_final" else found
         else:
             absent[site] = found
+    returns_tuple = family.returns_tuple
     return Layout(
+        returns_tuple=returns_tuple(blocks[0]) if callable(returns_tuple) else returns_tuple,
         family=family,
         blocks_path=blocks_path,
         n_layers=len(blocks),

@@ -68,7 +68,7 @@ def writes_and_identities(subject: Subject, record: Record) -> None:
                 if site == "attn.pattern" and "attn.scores" in edited.values:
                     # Rounding moves scores by a share of their size, and their softmax by as much as them.
                     scores = wide(edited.values["attn.scores"][:1])
-                    allowed *= max(1.0, float(scores[torch.isfinite(scores)].abs().max()) / 10)
+                    allowed *= max(1.0, float(scores[torch.isfinite(scores)].abs().max()) / 4)
                 record.near(deviation(value[:1], clean), allowed, edited.name(site), "the value")
         with record.under("a pattern edit, by hand"):
             _pattern_by_hand(subject, edited, record)
