@@ -6,6 +6,7 @@ from vit_mechinterp.circuits.activation_patching import activation_patching
 from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
 from vit_mechinterp.circuits.das import das, das_by_attribute
+from vit_mechinterp.circuits.edge_attribution import edge_attribution
 from vit_mechinterp.circuits.embedding_matching import embedding_matching
 from vit_mechinterp.circuits.equivalence_walks import equivalence_walks
 from vit_mechinterp.circuits.images import image_pairs, sample_photographs
@@ -27,6 +28,7 @@ __all__ = [
     "attribution_patching",
     "das",
     "das_by_attribute",
+    "edge_attribution",
     "edge_patching",
     "embedding_matching",
     "equivalence_walks",

@@ -13,11 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
 from vit_mechinterp.circuits.corruptions import Corruption
-from vit_mechinterp.circuits.effects import effect_columns, gap_problem
+from vit_mechinterp.circuits.effects import gap_problem
 from vit_mechinterp.circuits.images import image_pairs, model_view
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.patching_cells import (
@@ -30,6 +28,7 @@ from vit_mechinterp.circuits.patching_cells import (
     windows,
 )
 from vit_mechinterp.circuits.patching_figures import captions_of, drawing, shown_column
+from vit_mechinterp.circuits.patching_table import patching_table
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.token_sets import TokenPair
 from vit_mechinterp.engine.data import Data
@@ -130,7 +129,7 @@ def activation_patching(
     measured = measure(vit, groups, data, bound, folder=folder, **how)
 
     values = measured.stack([run.name for run in runs])
-    table = _table(cells, directions, values, bound, example, resamples, seed)
+    table = patching_table(cells, directions, values, bound, example, resamples, seed)
     pictures = {"clean": model_view(vit, data, base, example)}
     pictures["corrupted"] = model_view(vit, data, source, example)
     sentence, summary = _findings(table, bound, n, side, token_sets is None)
@@ -155,42 +154,6 @@ def activation_patching(
         captions=captions_of(table, n),
         draw=drawing(pictures, vit.layout.tokens.grid, side, bound.label),
     )
-
-
-def _table(
-    cells: Sequence[Cell],
-    directions: Sequence[str],
-    values: Any,
-    metric: BoundMetric,
-    example: int,
-    resamples: int,
-    seed: int,
-) -> pd.DataFrame:
-    import pandas as pd
-
-    assert metric.other is not None
-    parts = []
-    for index, way in enumerate(directions):
-        ends = (metric.clean, metric.other) if way == "noising" else (metric.other, metric.clean)
-        own = values[index :: len(directions)]
-        places = {
-            "direction": way,
-            "kind": [cell.kind for cell in cells],
-            "site": [cell.site.split(".", 2)[2] for cell in cells],
-            "layer": [cell.layer for cell in cells],
-            "head": pd.array([cell.head for cell in cells], dtype="Int64"),
-            "tokens": ["all" if cell.head is not None else cell.label for cell in cells],
-        }
-        for name in ("frame", "row", "column"):
-            numbers = [None if cell.window is None else getattr(cell.window, name) for cell in cells]
-            places[name] = pd.array(numbers, dtype="Int64")
-        effects = effect_columns(own, *ends, resamples=resamples, seed=seed)
-        change = (own[:, example] - ends[0][example]).numpy()
-        gap = float(ends[1][example] - ends[0][example])
-        small = gap_problem(ends[0][example : example + 1], ends[1][example : example + 1])
-        effects |= {"pair_change": change, "pair_normalised": np.nan if small else change / gap}
-        parts.append(pd.DataFrame(places | effects))
-    return pd.concat(parts, ignore_index=True)
 
 
 def _findings(

@@ -122,7 +122,7 @@ def receivers_of(vit: HookedViT, receivers: Iterable[NodeLike] | None) -> tuple[
             else:
                 found += [Node(site, head) for head in range(n_heads_at(vit, name, layer))]
         try:
-            found.append(Node(_mlp_input(vit, f"blocks.{layer}.mlp")))
+            found.append(_node(vit, _mlp_input(vit, f"blocks.{layer}.mlp")))
         except UnsupportedSiteError as error:
             left_out[f"blocks.{layer}.mlp"] = str(error)
     return [*found, Node(LOGITS)], left_out
@@ -180,12 +180,10 @@ def _mlp_input(vit: HookedViT, entry: NodeLike) -> NodeLike:
 def _node(vit: HookedViT, entry: NodeLike) -> Node:
     if isinstance(entry, Node):
         node = entry
+    elif isinstance(entry, str):
+        node = Node(str(Site.parse(entry)))
     else:
-        node = (
-            Node(str(Site.parse(entry)))
-            if isinstance(entry, str)
-            else Node(str(Site.parse(entry[0])), entry[1])
-        )
+        node = Node(str(Site.parse(entry[0])), entry[1])
     parsed = Site.parse(node.site)
     if node.site != LOGITS:
         vit.check_site(parsed)

@@ -33,7 +33,7 @@ def captions_of(table: pd.DataFrame) -> dict[str, str]:
         for receiver in receivers:
             captions[_name(receiver)] = f"{what} that each head and MLP causes through {receiver}."
     else:
-        captions["edges"] = f"{what} through every edge; grey pairs do not follow each other."
+        captions["edges"] = f"{what} through every edge; pairs left blank do not follow each other."
     if "total" in table:
         captions["total"] = (
             "Change of the metric when a sender is patched and nothing is held: all its paths together."

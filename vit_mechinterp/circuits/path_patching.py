@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from vit_mechinterp.circuits.bound_metric import BoundMetric
 
-__all__ = ["edge_patching", "path_patching", "path_runs"]
+__all__ = ["edge_patching", "path_patching", "path_runs", "path_table", "run_name"]
 
 NOTHING_SENT = "control: everything held, nothing sent"
 _RUNS_IN_GROUP = 256
@@ -124,9 +124,9 @@ def path_patching(
     ends = (bound.clean, bound.other) if direction == "noising" else (bound.other, bound.clean)
     assert ends[0] is not None
     assert ends[1] is not None
-    names = [*(_run_name(s, r) for s, r in paths), NOTHING_SENT]
+    names = [*(run_name(s, r) for s, r in paths), NOTHING_SENT]
     effects = effect_columns(measured.stack(names), *ends, resamples=resamples, seed=seed)
-    table = _table(paths, effects)
+    table = path_table(paths, effects, control=True)
     if totals:
         total = {s: float((measured.values[f"total, {s}"] - ends[0]).mean()) for s in writers}
         table["total"] = [*(total[s] for s, _ in paths), np.nan]
@@ -184,19 +184,20 @@ def path_runs(
     """Return the graph of runs of one sender: the run that sends, and per receiver one that reads from it."""
     held = [Interchange(site=s, source=base) for s in frozen_sites(vit, sender, mlps=freeze_mlps)]
     sending = Run(
-        name=_run_name(sender, Node(LOGITS)),
+        name=run_name(sender, Node(LOGITS)),
         interventions=(sender.interchange(source, tokens), *held),
         base=base,
     )
     through = [
-        Run(name=_run_name(sender, r), interventions=(r.interchange({"run": sending.name}),), base=base)
+        Run(name=run_name(sender, r), interventions=(r.interchange({"run": sending.name}),), base=base)
         for r in receivers
         if r.site != LOGITS and reaches(vit, sender, r)
     ]
     return [sending, *through]
 
 
-def _run_name(sender: Node, receiver: Node) -> str:
+def run_name(sender: Node, receiver: Node) -> str:
+    """Return the name of the run whose output shows a path's effect."""
     return f"{sender} into {receiver}"
 
 
@@ -226,16 +227,21 @@ def _groups(
     return [group for group in groups if group]
 
 
-def _table(paths: Sequence[tuple[Node, Node]], effects: dict[str, Any]) -> pd.DataFrame:
+def path_table(
+    paths: Sequence[tuple[Node, Node]], effects: dict[str, Any], *, control: bool = False
+) -> pd.DataFrame:
+    """Return one row per path, and with ``control`` a last one for the run that sends nothing."""
     import pandas as pd
 
     columns: dict[str, Any] = {}
     for index, role in enumerate(("sender", "receiver")):
         nodes = [path[index] for path in paths]
-        columns[role] = [*map(str, nodes), NOTHING_SENT if role == "sender" else LOGITS]
-        columns[f"{role}_kind"] = [*(node.kind for node in nodes), "control"]
-        columns[f"{role}_layer"] = pd.array([*(node.layer for node in nodes), None], dtype="Int64")
-        columns[f"{role}_head"] = pd.array([*(node.head for node in nodes), None], dtype="Int64")
+        last: list[Any] = [NOTHING_SENT if role == "sender" else LOGITS] if control else []
+        none: list[Any] = [None] if control else []
+        columns[role] = [*map(str, nodes), *last]
+        columns[f"{role}_kind"] = [*(node.kind for node in nodes), *(["control"] if control else [])]
+        columns[f"{role}_layer"] = pd.array([*(node.layer for node in nodes), *none], dtype="Int64")
+        columns[f"{role}_head"] = pd.array([*(node.head for node in nodes), *none], dtype="Int64")
     return pd.DataFrame(columns | effects)
 
 

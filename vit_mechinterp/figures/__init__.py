@@ -8,6 +8,7 @@ from vit_mechinterp.figures.images import attention_overlay, contact_sheet
 from vit_mechinterp.figures.lines import das_by_layer, lines_by_layer, stages_over_layers
 from vit_mechinterp.figures.maps import position_maps, round_up
 from vit_mechinterp.figures.matrices import node_matrix
+from vit_mechinterp.figures.scatter import predicted_against_exact
 from vit_mechinterp.figures.style import PALETTE, png_bytes, save_figure
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "node_matrix",
     "png_bytes",
     "position_maps",
+    "predicted_against_exact",
     "round_up",
     "save_figure",
     "stages_over_layers",

@@ -1,0 +1,179 @@
+"""First-order approximations: activations of two images, and the metric's gradient at one, at many sites.
+
+Gradients come from ordinary forwards with hooks that keep what passes at each site. Integrated gradients
+average them on the straight line between the two images' embeddings (Sundararajan et al. 2017; for edges of
+a circuit Hanna et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vit_mechinterp.circuits.bound_metric import BoundMetric
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.hooked import HookedViT
+
+__all__ = ["Method", "Pulled", "check_gradient", "differences", "gradients_at", "linearised"]
+
+Method: TypeAlias = Literal["gradient", "integrated"]
+
+Pull: TypeAlias = Callable[[Mapping[str, Tensor], Tensor], Mapping[Any, Tensor]]
+"""From kept activations and the summed metric to gradients, by whatever key."""
+
+_AT_ONCE = 8
+"""Images whose activations and graph are held at once."""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Some examples of both images.
+
+    Attributes:
+        examples: which.
+        change: site to the activation of the image patched from minus that of the image patched into.
+        gradients: what was pulled, averaged over the points of the path.
+    """
+
+    examples: Sequence[int]
+    change: Mapping[str, Tensor]
+    gradients: Mapping[Any, Tensor]
+
+
+def check_gradient(metric: BoundMetric, outputs: Float[Tensor, "example *output"]) -> None:
+    """Raise SpecError unless the metric has a finite gradient at these outputs."""
+    leaf = outputs.detach().double().requires_grad_()
+    with torch.enable_grad():
+        values = metric(leaf)
+    slope = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
+    if slope is None:
+        raise SpecError(
+            f"The metric {metric.name} has no gradient, so nothing can be attributed to first order. Take "
+            "logit_difference, probability, log_probability, kl or cosine, or patch exactly."
+        )
+    if not bool(slope.isfinite().all()):
+        raise SpecError(f"The gradient of the metric {metric.name} is not finite on the images' outputs.")
+
+
+def gradients_at(kept: Mapping[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+    """Pull the gradient at every kept site.
+
+    Raises:
+        SpecError: a site has no gradient.
+    """
+    slopes = torch.autograd.grad(total, list(kept.values()), allow_unused=True, retain_graph=True)
+    without = [site for site, slope in zip(kept, slopes, strict=True) if slope is None]
+    if without:
+        raise SpecError(
+            f"No gradient arrives at {', '.join(without[:4])}: the output does not depend on "
+            f"{'it' if len(without) == 1 else 'them'} through anything that can be differentiated. Leave "
+            f"{'it' if len(without) == 1 else 'them'} out, or patch exactly."
+        )
+    return {site: slope for site, slope in zip(kept, slopes, strict=True) if slope is not None}
+
+
+def differences(
+    vit: HookedViT, data: Any, sites: Sequence[str], into: str, origin: str, examples: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return, per site, the activation of image ``origin`` minus that of image ``into``."""
+    columns = Data(data, vit)
+    with torch.no_grad():
+        _, here = vit.run(columns.images(into, examples), capture=sites)
+        _, there = vit.run(columns.images(origin, examples), capture=sites)
+    return {site: there[site] - here[site] for site in here}
+
+
+def linearised(
+    vit: HookedViT,
+    data: Any,
+    metric: BoundMetric,
+    outputs: Float[Tensor, "example *output"],
+    *,
+    read: Sequence[str],
+    kept: Sequence[str],
+    pull: Pull = gradients_at,
+    into: str = "base",
+    origin: str = "source",
+    method: Method = "gradient",
+    steps: int = 8,
+    progress: bool = True,
+) -> Iterator[Pulled]:
+    """Go through the examples, a few at a time, and pull gradients at one image or on the way between both.
+
+    Args:
+        vit: the model.
+        data: both images of every example.
+        metric: what is differentiated.
+        outputs: outputs of all examples, to complete a batch by: a metric sees all examples at once.
+        read: sites whose change between the images is wanted.
+        kept: sites whose activations the gradient is pulled at.
+        pull: pulls gradients from the kept activations and the summed metric.
+        into: the column of images where the gradient is taken.
+        origin: the column of images that is patched from.
+        method: ``"gradient"`` takes it at ``into``, ``"integrated"`` at the middles of ``steps`` equal pieces
+            of the line between the embeddings of both.
+        steps: number of pieces.
+        progress: show a bar if it takes longer than two seconds.
+
+    Raises:
+        SpecError: a site or the metric has no gradient, or ``steps`` is none.
+    """
+    if method not in ("gradient", "integrated"):
+        raise SpecError(f"method={method!r} is not known. Choose 'gradient' or 'integrated'.")
+    if steps < 1:
+        raise SpecError(f"steps={steps} must be a positive number.")
+    check_gradient(metric, outputs)
+    columns = Data(data, vit)
+    # A model that takes one image at a time cannot be asked for more.
+    width = 1 if getattr(vit.layout.family, "one_image", None) is not None else _AT_ONCE
+    points = [(step + 0.5) / steps for step in range(steps)] if method == "integrated" else [None]
+    spans = [range(i, min(i + width, columns.n)) for i in range(0, columns.n, width)]
+    for span in tqdm(spans, desc="gradients", unit="batch", delay=2.0, disable=not progress):
+        examples = list(span)
+        change = differences(vit, data, list(dict.fromkeys(["embed", *read])), into, origin, examples)
+        sums: dict[Any, Tensor] = {}
+        pixels = columns.images(into, examples)
+        for point in points:
+            shift = None if point is None else point * change["embed"]
+            for key, slope in _pulled(vit, pixels, shift, metric, outputs, examples, kept, pull).items():
+                sums[key] = sums[key] + slope if key in sums else slope
+        yield Pulled(examples, change, {key: total / len(points) for key, total in sums.items()})
+
+
+def _pulled(
+    vit: HookedViT,
+    pixels: Tensor,
+    shift: Tensor | None,
+    metric: BoundMetric,
+    outputs: Tensor,
+    examples: Sequence[int],
+    kept: Sequence[str],
+    pull: Pull,
+) -> Mapping[Any, Tensor]:
+    activations: dict[str, Tensor] = {}
+
+    def keeping(site: str) -> Callable[[Tensor], Tensor]:
+        def keep(value: Tensor) -> Tensor:
+            if site == "embed" and shift is not None:
+                value = value + shift
+            activations[site] = value
+            return value
+
+        return keep
+
+    visitors = {site: keeping(site) for site in dict.fromkeys(["embed", *kept])}
+    with torch.enable_grad(), vit.hooks(visitors):
+        # Without a leaf that needs a gradient a model with frozen parameters would build no graph.
+        found = vit(pixels.detach().clone().requires_grad_().clone())
+        whole = outputs.to(found.device, torch.float64).index_copy(
+            0, torch.tensor(examples, device=found.device), found.double()
+        )
+        total = metric(whole)[examples].sum()
+        return {k: v.detach() for k, v in pull({site: activations[site] for site in kept}, total).items()}
