@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo picture test test-slow lint clean
+.PHONY: demo picture test test-slow bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vit-mechinterp demo --out out/demo
@@ -14,10 +14,16 @@ picture: demo
 	cp out/demo/overview.png docs/demo.png
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not full"
 
 test-slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+bench: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --small
+
+test-full: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m full --durations=0
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

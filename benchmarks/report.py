@@ -131,9 +131,9 @@ class Report:
         if self.options.report is not None:
             self.options.report.mkdir(parents=True, exist_ok=True)
             kind = host_kind(self.options.torch_device)
-            sizes = f"-{self.options.model}-{self.options.dtype}" if self.options.model else ""
-            name = f"{datetime.date.today()}-{kind}-{self.benchmark}{sizes}.md"
-            (self.options.report / name).write_text(self.markdown())
+            parts = [datetime.date.today(), kind, self.benchmark, self.options.model, self.options.dtype]
+            name = "-".join(str(part) for part in parts if part is not None)
+            (self.options.report / f"{name}.md").write_text(self.markdown())
 
     def record(self) -> dict[str, Any]:
         """Everything as JSON."""

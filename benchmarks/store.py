@@ -88,7 +88,8 @@ def bandwidth(report: Report, chosen: Any, folder: Path) -> None:
         for old in stores[:-1]:
             old.clear()
     _rows(report, "written, embeddings computed on the way", n_bytes, timed)
-    report.note(f"Computing the embeddings alone: {n_bytes / Spread.of(timed['computing']).median / 1e9:.3g} GB/s.")
+    alone = n_bytes / Spread.of(timed["computing"]).median / 1e9
+    report.note(f"Computing the embeddings alone: {alone:.3g} GB/s.")
 
     order = np.random.default_rng(0).permutation(n)
     host = ActivationStore(gpu=0, host=2 * n_bytes + 2**20)
@@ -107,13 +108,19 @@ def bandwidth(report: Report, chosen: Any, folder: Path) -> None:
             "store, host memory": lambda chunk: held[chunk],
         }
         read: dict[str, list[float]] = {key: [] for key in readers}
+        chunks = [wanted_order[i : i + BATCH] for i in range(0, n, BATCH)]
         for _ in range(chosen.repeats):
             for key, reader in readers.items():
-                chunks = [wanted_order[i : i + BATCH] for i in range(0, n, BATCH)]
-                read[key].append(seconds(lambda reader=reader, chunks=chunks: list(map(reader, chunks)), device))
+                work = functools.partial(_each, reader, chunks)
+                read[key].append(seconds(work, device))
         _rows(report, f"read {name}, {BATCH} examples at a time", n_bytes, read)
     host.close()
     stores[-1].clear()
+
+
+def _each(reader: Callable[[Any], object], chunks: list[Any]) -> None:
+    for chunk in chunks:
+        reader(chunk)
 
 
 def _rows(report: Report, what: str, n_bytes: int, timed: dict[str, list[float]]) -> None:
