@@ -2,8 +2,8 @@
 
 ``python -m tests.zoo.catalogue`` writes both: the facts (family, layout, sites) from every architecture in its full
 size, made without memory, and the measurements from the conformance checks on the tiny ones of the tests.
-``--facts`` keeps the measurements that there are, ``--missing`` measures what has none, and ``--only TEXT`` measures
-the models whose name contains a text.
+``--facts`` measures nothing, ``--missing`` adds the models and measurements that the catalogue lacks, and ``--only TEXT``
+measures the models whose name contains a text. What is not measured keeps the measurements that it has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -170,11 +170,6 @@ def versions() -> dict[str, str]:
     return {library: metadata.version(name) for library, name in {**LIBRARIES, "torch": "torch"}.items()}
 
 
-def live() -> list[Entry]:
-    """The facts about all models."""
-    return [facts(subject) for subject in tqdm(list(subjects()), desc="facts", mininterval=30)]
-
-
 def measure(subject: Subject) -> dict[str, float]:
     """What the conformance checks find on the tiny model.
 
@@ -196,23 +191,28 @@ def write(entries: list[Entry], numbers: Mapping[tuple[str, str], Mapping[str, f
     DOCUMENT.write_text(rendered(made), encoding="utf-8")
 
 
+def _shown(what: str, models: Iterable[Subject]) -> Iterable[Subject]:
+    return tqdm(list(models), desc=what, mininterval=30)
+
+
 def main() -> int:
     """Write both files; what was measured until then is kept when a model does not conform."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", action="store_true", help="measure nothing")
-    parser.add_argument("--missing", action="store_true", help="keep the facts, measure what has no measurements")
+    parser.add_argument("--missing", action="store_true", help="add the models that it lacks, and what was not measured")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure names that contain a text")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # models this small only lose by threads that wait for each other
     old = list(read().entries) if FILE.exists() else []
     numbers = {(entry.library, entry.name): entry.measured for entry in old}
-    entries = old if arguments.missing else live()
+    kept = {(entry.library, entry.name): entry for entry in old} if arguments.missing else {}
+    entries = [kept.get((one.library, one.name)) or facts(one) for one in _shown("facts", subjects())]
     write(entries, numbers)
     chosen = [one for one in subjects() if one.small and arguments.only in f"{one.library}/{one.name}"]
     if arguments.missing:
         chosen = [one for one in chosen if not numbers.get((one.library, one.name))]
     code = 0
-    for count, subject in enumerate(tqdm([] if arguments.facts else chosen, desc="checks", mininterval=30)):
+    for count, subject in enumerate(_shown("checks", [] if arguments.facts else chosen)):
         try:
             numbers[subject.library, subject.name] = measure(subject)
         except UnsupportedModelError as error:

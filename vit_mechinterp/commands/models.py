@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -95,7 +96,7 @@ def _versions(versions: Any) -> str:
 
 
 def _not_listed(known: Catalogue, search: str, library: str | None) -> str:
-    """What is known of a name that is not in the catalogue; a newer one of timm."""
+    """What can be said of a name that is not in the catalogue: timm's are looked at themselves."""
     where = f" of {library}" if library else ""
     text = f"The catalogue lists no model{where} with {search!r} in its name, class or family."
     text += known.near(search)
@@ -123,12 +124,17 @@ def check(arguments: argparse.Namespace) -> int:
     vit = opened(arguments.model, arguments.pretrained, arguments.allow_pickle)
     report = check(vit, subset="fast" if arguments.fast else "all")
     if arguments.json:
-        rows = [asdict(row) for row in report.rows]
+        # JSON has no infinity: a difference of shapes or of what is not finite is said in the detail.
+        rows = [{**asdict(row), "deviation": _finite(row.deviation)} for row in report.rows]
         absent = dict(vit.layout.absent)
         print(json.dumps({"model": report.model, "passed": report.passed, "rows": rows, "absent": absent}))
     else:
         print(report)
     return 0 if report.passed else 1
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def sites(arguments: argparse.Namespace) -> int:
