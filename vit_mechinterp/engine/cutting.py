@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.footprint import footprint
+from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.sizes import in_words, parse_bytes

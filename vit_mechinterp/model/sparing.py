@@ -36,7 +36,10 @@ ACTIVATIONS = ("act", "activation_fn", "act_fn", "intermediate_act_fn", "activat
 PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 _UNFIT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that saw other values where they should have seen equal ones."""
 _FIT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_LEFT_ALONE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules whose output nobody wrote into, so that all rows of it may be one and the same."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Sparing:
         self.layout = layout
         self._wanted: dict[int, Mapping[str, Distinct]] = {}
         self._opened: set[int] = set()
+        self._watched: list[tuple[nn.Module, Tensor, int]] = []
 
     def spare(self, layer: int, distinct: Mapping[str, Distinct], *, opened: bool) -> None:
         """Let parts of a block run on distinct rows alone.
@@ -123,6 +127,8 @@ class Sparing:
             for layer, distinct in self._wanted.items():
                 self._install(stack, layer, distinct)
             yield
+            _LEFT_ALONE.update(module for module, x, version in self._watched if x._version == version)
+            self._watched.clear()
 
     def _install(self, stack: ExitStack, layer: int, distinct: Mapping[str, Distinct]) -> None:
         parts = parts_of(self.module, self.layout, layer)
@@ -134,9 +140,10 @@ class Sparing:
             if part == "attn_out" or (whole and part in ("attn.q", "attn.z", "attn.result")):
                 continue
             for module in parts[part]:
-                stack.enter_context(shadowed_forward(module, _Spared(module, rows)))
+                stack.enter_context(shadowed_forward(module, _Spared(module, rows, self._watched)))
         if whole:
-            stack.enter_context(shadowed_forward(attention, _Spared(attention, distinct["attn_out"])))
+            spared = _Spared(attention, distinct["attn_out"], self._watched)
+            stack.enter_context(shadowed_forward(attention, spared))
         elif "attn.z" in distinct:
             attend = _Attending(attention.forward, distinct["attn.z"])
             stack.enter_context(shadowed_forward(attention, attend))
@@ -145,10 +152,13 @@ class Sparing:
 class _Spared:
     """The forward of a part: it runs on the distinct rows, at its first call in the forward."""
 
-    def __init__(self, module: nn.Module, rows: Distinct) -> None:
+    def __init__(
+        self, module: nn.Module, rows: Distinct, watched: list[tuple[nn.Module, Tensor, int]]
+    ) -> None:
         self.module = module
         self.native = module.forward
         self.rows = rows
+        self.watched = watched
         self.called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,9 +197,14 @@ class _Spared:
     def _expanded(self, output: Any) -> Any:
         if isinstance(output, tuple):
             return tuple(map(self._expanded, output))
-        if isinstance(output, Tensor) and output.ndim and len(output) == len(self.rows.first):
-            return _rows(output, self.rows.index)
-        return output
+        if not (isinstance(output, Tensor) and output.ndim and len(output) == len(self.rows.first)):
+            return output
+        if len(output) == 1 and self.module in _LEFT_ALONE:
+            return output.expand(len(self.rows.index), *output.shape[1:])
+        rows = _rows(output, self.rows.index)
+        if self.module not in _LEFT_ALONE and not rows.is_inference():
+            self.watched.append((self.module, rows, rows._version))
+        return rows
 
 
 class _Attending:
