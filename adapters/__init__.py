@@ -24,6 +24,7 @@ from vit_mechinterp.adapters.transformers_clip import CLIP, JANUS, MLCD, PHI4, S
 from vit_mechinterp.adapters.transformers_clip_towers import GRANITE_DOCLING, MOLMO2
 from vit_mechinterp.adapters.transformers_dinov2 import DINOV2, DINOV2_BERT, EOMT_STYLE
 from vit_mechinterp.adapters.transformers_gated import AIMV2, PIXTRAL
+from vit_mechinterp.adapters.transformers_gemma4 import GEMMA4 as TRANSFORMERS_GEMMA4
 from vit_mechinterp.adapters.transformers_internvl import INTERNVL, STEP3
 from vit_mechinterp.adapters.transformers_llama4 import LLAMA4
 from vit_mechinterp.adapters.transformers_mgp_str import MGP_STR
@@ -69,6 +70,7 @@ TRANSFORMERS = (
     GRANITE_DOCLING,
     KOSMOS2_5,
     PIX2STRUCT,
+    TRANSFORMERS_GEMMA4,
     TRANSFORMERS_VIT,
     BEIT,
     DATA2VEC,

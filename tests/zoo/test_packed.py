@@ -117,6 +117,21 @@ def test_numbered_patches(name: str, kind: str) -> None:
 
 
 @torch.no_grad()
+def test_patches_and_positions_of_gemma4() -> None:
+    vit = vmi.wrap(build("Gemma4VisionModel"))
+    x = noise(vit, 2).sigmoid()
+    kind = transformers.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
+    given = kind(
+        images=list(x), do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt"
+    )
+    ours, _ = vit.layout.family.inputs(vit.module, x)
+    n = vit.layout.tokens.n_patches
+    assert torch.equal(ours[0], given["pixel_values"][:, :n])
+    assert torch.equal(ours[1], given["image_position_ids"][:, :n])
+    assert torch.equal(vit(x).flatten(0, 1), vit.module(*ours).last_hidden_state)
+
+
+@torch.no_grad()
 def test_patches_of_molmo2() -> None:
     from transformers.models.molmo2 import image_processing_molmo2 as processing
 

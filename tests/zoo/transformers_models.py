@@ -197,6 +197,18 @@ BUILDERS: dict[str, Build] = {
         scale_factor=2,
     ),
     **_row(
+        "gemma4",
+        "Gemma4VisionModel",
+        "Gemma4VisionConfig",
+        **TINY,
+        num_key_value_heads=2,
+        head_dim=8,
+        patch_size=4,
+        position_embedding_size=16,
+        pooling_kernel_size=2,
+        image_size=[16, 24],
+    ),
+    **_row(
         "kosmos2_5",
         "Kosmos2_5VisionModel",
         "Kosmos2_5VisionConfig",

@@ -159,7 +159,7 @@ class Instrument:
             if Site(layer, name) in self._visits and self._is_tapped(Site(layer, name))
         }
         attention: nn.Module = lookup(self.module, path)
-        stack.enter_context(tapped(attention, visits, path, self.layout.n_heads, self.layout.packing))
+        stack.enter_context(tapped(attention, visits, path, self.layout.n_heads, self.layout.sequence))
 
     def _install_result(self, stack: ExitStack, attn_out: Site) -> None:
         """Per-head results: each head's z through its columns of the output projection (and LayerScale)."""
@@ -175,7 +175,7 @@ class Instrument:
         scale = next((s for s in scales if not is_missing(s)), None)
         port = self.layout.ports.get(f"blocks.{layer}.attn.result")
         token_first = isinstance(port, Port) and port.token_first
-        packing = self.layout.packing
+        packing = self.layout.sequence
         merged: list[Tensor] = []
         result_site = Site(layer, "attn.result")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_mechinterp.model.packing import Packing
+from vit_mechinterp.model.packing import Packing, Rows
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Packing",
     "Port",
     "Readout",
+    "Rows",
     "Share",
     "TokenLayout",
     "is_missing",
@@ -159,7 +160,8 @@ class Family:
         refuses: returns a reason why a module of this family cannot be supported, or None.
         any_size: whether a module takes images of other sizes than ``tokens`` reads off it.
         packing: for modules that pack all images of a batch into one sequence: how the tokens of an image of
-            that layout lie in it. Their blocks take the ends of the stretches by name.
+            that layout lie in it. Their blocks take the ends of the stretches by name. `Rows` where only the
+            output is such a sequence.
     """
 
     name: str
@@ -190,7 +192,7 @@ class Family:
     parallel: bool = False
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     any_size: Callable[[nn.Module], bool] = lambda module: False
-    packing: Callable[[nn.Module, TokenLayout], Packing] | None = None
+    packing: Callable[[nn.Module, TokenLayout], Packing | Rows] | None = None
 
     def lacks(self, site: str, block: nn.Module) -> str | None:
         """Why a block of this family has no such site; None if it has one."""
@@ -216,8 +218,13 @@ class Layout:
     readout: Readout
     ports: Mapping[str, Port | Difference | Share]
     absent: Mapping[str, str]
-    packing: Packing | None = None
+    packing: Packing | Rows | None = None
     returns_tuple: bool = False
+
+    @property
+    def sequence(self) -> Packing | None:
+        """How images lie in the sequence that the blocks see, if they see one."""
+        return self.packing if isinstance(self.packing, Packing) else None
 
     def outcome(self, native: Any) -> Tensor:
         """What ``vit(x)`` returns, taken from the native output: one row per image."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ENDS", "Packing"]
+__all__ = ["ENDS", "Packing", "Rows"]
 
 ENDS = "cu_seqlens"
 """The argument of a block, and of its attention, that holds the ends of the stretches; it begins with 0."""
@@ -86,6 +86,34 @@ class Packing:
         fitting = {name: part if part is value else repeated(part) for name, part in kwargs.items()}
         fitting[ENDS] = torch.cat([own[:1], (own[1:] + starts[:, None]).flatten()])
         return args, fitting
+
+
+@dataclass(frozen=True)
+class Rows:
+    """For modules whose blocks see images as rows, but whose output is one sequence again.
+
+    Args:
+        outputs: how many rows of the output belong to one image.
+    """
+
+    outputs: int
+
+    def split(self, output: Tensor) -> Tensor:
+        """The model's output by image."""
+        return output.reshape(-1, self.outputs, *output.shape[1:])
+
+    def fit(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block's pre-hook: gives it positions and masks for as many images as its input holds."""
+        value: Tensor = args[0] if args else next(iter(kwargs.values()))
+
+        def fitting(part: Any) -> Any:
+            if isinstance(part, (tuple, list)):
+                return type(part)(fitting(one) for one in part)
+            if not isinstance(part, Tensor) or part.ndim < 2 or len(part) in (1, len(value)):
+                return part
+            return part[:1].expand(len(value), *part.shape[1:])
+
+        return args, {name: part if part is value else fitting(part) for name, part in kwargs.items()}
 
 
 @lru_cache(maxsize=64)

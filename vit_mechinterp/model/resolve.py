@@ -13,6 +13,7 @@ from vit_mechinterp.model.layout import (
     Difference,
     Family,
     Layout,
+    Packing,
     Port,
     Share,
     TokenLayout,
@@ -111,6 +112,7 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     strangers = family.strangers(module)
     tokens = _tokens(family, module, image_size)
     packing = None if family.packing is None else family.packing(module, tokens)
+    sequence = packing if isinstance(packing, Packing) else None
     for layer, block in enumerate(blocks):
         if layer in strangers:
             absent.update({f"blocks.{layer}.{site}": strangers[layer] for site in BLOCK_SITES})
@@ -128,7 +130,7 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
             elif port is not None:
                 path = f"{scope}.{port.path}" if port.path else scope
                 shape = n_heads, d_head
-                ports[name] = replace(port, path=path, scope=scope, head_shape=shape, packing=packing)
+                ports[name] = replace(port, path=path, scope=scope, head_shape=shape, packing=sequence)
             elif site in _OPTIONAL:
                 absent[name] = "the MLP of this block is not gated"
             elif site not in (*TAP_SITES, "attn.result"):
@@ -138,7 +140,7 @@ def resolve(family: Family, module: nn.Module, image_size: tuple[int, int] | Non
     for site in GLOBAL_SITES[1:]:
         found = readout.ports.get(site, f"the readout of {family.name} does not name it")
         if isinstance(found, Port):
-            ports[site] = replace(found, packing=packing) if site == "ln_final" else found
+            ports[site] = replace(found, packing=sequence) if site == "ln_final" else found
         else:
             absent[site] = found
     returns_tuple = family.returns_tuple
