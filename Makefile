@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo picture test test-slow bench lint clean
+.PHONY: demo picture test test-slow test-full bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vit-mechinterp demo --out out/demo
