@@ -7,6 +7,7 @@ sort them by windows first.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
@@ -119,6 +120,8 @@ def foreign_parts(model: Any, parts: frozenset[str]) -> str | None:
     """Why a model is refused that takes no patches with a grid, or holds other parts; None if it is not."""
     if not {"grid_thw", "image_grid_thw"} & {*signature(type(model).forward).parameters}:
         return "it takes no patches with the grid of each image"
+    if find_spec("transformers.vision_utils") is None:
+        return "towers that pack images are not known as this version of transformers has them; upgrade it"
     held = {name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))}
     foreign = ", ".join(map(repr, sorted(held - parts)))
     return f"it also holds {foreign}, unknown to this family" if foreign else None

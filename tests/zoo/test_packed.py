@@ -316,6 +316,13 @@ def test_what_has_no_inside_says_why() -> None:
         vit.run(noise(vit), capture=["ln_final"])
 
 
+def test_older_towers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build("Qwen2VisionTransformerPretrainedModel")
+    monkeypatch.setattr("vit_mechinterp.adapters.transformers_packed.find_spec", lambda name: None)
+    with pytest.raises(vmi.errors.UnsupportedModelError, match="this version of transformers"):
+        vmi.wrap(module)
+
+
 def test_a_tower_with_other_parts_is_no_tower_of_this_family() -> None:
     module = build("Qwen2VisionTransformerPretrainedModel")
     module.another = nn.Linear(2, 2)
