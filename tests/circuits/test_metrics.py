@@ -12,7 +12,14 @@ import torch
 import vit_mechinterp as vmi
 from tests.tiny_models import HF_CLIP, TIMM_PLAIN
 from vit_mechinterp.circuits.bound_metric import bind_metric, check_metric
-from vit_mechinterp.circuits.metrics import KLDivergence, LogitDifference, Probability, Rank, Similarity
+from vit_mechinterp.circuits.metrics import (
+    Accuracy,
+    KLDivergence,
+    LogitDifference,
+    Probability,
+    Rank,
+    Similarity,
+)
 from vit_mechinterp.circuits.statistics import bootstrap_interval, bootstrap_ratio, sign_flip_p_values
 from vit_mechinterp.errors import DataError, SpecError
 
@@ -41,6 +48,7 @@ def test_metrics_equal_their_formulas() -> None:
         "log": bound("log_probability"),
         "kl": bound("kl"),
         "rank": bound(Rank(answer=2)),
+        "accuracy": bound(Accuracy("label"), label=label),
         "cosine": bound(Similarity()),
     }
     for i in range(N):
@@ -55,6 +63,7 @@ def test_metrics_equal_their_formulas() -> None:
             "log": math.log(p[top]),
             "kl": sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)),
             "rank": sum(float(x) > float(row[2]) for x in row),
+            "accuracy": float(max(range(5), key=lambda c: float(row[c])) == label[i]),
             "cosine": float((row * clean).sum() / row.norm() / clean.norm()),
         }
         for name, metric in found.items():

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+from vit_mechinterp.circuits.ablation import ablation_sweep
 from vit_mechinterp.circuits.activation_patching import activation_patching
 from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
+from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.das import das, das_by_attribute
 from vit_mechinterp.circuits.edge_attribution import edge_attribution
 from vit_mechinterp.circuits.embedding_matching import embedding_matching
 from vit_mechinterp.circuits.equivalence_walks import equivalence_walks
+from vit_mechinterp.circuits.faithfulness import faithfulness
 from vit_mechinterp.circuits.images import image_pairs, sample_photographs
 from vit_mechinterp.circuits.interchange_sweep import interchange_sweep
 from vit_mechinterp.circuits.local_lipschitz import local_lipschitz
-from vit_mechinterp.circuits.metrics import KLDivergence, LogitDifference, Probability, Rank, Similarity
+from vit_mechinterp.circuits.metrics import (
+    Accuracy,
+    KLDivergence,
+    LogitDifference,
+    Probability,
+    Rank,
+    Similarity,
+)
 from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
 from vit_mechinterp.circuits.result import CircuitResult
 
 __all__ = [
+    "Accuracy",
     "CircuitResult",
     "KLDivergence",
     "LogitDifference",
     "Probability",
     "Rank",
     "Similarity",
+    "ablation_sweep",
     "activation_patching",
     "attention_stages",
     "attribution_patching",
+    "cumulative_ablation",
     "das",
     "das_by_attribute",
     "edge_attribution",
     "edge_patching",
     "embedding_matching",
     "equivalence_walks",
+    "faithfulness",
     "image_pairs",
     "interchange_sweep",
     "local_lipschitz",

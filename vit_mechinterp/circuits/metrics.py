@@ -24,6 +24,7 @@ from vit_mechinterp.errors import SpecError
 
 __all__ = [
     "METRICS",
+    "Accuracy",
     "Classes",
     "Context",
     "KLDivergence",
@@ -178,6 +179,27 @@ class Rank:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """1 where ``answer`` (by default the prediction for the clean image) is predicted, else 0."""
+
+    answer: Classes = None
+    label: str = field(default="accuracy", init=False)
+
+    def check(self, data: Data, shape: tuple[int, ...]) -> None:
+        """See `Metric`."""
+        _classes(self.answer, data, shape, "answer")
+
+    def bind(self, context: Context) -> tuple[Callable[[Tensor], Tensor], str]:
+        """See `Metric`."""
+        answer = _answers(self.answer, context)
+
+        def hits(outputs: Tensor) -> Tensor:
+            return (outputs.argmax(dim=1) == answer.to(outputs.device)).to(outputs.dtype)
+
+        return hits, f"Whether {_said_answer(self.answer)} is predicted: 1, else 0."
+
+
+@dataclass(frozen=True)
 class Similarity:
     """Cosine between the present output and the clean one: for models that give features, not classes."""
 
@@ -201,6 +223,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "log_probability": lambda: Probability(log=True),
     "kl": KLDivergence,
     "rank": Rank,
+    "accuracy": Accuracy,
     "cosine": Similarity,
 }
 """Metrics by their short names, with their defaults."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vit_mechinterp.figures.curves import Curve, curves
 from vit_mechinterp.figures.dots import dots_by_row, examples_by_run
 from vit_mechinterp.figures.heatmaps import condition_map, head_layer_map
 from vit_mechinterp.figures.images import attention_overlay, contact_sheet
@@ -13,9 +14,11 @@ from vit_mechinterp.figures.style import PALETTE, png_bytes, save_figure
 
 __all__ = [
     "PALETTE",
+    "Curve",
     "attention_overlay",
     "condition_map",
     "contact_sheet",
+    "curves",
     "das_by_layer",
     "dots_by_row",
     "examples_by_run",

@@ -22,6 +22,7 @@ def predicted_against_exact(
     groups: Mapping[str, tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]],
     *,
     label: str = "",
+    axes_labels: tuple[str, str] = ("exact", "predicted"),
     note: str = "",
 ) -> Figure:
     """Draw one dot per cell, exact along x and predicted along y, with the line where both agree.
@@ -29,6 +30,7 @@ def predicted_against_exact(
     Args:
         groups: name to (predicted, exact); one colour each.
         label: what both measure, above the axes.
+        axes_labels: names of the x and the y axis.
         note: a few words in the corner, such as the correlation.
 
     Raises:
@@ -41,7 +43,7 @@ def predicted_against_exact(
     low, high = float(np.nanmin(seen)), float(np.nanmax(seen))
     margin = 0.08 * (high - low) or 1.0
     low, high = low - margin, high + margin
-    figure = new_figure(5.0, 3.9)
+    figure = new_figure(5.4, 3.9)
     axes = figure.add_subplot()
     axes.axhline(0, color="#e8eaee", linewidth=0.8, zorder=1)
     axes.axvline(0, color="#e8eaee", linewidth=0.8, zorder=1)
@@ -50,10 +52,12 @@ def predicted_against_exact(
         axes.scatter(exact, predicted, s=20, color=color, alpha=0.75, linewidths=0, label=name, zorder=3)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
-    axes.set_aspect("equal")
-    axes.set_xlabel("exact")
-    axes.set_ylabel("predicted")
+    axes.set_box_aspect(1)
+    axes.locator_params(nbins=6)
+    axes.set_xlabel(axes_labels[0])
+    axes.set_ylabel(axes_labels[1])
     axes.set_title(label)
     axes.annotate(note, (0.03, 0.97), xycoords="axes fraction", va="top", color=INK, fontsize=8.5)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.2)
+    if len(groups) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.2)
     return figure
