@@ -1,4 +1,4 @@
-"""Tiny vision towers of vision-language models, which pack all images of a batch into one sequence.
+"""Tiny vision towers of vision-language models, most of which pack all images of a batch into one sequence.
 
 The image size is an attribute that their configurations do not declare, and it is what a tower is laid out for.
 """
@@ -125,3 +125,49 @@ PACKED: dict[str, Build] = {
         text_hidden_size=40,
     ),
 }
+
+
+PATCHES: dict[str, Build] = {
+    **_tower(
+        "molmo2", "Molmo2VisionModel", "Molmo2VisionConfig", **CLIP, num_key_value_heads=4, head_dim=8
+    ),
+    **_tower(
+        "granite_docling",
+        "GraniteDoclingVisionModel",
+        "GraniteDoclingVisionConfig",
+        **{**CLIP, "image_size": 16},
+        deepstack_visual_indexes=[0],
+        out_hidden_size=40,
+    ),
+    **_tower(
+        "gemma4",
+        "Gemma4VisionModel",
+        "Gemma4VisionConfig",
+        **CLIP,
+        num_key_value_heads=2,
+        head_dim=8,
+        position_embedding_size=16,
+        pooling_kernel_size=2,
+    ),
+    **_tower(
+        "kosmos2_5",
+        "Kosmos2_5VisionModel",
+        "Kosmos2_5VisionConfig",
+        **_without(CLIP, "patch_size"),
+        head_dim=8,
+        patch_embed_hidden_size=48,
+        max_num_patches=24,
+    ),
+    **_tower(
+        "pix2struct",
+        "Pix2StructVisionModel",
+        "Pix2StructVisionConfig",
+        **_without(CLIP, "patch_size", "intermediate_size"),
+        d_kv=8,
+        d_ff=48,
+        patch_embed_hidden_size=48,
+        seq_len=24,
+        initializer_range=0.02,
+    ),
+}
+"""These see images as rows, but take patches that are cut out and numbered, or merge them at the end."""

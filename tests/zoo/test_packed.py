@@ -108,12 +108,12 @@ def test_pictures_of_the_right_size_become_the_processor_s_own_patches(name: str
 def test_numbered_patches(name: str, kind: str) -> None:
     vit = vmi.wrap(build(name))
     x = noise(vit)
-    size = SizeDict(height=8, width=8)
-    made = getattr(transformers, kind)().extract_flattened_patches(x, max_patches=6, patch_size=size)
+    size = SizeDict(height=4, width=4)
+    made = getattr(transformers, kind)().extract_flattened_patches(x, max_patches=24, patch_size=size)
     patches = made[0] if isinstance(made, tuple) else made
     ours, _ = vit.layout.family.inputs(vit.module, x)
     torch.testing.assert_close(ours[0], patches, rtol=0, atol=1e-6)
-    assert torch.equal(vit(x), vit.module(ours[0], torch.ones(1, 6)).last_hidden_state)
+    assert torch.equal(vit(x), vit.module(ours[0], torch.ones(1, 24)).last_hidden_state)
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_patches_of_molmo2() -> None:
 
     vit = vmi.wrap(build("Molmo2VisionModel"))
     x = noise(vit, 2)
-    patches = processing.batch_pixels_to_patches(x.permute(0, 2, 3, 1), 8)
+    patches = processing.batch_pixels_to_patches(x.permute(0, 2, 3, 1), 4)
     ours, _ = vit.layout.family.inputs(vit.module, x)
     assert torch.equal(ours[0], patches)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.zoo.packed_models import PACKED
+from tests.zoo.packed_models import PACKED, PATCHES
 
 Build = Callable[[], nn.Module]
 
@@ -176,60 +176,6 @@ BUILDERS: dict[str, Build] = {
     **_row("idefics3", "Idefics3VisionTransformer", "Idefics3VisionConfig", **CLIP),
     **_row("smolvlm", "SmolVLMVisionTransformer", "SmolVLMVisionConfig", **CLIP),
     **_row("janus", "JanusVisionModel", "JanusVisionConfig", **TINY, **SQUARE),
-    **_row(
-        "molmo2",
-        "Molmo2VisionModel",
-        "Molmo2VisionConfig",
-        **TINY,
-        num_key_value_heads=4,
-        head_dim=8,
-        image_size=[16, 24],
-        patch_size=8,
-    ),
-    **_row(
-        "granite_docling",
-        "GraniteDoclingVisionModel",
-        "GraniteDoclingVisionConfig",
-        **TINY,
-        **SQUARE,
-        deepstack_visual_indexes=[0],
-        out_hidden_size=40,
-        scale_factor=2,
-    ),
-    **_row(
-        "gemma4",
-        "Gemma4VisionModel",
-        "Gemma4VisionConfig",
-        **TINY,
-        num_key_value_heads=2,
-        head_dim=8,
-        patch_size=4,
-        position_embedding_size=16,
-        pooling_kernel_size=2,
-        image_size=[16, 24],
-    ),
-    **_row(
-        "kosmos2_5",
-        "Kosmos2_5VisionModel",
-        "Kosmos2_5VisionConfig",
-        **TINY,
-        head_dim=8,
-        patch_embed_hidden_size=192,
-        max_num_patches=8,
-        image_size=[16, 24],
-    ),
-    **_row(
-        "pix2struct",
-        "Pix2StructVisionModel",
-        "Pix2StructVisionConfig",
-        **{name: size for name, size in TINY.items() if name != "intermediate_size"},
-        d_kv=8,
-        d_ff=48,
-        patch_embed_hidden_size=192,
-        seq_len=8,
-        image_size=[16, 24],
-        initializer_range=0.02,
-    ),
     **_row("blip", "BlipVisionModel", "BlipVisionConfig", **CLIP),
     **_row("blip_2", "Blip2VisionModel", "Blip2VisionConfig", **CLIP),
     **_row("instructblip", "InstructBlipVisionModel", "InstructBlipVisionConfig", **CLIP),
@@ -401,7 +347,7 @@ def _timm_wrapper(name: str) -> Build:
     return build
 
 
-BUILDERS |= PACKED | {
+BUILDERS |= PACKED | PATCHES | {
     "Data2VecVisionModel": _data2vec("Data2VecVisionModel"),
     "Data2VecVisionForImageClassification": _data2vec("Data2VecVisionForImageClassification"),
     "VitPoseForPoseEstimation": _vitpose,
