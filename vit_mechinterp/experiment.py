@@ -13,7 +13,7 @@ from vit_mechinterp.spec import DataSource, Experiment
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vit_mechinterp.engine import Results
+    from vit_mechinterp.engine import ActivationStore, Results
     from vit_mechinterp.model import HookedViT
 
 __all__ = ["load_data", "load_model", "read_experiment", "run_experiment"]
@@ -88,8 +88,13 @@ def run_experiment(
     data: Any = None,
     tensors: Mapping[str, Tensor] | None = None,
     progress: bool = True,
+    memory: int | str | None = None,
+    store: ActivationStore | None = None,
 ) -> Results:
     """Run a whole experiment, as ``vit-mechinterp run`` does.
+
+    Results are written into ``out`` as they come. An experiment that was stopped, however suddenly, goes on
+    where it was when it is run again with the same folder, and gives the same bits.
 
     Args:
         experiment: an experiment, or the path of its YAML or JSON document.
@@ -101,12 +106,15 @@ def run_experiment(
         data: the examples, in place of those that the document names.
         tensors: tensors by name, in addition to, and in place of, those that the document names.
         progress: show progress bars.
+        memory: most bytes to hold beside the model, as for `execute`.
+        store: where clean values are kept from one experiment to the next, as for `execute`.
 
     Raises:
         SpecError: the document is malformed or does not fit the model.
         DataError: the data lacks what a run reads.
         TensorFileError: a tensor file cannot be read.
-        ExecutionError: nothing can be written to ``out`` (said before anything is computed).
+        ExecutionError: nothing can be written to ``out``, or it holds another experiment (said before
+            anything is computed).
     """
     from vit_mechinterp.engine import execute
 
@@ -119,10 +127,13 @@ def run_experiment(
         tensors=tensors,
         batch_size=document.batch_size,
         progress=progress,
+        memory=memory,
+        store=store,
+        out=folder,
     )
     if folder is not None:
         try:
-            results.save(folder)
+            results.save_table(folder)
             save_portable(document, folder, vit=vit, has_own_data=data is not None, tensors=tensors)
         except VitMechInterpError:
             raise

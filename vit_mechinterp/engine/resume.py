@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.chunk import Collected
-from vit_mechinterp.engine.collect import in_native_order
 from vit_mechinterp.engine.identity import differences
-from vit_mechinterp.engine.results import Results, capture_keys, save_document
+from vit_mechinterp.engine.joining import capture_names, join_chunks
+from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensorfiles import checksum, file_checksum, read_tensors, replacing, sweep, writing
 from vit_mechinterp.engine.values import Read
@@ -146,6 +145,7 @@ class FinishedChunks:
         except (OSError, ValueError, LookupError, TypeError):
             return None
         logger.warning("%s/results.safetensors is damaged; it is made anew.", self.results)
+        (self.results / "results.json").unlink(missing_ok=True)
         return None
 
     def is_done(self) -> bool:
@@ -201,7 +201,7 @@ class FinishedChunks:
         """Keep what a chunk gave."""
         runs = self.schedule.bound.runs
         tensors = {"outputs": torch.stack([torch.cat(part.outputs[run.name]) for run in runs])}
-        for key, (n, name) in _capture_names(self.schedule.bound).items():
+        for key, (n, name) in capture_names(self.schedule.bound).items():
             pieces = part.captures[runs[n].name, name]
             tensors[key] = torch.cat([tensor for tensor, _ in pieces])
             if pieces[0][1] is not None:
@@ -225,9 +225,10 @@ class FinishedChunks:
 
     def finish(self, labels: Mapping[str, Sequence[int]], provenance: Mapping[str, Any]) -> Results:
         """Join the chunks into the file of results, one at a time; the chunks' own files are removed."""
+        paths = [self.path(chunk) for chunk in self.schedule.chunks]
         try:
             with self._disk():
-                self._join(labels, provenance)
+                join_chunks(self.schedule, paths, self.results, labels, provenance, self.digest)
         except FileNotFoundError:
             # Another process has joined and removed them.
             if (results := self.finished()) is not None:
@@ -236,72 +237,6 @@ class FinishedChunks:
         for chunk in (*self.schedule.chunks, None):
             self.path(chunk).unlink(missing_ok=True)
         return Results.load(self.results)
-
-    def _join(self, labels: Mapping[str, Sequence[int]], provenance: Mapping[str, Any]) -> None:
-        runs, chunks = self.schedule.bound.runs, self.schedule.chunks
-        names = _capture_names(self.schedule.bound)
-        parts = [read_tensors(self.path(chunk)) for chunk in chunks[:1]]
-        counts: dict[str, list[int]] = {key: [] for key in names if f"counts.{key}" in parts[0][0]}
-        halvings = 0
-        for chunk in chunks:
-            tensors, metadata = read_tensors(self.path(chunk))
-            halvings = max(halvings, int(metadata["halvings"]))
-            for key, own in counts.items():
-                own += tensors[f"counts.{key}"].tolist()
-        equal = {key: len(set(own)) == 1 for key, own in counts.items()}
-        first = parts[0][0]
-        n = self.schedule.n_examples
-        output = tuple(first["outputs"].shape[2:])
-        layout = {"logits": (first["outputs"].dtype, (len(runs), n, *output))}
-        index: list[dict[str, Any]] = []
-        for key, (run, name) in names.items():
-            ragged = key in counts and not equal[key]
-            keys = capture_keys(run, name, n if ragged else None)
-            index.append({"run": runs[run].name, "site": name, "keys": keys, "ragged": ragged})
-            read = _read_of(self.schedule.bound, run, name)
-            for i, own_key in enumerate(keys):
-                own = counts.get(key)
-                few = first[key][:1] if own is None else first[key][: own[0]]
-                shown = in_native_order(read, few, own and own[:1], equal=not ragged)
-                shape = tuple(shown[0].shape)
-                if isinstance(shown, Tensor):
-                    layout[own_key] = (first[key].dtype, (n, *shape))
-                else:
-                    axis = 1 if read.site.is_attention_matrix else 0
-                    assert own is not None
-                    layout[own_key] = (first[key].dtype, (*shape[:axis], own[i], *shape[axis + 1 :]))
-        with writing(self.results / "results.safetensors", layout) as writer:
-            for chunk in chunks:
-                tensors, _ = read_tensors(self.path(chunk))
-                for run, rows in enumerate(tensors["outputs"]):
-                    writer.write("logits", rows, (run * n + chunk.start) * rows[0].numel())
-                for key, (run, name) in names.items():
-                    own = counts[key][chunk.start : chunk.stop] if key in counts else None
-                    read = _read_of(self.schedule.bound, run, name)
-                    value = in_native_order(read, tensors[key], own, equal=equal.get(key))
-                    if isinstance(value, Tensor):
-                        keys = capture_keys(run, name, None)
-                        writer.write(keys[0], value, chunk.start * value[0].numel())
-                        continue
-                    keys = capture_keys(run, name, n)[chunk.start : chunk.stop]
-                    for own_key, part in zip(keys, value, strict=True):
-                        writer.write(own_key, part)
-        provenance = {**provenance, "halvings": max(halvings, int(provenance["halvings"]))}
-        names_of_runs = [run.name for run in runs]
-        save_document(self.results, names_of_runs, index, labels, provenance, experiment=self.digest)
-
-
-def _capture_names(bound: Bound) -> dict[str, tuple[int, str]]:
-    """Run number and name of every capture, by the name of its tensor in a chunk's file."""
-    return {
-        f"capture.{n}.{k}": (n, capture.name)
-        for n, run in enumerate(bound.runs)
-        for k, capture in enumerate(run.captures)
-    }
-
-
-def _read_of(bound: Bound, run: int, name: str) -> Read:
-    return next(capture.read for capture in bound.runs[run].captures if capture.name == name)
 
 
 def _plain_fields(schedule: Schedule) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class ActivationStore:
         rows = rows_by_default(vit) if batch_size == "auto" else batch_size
         rows = rows if vit.layout.family.one_image is None else 1
         with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
-            source = Source(self.tiers, vit, columns, column, reads.values(), rows, dtype, tick=bar.update)
+            source = Source(self.tiers, vit, columns, column, reads.values(), rows, dtype)
+            source.tick = lambda n: _count(bar, n)
             if batch_size == "auto":
                 source.adopt_rows(max(rows, columns.n))
             _fill(source)
@@ -152,7 +153,8 @@ class ActivationStore:
         self.close()
 
     def __repr__(self) -> str:
-        return f"ActivationStore({self.folder or 'memory only'}: {self.tiers!r})"
+        held = ", ".join(f"{tier} {in_words(nbytes)}" for tier, nbytes in self.usage().items())
+        return f"ActivationStore({self.folder or 'memory only'}: {held})"
 
 
 def _reads(
@@ -174,6 +176,10 @@ def _reads(
             own = resolve_tokens(tokens, vit, data, column, f"{where}, tokens")
         reads[name] = Read(ColumnOrigin(column), site, own, chosen)
     return reads
+
+
+def _count(bar: Any, n: int) -> None:
+    bar.update(n)
 
 
 def _fill(source: Source) -> None:

@@ -115,8 +115,10 @@ class StoredClean:
 
 
 def _needs(schedule: Schedule, chunk: range, reads: Sequence[Read] | None) -> Needs:
-    needs, outputs = schedule.clean_needs(chunk, reads)
-    return {**needs, **outputs}
+    values, outputs = schedule.clean_needs(chunk, reads)
+    needs: dict[Read | str, IntArray] = dict(values.items())
+    needs.update(outputs.items())
+    return needs
 
 
 def _column_of(need: Read | str) -> str:

@@ -126,10 +126,12 @@ class Entry:
             return examples
         counts = self.starts[examples + 1] - self.starts[examples]
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(self.starts[examples], counts) + within
+        items: IntArray = np.repeat(self.starts[examples], counts) + within
+        return items
 
     def counts(self, examples: IntArray) -> IntArray:
         """Number of items of some examples."""
         if self.starts is None:
             return np.ones(len(examples), dtype=np.int64)
-        return self.starts[examples + 1] - self.starts[examples]
+        counts: IntArray = self.starts[examples + 1] - self.starts[examples]
+        return counts

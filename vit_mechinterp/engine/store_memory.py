@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.store_keys import Entry
 
 __all__ = ["Block", "MemoryTier"]
 
@@ -40,8 +41,7 @@ class Block:
 
     def copies(self, stream: torch.cuda.Stream) -> None:
         """Note that copies from or to the block are under way on a stream."""
-        event = torch.cuda.Event()
-        event.record(stream)
+        event: torch.cuda.Event = stream.record_event()
         self.copying.append(event)
 
     def settle(self) -> None:
@@ -83,27 +83,27 @@ class MemoryTier:
         block = self._blocks.get(name)
         return block is not None and bool(block.have[local].all())
 
-    def make(
-        self,
-        name: BlockName,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        examples: int,
-        *,
-        evict: bool = True,
-    ) -> Block | None:
-        """An empty block; None if the budget has no room for it, or (without ``evict``) no free room."""
+    def make(self, entry: Entry, number: int, *, evict: bool, unfinished: bool = False) -> Block | None:
+        """An empty block; None if there is no room for it.
+
+        Args:
+            entry: whose block it is.
+            number: the block's number.
+            evict: whether others may be dropped for it; those that are read elsewhere never are.
+            unfinished: whether these may be such as are still filling up.
+        """
+        name, shape, dtype = (entry.key.name, number), entry.block_shape(number), entry.dtype
         self.drop(name)
-        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        buffer = self._buffer(nbytes, evict=evict)
+        size = int(np.prod(shape, dtype=np.int64))
+        buffer = self._buffer(max(1, size * dtype.itemsize), evict=evict, unfinished=unfinished)
         if buffer is None:
             return None
-        tensor = buffer[: nbytes - nbytes % dtype.itemsize].view(dtype)[: int(np.prod(shape))].view(shape)
-        block = Block(tensor, buffer, np.zeros(examples, dtype=np.bool_))
+        tensor = buffer[: size * dtype.itemsize].view(dtype).view(shape)
+        block = Block(tensor, buffer, np.zeros(len(entry.examples(number)), dtype=np.bool_))
         self._blocks[name] = block
         return block
 
-    def _buffer(self, nbytes: int, *, evict: bool) -> Tensor | None:
+    def _buffer(self, nbytes: int, *, evict: bool, unfinished: bool) -> Tensor | None:
         # Blocks of one kind are equally large, so their buffers fit each other.
         size = -(-nbytes // 4096) * 4096
         if size > self.budget:
@@ -117,16 +117,17 @@ class MemoryTier:
                 return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
             if self._free:
                 self.used -= len(self._free.pop())
-            elif not evict or not self._evict():
+            elif not evict or not self._evict(unfinished=unfinished):
                 return None
 
-    def _evict(self) -> bool:
-        for name, block in self._blocks.items():
-            if not block.busy:
-                self.drop(name)
-                self.evicted += 1
-                return True
-        return False
+    def _evict(self, *, unfinished: bool) -> bool:
+        """Drop the least recently used block; one that is still filling up, and so nowhere else, if asked."""
+        idle = [(name, block.complete) for name, block in self._blocks.items() if not block.busy]
+        chosen = [name for name, complete in idle if complete] or [name for name, _ in idle if unfinished]
+        if chosen:
+            self.drop(chosen[0])
+            self.evicted += 1
+        return bool(chosen)
 
     def drop(self, name: BlockName) -> None:
         """Forget a block; its buffer is free."""

@@ -116,7 +116,8 @@ class Source:
 
     def adopt_rows(self, most: int) -> None:
         """Take the number of images per forward under which most of the values are stored already."""
-        stored = [rows for read in self.reads for rows in self.tiers.rows_of(self.key(read))]
+        reads = dict.fromkeys(own for read in self.reads for own in (read, self._whole(read)))
+        stored = [rows for read in reads for rows in self.tiers.rows_of(self.key(read))]
         found = [rows for rows in stored if rows <= most]
         if found:
             self.use_rows(max(set(found), key=lambda rows: (found.count(rows), rows == self.rows, rows)))
@@ -155,17 +156,14 @@ class Source:
         missing: dict[Wanted, IntArray] = {}
         for read, examples in wanted.items():
             entry = self.entry(read)
-            if entry is None:
-                missing[read] = np.unique(examples)
-                continue
-            found[read] = self._empty(entry, examples)
-            absent = self.tiers.read(entry, examples, found[read])
-            if len(absent):
-                missing[read] = np.unique(absent)
-        for read in [read for read in missing if read is not None and read not in found]:
-            if (whole := self._from_whole(read, wanted[read])) is not None:
+            absent = examples
+            if entry is not None:
+                found[read] = self._empty(entry, examples)
+                absent = self.tiers.read(entry, examples, found[read])
+            if len(absent) and read is not None and (whole := self._from_whole(read, examples)) is not None:
                 found[read] = whole
-                del missing[read]
+            elif len(absent):
+                missing[read] = np.unique(absent)
         for grain, reads in self._grains(missing):
             for read, value in self.compute(grain, reads).items():
                 entry = self.ensure(read, value)
@@ -178,13 +176,14 @@ class Source:
         items = int(entry.counts(examples).sum())
         return torch.empty(items, *entry.shape, dtype=entry.dtype, device=self.vit.device)
 
+    def _whole(self, read: Wanted) -> Wanted:
+        """The whole activation that a value is a part of."""
+        return None if read is None else Read(ColumnOrigin(self.column), read.site)
+
     def _from_whole(self, read: Read, examples: IntArray) -> Tensor | None:
         """A selection of tokens and heads from whole activations, if those are stored."""
-        if read.positions.is_all and read.heads is None:
-            return None
-        whole = Read(ColumnOrigin(self.column), read.site)
-        entry = self.tiers.known(self.key(whole), None)
-        if entry is None or entry.n != self.data.n or len(self.tiers.absent(entry, examples)):
+        entry = self.entry(self._whole(read)) if self._whole(read) != read else None
+        if entry is None or len(self.tiers.absent(entry, examples)):
             return None
         values = self._empty(entry, examples)
         if len(self.tiers.read(entry, examples, values)):
@@ -192,12 +191,17 @@ class Source:
         own = Read(ColumnOrigin(self.column), read.site, read.positions, read.heads)
         return gather(read.site, by_token(read.site, values), slice(0, len(examples)), own, examples)
 
-    def absent(self) -> dict[Wanted, IntArray]:
-        """Examples that are not stored, by value."""
+    def absent(self, wanted: Mapping[Wanted, IntArray] | None = None) -> dict[Wanted, IntArray]:
+        """Examples that are not stored, by value, of those that are wanted (of all by default)."""
         everyone = np.arange(self.data.n)
-        entries = {read: self.entry(read) for read in self.reads}
-        found = {r: everyone if e is None else self.tiers.absent(e, everyone) for r, e in entries.items()}
-        return {read: examples for read, examples in found.items() if len(examples)}
+        found: dict[Wanted, IntArray] = {}
+        for read, examples in (wanted or dict.fromkeys(self.reads, everyone)).items():
+            for own in dict.fromkeys((read, self._whole(read))):
+                entry = self.entry(own)
+                examples = examples if entry is None else self.tiers.absent(entry, examples)
+            if len(examples):
+                found[read] = examples
+        return found
 
     def _grains(self, missing: Mapping[Wanted, IntArray]) -> Iterator[tuple[range, list[Wanted]]]:
         """Batches that hold missing examples, in order, and what is missing of them."""
@@ -208,14 +212,7 @@ class Source:
 
     def missing_grains(self, wanted: Mapping[Wanted, IntArray] | None = None) -> Iterator[range]:
         """The batches that hold what is wanted (everything by default) and not stored, in order."""
-        if wanted is None:
-            missing = self.absent()
-        else:
-            missing = {}
-            for read, examples in wanted.items():
-                entry = self.entry(read)
-                missing[read] = examples if entry is None else self.tiers.absent(entry, examples)
-        return (grain for grain, _ in self._grains(missing))
+        return (grain for grain, _ in self._grains(self.absent(wanted)))
 
     def fill(self) -> None:
         """Compute and keep everything that is not stored, one batch at a time."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.sizes import in_words
 from vit_mechinterp.engine.store_disk import DiskTier
 from vit_mechinterp.engine.store_keys import Entry, Key
 from vit_mechinterp.engine.store_memory import Block, BlockName, MemoryTier
@@ -69,10 +68,10 @@ class Tiers:
                     self._entries[key] = entry
             return self._entries.get(key)
 
-    def rows_of(self, key: Key) -> list[int]:
+    def rows_of(self, key: Key) -> set[int]:
         """Numbers of images per forward under which the same is stored."""
         own = {known.rows for known in self._entries if known.family == key.family}
-        return sorted(own.union(() if self.disk is None else self.disk.rows_of(key)))
+        return own.union(() if self.disk is None else self.disk.rows_of(key))
 
     def add(self, entry: Entry) -> Entry:
         """Begin to store under a key; on disk, whoever comes first decides how large blocks are."""
@@ -107,7 +106,7 @@ class Tiers:
         gpu = self._gpu(piece.device)
         if gpu is not None:
             alone = self.disk is None and self.host.budget == 0
-            block = gpu.get(name) or self._make(gpu, entry, number, evict=alone)
+            block = gpu.get(name) or gpu.make(entry, number, evict=alone, unfinished=alone)
             if block is not None:
                 self._fill(block, entry, number, part, piece)
         block = self.host.get(name) or self._assembling.get(name) or self._assemble(entry, number)
@@ -120,16 +119,12 @@ class Tiers:
             if not self.disk.has(entry, number):
                 self._save(entry, number, block)
 
-    def _make(self, tier: MemoryTier, entry: Entry, number: int, *, evict: bool) -> Block | None:
-        name, examples = (entry.key.name, number), len(entry.examples(number))
-        return tier.make(name, entry.block_shape(number), entry.dtype, examples, evict=evict)
-
     def _assemble(self, entry: Entry, number: int) -> Block | None:
         """A block that fills up: within the host's budget, or beside it where that cannot hold a block."""
-        block = self._make(self.host, entry, number, evict=True)
-        if block is None and self._pending:
+        block = self.host.make(entry, number, evict=True)
+        if block is None:
             self.flush()  # what waits to be written cannot be driven out
-            block = self._make(self.host, entry, number, evict=True)
+            block = self.host.make(entry, number, evict=True, unfinished=True)
         if block is None and self.disk is not None:
             tensor = torch.empty(entry.block_shape(number), dtype=entry.dtype)
             block = Block(tensor, tensor, np.zeros(len(entry.examples(number)), dtype=np.bool_))
@@ -141,7 +136,9 @@ class Tiers:
         first, span = entry.span(own).start, entry.span(part)
         target = block.tensor[span.start - first : span.stop - first]
         if piece.is_cuda and not target.is_cuda:
-            stream = self._streams.setdefault(piece.device, torch.cuda.Stream(piece.device))
+            if piece.device not in self._streams:
+                self._streams[piece.device] = torch.cuda.Stream(piece.device)  # type: ignore[no-untyped-call]
+            stream = self._streams[piece.device]
             piece = piece.to(target.dtype).contiguous()
             stream.wait_stream(torch.cuda.current_stream(piece.device))
             with torch.cuda.stream(stream):
@@ -229,7 +226,7 @@ class Tiers:
         if block is None:
             return self._pick_elsewhere(entry, number, examples, items, device)
         block.settle()
-        if gpu is not None and (higher := self._make(gpu, entry, number, evict=many)) is not None:
+        if gpu is not None and (higher := gpu.make(entry, number, evict=many)) is not None:
             higher.tensor.copy_(block.tensor, non_blocking=True)
             higher.have[:] = block.have
             block.copies(torch.cuda.current_stream(device))
@@ -248,7 +245,7 @@ class Tiers:
         shard = None if self.disk is None else self.disk.open(entry, number)
         if shard is None or self.disk is None:
             return None
-        block = self._make(self.host, entry, number, evict=evict)
+        block = self.host.make(entry, number, evict=evict)
         if block is None:
             return None
         own = entry.examples(number)
@@ -294,13 +291,9 @@ class Tiers:
 
     def forget(self) -> None:
         """Remove every file, and what is known of them."""
-        with self.lock:
-            self._entries.clear()
-            if self.disk is not None:
-                self.disk.clear()
-
-    def __repr__(self) -> str:
-        return ", ".join(f"{tier} {in_words(nbytes)}" for tier, nbytes in self.usage().items())
+        self._entries.clear()
+        if self.disk is not None:
+            self.disk.clear()
 
 
 def _pick(tensor: Tensor, items: IntArray) -> Tensor:

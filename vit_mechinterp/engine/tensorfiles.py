@@ -53,7 +53,7 @@ _STALE_SECONDS = 3600.0
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row-major; of a contiguous tensor on the CPU without a copy."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def checksum(tensor: Tensor) -> int:

@@ -1,0 +1,309 @@
+"""An experiment that is stopped goes on where it was, repeats nothing, and gives the same bits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vit_mechinterp as vmi
+from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
+from tests.engine.world import Counted, World
+from tests.tiny_models import TIMM_PLAIN
+from vit_mechinterp import Results
+from vit_mechinterp.engine import resume
+from vit_mechinterp.errors import ExecutionError
+
+N = 8
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(TIMM_PLAIN, N)
+
+
+@pytest.fixture
+def whole(world: World) -> Results:
+    results = world.execute(DOCUMENTS, batch_size=2)
+    assert results.provenance["chunk"] == 2
+    return results
+
+
+def run(world: World, folder: Path, **options: Any) -> Results:
+    return world.execute(DOCUMENTS, **{"batch_size": 2, "out": folder, **options})
+
+
+def stopped(world: World, folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until some chunks are finished, then be interrupted."""
+    original = resume.FinishedChunks.add
+    finished = 0
+
+    def add(self: Any, *args: Any) -> None:
+        nonlocal finished
+        original(self, *args)
+        finished += 1
+        if finished == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resume.FinishedChunks, "add", add)
+        run(world, folder)
+
+
+def test_results_written_as_they_come_are_the_same_bits(world: World, whole: Results, tmp_path: Path) -> None:
+    results = run(world, tmp_path / "new" / "folder")
+    assert_same_bits(results, whole)
+    assert results.provenance == whole.provenance
+    plain = [{**document, "capture": ["pooled"]} for document in DOCUMENTS]
+    world.check(plain, world.execute(plain, out=tmp_path / "plain"), effect=None)
+    folder = results.save(tmp_path / "copy")
+    assert_same_bits(Results.load(folder), whole)
+
+
+def test_what_is_finished_is_not_computed_again(
+    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Counted(world.module) as everything:
+        world.execute(DOCUMENTS, batch_size=2)
+    stopped(world, tmp_path, 3, monkeypatch)
+    with Counted(world.module) as rest:
+        assert_same_bits(run(world, tmp_path), whole)
+    # Of four chunks one is left; the dataset means had a pass of their own, which is not repeated either.
+    assert 0 < 4 * rest.total < everything.total
+    with Counted(world.module) as nothing:
+        assert_same_bits(run(world, tmp_path), whole)
+    assert nothing.total == 0
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
+        "experiment.json",
+        "results.json",
+        "results.safetensors",
+    ]
+
+
+def killed(folder: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.engine.killed", str(folder), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """SIGKILL before and after every file takes its name, and within the writing of files."""
+    found = killed(tmp_path)
+    assert found["killed"] == found["points"] >= 20
+    assert found["repeated"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_many_more_moments(tmp_path: Path) -> None:
+    found = killed(tmp_path, "--many")
+    assert found["points"] > 40
+    assert found["repeated"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_on_one_folder(tmp_path: Path) -> None:
+    """Both at once, several times over; each gives the bits of one alone, and nothing is left behind."""
+    script = (
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from tests.engine.experiments import *\n"
+        "from tests.engine.killed import in_child, run\n"
+        "from tests.engine.world import World\n"
+        "from tests.tiny_models import TIMM_PLAIN\n"
+        "torch.set_num_threads(1)\n"
+        "cut_small()\n"
+        "world = World(TIMM_PLAIN, 8)\n"
+        "whole = run(world, None)\n"
+        "def one(folder):\n"
+        "    assert_same_bits(run(world, folder), whole)\n"
+        "for n in range(4):\n"
+        "    folder = Path(sys.argv[1]) / str(n)\n"
+        "    other = os.fork()\n"
+        "    if other == 0:\n"
+        "        os._exit(abs(in_child(lambda: one(folder))))\n"
+        "    assert in_child(lambda: one(folder)) == 0\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0\n"
+        "    assert_same_bits(run(world, folder), whole)\n"
+        "    assert not list(folder.rglob('*.tmp'))\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+Change = Callable[[World], dict[str, Any]]
+
+
+def _other_model(world: World) -> dict[str, Any]:
+    other = World(TIMM_PLAIN, N)
+    with torch.no_grad():
+        other.module.head.bias.add_(1)
+    return {"world": other}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_other_model, r"the model differs \(\w{12}\.\.\. there, \w{12}\.\.\. here\)"),
+        (lambda w: {"documents": DOCUMENTS[:-1]}, "run 'push' only there"),
+        (
+            lambda w: {"documents": [*DOCUMENTS[:-1], {**DOCUMENTS[2], "name": "push"}, {"name": "more"}]},
+            r"run 'push' differs; run 'more' only here",
+        ),
+        (lambda w: {"documents": DOCUMENTS[::-1]}, "the order of runs differs"),
+        (
+            lambda w: {"data": {**w.columns, "base": w.columns["base"] + 1, "label": 1 - w.columns["label"]}},
+            r"column 'base', 'label', 'base \(preprocessing\)' differ\.",
+        ),
+        (lambda w: {"tensors": {"direction.24": torch.ones(24)}}, "run 'push' differs; tensor 'direction.24' differs"),
+        (lambda w: {"world": World(TIMM_PLAIN, N, torch.float64)}, r"the dtype differs \(float32 there, float64 here\)"),
+        (lambda w: {"data": {k: v[:4] for k, v in w.columns.items()}}, r"the examples differs \(8 there, 4 here\)"),
+    ],
+)
+def test_another_experiment_is_refused_by_name(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, text: str
+) -> None:
+    stopped(world, tmp_path, 1, monkeypatch)
+    options = change(world)
+    other = options.pop("world", world)
+    other.vit.sites()  # looks at shapes once, with a forward of its own
+    with Counted(other.module) as counted, pytest.raises(ExecutionError, match=text) as error:
+        other.execute(options.pop("documents", DOCUMENTS), batch_size=2, out=tmp_path, **options)
+    assert counted.total == 0
+    assert f"delete {tmp_path / 'chunks'} to begin anew" in str(error.value)
+
+
+def test_chunks_are_those_of_the_first_start(
+    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped(world, tmp_path, 2, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(run(world, tmp_path, batch_size=4), whole)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} was begun with other chunks, which are kept so that the results are the same: "
+        "chunk 2, width 2."
+    ]
+
+
+def test_other_circumstances_are_said(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped(world, tmp_path, 2, monkeypatch)
+    path = tmp_path / "chunks" / "experiment.json"
+    document = json.loads(path.read_text())
+    document["circumstances"]["threads"] = 99
+    path.write_text(json.dumps(document))
+    with caplog.at_level(logging.WARNING):
+        run(world, tmp_path)
+    assert "so later chunks may differ in their last bits: the threads differs (99 there" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "other"])
+def test_damaged_chunks_are_computed_again(
+    world: World,
+    whole: Results,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    stopped(world, tmp_path, 3, monkeypatch)
+    paths = list((tmp_path / "chunks").glob("*.safetensors"))
+    for path in paths[:2]:
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 4
+        damaged = {"flipped": bytes(content), "truncated": bytes(content[:-7]), "empty": b"", "other": b"x" * 99}
+        path.write_bytes(damaged[how])
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(run(world, tmp_path), whole)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} is damaged; it is dropped, and computed again." for path in sorted(paths[:2], key=_order(caplog))
+    ]
+
+
+def _order(caplog: pytest.LogCaptureFixture) -> Callable[[Path], int]:
+    return lambda path: next(n for n, record in enumerate(caplog.records) if str(path) in record.getMessage())
+
+
+def test_damaged_results_are_made_anew(
+    world: World, whole: Results, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(world, tmp_path)
+    path = tmp_path / "results.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(run(world, tmp_path), whole)
+    assert "results.safetensors is damaged; it is made anew" in caplog.text
+    assert_same_bits(run(world, tmp_path), whole)
+
+
+def test_a_folder_that_is_something_else_is_refused(world: World, tmp_path: Path) -> None:
+    (tmp_path / "chunks").mkdir()
+    (tmp_path / "chunks" / "experiment.json").write_text("{}")
+    with pytest.raises(ExecutionError, match="is not what an experiment leaves there"):
+        run(world, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExecutionError, match="Results cannot be written into .*file"):
+        run(world, tmp_path / "file")
+
+
+def test_a_full_disk_is_said_and_survived(
+    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vit_mechinterp.engine.tensorfiles.TensorWriter.write", full)
+        with pytest.raises(ExecutionError, match=r"No space left on device\. Choose another folder, or make room"):
+            run(world, tmp_path)
+    assert_same_bits(run(world, tmp_path), whole)
+
+
+def test_memory_that_runs_out_is_one_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vit_mechinterp.engine import chunk
+
+    original = chunk.run_wave
+
+    def small(vit: Any, segments: Any, *args: Any, **options: Any) -> Any:
+        if sum(len(segment.examples) for segment in segments) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(vit, segments, *args, **options)
+
+    monkeypatch.setattr(chunk, "run_wave", small)
+    store = vmi.ActivationStore()
+    with caplog.at_level(logging.WARNING):
+        results = run(world, tmp_path / "out", batch_size=4, store=store)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory at 4 rows per forward: going on with 2.",
+        "Out of memory at 2 rows per forward: going on with 1.",
+    ]
+    assert results.provenance["halvings"] == 2
+    assert results.provenance["rows_per_forward"] == 4
+    again = world.execute(DOCUMENTS, batch_size=4)
+    assert float((again.logits - results.logits).abs().max()) < 1e-5 * world.scale
