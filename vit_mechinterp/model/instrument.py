@@ -35,6 +35,10 @@ Visitor = Callable[[Tensor], Tensor | None]
 _EDITED_RESULTS: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
 
+# Hooks of instruments on outputs, to be told from those of others.
+_OWN: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+
 class StopForward(BaseException):
     """Raised inside a native forward, and caught outside it, once nothing further down is wanted.
 
@@ -236,6 +240,9 @@ class Instrument:
 
             hook = module.register_forward_hook(after, prepend=self.layout.family.recorded)
             stack.callback(hook.remove)
+            if self.layout.family.recorded:
+                _after_own(module, hook.id)
+            _OWN.add(after)
 
     def _counting(self, stack: ExitStack, port: Port) -> Callable[[], bool]:
         """A function to be asked at every call of a port's module: is this the call that is meant?"""
@@ -292,6 +299,14 @@ class Instrument:
         stack.callback(projection.register_forward_pre_hook(keep).remove)
         through: nn.Module = lookup(self.module, share.through)
         stack.callback(through.register_forward_hook(move).remove)
+
+
+def _after_own(module: nn.Module, new: int) -> None:
+    """Move a hook that came first, before those of others, behind those of earlier instruments."""
+    hooks = module._forward_hooks
+    for key, hook in reversed(list(hooks.items())):
+        if key != new and hook in _OWN:
+            hooks.move_to_end(key, last=False)
 
 
 def _stop(module: nn.Module, args: Any, output: Any = None) -> None:

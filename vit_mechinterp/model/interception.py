@@ -19,6 +19,7 @@ __all__ = ["Interception", "PackedInterception", "Visit"]
 Visit = Callable[[Tensor], Tensor]
 
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
+_SCALINGS = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
 _SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 
 
@@ -32,6 +33,8 @@ class Interception(TorchFunctionMode):
                 self.visits.setdefault(site, []).append(visit)
         self.calls = 0
         self._keys: int | None = None
+        self._scaled: tuple[Tensor, Tensor, float] | None = None
+        """The last tensor that a number multiplied, what it was before, and the number."""
         self.is_open = False
         """Whether a softmax was seen whose product with the values has not come yet."""
 
@@ -52,6 +55,10 @@ class Interception(TorchFunctionMode):
             return self._multiply(func, *args)
         if func in _SOFTMAXES and self._has_heads(args[0]) and args[0].shape[-1] == self._keys:
             return self._normalise(func, *args, **kwargs)
+        if func in _SCALINGS and "q" in self.visits and not kwargs and isinstance(args[1], (float, int)):
+            output = func(*args)
+            self._scaled = output, args[0], args[1]
+            return output
         return func(*args, **kwargs)
 
     def _has_heads(self, x: Tensor) -> bool:
@@ -64,8 +71,15 @@ class Interception(TorchFunctionMode):
             self.is_open = False
             return self._by_token("z", func(left, self._by_token("v", right)))
         self._keys = right.shape[-1]
-        query, key = self._by_token("q", left), self._by_token("k", right.transpose(-2, -1))
+        query, key = self._queries(left), self._by_token("k", right.transpose(-2, -1))
         return func(query, key.transpose(-2, -1))
+
+    def _queries(self, left: Tensor) -> Tensor:
+        """Queries as fused attention is given them: before the scale, where that multiplies them first."""
+        if self._scaled is None or left is not self._scaled[0]:
+            return self._by_token("q", left)
+        _, unscaled, scale = self._scaled
+        return self._by_token("q", unscaled) * scale
 
     def _normalise(self, func: Callable[..., Tensor], scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
