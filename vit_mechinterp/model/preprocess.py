@@ -252,6 +252,8 @@ def _composed_geometry(transform: Any, library: str) -> Geometry:
                 continue
             case "Normalize":
                 continue
+            case "function" if part.__name__ == "_convert_to_rgb":  # of older versions of open_clip
+                continue
             case name:
                 return Geometry(unknown=f"{library}'s transform has a step {name} with positions of its own")
     return Geometry(tuple(steps))

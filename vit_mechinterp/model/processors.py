@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_mechinterp.errors import DataError, UnsupportedModelError, suggest
+from vit_mechinterp.model.backends import crop_rounding, fast_options, listed_name, torchvision_backend
 from vit_mechinterp.model.geometry import CenterCrop, Geometry, ResizeExact, ResizeShortest, Step
 
 if TYPE_CHECKING:
@@ -23,14 +24,13 @@ logger = logging.getLogger(__name__)
 
 def geometry_of(processor: Any) -> Geometry:
     """Read the resize and crop rules off an image processor of transformers."""
-    from transformers.image_processing_backends import TorchvisionBackend
-
+    backend = torchvision_backend()
     name = type(processor).__name__
     rules = ("resize", "center_crop")
     own = [
         rule
         for rule in rules
-        if getattr(type(processor), rule, None) is not getattr(TorchvisionBackend, rule)
+        if getattr(type(processor), rule, None) is not getattr(backend, rule)
     ]
     if own:
         return Geometry(unknown=f"{name} has rules of its own for {' and '.join(own)}")
@@ -50,7 +50,7 @@ def geometry_of(processor: Any) -> Geometry:
                 return Geometry(unknown=f"{name} resizes by the rule {size}")
     if getattr(processor, "do_center_crop", None):
         crop = processor.crop_size
-        steps.append(CenterCrop(crop["height"], crop["width"], rounding="down"))
+        steps.append(CenterCrop(crop["height"], crop["width"], rounding=crop_rounding(processor)))
     return Geometry(tuple(steps))
 
 
@@ -63,8 +63,9 @@ def saved_processor(folder_or_name: str | Path) -> Any | None:
     if local and not (Path(folder_or_name) / "preprocessor_config.json").is_file():
         return None
     auto: Any = AutoImageProcessor
+    options = {"local_files_only": local, "trust_remote_code": False, **fast_options()}
     try:
-        return auto.from_pretrained(str(folder_or_name), local_files_only=local, trust_remote_code=False)
+        return auto.from_pretrained(str(folder_or_name), **options)
     except (OSError, ValueError) as error:
         cause = error.__cause__
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
@@ -89,10 +90,10 @@ def to_exact_size(processor: Any, height: int, width: int) -> Callable[[list[Ima
     Raises:
         UnsupportedModelError: the processor is not of torchvision's kind.
     """
-    from transformers.image_processing_backends import TorchvisionBackend
     from transformers.image_utils import SizeDict
 
-    if not isinstance(processor, TorchvisionBackend):
+    backend = torchvision_backend()
+    if not isinstance(processor, backend):
         raise UnsupportedModelError(
             f"{type(processor).__name__} makes patches of images, and is not of torchvision's kind; give "
             "float tensors instead of images."
@@ -104,7 +105,7 @@ def to_exact_size(processor: Any, height: int, width: int) -> Callable[[list[Ima
 
         pixels = [processor.process_image(image.convert("RGB"), do_convert_rgb=True) for image in images]
         resample = getattr(processor, "resample", None)
-        resized = [TorchvisionBackend.resize(processor, one, size, resample=resample) for one in pixels]
+        resized = [backend.resize(processor, one, size, resample=resample) for one in pixels]
         made: Tensor = processor.rescale_and_normalize(
             torch.stack(resized),
             processor.do_rescale,
@@ -123,18 +124,18 @@ def _class_for(module: nn.Module) -> Any:
     import transformers
     import transformers.models.auto.image_processing_auto as auto
 
-    known: Mapping[str, Mapping[str, str]] = vars(auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
+    known: Mapping[str, Any] = vars(auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
     model_type = str(getattr(getattr(module, "config", None), "model_type", ""))
     # A vision tower and a variant share their family's processor: "clip_vision_model" is listed as "clip".
     words = model_type.split("_")
     names = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
-    listed = next((known[name] for name in names if name in known), None)
-    if not listed or "torchvision" not in listed:
+    listed = listed_name(next((known[name] for name in names if name in known), None))
+    if listed is None:
         raise UnsupportedModelError(
             f"No image processor is known for {type(module).__name__} (config.model_type {model_type!r})."
             f"{suggest(model_type, known)} {_INSTEAD}"
         )
-    return getattr(transformers, listed["torchvision"])
+    return getattr(transformers, listed)
 
 
 _INSTEAD = "Save one beside the model (preprocessor_config.json), or give tensors instead of images."
@@ -151,13 +152,14 @@ def default_processor(module: nn.Module) -> Any:
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     edges = {"height": height, "width": width, "shortest_edge": max(height, width)}
-    size: dict[str, int] = dict(processor_class.size)
+    made = processor_class()
+    size = {edge: value for edge, value in dict(made.size).items() if value is not None}
     if not set(size) <= set(edges):
         raise UnsupportedModelError(
             f"{processor_class.__name__} resizes by the rule {size}, which does not follow from the model's "
             f"image size {image_size}. Save the processor beside the model (preprocessor_config.json)."
         )
-    crop = processor_class.crop_size if getattr(processor_class, "do_center_crop", False) else None
+    crop = made.crop_size if getattr(made, "do_center_crop", False) else None
     # DeiT resizes to 256 and crops 224: at another image size the same share is cropped away.
     default = max(dict(crop or size).values())
     options = {"size": {edge: round(value * edges[edge] / default) for edge, value in size.items()}}
