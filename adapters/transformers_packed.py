@@ -117,11 +117,14 @@ def frames_of(projection: nn.Module) -> int:
 
 
 def foreign_parts(model: Any, parts: frozenset[str]) -> str | None:
-    """Why a model is refused that takes no patches with a grid, or holds other parts; None if it is not."""
+    """Why a model is refused that takes no patches with a grid, or holds other parts; None if it is not.
+
+    Towers of transformers 4 are refused as well: they lay out batches otherwise.
+    """
     if not {"grid_thw", "image_grid_thw"} & {*signature(type(model).forward).parameters}:
         return "it takes no patches with the grid of each image"
     if find_spec("transformers.vision_utils") is None:
-        return "towers that pack images are not known as this version of transformers has them; upgrade it"
+        return "its batches are laid out as by transformers 5; with transformers 4 it is not covered"
     held = {name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))}
     foreign = ", ".join(map(repr, sorted(held - parts)))
     return f"it also holds {foreign}, unknown to this family" if foreign else None

@@ -6,7 +6,6 @@ Qwen2-VL to Qwen3.5 (and Omni), Command A Vision's Compass, GLM-4V to GLM-OCR, G
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,9 +103,7 @@ def no_layer(block: Any) -> str | None:
 
 
 def refuses(model: Any) -> str | None:
-    """Other models around the same blocks, and those of transformers 4, whose batches lie otherwise."""
-    if find_spec("transformers.vision_utils") is None:
-        return "its batches are laid out as by transformers 5; with transformers 4 it is not covered"
+    """Other models around the same blocks."""
     return foreign_parts(model, PARTS)
 
 

@@ -319,7 +319,7 @@ def test_what_has_no_inside_says_why() -> None:
 def test_older_towers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build("Qwen2VisionTransformerPretrainedModel")
     monkeypatch.setattr("vit_mechinterp.adapters.transformers_packed.find_spec", lambda name: None)
-    with pytest.raises(vmi.errors.UnsupportedModelError, match="this version of transformers"):
+    with pytest.raises(vmi.errors.UnsupportedModelError, match="with transformers 4 it is not covered"):
         vmi.wrap(module)
 
 
