@@ -17,6 +17,7 @@ from vit_mechinterp.engine.bind import bind
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
+from vit_mechinterp.engine.tensors import resolve_refs
 
 TOLERANCE = 1e-5
 """Of the output's scale."""
@@ -89,9 +90,12 @@ class World:
 
     def memory(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> int:
         """A budget that cuts an experiment into chunks of so many examples, with so many rows per forward."""
+        documents = list(documents)
         runs = [Run.model_validate(document) for document in documents]
         columns = Data(self.columns, self.vit)
-        held = footprint(self.vit, schedule_for(self.vit, bind(self.vit, runs, columns), columns, rows))
+        bound = bind(self.vit, runs, columns)
+        tensors = resolve_refs(bound, self.named(documents), self.vit)
+        held = footprint(self.vit, schedule_for(self.vit, bound, columns, rows, tensors=tensors))
         return held.peak(chunk, rows) + held.example // 2
 
     @property
