@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.adapters.transformers_packed import patches_of, tokens_of
-from vit_mechinterp.adapters.transformers_readout import d_model
+from vit_mechinterp.adapters.transformers_readout import d_model, returns_tuple
 from vit_mechinterp.model.layout import Family, Port, Readout, TokenLayout
 
 PARTS = frozenset({"embeddings", "encoder", "layernorm"})
@@ -80,6 +80,7 @@ KOSMOS2_5 = Family(
     heads=heads,
     readout=readout,
     inputs=inputs,
+    returns_tuple=returns_tuple,
     refuses=refuses,
     any_size=lambda model: True,
 )
