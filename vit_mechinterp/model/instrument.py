@@ -20,6 +20,7 @@ from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.layout import TAP_SITES, Layout
 from vit_mechinterp.model.multihead import is_closed
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
+from vit_mechinterp.model.precedence import hook_output
 from vit_mechinterp.model.tap import shadowed_forward, tapped
 from vit_mechinterp.model.visiting import contribution, hand_on, hand_on_tuple, replace_input, replace_output
 from vit_mechinterp.spec import Site
@@ -33,10 +34,6 @@ Visitor = Callable[[Tensor], Tensor | None]
 # Per-head results that an instrument edited, by output projection, until their block ends: what an instrument
 # installed later on the same module reads.
 _EDITED_RESULTS: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
-
-
-# Hooks of instruments on outputs, to be told from those of others.
-_OWN: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 
 class StopForward(BaseException):
@@ -238,11 +235,7 @@ class Instrument:
             def after(module: nn.Module, args: Any, output: Any) -> Any:
                 return replace_output(port, output, visit) if meant() else None
 
-            hook = module.register_forward_hook(after, prepend=self.layout.family.recorded)
-            stack.callback(hook.remove)
-            if self.layout.family.recorded:
-                _after_own(module, hook.id)
-            _OWN.add(after)
+            stack.callback(hook_output(module, after, first=self.layout.family.recorded).remove)
 
     def _counting(self, stack: ExitStack, port: Port) -> Callable[[], bool]:
         """A function to be asked at every call of a port's module: is this the call that is meant?"""
@@ -299,14 +292,6 @@ class Instrument:
         stack.callback(projection.register_forward_pre_hook(keep).remove)
         through: nn.Module = lookup(self.module, share.through)
         stack.callback(through.register_forward_hook(move).remove)
-
-
-def _after_own(module: nn.Module, new: int) -> None:
-    """Move a hook that came first, before those of others, behind those of earlier instruments."""
-    hooks = module._forward_hooks
-    for key, hook in reversed(list(hooks.items())):
-        if key != new and hook in _OWN:
-            hooks.move_to_end(key, last=False)
 
 
 def _stop(module: nn.Module, args: Any, output: Any = None) -> None:

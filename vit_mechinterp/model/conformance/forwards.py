@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_mechinterp.model.conformance.report import Record
 from vit_mechinterp.model.conformance.subject import Subject, deviation, keeping, returning, wide
@@ -204,11 +204,11 @@ def growth_and_skip(subject: Subject, record: Record) -> None:
         reason = f"rows do not join: {subject.layout.family.one_image}"
         for layer in starts:
             first = f"blocks.{layer}.resid_pre"
-            alone = subject.output({first: returning(rows[first])})
+            whole = subject.output({first: returning(rows[first])})
             skipping = {first: returning(rows[first])}
             joined = subject.run(skipping, subject.vit.blank(1), skip=range(layer))
             assert joined is not None
-            record.near(deviation(joined, alone), 10 * subject.unit, first, "a row that skipped, alone,")
+            record.near(deviation(joined, whole), 10 * subject.unit, first, "a row that skipped, alone,")
         for layer in ends:
             record.leave_out(f"blocks.{layer}.resid_post", reason)
         return
@@ -225,7 +225,7 @@ def growth_and_skip(subject: Subject, record: Record) -> None:
         n_rows = sum(len(rows[site]) for site in joins)
         together = subject.run(visitors, subject.vit.beginning(n_rows), skip=range(start))
         assert together is not None
-        for site, found in zip(joins, together.split(len(subject.images)), strict=True):
+        for site, found in zip(joins, torch.split(together, len(subject.images)), strict=True):
             share = deviation(found, alone[site])
             where = f"rows that join here behind {start} skipped blocks, from forwards of their own,"
             record.near(share, 10 * subject.unit, site, where)

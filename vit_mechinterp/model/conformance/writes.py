@@ -96,6 +96,7 @@ def _downstream_only(subject: Subject, edited: Edited, site: str, record: Record
 def _residual_stream(subject: Subject, edited: Edited, record: Record) -> None:
     """Every increment is what the stream grows by, to the last bit where nothing is derived."""
     values = edited.values
+    sums: list[tuple[str, tuple[str, ...]]]
     sums = [("resid_mid", ("resid_pre", "attn_out")), ("resid_post", ("resid_mid", "mlp_out"))]
     if subject.layout.family.parallel:
         sums = [("resid_post", ("resid_pre", "attn_out", "mlp_out"))]
