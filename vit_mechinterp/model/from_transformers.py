@@ -64,6 +64,11 @@ def build(name: str, pretrained: bool, allow_pickle: bool, options: Mapping[str,
     architecture = (config.architectures or [""])[0]
     architecture = _VISION_TOWERS.get(architecture, architecture)
     model_class = getattr(transformers, architecture, transformers.AutoModel)
+    # The projection is of the whole model's width; what the vision part's own configuration says is not used.
+    width = {}
+    if architecture.endswith("VisionModelWithProjection") and hasattr(config, "vision_config"):
+        width = {"projection_dim": config.projection_dim}
+        config.vision_config.update(width)
 
     def unloaded() -> nn.Module:
         own = config
@@ -82,7 +87,7 @@ def build(name: str, pretrained: bool, allow_pickle: bool, options: Mapping[str,
             raise
     if not pretrained:
         return unloaded() if tower is None else tower.unloaded(making)
-    settings = {"use_safetensors": None if allow_pickle else True, **options}
+    settings = {"use_safetensors": None if allow_pickle else True, **width, **options}
     try:
         if tower is not None:
             return tower.loaded(name, model_class, settings)
