@@ -77,7 +77,8 @@ class Difference:
     """An increment of the residual stream that no module puts out: one site's value minus an earlier one's.
 
     Read when the later site is reached; a write replaces the later site's value by the earlier one's plus the
-    new increment. Both are names of block sites with ports of their own.
+    new increment. Both are names of block sites with ports of their own. (An instrument installed inside
+    another one reads the later site behind the other's edits of it, and so includes them.)
     """
 
     of: str
