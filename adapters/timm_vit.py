@@ -5,8 +5,8 @@ Convolutional stems and relative position biases change nothing here.
 ``drop_path1`` and ``drop_path2`` are always modules and sit after LayerScale, so their outputs are the exact
 increments of the residual stream. Packed, separate and bypassed projections, rotary positions, relative
 position bias, query and key norms and grouped queries all end in one attention call and need nothing of their
-own. (timm repeats the keys and values of grouped queries before that call, so ``attn.k`` and ``attn.v`` show one
-head for every query head, equal within a group; an edit of one reaches its own query head alone.)
+own. (timm repeats the keys and values of grouped queries before that call, so ``attn.k`` and ``attn.v`` show
+one head for every query head, equal within a group; an edit of one reaches its own query head alone.)
 """
 
 from __future__ import annotations
