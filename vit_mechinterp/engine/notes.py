@@ -39,6 +39,8 @@ def notes_on(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str
     gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]
     if gates and schedule.sharing.tensors is None:
         yield "gates are not known here, so rows whose gate is all zeros count as changed"
+    if vit.compiled is not None:
+        yield "blocks that are read or edited inside run as they are written, the others compiled"
     yield from _late(vit, schedule)
 
 

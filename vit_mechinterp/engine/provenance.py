@@ -48,8 +48,14 @@ def provenance_of(
 
 
 def circumstances(vit: HookedViT) -> dict[str, Any]:
-    """What may change the last bits of results: device, threads, and versions."""
-    return {"device": str(vit.device), "threads": torch.get_num_threads(), "versions": versions()}
+    """What may change the last bits of results: device, threads, versions, compiled blocks and autocast."""
+    kind = vit.device.type
+    found = {"device": str(vit.device), "threads": torch.get_num_threads(), "versions": versions()}
+    if vit.compiled is not None:
+        found["compiled"] = {name: str(value) for name, value in vit.compiled.options.items()}
+    if torch.is_autocast_enabled(kind):
+        found["autocast"] = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+    return found
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

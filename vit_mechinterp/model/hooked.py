@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from vit_mechinterp.errors import ExecutionError, SpecError, UnsupportedSiteError
 from vit_mechinterp.model.cache import ActivationCache, SiteInfo, describe
+from vit_mechinterp.model.compiling import CompiledBlocks, explained
+from vit_mechinterp.model.dropout import dropping
 from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import Layout, lookup
@@ -58,6 +60,7 @@ class HookedViT:
         self.origin = absolute(source) if origin is None and source is not None else origin
         self._sites: dict[str, SiteInfo] | None = None
         self._preprocess: Preprocess | None = None
+        self.compiled: CompiledBlocks | None = None
         self.lock = lock_of(module)
         self._watched = 0
 
@@ -79,7 +82,29 @@ class HookedViT:
                 "Pass images one at a time, as execute does."
             )
         args, kwargs = family.inputs(self.module, x)
-        return self.layout.outcome(self.module(*args, **kwargs))
+        with nullcontext() if self.compiled is None else self.compiled.installed():
+            return self.layout.outcome(self.module(*args, **kwargs))
+
+    def compile(self, **options: Any) -> HookedViT:
+        """Let this wrapper run blocks in the form that ``torch.compile`` makes of them, until `uncompile`.
+
+        The module itself is not changed. Blocks that are read, edited or hooked inside run as they are
+        written; outputs agree with uncompiled ones to rounding. ``options`` are for ``torch.compile``, such
+        as ``backend`` or ``mode``; ``dynamic=True`` is given, because batches grow. Returns this wrapper.
+
+        Raises:
+            ExecutionError: they cannot be compiled here; on a CPU the usual backend needs a C++ compiler.
+        """
+        self.compiled = CompiledBlocks(self.module, self.layout, **options)
+        images = self.blank(1 if self.layout.family.one_image is not None else 2)
+        with explained(f"The blocks of {type(self.module).__name__}", self.uncompile), torch.no_grad():
+            self(images)
+        return self
+
+    def uncompile(self) -> HookedViT:
+        """Let blocks run as they are written again."""
+        self.compiled = None
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -257,11 +282,7 @@ class HookedViT:
 
     def dropout(self) -> str | None:
         """Path of a module that is in train mode and would drop activations at random, or None."""
-        path: str
-        for path, module in self.module.named_modules():
-            if module.training and any(_rate(module, name) > 0 for name in _DROP_RATES):
-                return path
-        return None
+        return dropping(self.module)
 
 
 def _checked(name: str, visitor: Visitor) -> Visitor:
@@ -277,12 +298,3 @@ def _checked(name: str, visitor: Visitor) -> Visitor:
         raise ExecutionError(f"The hook at {name} returned {got}; expected {wanted}, or None.")
 
     return checked
-
-
-# Names under which torch, timm and transformers keep the rate at which a module drops activations.
-_DROP_RATES = ("p", "prob", "drop_prob", "dropout", "attention_dropout")
-
-
-def _rate(module: nn.Module, name: str) -> float:
-    value: Any = getattr(module, name, 0.0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
