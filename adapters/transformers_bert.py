@@ -1,8 +1,8 @@
 """transformers' ViTs in the style of BERT: YOLOS, DPT, VideoMAE, ViTPose, and FLAVA's image tower.
 
 In transformers 4 this is also the layout of ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA and ViViT. Attention is
-``attention.attention`` (query, key, value) and ``attention.output``. Except in ViTPose the residual connection
-around the MLP is made inside ``output``, behind its dropout.
+``attention.attention`` (query, key, value) and ``attention.output``. Except in ViTPose the residual
+connection around the MLP is made inside ``output``, behind its dropout.
 """
 
 from __future__ import annotations
