@@ -21,7 +21,7 @@ from benchmarks.plain import agree
 from benchmarks.report import Report, Row
 
 PRESETS = {
-    "full": {"model": "vit_base", "examples": 8, "repeats": 30},
+    "full": {"model": "vit_base", "examples": 8, "repeats": 20},
     "cuda": {"examples": 64, "repeats": 60},
     "small": {"model": "vit_tiny", "examples": 4, "repeats": 15},
     "micro": {"model": "micro", "examples": 2, "repeats": 2},

@@ -36,7 +36,7 @@ from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.store import ActivationStore
 
 PRESETS = {
-    "full": {"examples": 2048, "repeats": 5, "budget": "256MiB"},
+    "full": {"examples": 1024, "repeats": 5, "budget": "256MiB"},
     "small": {"examples": 512, "repeats": 3, "budget": "64MiB"},
     "micro": {"examples": 16, "repeats": 1, "budget": "12MiB"},
 }
