@@ -50,6 +50,11 @@ def readout(model: Any) -> Readout:
     return Readout(0 if model.output_tokens else None, ports, name)
 
 
+def d_model(model: Any) -> int:
+    """Width of the residual stream."""
+    return int(model.conv1.out_channels)
+
+
 def heads(attention: Any) -> tuple[int, int]:
     """Number of heads, and the width of one."""
     return int(attention.num_heads), int(attention.head_dim)
@@ -99,7 +104,7 @@ VIT = Family(
         "resid_post": (Port(""),),
     },
     tokens=tokens,
-    d_model=lambda model: int(model.conv1.out_channels),
+    d_model=d_model,
     heads=heads,
     readout=readout,
     refuses=lambda model: refuses(model) or custom_blocks(model),

@@ -34,6 +34,11 @@ def readout(model: Any) -> Readout:
     return Readout(None, {"ln_final": ln_final, "pooled": Port("heads", "input"), "logits": Port("")})
 
 
+def d_model(model: Any) -> int:
+    """Width of the residual stream."""
+    return int(model.hidden_dim)
+
+
 def heads(attention: Any) -> tuple[int, int]:
     """Number of heads, and the width of one."""
     return int(attention.num_heads), int(attention.head_dim)
@@ -70,7 +75,7 @@ VIT = Family(
         "resid_post": (Port(""),),
     },
     tokens=tokens,
-    d_model=lambda model: int(model.hidden_dim),
+    d_model=d_model,
     heads=heads,
     readout=readout,
     refuses=refuses,

@@ -27,8 +27,10 @@ def fast_options() -> dict[str, Any]:
 
 def listed_name(entry: Mapping[str, str] | Sequence[str | None] | str | None) -> str | None:
     """The processor class that transformers lists for a model type; None if it lists none to be used."""
-    if not entry or isinstance(entry, str):
-        return entry or None
+    if not entry:
+        return None
+    if isinstance(entry, str):
+        return entry
     if isinstance(entry, Mapping):
         return entry.get("torchvision")
     # transformers 4 lists the one that computes with numpy, then, if there is one, that with torchvision.

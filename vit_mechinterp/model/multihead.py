@@ -59,7 +59,8 @@ def _forward(
     n_heads = attention.num_heads
     if alike:
         projected = F.linear(query, attention.in_proj_weight, attention.in_proj_bias)
-        q, k, v = projected.unflatten(-1, (3, -1)).movedim(-2, 0).contiguous()
+        width = projected.shape[-1] // 3
+        q, k, v = projected.reshape(*projected.shape[:-1], 3, width).movedim(-2, 0).contiguous()
     else:
         weights = attention.in_proj_weight.chunk(3)
         biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
