@@ -56,6 +56,9 @@ def chunk_of(
     clean = passing(vit, data, schedule, chunk, tick=tick)
     if schedule.mean_reads and not means:
         means = means_of(schedule, clean)
+        for read in means:
+            if read not in schedule.last_stage and not schedule.is_kept(read):
+                clean.values.pop(read, None)
     material = Material(bound, clean, tensors, means, images=schedule.sharing.images)
     outputs = _Outputs(chunk)
     captures: dict[tuple[str, str], Values] = {}
@@ -70,8 +73,8 @@ def chunk_of(
             for key, pieces in result.captured.items():
                 captured[key] += pieces
             tick(schedule.wave_blocks(segments))
-        for own in copies:
-            outputs.put(own.run, own.examples, outputs.get(own.owner, own.owners))
+        for same in copies:
+            outputs.put(same.run, same.examples, outputs.get(same.owner, same.owners))
         for run in stage:
             for read in bound.reads_of[run.name]:
                 values = _joined(read, clean.values.get(clean_read(run, read)), captured, run.name, chunk)
@@ -94,9 +97,9 @@ def chunk_of(
         part.outputs[run.name] = [outputs.get(run.name, np.arange(chunk.start, chunk.stop))]
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]
-            own = values.whole(chunk) if values.starts is None else values.rows(chunk)
+            kept = values.whole(chunk) if values.starts is None else values.rows(chunk)
             counts = None if values.starts is None else capture.read.positions.counts(chunk, 0).tolist()
-            part.captures[run.name, capture.name] = [(own.cpu(), counts)]
+            part.captures[run.name, capture.name] = [(kept.cpu(), counts)]
     return part
 
 

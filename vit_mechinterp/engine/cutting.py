@@ -83,14 +83,14 @@ def schedule_for(
     # At least half of the budget is left for what a chunk of examples holds.
     widest = max(1, int(max(budget / 2, budget - 64 * held.example) // max(1, held.row)))
     rows = sum(len(part.examples) for parts in sharing.parts.values() for part in parts)
-    if batch_size != "auto":
-        width = int(batch_size)
-    else:
-        width = remembered_width(vit) if data is not None and _is_large(draft, rows) else None
-        if width is None and measure:
+    if batch_size == "auto":
+        known = remembered_width(vit) if data is not None and _is_large(draft, rows) else None
+        if known is None and measure:
             with vit.lock, torch.no_grad():
-                width = measured_width(vit, widest, rows * vit.layout.n_layers // 2)
-        width = min(widest, width or likely_width(vit))
+                known = measured_width(vit, widest, rows * vit.layout.n_layers // 2)
+        width = min(widest, known or likely_width(vit))
+    else:
+        width = int(batch_size)
     left = budget - width * held.row
     per_example = max(1.0, rows / n)
     at_once = max(ROWS.get(vit.device.type, MORE_ROWS), 4 * width) / per_example

@@ -17,6 +17,7 @@ from vit_mechinterp.engine.notes import notes_on
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import in_words
 from vit_mechinterp.engine.tensors import resolve_refs
+from vit_mechinterp.engine.values import ColumnOrigin
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep
 
@@ -180,7 +181,9 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
     counts = count(vit, schedule)
     clean = []
     for (column, blocks), images in counts.images.items():
-        kept = dict.fromkeys(str(read.site) for read in counts.kept if read.origin.column == column)
+        origins = ((read, read.origin) for read in counts.kept)
+        own = (read for read, o in origins if isinstance(o, ColumnOrigin) and o.column == column)
+        kept = dict.fromkeys(str(read.site) for read in own)
         if column in counts.outputs:
             kept[vit.layout.output] = None
         clean.append(CleanForwards(column, images, blocks, tuple(kept)))
