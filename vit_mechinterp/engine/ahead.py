@@ -17,8 +17,8 @@ __all__ = ["Ahead", "Request", "requests_of"]
 Request = tuple[str, tuple[int, ...]]
 """An image column, and the examples of one forward."""
 
-_AHEAD_BYTES = 256 * 1024**2
-"""Most bytes of preprocessed images that wait; one batch may wait however large it is."""
+AHEAD_BYTES = 256 * 1024**2
+"""Bytes of preprocessed images that wait at most, unless something else is asked for."""
 
 
 class Ahead:
@@ -32,6 +32,7 @@ class Ahead:
         requests: what will be asked for, in order.
         nbytes: bytes of one image as the model takes it.
         workers: number of threads; decoding and resizing let other threads run.
+        most: most bytes of preprocessed images that wait; one batch may wait however large it is.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Ahead:
         requests: Iterable[Request],
         nbytes: int,
         workers: int,
+        most: int = AHEAD_BYTES,
     ) -> None:
         self._make = make
         self._requests = iter(requests)
         self._nbytes = nbytes
         self._depth = workers + 1
+        self._most = most
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
         self._waiting: deque[tuple[Request, Future[Tensor]]] = deque()
         self.taken = 0
@@ -52,7 +55,7 @@ class Ahead:
 
     def _fill(self) -> None:
         held = sum(len(examples) for (_, examples), _ in self._waiting) * self._nbytes
-        while len(self._waiting) < self._depth and (not self._waiting or held < _AHEAD_BYTES):
+        while len(self._waiting) < self._depth and (not self._waiting or held < self._most):
             request = next(self._requests, None)
             if request is None:
                 return

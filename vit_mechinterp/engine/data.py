@@ -59,18 +59,19 @@ class Data(Columns):
         return batch.to(self.vit.device, self.vit.dtype, non_blocking=True)
 
     @contextmanager
-    def ahead(self, requests: Iterable[Request]) -> Iterator[None]:
+    def ahead(self, requests: Iterable[Request], most: int | None = None) -> Iterator[None]:
         """Decode and preprocess in the background what will be asked for, in order, for a ``with`` block.
 
-        Stacked tensors need no preparing, and are left alone.
+        Stacked tensors need no preparing, and are left alone. ``most`` bytes wait at most.
         """
-        from vit_mechinterp.engine.ahead import Ahead, workers_for
+        from vit_mechinterp.engine.ahead import AHEAD_BYTES, Ahead, workers_for
 
         nbytes = 4 * int(torch.Size(self.vit.layout.tokens.input_shape).numel())
         workers = workers_for(self.vit.device.type, shared=isinstance(self._data, Mapping))
         wanted = (request for request in requests if not self._is_stacked(request[0]))
         before = self._ahead
-        self._ahead = Ahead(self._ready, wanted, nbytes, workers)
+        most = AHEAD_BYTES if most is None else most
+        self._ahead = Ahead(self._ready, wanted, nbytes, workers, most)
         try:
             yield
         finally:

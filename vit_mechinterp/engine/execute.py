@@ -26,6 +26,7 @@ from vit_mechinterp.engine.provenance import circumstances, provenance_of
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.resume import FinishedChunks
 from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.sizes import parse_bytes
 from vit_mechinterp.engine.store_clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.model.hooked import HookedViT
@@ -107,7 +108,8 @@ def execute(
     if store is not None:
         clean = StoredClean(store.tiers, vit, columns, schedule, batch_size)
     with vit.lock, torch.no_grad(), _Bar(vit, schedule, progress) as tick:
-        collected, halvings = _chunks(vit, columns, schedule, resolved, clean, kept, tick)
+        most = None if memory is None else parse_bytes(memory) // 16
+        collected, halvings = _chunks(vit, columns, schedule, resolved, clean, kept, tick, most)
     if store is not None:
         store.tiers.flush()
     labels = columns.labels()
@@ -151,10 +153,11 @@ def _chunks(
     clean: CleanPass,
     kept: FinishedChunks | None,
     tick: Tick,
+    most: int | None,
 ) -> tuple[Collected, int]:
     """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again.
 
-    Chunks go to ``kept``, if it is given, and those that it has are left out.
+    Chunks go to ``kept``, if it is given, and those that it has are left out. ``most`` bytes of images wait.
     """
     collected = Collected(schedule.bound)
     ahead = clean.requests if isinstance(clean, StoredClean) else requests_of
@@ -167,7 +170,7 @@ def _chunks(
     halvings = 0
     while means is None:
         batches = ahead(schedule, schedule.chunks, schedule.mean_reads)
-        with memory_may_run_out(), data.ahead(batches):
+        with memory_may_run_out(), data.ahead(batches, most):
             means = dataset_means(vit, data, schedule, tick, clean)
         # Out here a failed forward's frames are gone, and its memory with them.
         if means is None:
@@ -175,7 +178,7 @@ def _chunks(
         elif kept is not None:
             kept.add_means(means)
     while waiting:
-        with memory_may_run_out(), data.ahead(ahead(schedule, list(waiting))):
+        with memory_may_run_out(), data.ahead(ahead(schedule, list(waiting)), most):
             while waiting:
                 if kept is None:
                     part = chunk_of(vit, data, schedule, waiting[0], tensors, means, tick, clean)

@@ -203,7 +203,7 @@ class FinishedChunks:
         tensors = {"outputs": torch.stack([torch.cat(part.outputs[run.name]) for run in runs])}
         for key, (n, name) in capture_names(self.schedule.bound).items():
             pieces = part.captures[runs[n].name, name]
-            tensors[key] = torch.cat([tensor for tensor, _ in pieces])
+            tensors[key] = pieces[0][0] if len(pieces) == 1 else torch.cat([tensor for tensor, _ in pieces])
             if pieces[0][1] is not None:
                 counts = [count for _, own in pieces for count in (own or ())]
                 tensors[f"counts.{key}"] = torch.tensor(counts, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -114,11 +115,18 @@ class MemoryTier:
                 return self._free.pop(min(fitting, key=lambda n: len(self._free[n])))
             if self.used + size <= self.budget:
                 self.used += size
-                return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
+                return self._allocate(size)
             if self._free:
                 self.used -= len(self._free.pop())
             elif not evict or not self._evict(unfinished=unfinished):
                 return None
+
+    def _allocate(self, size: int) -> Tensor:
+        if self.device.type == "cpu" and not self.pinned and hasattr(mmap, "MAP_ANONYMOUS"):
+            # Pages of their own, so that the heap stays compact, and that go back once they are free.
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(pages, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
 
     def _evict(self, *, unfinished: bool) -> bool:
         """Drop the least recently used block; one that is still filling up, and so nowhere else, if asked."""

@@ -38,8 +38,9 @@ def rows_by_default(vit: HookedViT) -> int:
     """Images per forward: the same on every machine of one kind, so that what one stores another finds."""
     if vit.layout.family.one_image is not None:
         return 1
-    per_image = vit.layout.tokens.n_tokens * vit.layout.d_model
-    return max(4, (2**24 if vit.device.type == "cuda" else 2**20) // per_image)
+    pixels = torch.Size(vit.layout.tokens.input_shape).numel()
+    per_image = max(vit.layout.tokens.n_tokens * vit.layout.d_model, pixels)
+    return max(1, (2**24 if vit.device.type == "cuda" else 2**20) // per_image)
 
 
 class Source:

@@ -42,7 +42,8 @@ class Tiers:
     def __init__(self, folder: Path | None, gpu: int, host: int, disk: int) -> None:
         self.gpu_budget = gpu
         self.gpus: dict[torch.device, MemoryTier] = {}
-        self.host = MemoryTier(host, torch.device("cpu"), pinned=torch.cuda.is_available())
+        # A little is left for the batch at work.
+        self.host = MemoryTier(host - host // 16, torch.device("cpu"), pinned=torch.cuda.is_available())
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
         self.lock = threading.RLock()
         self._counting = threading.Lock()  # of busy blocks; whoever holds the other lock may wait for a write

@@ -1,0 +1,97 @@
+"""A process under a budget: run by `test_budget`, as ``python -m tests.engine.budgeted FOLDER WHAT``.
+
+It works through images and activations of ten times the budget, and prints how far its anonymous memory rose above the
+level before, in units of the budget.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import vit_mechinterp as vmi
+
+BUDGET = 64 * 1024**2
+SIDE = 128
+N = 10 * BUDGET // (3 * SIDE * SIDE * 4)
+SITES = ["blocks.*.attn.pattern", "blocks.*.resid_post", "blocks.*.mlp.post"]
+
+
+class Lazy:
+    """A column of images that are made when they are asked for."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed = n, seed
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        return torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(self.seed * 10**6 + i))
+
+
+def anonymous() -> int:
+    """Anonymous memory of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """How far anonymous memory rises above the level before."""
+    gc.collect()
+    before, highest, done = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return highest - before
+
+
+def main(folder: Path, what: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = VisionTransformer(img_size=SIDE, patch_size=16, embed_dim=24, depth=3, num_heads=3, num_classes=5)
+    vit = vmi.wrap(module.eval())
+    held = sum(int(torch.Size(vit.sites()[name].shape).numel()) for name in vit.expand(SITES)) * 4
+
+    def captured(n: int, own: Path) -> None:
+        with vmi.ActivationStore(own, host=BUDGET) as store:
+            view = store.capture(vit, {"base": Lazy(n, 1)}, SITES, batch_size=4, progress=False)
+            order = torch.randperm(n)[:64].tolist()
+            for i in range(0, len(order), 8):
+                view.take(order[i : i + 8])
+
+    def executed(n: int, own: Path) -> None:
+        swap = vmi.Interchange(site="blocks.1.resid_post", source="source", tokens=[0, 1])
+        runs = [vmi.Run(name="clean", capture=SITES), vmi.Run(name="swap", interventions=[swap], capture=SITES)]
+        data = {"base": Lazy(n, 1), "source": Lazy(n, 2)}
+        results = vmi.execute(vit, runs, data, memory=BUDGET, out=own, progress=False)
+        assert results.captures["swap"]["blocks.2.mlp.post"].shape[0] == n
+
+    work = {"capture": captured, "execute": executed}[what]
+    work(24, folder / "warm")
+    risen = peak_of(lambda: work(N, folder / "whole"))
+    return {"risen": risen / BUDGET, "pixels": N * 3 * SIDE * SIDE * 4 / BUDGET, "activations": N * held / BUDGET}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))

@@ -1,0 +1,32 @@
+"""A budget given is a budget kept: ten times as many pixels, and activations, as may be held."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize("what", ["execute", "capture"])
+def test_a_run_over_ten_times_the_budget_stays_under_it(tmp_path: Path, what: str) -> None:
+    # What counts is what is held, and not what the C library keeps of what was given back.
+    environment = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.budgeted", str(tmp_path), what],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["pixels"] > 9.9
+    assert found["activations"] > 9.9
+    assert 0.3 < found["risen"] < 1.1
