@@ -10,12 +10,14 @@ import torch
 import vit_mechinterp as vmi
 from tests.circuits.integer_vit import integer_images, integer_vit
 from tests.oracles import by_hand
-from tests.tiny_models import HF_DINOV2, HF_VIT, N_LAYERS, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS
+from tests.tiny_models import HF_DINOV2, HF_VIT, N_LAYERS, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, stirred
+from tests.zoo.shrink import shrunk
+from tests.zoo.transformers_models import build
 from vit_mechinterp.circuits.activation_patching import activation_patching
 from vit_mechinterp.circuits.attribution_patching import agreement, attribution_patching, chosen_sample
 from vit_mechinterp.circuits.edge_attribution import edge_attribution
-from vit_mechinterp.circuits.path_patching import edge_patching
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
+from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 
 N, STEP = 2, 1e-5
 MODELS = [TIMM_PLAIN, TIMM_REGISTERS, TIMM_POOLED, HF_VIT, HF_DINOV2]
@@ -213,3 +215,41 @@ def test_a_site_without_gradient_is_named() -> None:
     data = {"base": TIMM_PLAIN.images(1, 1), "source": TIMM_PLAIN.images(1, 2)}
     with pytest.raises(SpecError, match=r"No gradient arrives at blocks\.1\.mlp\.post: the output does not depend on it"):
         attribution_patching(vit, data, sites=("mlp.post",), heads=(), metric="probability")
+
+
+FAMILIES = ("timm/vit_base_patch16_xp_224", "timm/vit_dwee_patch16_reg1_gap_256", "BlipVisionModel", "VideoMAEModel", "MgpstrModel", "Llama4VisionModel")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_between_images_that_hardly_differ_predictions_are_exact(name: str) -> None:
+    """Blocks side by side, differential attention, videos, BERT's blocks: every family sends along its stream."""
+    module = stirred(shrunk(name.removeprefix("timm/")) if name.startswith("timm/") else build(name)).eval().double()
+    vit = vmi.wrap(module)
+    shape = vit.layout.tokens.input_shape
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randn(1, *shape, generator=draw).double()
+    data = {"base": images, "source": images + 1e-3 * torch.randn(images.shape, generator=draw).double()}
+    weights = torch.randn(10**6, generator=draw).double()
+
+    def numbers(outputs: torch.Tensor) -> torch.Tensor:
+        return 1e3 * outputs.flatten(1) @ weights[: outputs[0].numel()]
+
+    edges = edge_attribution(vit, data, metric=numbers, sample=40)
+    assert edges.table["exact"].abs().max() > 1e-3
+    assert edges.summary["error relative to effect"] < 0.01
+    heads = ("z", "v", "pattern") if "blocks.0.attn.pattern" not in vit.layout.absent else ("z", "v")
+    cells = attribution_patching(vit, data, metric=numbers, heads=heads, sample=40)
+    assert cells.summary["error relative to effect"] < 0.01
+
+
+def test_a_branch_beside_attention_and_mlp_is_named() -> None:
+    vit = vmi.wrap(stirred(shrunk("xcit_nano_12_p8_224")).eval())
+    shape = vit.layout.tokens.input_shape
+    data = {"base": torch.randn(1, *shape), "source": torch.randn(1, *shape)}
+    with pytest.raises(UnsupportedSiteError, match="something else writes into the residual stream of layers 0, 1"):
+        edge_attribution(vit, data)
+    senders = ["blocks.0.attn_out", "blocks.0.mlp_out"]
+    result = path_patching(vit, data, senders=senders, metric=lambda outputs: outputs.flatten(1)[:, 0])
+    assert result.provenance["recomputed_branches"][:2] == [0, 1]
+    assert "Something besides attention and MLP writes into the stream of layers 0, 1" in result.description
+    assert result.table["change"].abs().iloc[0] > 1e-4

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["agreement", "attribution_patching", "check_sample", "chosen_sample"]
+__all__ = ["agreement", "agreement_said", "attribution_patching", "check_sample", "chosen_sample"]
 
 
 def attribution_patching(
@@ -157,7 +157,7 @@ def attribution_patching(
                 [
                     _DESCRIPTION,
                     bound.description,
-                    _said(agree),
+                    agreement_said(agree, "cells"),
                     f"Effects are not normalised: {problem}." if problem else "",
                     f"Left out: {missing}." if missing else "",
                 ],
@@ -222,11 +222,12 @@ def agreement(predicted: Any, exact: Any) -> dict[str, float | int | str]:
     return found
 
 
-def _said(agree: dict[str, float | int | str]) -> str:
+def agreement_said(agree: dict[str, float | int | str], what: str) -> str:
+    """Say in a sentence what `agreement` found; ``what`` are cells or edges."""
     if "correlation" not in agree:
-        return "No cell was measured exactly, so the error of the prediction is unknown."
+        return f"Too few {what} were patched exactly, so the error of the prediction is unknown."
     return (
-        f"Of these, {agree['cells measured']} cells were also patched exactly: the correlation of predicted "
+        f"{agree['cells measured']} {what} were also patched exactly: the correlation of predicted "
         f"and exact change is {agree['correlation']:.2f}, and the mean absolute error is "
         f"{agree.get('error relative to effect', float('nan')):.0%} of the mean absolute effect."
     )

@@ -17,7 +17,7 @@ from vit_mechinterp.circuits.ablation_runs import (
     possible_methods,
 )
 from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
-from vit_mechinterp.circuits.effects import effect_columns
+from vit_mechinterp.circuits.effects import effect_columns, gap_problem
 from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.result import CircuitResult, provenance
@@ -117,7 +117,9 @@ def cumulative_ablation(
         effects |= {"value_low": ends[0], "value_high": ends[1]}
     table = _table(rows, effects)
     missing = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
-    summary, sentence = _findings(table, float(bound.clean.mean()), bound.label)
+    nothing = values[counts.index(len(heads))]
+    problem = gap_problem(nothing, bound.clean, (f"with all {len(heads)} heads ablated", "with none"))
+    summary, sentence = _findings(table, float(bound.clean.mean()), bound.label, problem)
     ranked = "on the same images" if order == "effect" else "as given"
     return CircuitResult(
         name="cumulative_ablation",
@@ -172,7 +174,9 @@ def _table(rows: list[dict[str, Any]], effects: dict[str, Any]) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(rows), pd.DataFrame(effects)], axis=1)
 
 
-def _findings(table: pd.DataFrame, clean: float, label: str) -> tuple[dict[str, float | int | str], str]:
+def _findings(
+    table: pd.DataFrame, clean: float, label: str, problem: str
+) -> tuple[dict[str, float | int | str], str]:
     last = int(table["ablated"].max())
     nothing_left = float(table.loc[table["ablated"] == last, "value"].iloc[0])
     half = (clean + nothing_left) / 2
@@ -184,14 +188,17 @@ def _findings(table: pd.DataFrame, clean: float, label: str) -> tuple[dict[str, 
         f"The {label} is {clean:.3g} with nothing ablated and {nothing_left:.3g} with all {last} heads "
         "ablated."
     ]
+    if abs(clean - nothing_left) <= 0.01 * max(abs(clean), abs(nothing_left)):
+        return (
+            summary,
+            f"{said[0]} So the heads together make no difference that could be divided among them.",
+        )
     for name in ("most important first", "least important first"):
         own = table[table["order"] == name]
         below = own[(own["value"] - half) * np.sign(clean - nothing_left) < 0]
-        if len(below):
-            summary[f"heads to lose half, {name}"] = int(below["ablated"].iloc[0])
-            said.append(
-                f"Half of the difference is gone after {int(below['ablated'].iloc[0])} heads, {name}."
-            )
+        count = int(below["ablated"].iloc[0])
+        summary[f"heads to lose half, {name}"] = count
+        said.append(f"Half of the difference is gone after {count} head{'s' * (count != 1)}, {name}.")
     return summary, " ".join(said)
 
 

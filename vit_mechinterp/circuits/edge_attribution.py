@@ -16,19 +16,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.circuits.attribution_patching import agreement, check_sample, chosen_sample
+from vit_mechinterp.circuits.attribution_patching import (
+    agreement,
+    agreement_said,
+    check_sample,
+    chosen_sample,
+)
 from vit_mechinterp.circuits.cells import BatchSize, compared, measure
 from vit_mechinterp.circuits.corruptions import Corruption
 from vit_mechinterp.circuits.effects import effect_columns, gap_problem
 from vit_mechinterp.circuits.gradients import Method, Pull, gradients_at, linearised
 from vit_mechinterp.circuits.images import image_pairs
 from vit_mechinterp.circuits.metrics import MetricLike
-from vit_mechinterp.circuits.nodes import LOGITS, Node, NodeLike, reaches, receivers_of, senders_of
+from vit_mechinterp.circuits.nodes import (
+    LOGITS,
+    Node,
+    NodeLike,
+    other_writers,
+    reaches,
+    receivers_of,
+    senders_of,
+)
 from vit_mechinterp.circuits.path_figures import captions_of, draw_paths
 from vit_mechinterp.circuits.path_patching import path_runs, path_table, run_name
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run
 
@@ -75,6 +88,7 @@ def edge_attribution(
         reason.
 
     Raises:
+        UnsupportedSiteError: something besides attention and MLP writes into the stream.
         SpecError: a node is none, no sender comes before a receiver, or the metric has no gradient.
         DataError: the images are none, or a pair differs in size.
     """
@@ -96,6 +110,13 @@ def edge_attribution(
     edges = [(s, r) for s in writes for r in readers if reaches(vit, s, r)]
     if not edges:
         raise SpecError("None of the senders writes before one of the receivers reads, so there is no edge.")
+    if branches := other_writers(vit, Data(data, vit).images(base, [0])):
+        raise UnsupportedSiteError(
+            f"{type(vit.module).__name__}: besides attention and MLP, something else writes into the "
+            f"residual stream of layers {', '.join(map(str, branches))}, so what a sender writes does not "
+            "arrive unchanged and no edge can be predicted. Use edge_patching, in which that branch is "
+            "recomputed."
+        )
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     bound, first, clean = compared(vit, data, metric, base=base, source=source, **how)
     predicted = torch.zeros(len(edges), Data(data, vit).n, dtype=torch.float64)
@@ -129,6 +150,7 @@ def edge_attribution(
         "Every edge's effect, predicted to first order: the change of what the sender writes into the "
         "residual stream times the gradient along what the receiver reads.",
         bound.description,
+        agreement_said(agree, "edges"),
         f"Effects are not normalised: {problem}." if problem else "",
         f"Left out: {missing}." if missing else "",
     ]

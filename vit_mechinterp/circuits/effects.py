@@ -14,25 +14,31 @@ if TYPE_CHECKING:
 
 __all__ = ["effect_columns", "gap_problem"]
 
+ENDS = ("without the patch", "on the image that is patched from")
+
 _SMALL = 0.01
 """A gap below this share of the metric's own size would blow every effect up a hundredfold."""
 
 
-def gap_problem(baseline: Float[Tensor, " example"], target: Float[Tensor, " example"]) -> str:
-    """Say why effects cannot be divided by the mean gap ``target - baseline``; empty where they can."""
+def gap_problem(
+    baseline: Float[Tensor, " example"],
+    target: Float[Tensor, " example"],
+    ends: tuple[str, str] = ENDS,
+) -> str:
+    """Say why effects cannot be divided by the mean gap ``target - baseline``; empty where they can.
+
+    ``ends`` says in words what both are.
+    """
     gaps = (target - baseline).numpy()
     gap = float(gaps.mean())
     size = float(baseline.abs().mean() + target.abs().mean()) / 2
-    said = (
-        f"the metric is {float(baseline.mean()):.4g} without the patch and {float(target.mean()):.4g} on the "
-        "image that is patched from"
-    )
+    said = f"the metric is {float(baseline.mean()):.4g} {ends[0]} and {float(target.mean()):.4g} {ends[1]}"
     if abs(gap) <= max(_SMALL * size, 1e-12):
         return f"{said}: a gap of {gap:.2g} is too small to divide by"
     if len(gaps) > 1:
         low, high = bootstrap_interval(gaps[None])
         if low[0] <= 0 <= high[0]:
-            return f"{said}: over {len(gaps)} pairs the gap of {gap:.2g} cannot be told from zero"
+            return f"{said}: over {len(gaps)} examples the gap of {gap:.2g} cannot be told from zero"
     return ""
 
 
@@ -41,6 +47,7 @@ def effect_columns(
     baseline: Float[Tensor, " example"],
     target: Float[Tensor, " example"] | None = None,
     *,
+    ends: tuple[str, str] = ENDS,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -50,6 +57,7 @@ def effect_columns(
         values: the metric of every run.
         baseline: the metric without the intervention.
         target: the metric of the image that is patched from; with it, effects are normalised.
+        ends: what baseline and target are, in words.
         resamples, seed: of the bootstrap and of the permutation test.
 
     Returns:
@@ -67,7 +75,7 @@ def effect_columns(
     columns |= {"change_low": low, "change_high": high}
     if target is not None:
         gaps = (target - baseline).numpy()
-        reason = gap_problem(baseline, target)
+        reason = gap_problem(baseline, target, ends)
         ratio, low, high = nothing, nothing, nothing
         if not reason:
             ratio = changes.mean(axis=1) / gaps.mean()

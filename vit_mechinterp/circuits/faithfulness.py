@@ -98,7 +98,8 @@ def faithfulness(
     ]
     measured = measure(vit, grouped(runs, n, clean[0].numel()), data, bound, folder=folder, **how)
     values = measured.stack([run.name for run in runs])
-    effects = effect_columns(values, values[1], values[0], resamples=resamples, seed=seed)
+    ends = ("without any head", "with all of them")
+    effects = effect_columns(values, values[1], values[0], ends=ends, resamples=resamples, seed=seed)
     table = _table(sets, circuit, effects)
     summary = _summary(table)
     problem = str(table["reason"].iloc[0])
@@ -127,7 +128,7 @@ def faithfulness(
                     "circuit leaves a complement near 0, and does what the model does when heads are taken "
                     "away from both.",
                     bound.description,
-                    f"Faithfulness is not defined: {problem}." if problem else "",
+                    f"Faithfulness is not defined: {problem}." if problem else _findings(summary),
                     f"Left out: {missing}." if missing else "",
                 ],
             )
@@ -179,6 +180,7 @@ def _table(
     return pd.DataFrame(columns | effects)
 
 
+_COMPLEMENT, _CHANCE = "complement's faithfulness", "random sets of the same size, mean"
 _WITHOUT = ("circuit without K", "model without K", "circuit without one")
 
 
@@ -188,17 +190,27 @@ def _summary(table: pd.DataFrame) -> dict[str, float | int | str]:
 
     summary: dict[str, float | int | str] = {
         "faithfulness": float(of("circuit")[0]),
-        "complement's faithfulness": float(of("complement")[0]),
+        _COMPLEMENT: float(of("complement")[0]),
     }
     if len(apart := np.abs(of("circuit without K") - of("model without K"))):
         summary["incompleteness, mean"] = float(apart.mean())
         summary["incompleteness, largest"] = float(apart.max())
     if len(chance := of("random set")):
-        summary["random sets of the same size, mean"] = float(chance.mean())
+        summary[_CHANCE] = float(chance.mean())
         summary["random sets of the same size, best"] = float(chance.max())
     single = float(of("circuit")[0]) - of("circuit without one")
     summary["least that a head adds"] = float(single[np.argmin(np.abs(single))])
     return summary
+
+
+def _findings(summary: dict[str, float | int | str]) -> str:
+    said = (
+        f"The circuit's faithfulness is {summary['faithfulness']:.2f}, its complement's "
+        f"{summary[_COMPLEMENT]:.2f}"
+    )
+    if _CHANCE in summary:
+        said += f"; random sets of the same size reach {summary[_CHANCE]:.2f} on average"
+    return said + "."
 
 
 def _captions(table: pd.DataFrame) -> dict[str, str]:

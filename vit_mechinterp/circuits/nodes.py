@@ -10,12 +10,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 from vit_mechinterp.circuits.patching_cells import n_heads_at
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Interchange, Site
 
-__all__ = ["LOGITS", "Node", "NodeLike", "frozen_sites", "reaches", "receivers_of", "senders_of"]
+__all__ = [
+    "LOGITS",
+    "Node",
+    "NodeLike",
+    "frozen_sites",
+    "other_writers",
+    "reaches",
+    "receivers_of",
+    "senders_of",
+]
 
 NodeLike: TypeAlias = "Node | str | tuple[str, int]"
 """A node, a site, or a site and a head."""
@@ -156,6 +168,29 @@ def frozen_sites(vit: HookedViT, sender: Node, *, mlps: bool = True) -> list[str
         if mlps and (layer > first or sender.kind != "mlp"):
             held.append(_first_of(vit, layer, ("mlp_out",), "hold its MLP at the clean value"))
     return held
+
+
+def other_writers(vit: HookedViT, pixels: Tensor) -> list[int]:
+    """Return the layers in which something besides attention and MLP writes into the stream, such as a
+    convolution: where ``resid_pre + attn_out + mlp_out`` is not ``resid_post``.
+
+    Such a branch has no site, so it can be neither held nor attributed to.
+    """
+    parts = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    layers = [
+        layer
+        for layer in range(vit.layout.n_layers)
+        if not any(f"blocks.{layer}.{part}" in vit.layout.absent for part in parts)
+    ]
+    with torch.no_grad():
+        _, cache = vit.run(pixels, capture=[f"blocks.{n}.{part}" for n in layers for part in parts])
+    found = []
+    for layer in layers:
+        *addends, total = (cache[f"blocks.{layer}.{part}"].float() for part in parts)
+        # A share far above the rounding of half precision, and far below what a branch would write.
+        if float((sum(addends) - total).norm()) > 0.02 * float(total.norm()):
+            found.append(layer)
+    return found
 
 
 def _first_of(vit: HookedViT, layer: int, names: Sequence[str], purpose: str) -> str:

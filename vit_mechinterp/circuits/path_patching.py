@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_mechinterp.circuits.cells import BatchSize, compared, measure
 from vit_mechinterp.circuits.corruptions import Corruption
-from vit_mechinterp.circuits.effects import effect_columns, gap_problem
+from vit_mechinterp.circuits.effects import effect_columns
 from vit_mechinterp.circuits.images import image_pairs
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.nodes import (
@@ -25,20 +25,21 @@ from vit_mechinterp.circuits.nodes import (
     Node,
     NodeLike,
     frozen_sites,
+    other_writers,
     reaches,
     receivers_of,
     senders_of,
 )
-from vit_mechinterp.circuits.path_figures import captions_of, draw_paths, shown_column
+from vit_mechinterp.circuits.path_figures import captions_of, draw_paths
+from vit_mechinterp.circuits.path_words import description_of, findings_of, summary_of
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Interchange, Run
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from vit_mechinterp.circuits.bound_metric import BoundMetric
 
 __all__ = ["edge_patching", "path_patching", "path_runs", "path_table", "run_name"]
 
@@ -115,6 +116,7 @@ def path_patching(
     paths = [(s, r) for s in writers for r in readers if reaches(vit, s, r)]
     if not paths:
         raise SpecError("None of the senders writes before one of the receivers reads, so there is no path.")
+    branches = other_writers(vit, Data(data, vit).images(base, [0]))
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     bound, first, clean = compared(vit, data, metric, base=base, source=source, **how)
     freeze = mlps == "frozen"
@@ -130,6 +132,7 @@ def path_patching(
     if totals:
         total = {s: float((measured.values[f"total, {s}"] - ends[0]).mean()) for s in writers}
         table["total"] = [*(total[s] for s, _ in paths), np.nan]
+    summary = summary_of(table, bound)
     return CircuitResult(
         name=name,
         table=table,
@@ -140,12 +143,21 @@ def path_patching(
             direction=direction,
             mlps=mlps,
             left_out=left_out,
+            recomputed_branches=branches or None,
             corruption=None if corruption is None else str(corruption),
             resamples=resamples,
             seed=seed,
         ),
-        summary=_summary(table, bound),
-        description="\n\n".join(filter(None, _description(bound, direction, freeze, left_out, ends))),
+        summary=summary,
+        description="\n\n".join(
+            filter(
+                None,
+                [
+                    *description_of(bound, direction, freeze, left_out, ends, branches),
+                    findings_of(table),
+                ],
+            )
+        ),
         captions=captions_of(table),
         draw=draw_paths(bound.label),
     )
@@ -243,37 +255,3 @@ def path_table(
         columns[f"{role}_layer"] = pd.array([*(node.layer for node in nodes), *none], dtype="Int64")
         columns[f"{role}_head"] = pd.array([*(node.head for node in nodes), *none], dtype="Int64")
     return pd.DataFrame(columns | effects)
-
-
-def _summary(table: pd.DataFrame, metric: BoundMetric) -> dict[str, float | int | str]:
-    paths = table[table["sender_kind"] != "control"]
-    column = shown_column(table)
-    strongest = paths.reindex(paths[column].abs().sort_values(ascending=False).index).head(5)
-    summary: dict[str, float | int | str] = {
-        f"{row['sender']} into {row['receiver']}": float(row[column]) for _, row in strongest.iterrows()
-    }
-    assert metric.other is not None
-    return summary | {
-        f"{metric.label}, clean": float(metric.clean.mean()),
-        f"{metric.label}, corrupted": float(metric.other.mean()),
-        "paths": len(paths),
-    }
-
-
-def _description(
-    metric: BoundMetric, direction: str, freeze: bool, left_out: dict[str, str], ends: Sequence[Any]
-) -> list[str]:
-    came = "corrupted" if direction == "noising" else "clean"
-    other = "clean" if direction == "noising" else "corrupted"
-    held = "every later head and MLP" if freeze else "every later head (MLPs are computed anew)"
-    problem = gap_problem(*ends)
-    missing = "; ".join(f"{site} ({reason})" for site, reason in left_out.items())
-    return [
-        f"One sender takes its value from the {came} image in the {other} image's forward, while {held} "
-        "keeps the value that it had: only the residual stream carries the change. What a receiver reads "
-        f"there is then put into the {other} image's forward. 0 is no effect, 1 the whole gap between both "
-        "images.",
-        metric.description,
-        f"Effects are not normalised: {problem}." if problem else "",
-        f"Left out: {missing}." if missing else "",
-    ]
