@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["bootstrap_interval", "bootstrap_ratio", "sign_flip_p_values"]
 
+_AT_ONCE = 1024
+"""Quantities whose statistics under every assignment of signs are held at once."""
+
 
 def bootstrap_interval(
     values: Float[np.ndarray, "quantity example"],
@@ -116,9 +119,16 @@ def sign_flip_p_values(
         signs = np.concatenate([np.ones((1, n), dtype=int), 1 - 2 * drawn])
     size = np.sqrt((array**2).sum(axis=1, keepdims=True))
     scaled = np.divide(array, size, out=np.zeros_like(array), where=size > 0)
-    found = np.abs(scaled @ signs.T)
-    # Sums of the same numbers in another order differ in their last bits.
-    observed = found[:, :1] * (1 - 1e-9) - 1e-12
-    alone = (found >= observed).mean(axis=1)
-    corrected = (found.max(axis=0, keepdims=True) >= observed).mean(axis=1)
+    family = np.zeros(len(signs))
+    alone = np.empty(n_quantities)
+    observed = np.empty(n_quantities)
+    for start in range(0, n_quantities, _AT_ONCE):
+        rows = slice(start, start + _AT_ONCE)
+        found = np.abs(scaled[rows] @ signs.T)
+        # Sums of the same numbers in another order differ in their last bits.
+        observed[rows] = found[:, 0] * (1 - 1e-9) - 1e-12
+        alone[rows] = (found >= observed[rows, None]).mean(axis=1)
+        family = np.maximum(family, found.max(axis=0))
+    ordered = np.sort(family)
+    corrected = 1 - np.searchsorted(ordered, observed, side="left") / len(ordered)
     return alone, corrected
