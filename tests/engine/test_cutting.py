@@ -1,0 +1,183 @@
+"""How an experiment is cut: under a budget, by measured throughput, and in time that does not count."""
+
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vit_mechinterp as vmi
+from tests.engine.world import World, world_of
+from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, Tiny
+from vit_mechinterp import Run
+from vit_mechinterp.engine import throughput
+from vit_mechinterp.errors import SpecError
+
+Document = dict[str, Any]
+
+
+class Held(TorchDispatchMode):
+    """Bytes of all tensors that are alive and were made inside, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known | given:  # a view of a weight is not new
+                    self._add(storage._cdata, storage.nbytes(), storage)
+        return output
+
+    def _add(self, key: int, nbytes: int, storage: torch.UntypedStorage) -> None:
+        self.known.add(key)
+        self.bytes += nbytes
+        self.most = max(self.most, self.bytes)
+        weakref.finalize(storage, self._drop, key, nbytes)
+
+    def _drop(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.bytes -= nbytes
+
+
+def swap(site: str, **fields: Any) -> Document:
+    return {"op": "interchange", "site": site, "source": "source", "tokens": ["cls", 2], **fields}
+
+
+def run(name: str, *edits: Document, **fields: Any) -> Document:
+    return {"name": name, "interventions": list(edits), **fields}
+
+
+EXPERIMENTS = {
+    "sweep": [run(f"{n}", swap(f"blocks.{n}.resid_post")) for n in range(3)],
+    "heads": [run(f"{n}", swap("blocks.1.attn.z", heads=[n % 2]), capture=["blocks.2.resid_mid"]) for n in range(6)],
+    "patterns": [run(f"{n}", swap(f"blocks.{n}.attn.pattern"), capture=["blocks.2.attn.scores"]) for n in range(3)],
+    "results": [run("r", swap("blocks.1.attn.result")), run("clean", capture=["blocks.*.mlp.post"])],
+    "graph": [
+        run("sender", swap("blocks.0.mlp.post")),
+        run("receiver", swap("blocks.1.resid_post", source={"run": "sender"})),
+        run("mean", {"op": "ablate", "site": "blocks.0.attn.z", "method": "mean"}),
+    ],
+}
+
+
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_DINOV2], ids=lambda tiny: tiny.name)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_peak_that_a_plan_states_is_a_bound(tiny: Tiny, name: str) -> None:
+    world = world_of(tiny, 6)
+    world.vit.sites()
+    documents = EXPERIMENTS[name]
+    runs = list(map(Run.model_validate, documents))
+    for batch_size, chunk in ((36, None), (4, None), (4, 2)):
+        options: dict[str, Any] = {"batch_size": batch_size}
+        if chunk is not None:
+            options["memory"] = world.memory(documents, chunk, batch_size)
+        plan = vmi.plan(world.vit, runs, world.columns, **options)
+        with Held() as held:
+            results = world.execute(documents, **options)
+        del results
+        images = plan.widest * world.columns["base"][0].nbytes
+        bound = plan.peak_bytes + 2 * plan.result_bytes + images
+        assert held.most <= bound, f"{held.most / bound:.2f} of the bound"
+        assert held.most >= bound / 8, f"{held.most / bound:.2f} of the bound, which says nothing"
+        if chunk is not None:
+            assert plan.peak_bytes <= options["memory"]
+
+
+def test_a_budget_that_holds_no_row_is_refused() -> None:
+    world = world_of(TIMM_PLAIN, 4)
+    runs = [Run.model_validate(run("a", swap("blocks.0.resid_post")))]
+    with pytest.raises(SpecError, match=r"memory='10KiB' is too little: one example and one row take \d"):
+        vmi.execute(world.vit, runs, world.columns, memory="10KiB", progress=False)
+    with pytest.raises(SpecError, match="memory='much' is no amount"):
+        vmi.plan(world.vit, runs, world.columns, memory="much")
+    narrow = vmi.plan(world.vit, runs, world.columns, memory="100KiB")
+    assert narrow.width < vmi.plan(world.vit, runs, world.columns).width
+    assert narrow.peak_bytes <= 100 * 1024
+    assert f"at most {narrow.peak_bytes / 1024:.3g} KiB beside the model" in str(narrow)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "vit_mechinterp" / "throughput.json"
+
+
+def many(n: int) -> list[Run]:
+    return [Run.model_validate(run(f"{i}", swap("blocks.0.resid_pre", tokens=[i % 16, 3 if i % 16 != 3 else 4]),
+            {"op": "add_direction", "site": "blocks.1.ln1", "vector": "v", "alpha": 1.0 + i})) for i in range(n)]  # fmt: skip
+
+
+def test_the_width_of_much_work_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(TIMM_PLAIN, 6)
+    world.vit.sites()
+    monkeypatch.setattr(throughput, "likely_width", lambda vit: 8)
+    monkeypatch.setattr(throughput, "WORTHWHILE", 1)
+    asked: list[int] = []
+
+    def seconds(vit: Any, width: int) -> float:
+        asked.append(width)
+        return native(vit, width) * 0 + abs(width - 4) + 1.0
+
+    native = throughput._seconds_per_row
+    monkeypatch.setattr(throughput, "_seconds_per_row", seconds)
+    tensors = {"v": torch.ones(24)}
+    results = vmi.execute(world.vit, many(60), world.columns, tensors, progress=False)
+    assert asked == [2, 4, 8, 16, 32]
+    assert results.provenance["rows_per_forward"] == 4
+    assert list(json.loads(cache.read_text()).values()) == [4]
+    monkeypatch.setattr("vit_mechinterp.engine.cutting._is_large", lambda schedule, rows: True)
+    assert vmi.plan(world.vit, many(60), world.columns).width == 4
+    again = vmi.execute(world.vit, many(60), world.columns, tensors, progress=False)
+    assert len(asked) == 5
+    assert torch.equal(again.logits, results.logits)
+    given = vmi.execute(world.vit, many(3), world.columns, tensors, batch_size=7, progress=False)
+    assert given.provenance["rows_per_forward"] == 7
+
+
+def test_little_work_is_not_measured_for(cache: Path) -> None:
+    world = world_of(TIMM_PLAIN, 6)
+    vmi.execute(world.vit, many(3), world.columns, {"v": torch.ones(24)}, progress=False)
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_read_or_written_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = world_of(TIMM_PLAIN, 6).vit
+    cache.parent.mkdir()
+    for text in ("{", "[1]", '{"a": 3}'):
+        cache.write_text(text)
+        assert throughput.remembered_width(vit) is None
+    throughput._remember(throughput._key(vit), 5)
+    assert throughput.remembered_width(vit) == 5
+    (cache.parent.parent / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent / "file"))
+    throughput._remember("key", 5)
+    assert throughput.remembered_width(vit) is None
+
+
+def test_planning_takes_time_in_proportion_to_the_rows() -> None:
+    world = World(TIMM_PLAIN, 400)
+    world.vit.sites()
+    times = []
+    for n in (25, 100):
+        runs = [
+            Run.model_validate(run(f"{i}", swap(f"blocks.{i % 3}.attn.z", tokens={"column": "here"}, heads=[i % 3]),
+                {"op": "ablate", "site": "blocks.2.mlp_out", "method": "resample", "seed": i % 4})) for i in range(n)
+        ]  # fmt: skip
+        begin = time.process_time()
+        vmi.plan(world.vit, runs, world.columns)
+        times.append((time.process_time() - begin) / (n * 400))
+    assert times[1] < 2 * times[0]
+    assert times[1] < 50e-6, "seconds of planning per row"
