@@ -72,7 +72,7 @@ _HOMES = {
         "register_op",
     ),
 }
-_PARTS = ("circuits", "engine", "figures", "model", "report", "spec", "stimuli", "training")
+_PARTS = ("bridges", "circuits", "engine", "figures", "model", "report", "spec", "stimuli", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 

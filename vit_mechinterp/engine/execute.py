@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.ahead import requests_of
+from vit_mechinterp.engine.backends import backend_named
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_images, refuse_dropout
 from vit_mechinterp.engine.chunk import Collected, chunk_of
@@ -29,6 +30,7 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import parse_bytes
 from vit_mechinterp.engine.store_clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
+from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep, TensorRef
 
@@ -39,6 +41,9 @@ __all__ = ["execute"]
 
 _PROGRESS_DELAY = 2.0
 """Seconds after which a progress bar appears."""
+
+_BACKEND_BATCH = 32
+"""Most images in one forward of a backend, if nothing is said."""
 
 Tick = Callable[[int], None]
 
@@ -53,6 +58,7 @@ def execute(
     memory: int | str | None = None,
     store: ActivationStore | None = None,
     out: str | Path | None = None,
+    backend: str | None = None,
 ) -> Results:
     """Carry out runs on every example of a dataset.
 
@@ -75,6 +81,8 @@ def execute(
         out: a folder to write results into as they come, chunk by chunk. The same call with a folder that
             was begun goes on where it was, repeats nothing that is there, and gives the same bits; what
             captures hold is then mapped from the folder's ``results.safetensors``.
+        backend: ``"hooks"``, ``"nnsight"`` or ``"pyvene"`` to carry the runs out there, one at a time, with
+            at most ``batch_size`` images per forward; a backend takes neither memory, store nor out.
 
     Returns:
         Outputs ``[run, example, *output]`` and captures, on the CPU.
@@ -88,6 +96,12 @@ def execute(
     if isinstance(runs, Experiment) and batch_size == "auto":
         batch_size = runs.batch_size
     files = dict(runs.tensors) if isinstance(runs, Experiment) else {}
+    carry_out = None if backend is None else backend_named(backend)
+    if carry_out is not None and (memory, store, out) != (None, None, None):
+        raise SpecError(
+            f"backend={backend!r} computes everything anew and holds nothing, so memory, store and out do "
+            "not go with it. Leave them out, or the backend."
+        )
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_dropout(vit)
     columns = Data(data, vit, progress=progress)
@@ -95,6 +109,9 @@ def execute(
     resolved = resolve_refs(bound, tensors, vit, folder, files)
     check_tensors(bound, resolved, vit, columns.n)
     check_images(columns, bound)
+    if carry_out is not None:
+        width = _BACKEND_BATCH if batch_size == "auto" else batch_size
+        return carry_out(vit, bound, columns, resolved, batch_size=width, progress=progress)
     options: dict[str, Any] = {"memory": memory, "tensors": resolved, "progress": progress}
     schedule = schedule_for(vit, bound, columns, batch_size, measure=True, **options)
     kept: FinishedChunks | None = None

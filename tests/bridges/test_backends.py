@@ -1,0 +1,148 @@
+"""Runs carried out by other packages: the same numbers, the same form of results, and nothing left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vit_mechinterp as vmi
+from tests.engine.experiments import DOCUMENTS
+from tests.engine.world import World, world_of
+from tests.tiny_models import HF_DINOV2, HF_VIT, TIMM_PLAIN, Tiny
+from vit_mechinterp import Ablate, Interchange, Results, Run
+from vit_mechinterp.bridges.parity_runs import parity_data, parity_runs
+from vit_mechinterp.errors import ExecutionError, SpecError
+
+BACKENDS = ("hooks",)
+# Sites that every backend reaches.
+COMMON: list[dict[str, Any]] = [
+    {"name": "clean", "capture": ["blocks.1.resid_post", {"site": "blocks.0.mlp.post", "tokens": {"box": "box"}}]},
+    *DOCUMENTS[1:],
+]
+COMMON[1] = {**COMMON[1], "capture": ["pooled", {"site": "embed", "tokens": {"box": "box"}}, "blocks.2.resid_mid"]}
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """Everything that a backend could leave changed on a model."""
+    return {
+        name: (
+            {key: value for key, value in vars(m).items() if not isinstance(value, dict)},
+            {key: list(value.items()) for key, value in vars(m).items() if isinstance(value, dict)},
+            [(p.requires_grad, p.grad) for p in m.parameters(recurse=False)],
+        )
+        for name, m in module.named_modules()
+    }
+
+
+def same(one: Results, other: Results, scale: float) -> None:
+    assert one.run_names == other.run_names
+    assert one.labels == other.labels
+    assert one.logits.dtype == other.logits.dtype
+    assert float((one.logits - other.logits).abs().max()) <= 1e-5 * scale
+    for run in one.run_names:
+        assert list(one.captures[run]) == list(other.captures[run])
+        for site, value in one.captures[run].items():
+            again = other.captures[run][site]
+            assert type(value) is type(again)
+            for a, b in zip(value, again, strict=True):
+                assert a.shape == b.shape
+                assert a.dtype == b.dtype
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_captures_and_labels_are_the_engines(backend: str) -> None:
+    world = world_of(TIMM_PLAIN)
+    ours, theirs = world.execute(COMMON), world.execute(COMMON, backend=backend, batch_size=2)
+    same(ours, theirs, world.scale)
+    assert isinstance(theirs.captures["swap"]["embed"], list)
+    world.check(COMMON[2:], theirs)
+    mine = dict(theirs.provenance)
+    assert mine.pop("backend")["name"] == backend
+    assert set(mine) == set(ours.provenance)
+    assert {key: mine[key] for key in ("spec", "model", "data", "tensors")} == {
+        key: ours.provenance[key] for key in ("spec", "model", "data", "tensors")
+    }
+
+
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_DINOV2], ids=lambda tiny: tiny.name)
+def test_plain_hooks_reach_every_site(tiny: Tiny) -> None:
+    world = world_of(tiny)
+    documents: list[dict[str, Any]] = [
+        {"name": site, "interventions": [{"op": "interchange", "site": site, "source": "source"}], "capture": [site]}
+        for site in world.sites
+        if not site.startswith("blocks.2.attn.q")
+    ]
+    world.check(documents, world.execute(documents, backend="hooks"), effect=None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_VIT], ids=lambda tiny: tiny.name)
+def test_the_model_is_left_as_it_came(backend: str, tiny: Tiny) -> None:
+    module = tiny.module()
+    seen: list[Tensor] = []
+    block = module.get_submodule("blocks.1" if tiny is TIMM_PLAIN else "vit.layers.1")
+    block.register_forward_hook(lambda m, a, output: seen.append(output))
+    block.register_forward_pre_hook(lambda m, a: None)
+    next(module.parameters()).requires_grad_(False)
+    vit, native = vmi.wrap(module), F.scaled_dot_product_attention
+    data = parity_data(vit)
+    before, logits = state_of(module), vit(data["base"])
+    runs, tensors = parity_runs(vit)
+    run = runs["four interventions in one run"][-1]
+
+    result = vmi.execute(vit, run, data, tensors, backend=backend)
+    assert float((result.logits[0] - logits).detach().abs().amax(dim=1).min()) > 1e-2
+    assert state_of(module) == before
+    assert len(seen) >= 3  # the user's hook saw the forwards
+    assert torch.equal(vit(data["base"]), logits)
+
+    def fail(m: nn.Module, args: Any, output: Any) -> None:
+        if len(output) == 3:
+            raise ZeroDivisionError
+
+    handle = block.register_forward_hook(fail)
+    before = state_of(module)
+    with pytest.raises(Exception, match=r"^$|ZeroDivisionError"):
+        vmi.execute(vit, run, data, tensors, backend=backend)
+    assert state_of(module) == before
+    handle.remove()
+    assert F.scaled_dot_product_attention is native
+    assert torch.equal(vit(data["base"]), logits)
+
+
+def test_an_unknown_backend_and_options_of_the_engine_are_refused() -> None:
+    world = world_of(TIMM_PLAIN)
+    with pytest.raises(SpecError, match=r"no backend 'pyveen'\. Close matches: pyvene\. Known: hooks, nnsight, pyvene"):
+        world.execute(COMMON, backend="pyveen")
+    with pytest.raises(SpecError, match="backend='hooks' computes everything anew and holds nothing"):
+        world.execute(COMMON, backend="hooks", memory="1GiB")
+
+
+def test_a_pooled_mean_over_boxes_of_any_size() -> None:
+    world = world_of(TIMM_PLAIN)
+    run = Run(name="r", interventions=[Ablate(site="blocks.0.resid_post", method="mean", pool_tokens=True, tokens={"box": "box"})])
+    ours = vmi.execute(world.vit, run, world.columns)
+    theirs = vmi.execute(world.vit, run, world.columns, backend="hooks", batch_size=1)
+    same(ours, theirs, world.scale)
+
+
+def test_attention_that_is_not_one_fused_call_is_refused_before_anything_runs() -> None:
+    module = HF_VIT.module()
+    module.set_attn_implementation("eager")
+    vit = vmi.wrap(module)
+    run = Run(name="r", interventions=[Interchange(site="blocks.0.attn.pattern", source="source")])
+    with pytest.raises(SpecError, match=r"cannot reach blocks\.0\.attn\.pattern on ViTFor.*reached 0 times in a forward"):
+        vmi.execute(vit, run, World(HF_VIT).columns, backend="hooks")
+
+
+def test_train_mode_with_dropout_is_refused() -> None:
+    vit = vmi.wrap(TIMM_PLAIN.module().train())
+    assert vmi.execute(vit, Run(name="r"), parity_data(vit), backend="hooks").logits.shape == (1, 3, 5)
+    vit.module.head_drop.p = 0.5
+    with pytest.raises(ExecutionError, match="drop"):
+        vmi.execute(vit, Run(name="r"), parity_data(vit), backend="hooks")
