@@ -269,7 +269,7 @@ class Tiers:
         shard = None if self.disk is None else self.disk.open(entry, number)
         if shard is None or self.disk is None or not self.disk.sound(shard, entry, number, examples):
             return None
-        return _pick(shard.values, items)
+        return _pick(shard.values, items).to(device)
 
     def usage(self) -> dict[str, int]:
         """Bytes held by tier."""
