@@ -10,7 +10,17 @@ from torch import nn
 
 import vit_mechinterp as vmi
 from tests.engine.world import World, world_of
-from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
+from tests.tiny_models import (
+    HF_CLIP,
+    HF_DINOV2,
+    HF_VIT,
+    TIMM_PLAIN,
+    TIMM_POOLED,
+    TIMM_REGISTERS,
+    Tiny,
+    stirred,
+)
+from tests.zoo.shrink import shrunk
 from vit_mechinterp import Run
 
 Document = dict[str, Any]
@@ -151,3 +161,28 @@ def test_a_part_that_sees_other_values_than_expected_runs_for_every_row() -> Non
     hook.remove()
     found = together.logits.flatten(0, 1)
     assert torch.allclose(found, wanted, atol=1e-4 * world.scale)
+
+
+def test_layers_that_read_scores_are_no_projections_of_the_input() -> None:
+    """CaiT's heads talk: two of its attention's linear layers read scores and patterns, behind edits of q."""
+    torch.manual_seed(0)
+    vit = vmi.wrap(stirred(shrunk("cait_xxs24_224")).eval())
+    data = {"base": torch.randn(2, *vit.layout.tokens.input_shape)}
+    for site in ("attn.z", "attn.q"):  # the first time a module is spared, its input is looked at
+        place = f"blocks.0.{site}"
+        v = torch.randn(vit.sites()[place].shape[-1])
+        runs = [
+            vmi.Run(name=f"{n}", interventions=[vmi.AddDirection(site=place, tokens=[n], vector=vmi.TensorRef(name="v"))])
+            for n in range(4)
+        ]
+        found = vmi.execute(vit, runs, data, {"v": v}, progress=False)
+        assert vmi.plan(vit, runs, data).spared > 0
+        for n, run in enumerate(runs):
+
+            def push(h: torch.Tensor, n: int = n, v: torch.Tensor = v) -> None:
+                h[:, n] += v
+
+            with torch.no_grad(), vit.hooks({place: push}):
+                wanted = vit(data["base"])
+            assert torch.allclose(found[run.name], wanted, atol=1e-5 * float(wanted.abs().max()))
+            assert not torch.allclose(wanted, vit(data["base"]), atol=1e-3)

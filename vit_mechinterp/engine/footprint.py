@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,22 +54,21 @@ def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
 
 def _read_size(vit: HookedViT, read: Read) -> int:
     """Numbers of one read, for the example that selects the most tokens."""
-    size = 1
-    for n in vit.sites()[str(read.site)].shape:
-        size *= n
+    size = math.prod(vit.sites()[str(read.site)].shape)
     return size if read.positions.is_all else size * read.positions.most // vit.layout.tokens.n_tokens
 
 
 def _row_size(vit: HookedViT, bound: Bound) -> int:
-    """Numbers that one row takes at most on its way through a block: what the block makes of it, and copies
-    that joining and editing make."""
+    """Numbers that one row takes at most: its image, what a block makes of it, and copies that joining and
+    editing make."""
     tokens, d_model, heads = vit.layout.tokens.n_tokens, vit.layout.d_model, vit.layout.n_heads
     sites = vit.sites()
     hidden = [i.shape[-1] for name, i in sites.items() if name.endswith(("mlp.pre", "mlp.pre_linear"))]
     visited = [edit.site for run in bound.runs for edit in run.edits]
     visited += [read.site for own in bound.reads_of.values() for read in own]
     visited += [e.source.site for run in bound.runs for e in run.edits if e.source is not None]
-    size = tokens * (14 * d_model + 3 * max(hidden, default=4 * d_model))
+    size = math.prod(vit.layout.tokens.input_shape)
+    size += tokens * (14 * d_model + 3 * max(hidden, default=4 * d_model))
     if any(site.is_attention_matrix for site in visited):
         size += 5 * heads * tokens * tokens
     if any(site.name == "attn.result" for site in visited):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,35 +136,48 @@ class Sparing:
         inside = [m for m in attention.modules() if m is not attention]
         watched = any(m._forward_hooks or m._forward_pre_hooks for m in inside)
         whole = "attn_out" in distinct and layer not in self._opened and not watched
+        entering: list[Tensor] = []
         for part, rows in distinct.items():
             if part == "attn_out" or (whole and part in ("attn.q", "attn.z", "attn.result")):
                 continue
             for module in parts[part]:
-                stack.enter_context(shadowed_forward(module, _Spared(module, rows, self._watched)))
+                spared = _Spared(module, rows, self._watched, entering if part == "attn.q" else None)
+                stack.enter_context(shadowed_forward(module, spared))
         if whole:
             spared = _Spared(attention, distinct["attn_out"], self._watched)
             stack.enter_context(shadowed_forward(attention, spared))
-        elif "attn.z" in distinct:
-            attend = _Attending(attention.forward, distinct["attn.z"])
+        elif "attn.q" in distinct:
+            attend = _Attending(attention.forward, distinct.get("attn.z"), entering)
             stack.enter_context(shadowed_forward(attention, attend))
 
 
 class _Spared:
-    """The forward of a part: it runs on the distinct rows, at its first call in the forward."""
+    """The forward of a part: it runs on the distinct rows, at its first call in the forward.
+
+    ``entering`` holds what entered the attention module: a projection to q, k or v is one that reads it as it
+    is. Linear layers that read scores (talking heads) or z (gates) come behind edits.
+    """
 
     def __init__(
-        self, module: nn.Module, rows: Distinct, watched: list[tuple[nn.Module, Tensor, int]]
+        self,
+        module: nn.Module,
+        rows: Distinct,
+        watched: list[tuple[nn.Module, Tensor, int]],
+        entering: list[Tensor] | None = None,
     ) -> None:
         self.module = module
         self.native = module.forward
         self.rows = rows
         self.watched = watched
+        self.entering = entering
         self.called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else next(iter(kwargs.values()), None)
         again, self.called = self.called, True
         if again or not isinstance(given, Tensor) or self.module in _UNFIT:
+            return self.native(*args, **kwargs)
+        if self.entering is not None and not any(_is_same(given, x) for x in self.entering):
             return self.native(*args, **kwargs)
         if not self._one_for_all(given, args, kwargs):
             return self.native(*args, **kwargs)
@@ -207,16 +220,27 @@ class _Spared:
         return rows
 
 
-class _Attending:
-    """The forward of an attention module whose one attention call runs on the distinct rows."""
+def _is_same(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one piece of memory, in whatever shape."""
+    return x is other or (x.data_ptr() == other.data_ptr() and x.shape.numel() == other.shape.numel())
 
-    def __init__(self, native: Callable[..., Any], rows: Distinct) -> None:
+
+class _Attending:
+    """The forward of an attention module: notes what enters, and lets its one attention call run on the
+    distinct rows, if any are given."""
+
+    def __init__(self, native: Callable[..., Any], rows: Distinct | None, entering: list[Tensor]) -> None:
         self.native = native
         self.rows = rows
+        self.entering = entering
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Call(self.rows):
-            return self.native(*args, **kwargs)
+        self.entering[:] = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
+        try:
+            with nullcontext() if self.rows is None else _Call(self.rows):
+                return self.native(*args, **kwargs)
+        finally:
+            self.entering.clear()
 
 
 class _Call(TorchFunctionMode):
