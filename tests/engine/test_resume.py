@@ -219,6 +219,30 @@ def test_other_circumstances_are_said(
     assert "so later chunks may differ in their last bits: the threads differs (99 there" in caplog.text
 
 
+def test_what_a_store_holds_by_then_changes_no_bits(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clean forwards hold the images that they held at the first start."""
+    auto: dict[str, Any] = {"batch_size": "auto", "out": tmp_path / "a"}
+    with monkeypatch.context() as patch, vmi.ActivationStore() as store:
+        patch.setattr("vit_mechinterp.engine.chunk.run_wave", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            world.execute(DOCUMENTS, store=store, **auto)
+    whole = world.execute(DOCUMENTS, store=vmi.ActivationStore(), batch_size="auto")
+    with vmi.ActivationStore() as store:
+        for column in ("base", "source"):
+            store.capture(world.vit, world.columns, "*.resid_post", column=column, batch_size=1, progress=False)
+        other = world.execute(DOCUMENTS, store=store)
+        results = world.execute(DOCUMENTS, store=store, **auto)
+    assert other.provenance["images_per_stored_forward"] != whole.provenance["images_per_stored_forward"]
+    assert results.provenance["images_per_stored_forward"] == whole.provenance["images_per_stored_forward"]
+    assert_same_bits(results, whole)
+
+
+def _interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "other"])
 def test_damaged_chunks_are_computed_again(
     world: World,

@@ -117,13 +117,16 @@ def execute(
     kept: FinishedChunks | None = None
     if out is not None:
         identity = identity_of(vit, columns, bound, resolved)
-        kept = FinishedChunks(out, identity, circumstances(vit), schedule)
+        now = {**circumstances(vit), "use of a store": store is not None}
+        kept = FinishedChunks(out, identity, now, schedule)
         if (results := kept.finished()) is not None:
             return results
         schedule = kept.schedule
     clean: CleanPass = clean_pass
     if store is not None:
         clean = StoredClean(store.tiers, vit, columns, schedule, batch_size)
+        if kept is not None:
+            clean.use_rows(kept.decided("store", clean.rows))
     with vit.lock, torch.no_grad(), _Bar(vit, schedule, progress) as tick:
         most = None if memory is None else parse_bytes(memory) // 16
         collected, halvings = _chunks(vit, columns, schedule, resolved, clean, kept, tick, most)

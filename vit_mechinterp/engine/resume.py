@@ -96,8 +96,25 @@ class FinishedChunks:
     def _first(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """The document of whoever started first; ours, if it was us."""
         path = self.folder / "experiment.json"
+        try:
+            stored = self.decided("experiment", document)
+            stored["experiment"], stored["schedule"], stored["circumstances"]
+        except (ValueError, LookupError, TypeError):
+            raise ExecutionError(
+                f"{path} is not what an experiment leaves there. Choose another folder, or delete "
+                f"{self.folder} to begin anew."
+            ) from None
+        return stored
+
+    def decided(self, name: str, document: Mapping[str, Any]) -> dict[str, Any]:
+        """What the first start decided under a name: ``document``, if this is it.
+
+        Raises:
+            ValueError: what is there is no JSON.
+        """
+        path = self.folder / f"{name}.json"
         if not path.exists():
-            own = path.with_name(f".experiment-{os.getpid()}.json.tmp")
+            own = path.with_name(f".{name}-{os.getpid()}.json.tmp")
             with replacing(own) as file:
                 file.write(json.dumps(document, indent=2).encode())
             try:
@@ -105,14 +122,7 @@ class FinishedChunks:
                     os.link(own, path)
             finally:
                 own.unlink(missing_ok=True)
-        try:
-            stored: dict[str, Any] = json.loads(path.read_text())
-            stored["experiment"], stored["schedule"], stored["circumstances"]
-        except (ValueError, LookupError, TypeError):
-            raise ExecutionError(
-                f"{path} is not what an experiment leaves there. Choose another folder, or delete "
-                f"{self.folder} to begin anew."
-            ) from None
+        stored: dict[str, Any] = json.loads(path.read_text())
         return stored
 
     @contextmanager

@@ -69,6 +69,12 @@ class StoredClean:
         """Images per clean forward, by image column."""
         return {column: source.rows for column, source in self.sources.items()}
 
+    def use_rows(self, rows: Mapping[str, int]) -> None:
+        """Change the images per clean forward, by image column."""
+        for column, source in self.sources.items():
+            if rows.get(column, source.rows) != source.rows:
+                source.use_rows(rows[column])
+
     def requests(
         self, schedule: Schedule, chunks: Iterable[range], reads: Sequence[Read] | None = None
     ) -> Iterator[Request]:
