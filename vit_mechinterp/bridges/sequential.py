@@ -133,8 +133,14 @@ def _compare(name: str, vit: HookedViT, forward: Forward, sites: Iterable[Site])
 
         return touch
 
-    forward(images, {site: looking(site) for site in seen})
-    _, cache = vit.run(images, capture=[str(site) for site in seen])
+    output = forward(images, {site: looking(site) for site in seen})
+    native, cache = vit.run(images, capture=[str(site) for site in seen])
+    off = float((output.float() - native.float()).abs().max())
+    if not off <= _AGREE * float(native.float().abs().max()):
+        raise SpecError(
+            f"backend={name!r} computes another output of {type(vit.module).__name__}, by {off:.2g}, where "
+            f"it looks at {', '.join(map(str, sorted(seen)))}. Use the engine, or other sites."
+        )
     for site, values in seen.items():
         expected = cache[str(site)]
         if len(values) != 1:

@@ -1,0 +1,252 @@
+"""nnsight as a backend, and as a wrapper with this package's site names.
+
+Importing nnsight gives Python's ``object`` a method ``save``, wraps ``Tensor.backward`` and reads
+``sys.argv``; this module is where that happens, and nothing else in the package imports it. Wrapping a module
+replaces the ``forward`` of all its parts: the backend undoes it, the wrapper's `Sited` says how.
+
+nnsight reads the body of a ``with`` block as source, so traces stand written out here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from nnsight import NNsight
+from nnsight.intervention.backends.local import LocalSimulationBackend
+from torch import Tensor, nn
+
+from vit_mechinterp.bridges.boundaries import Step, inside_attention, steps, z_port
+from vit_mechinterp.bridges.hooks import attend
+from vit_mechinterp.bridges.restoring import as_it_came
+from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
+from vit_mechinterp.engine.backends import register_backend
+from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.results import Results
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.ports import Port, lookup
+from vit_mechinterp.model.visiting import replace_output
+from vit_mechinterp.spec import Site, TensorRef
+
+__all__ = ["Sited", "run_nnsight", "sited"]
+
+_CALL = "scaled_dot_product_attention"
+
+
+@register_backend("nnsight")
+def run_nnsight(
+    vit: HookedViT,
+    bound: Bound,
+    data: Data,
+    tensors: Mapping[TensorRef, Tensor],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> Results:
+    """Carry out bound runs as traces of an `NNsight` model; see `execute_sequentially`."""
+    return execute_sequentially(
+        "nnsight",
+        ("nnsight",),
+        _opened,
+        _refusal,
+        vit,
+        bound,
+        data,
+        tensors,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def _refusal(vit: HookedViT, site: Site) -> str | None:
+    if inside_attention(vit, site) and vit.layout.sequence is not None:
+        return f"{site} is seen at the attention call, which serves all images as one sequence here"
+    if site.name == "attn.result" and site.layer is not None and z_port(vit, site.layer) is None:
+        return f"{site} follows from what enters the output projection, which is not the heads' output here"
+    port = vit.layout.ports.get(str(site))
+    if isinstance(port, Port) and port.call is not None:
+        return f"{site} lies at a module that its block calls more than once, which nnsight counts otherwise"
+    return None
+
+
+@contextmanager
+def _opened(vit: HookedViT, sites: Iterable[Site]) -> Iterator[Forward]:
+    with as_it_came(vit.module):
+        model = NNsight(vit.module)
+        yield partial(_forward, vit, model, _by_module(model))
+
+
+def _by_module(model: Any) -> dict[nn.Module, Any]:
+    """nnsight's proxy of every module."""
+    return {envoy._module: envoy for envoy in model.modules()}
+
+
+def _forward(
+    vit: HookedViT, model: Any, envoys: Mapping[nn.Module, Any], images: Tensor, touches: Mapping[Site, Touch]
+) -> Tensor:
+    """One trace with functions at sites: an invoke for every module boundary, so order does not count."""
+    args, kwargs = vit.layout.family.inputs(vit.module, images)
+    acts: list[Callable[[], None]] = []
+    boundaries: dict[tuple[str, str], list[Step]] = {}
+    for step in steps(vit, touches):
+        boundaries.setdefault((step.port.path, step.port.side), []).append(step)
+    for (path, side), own in boundaries.items():
+        acts.append(partial(_act, envoys[lookup(vit.module, path)], side, own))
+    calls: dict[int, dict[str, Touch]] = {}
+    for site, touch in touches.items():
+        if inside_attention(vit, site) and not (site.name == "attn.z" and z_port(vit, site.layer or 0)):
+            calls.setdefault(site.layer or 0, {})[site.name.removeprefix("attn.")] = touch
+    for layer, inside in calls.items():
+        acts.append(partial(_attend, envoys[lookup(vit.module, vit.layout.attention_path(layer))], inside))
+    with model.trace() as tracer:
+        with tracer.invoke(*args, **kwargs):
+            native = model.output.save()
+        for act in acts:
+            with tracer.invoke():
+                act()
+    return vit.layout.outcome(native)
+
+
+def _act(envoy: Any, side: str, own: list[Step]) -> None:
+    """Read what enters or leaves a module, and write what takes its place."""
+    if side == "output":
+        native = value = envoy.output
+        for step in own:
+            value = replace_output(step.port, value, step.touch)
+        if value is not native:
+            envoy.output = value
+        return
+    native = value = envoy.input
+    for step in own:
+        value = step.on_tensor(value)
+    if value is native:
+        return
+    if any(step.port.in_place for step in own):
+        native.copy_(value)  # the stream between attention and MLP has two readers
+    else:
+        envoy.input = value
+
+
+def _attend(envoy: Any, touches: Mapping[str, Touch]) -> None:
+    """Replace the attention call by arithmetic that can be seen, wherever the module's source makes it."""
+    operation = _call_in(envoy.source)
+    if operation is None:
+        return  # the forward of random images finds that the site was not reached
+    args, kwargs = operation.inputs
+    operation.output = attend(touches, *args, **kwargs)
+
+
+def _call_in(source: Any) -> Any:
+    """The attention call in a forward's source, or in the function that the forward hands it to."""
+    for name in source.names:
+        if _CALL in name:
+            return source.node(name)
+    for name in source.names:
+        if name.startswith("attention_interface_"):
+            operation = source.node(name)
+            try:
+                inner = operation.source
+            except Exception:  # noqa: S112  # an assignment of that name: nothing to look into
+                continue
+            return _call_in(inner)
+    return None
+
+
+class Sited:
+    """A model as nnsight sees it, with accessors for this package's site names.
+
+    Inside ``with sited.trace(images):``, ``sited.site("blocks.3.resid_post").output`` is that site's value:
+    read it, or assign to it. A site at a module's input is read and written as ``.input``; `place` says
+    which. Everything else is nnsight's own model's, ``sited.model``.
+
+    The native module's parts have another ``forward`` from the time of wrapping; it does what theirs did.
+    """
+
+    def __init__(self, vit: HookedViT) -> None:
+        self.vit = vit
+        self.model: Any = NNsight(vit.module)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("model", "vit") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def trace(self, *args: Any, remote: bool | str = False, **kwargs: Any) -> Any:
+        """A trace of the model, as nnsight's own.
+
+        A block that is to run remotely names nnsight's objects alone (``net = sited.model`` and what `site`
+        returned before it), since a deployment does not have this package.
+
+        Args:
+            args: what the module takes: images.
+            remote: ``True`` or the address of an NDIF deployment that serves the checkpoint; ``"local"``
+                builds the same request, reads it where no package of the user's own can be found, and runs
+                it here.
+            kwargs: for nnsight and the module.
+
+        Raises:
+            SpecError: ``remote``, and the model is no checkpoint of the Hub that a deployment could know.
+        """
+        if remote:
+            kwargs["backend"] = self.request_to(remote)
+        return self.model.trace(*args, **kwargs)
+
+    def request_to(self, remote: bool | str) -> Any:
+        """What sends a trace: nnsight's backend for ``remote``. Nothing is sent before a trace ends."""
+        if remote == "local":
+            return LocalSimulationBackend(self)
+        from nnsight.intervention.backends.remote import RemoteBackend
+
+        return RemoteBackend(self.model_key(), host=remote if isinstance(remote, str) else None)
+
+    def _remoteable_persistent_objects(self) -> dict[str, Any]:
+        """What stays on the other side, by the name that a request gives it (asked for by nnsight)."""
+        modules = {f"Module:{envoy.path}": envoy._module for envoy in self.model.modules()}
+        return {"Interleaver": self.model.interleaver, **modules}
+
+    def model_key(self) -> str:
+        """The name under which a deployment knows the checkpoint."""
+        source = self.vit.source or ""
+        library, _, checkpoint = source.partition("/")
+        if library != "hf" or checkpoint.count("/") != 1 or checkpoint.startswith((".", "/")):
+            raise SpecError(
+                f"{source or type(self.vit.module).__name__!r} is no checkpoint of the Hub, and a deployment "
+                "knows its models by those. Load the model as 'hf/ORG/NAME', or use remote='local'."
+            )
+        named = json.dumps({"repo_id": checkpoint, "revision": None})
+        return f"nnsight.modeling.transformers.TransformersModel:{named}"
+
+    def site(self, name: str) -> Any:
+        """nnsight's proxy of the module whose input or output is the site.
+
+        Raises:
+            SpecError: the model has no such site, or it is not a whole tensor at a module's boundary.
+        """
+        return _by_module(self.model)[lookup(self.vit.module, self.place(name)[0])]
+
+    def place(self, name: str) -> tuple[str, str]:
+        """Path of that module, and ``"input"`` or ``"output"``."""
+        vit, site = self.vit, Site.parse(name)
+        vit.check_site(site)
+        port, model = vit.layout.ports.get(str(site)), type(vit.module).__name__
+        if not isinstance(port, Port):
+            raise SpecError(
+                f"{site} is not what enters or leaves a module of {model}, so nnsight has no name for it. "
+                'Use vmi.execute(..., backend="nnsight"), or vit.run and vit.hooks.'
+            )
+        if port.heads is not None or port.part is not None or port.spatial or port.packing is not None:
+            raise SpecError(
+                f"{site} is a part, or another arrangement, of what enters or leaves {port.path} of {model}. "
+                'Use vmi.execute(..., backend="nnsight"), or trace that module.'
+            )
+        return port.path, port.side
+
+
+def sited(vit: HookedViT) -> Sited:
+    """The model as nnsight sees it, with site names; see `Sited`."""
+    return Sited(vit)
