@@ -28,6 +28,7 @@ def test_build_makes_what_the_functions_make() -> None:
         "discrimination_exchanges",
         "rmts",
         "rmts_counterfactuals",
+        "spatially_structured",
     ]
 
 

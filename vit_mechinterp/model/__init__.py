@@ -4,6 +4,7 @@ from vit_mechinterp.model.conformance import Report, check
 from vit_mechinterp.model.hooked import ActivationCache, HookedViT, SiteInfo
 from vit_mechinterp.model.layout import Family, Layout, Port, Readout, TokenLayout
 from vit_mechinterp.model.loading import checkpoints, load
+from vit_mechinterp.model.positional import positional_attention
 from vit_mechinterp.model.registry import families, register, register_adapter, wrap
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "checkpoints",
     "families",
     "load",
+    "positional_attention",
     "register",
     "register_adapter",
     "wrap",

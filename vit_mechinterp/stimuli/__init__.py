@@ -2,7 +2,8 @@
 
 `discrimination`, `rmts`, `counterfactuals`, `rmts_counterfactuals` and `object_exchanges` make datasets; the
 generators make the same images as tensors, at training speed; `build` makes them by name.
-Images are the same in every process for the same options and seed.
+`spatially_structured` makes no images but patches, disjoint sets of which carry a label.
+Everything is the same in every process for the same options and seed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vit_mechinterp.stimuli.rmts_counterfactuals import (
     rmts_counterfactuals,
 )
 from vit_mechinterp.stimuli.shapes import SHAPE_NAMES, shape_masks
+from vit_mechinterp.stimuli.spatial import SpatialBatch, SpatialStructure, spatially_structured
 from vit_mechinterp.stimuli.splits import SPLITS, allowed_combinations
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "RMTSCounterfactualBatch",
     "RMTSCounterfactualGenerator",
     "RMTSGenerator",
+    "SpatialBatch",
+    "SpatialStructure",
     "TaskBatch",
     "TaskGenerator",
     "allowed_combinations",
@@ -56,4 +60,5 @@ __all__ = [
     "rmts_counterfactuals",
     "shape_gallery",
     "shape_masks",
+    "spatially_structured",
 ]

@@ -14,6 +14,7 @@ from vit_mechinterp.stimuli.discrimination import discrimination
 from vit_mechinterp.stimuli.exchanges import object_exchanges
 from vit_mechinterp.stimuli.rmts import rmts
 from vit_mechinterp.stimuli.rmts_counterfactuals import rmts_counterfactuals
+from vit_mechinterp.stimuli.spatial import spatially_structured
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +27,7 @@ _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "discrimination_exchanges": object_exchanges,
     "rmts": rmts,
     "rmts_counterfactuals": rmts_counterfactuals,
+    "spatially_structured": spatially_structured,
 }
 
 

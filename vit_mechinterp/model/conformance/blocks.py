@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vit_mechinterp.model.conformance.subject import Subject, wide
 from vit_mechinterp.model.instrument import Visitor
+from vit_mechinterp.model.layout import lookup
+from vit_mechinterp.model.positional import PositionalProjection
 from vit_mechinterp.spec import BLOCK_SITES
 
 __all__ = ["AMPLITUDES", "Edited", "Write", "edited_block", "noisy"]
@@ -45,6 +47,8 @@ PARALLEL = FEEDS | {
     "attn_out": ("resid_post",),
 }
 """The same where attention and MLP read one input, and there is no resid_mid."""
+POSITIONAL = {"ln1": ("attn.v",)}
+"""What differs where queries and keys are made positional: tokens reach the values alone."""
 
 AMPLITUDES = (1.0, 1000.0)
 """Of what is written, in standard deviations; the second only where the first is lost in rounding."""
@@ -152,7 +156,14 @@ def edited_block(subject: Subject, layer: int, sites: Sequence[str], write: Writ
 
     visitors = {f"blocks.{layer}.{site}": visiting(site) for site in sites}
     subject.run(visitors, subject.vit.blank(1), skip=range(layer), stop=layer)
-    return Edited(layer, kept, rows, PARALLEL if subject.layout.family.parallel else FEEDS)
+    return Edited(layer, kept, rows, _feeds(subject, layer))
+
+
+def _feeds(subject: Subject, layer: int) -> dict[str, tuple[str, ...]]:
+    feeds = PARALLEL if subject.layout.family.parallel else FEEDS
+    attention = lookup(subject.vit.module, subject.layout.attention_path(layer))
+    positional = any(isinstance(part, PositionalProjection) for part in attention.modules())
+    return feeds | POSITIONAL if positional else feeds
 
 
 def _distances(value: Tensor) -> list[float]:

@@ -1,0 +1,87 @@
+"""Patch association as a number: does every patch attend to the patches that it belongs with?
+
+Given a matrix of attentions or similarities between patches and, for every patch i, the set S_i of patches
+that it belongs with (itself included, C_i of them):
+
+* ``agreement``: the share of the C_i largest entries of row i that lie in S_i, a mean over i;
+* ``exact``: the share of rows whose C_i largest entries are S_i, which is patch association after a third
+  party's account of Jelassi, Sander and Li (2022);
+* ``corrected``: agreement among the C_i - 1 largest entries to *other* patches, less what a random order
+  gives, ``q_i = (C_i - 1) / (D - 1)``, over what it leaves: ``(a_i - q_i) / (1 - q_i)``, a mean over i: 0 by
+  chance and 1 for all. A patch that attends to itself gains nothing by it.
+
+The scalar scores are this project's own; the paper's exact definition is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vit_mechinterp.errors import DataError
+
+__all__ = ["association", "members_of", "neighbourhoods"]
+
+
+def members_of(sets: Sequence[Sequence[int]]) -> Bool[Tensor, "patch patch"]:
+    """Return which patches share a set, for disjoint sets of the patches from 0 on."""
+    n = sum(len(one) for one in sets)
+    owner = torch.full((n,), -1)
+    for number, one in enumerate(sets):
+        owner[list(one)] = number
+    return owner[:, None] == owner[None]
+
+
+def neighbourhoods(grid: Sequence[int], radius: int = 1) -> Bool[Tensor, "patch patch"]:
+    """Return which patches of a grid are at most ``radius`` rows and columns (and frames) apart."""
+    places = torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, len(grid))
+    return (places[:, None] - places[None]).abs().amax(dim=-1) <= radius
+
+
+def association(
+    matrix: Float[Tensor, "*batch patch patch"], members: Bool[Tensor, "patch patch"]
+) -> dict[str, Float[Tensor, "*batch"]]:
+    """Score matrices against the sets that patches belong with.
+
+    Args:
+        matrix: attentions or similarities, queries along rows.
+        members: ``members[i, j]`` says that i belongs with j; the diagonal is True.
+
+    Returns:
+        ``agreement``, ``exact`` and ``corrected``, see the module.
+
+    Raises:
+        DataError: the shapes differ, the diagonal is not True, or a set holds one patch or all of them, so
+            that there is nothing to find.
+    """
+    if matrix.shape[-2:] != members.shape or not bool(members.diagonal().all()):
+        raise DataError(
+            f"Association compares matrices {tuple(matrix.shape)} with sets {tuple(members.shape)}: the "
+            "last two axes are the same patches, each of which belongs with itself."
+        )
+    members = members.to(matrix.device)
+    n, sizes = members.shape[0], members.sum(dim=1)
+    if int(sizes.min()) < 2 or int(sizes.max()) >= n:
+        raise DataError("Every set holds more than one patch and not all; else there is nothing to find.")
+    found = _found(matrix, members, sizes)
+    agreement = found / sizes
+    eye = torch.eye(n, dtype=torch.bool, device=matrix.device)
+    others = sizes - 1
+    share = _found(matrix.masked_fill(eye, -torch.inf), members & ~eye, others) / others
+    chance = others / (n - 1)
+    return {
+        "agreement": agreement.mean(dim=-1),
+        "exact": (found == sizes).float().mean(dim=-1),
+        "corrected": ((share - chance) / (1 - chance)).mean(dim=-1),
+    }
+
+
+def _found(matrix: Tensor, members: Tensor, sizes: Tensor) -> Float[Tensor, "*batch patch"]:
+    """How many of the largest entries of every row, as many as its set holds, are in it."""
+    order = matrix.argsort(dim=-1, descending=True)
+    inside = members.expand(matrix.shape).gather(-1, order)
+    counted = torch.arange(members.shape[1], device=matrix.device) < sizes[:, None]
+    return (inside & counted).sum(dim=-1).float()
