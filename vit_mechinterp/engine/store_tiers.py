@@ -234,11 +234,9 @@ class Tiers:
             return _pick(higher.tensor, items)
         found = _pick(block.tensor, items)
         if device.type == "cuda":
-            if found.is_pinned():
-                found = found.to(device, non_blocking=True)
-                block.copies(torch.cuda.current_stream(device))
-                return found
-            return found.pin_memory().to(device, non_blocking=True)
+            pinned = found if found.is_pinned() else found.pin_memory()
+            found = pinned.to(device, non_blocking=True)
+            block.copies(torch.cuda.current_stream(device))
         return found
 
     def _load(self, entry: Entry, number: int, *, evict: bool) -> Block | None:
@@ -273,11 +271,8 @@ class Tiers:
 
     def usage(self) -> dict[str, int]:
         """Bytes held by tier."""
-        return {
-            "gpu": sum(tier.used for tier in self.gpus.values()),
-            "host": self.host.used,
-            "disk": 0 if self.disk is None else self.disk.usage(),
-        }
+        gpus = sum(tier.used for tier in self.gpus.values())
+        return {"gpu": gpus, "host": self.host.used, "disk": self.disk.usage() if self.disk else 0}
 
     def close(self) -> None:
         """Finish writing, and give all memory back."""

@@ -1,0 +1,181 @@
+"""A store in trouble: damaged files, others in the same folder, no room, no memory, bad input."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.stores import N, captured, native
+from tests.engine.world import Counted, World
+from tests.tiny_models import TIMM_PLAIN
+from vit_mechinterp import ActivationStore
+from vit_mechinterp.engine import store_source
+from vit_mechinterp.errors import DataError, ExecutionError, SpecError, UnsupportedSiteError
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(TIMM_PLAIN, N)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few examples each, so that a tiny model fills many of them."""
+    monkeypatch.setattr(store_source, "_LEAST_BLOCK_BYTES", 1)
+    monkeypatch.setattr(store_source, "_BLOCK_BYTES", 20_000)
+
+
+@pytest.mark.parametrize("host", ["1GiB", 0])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "other"])
+def test_damaged_files_are_dropped_and_made_again(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str, host: Any, small_blocks: None
+) -> None:
+    site = "blocks.0.resid_post"
+    before = captured(ActivationStore(tmp_path), world, site)[site][:]
+    paths = sorted(tmp_path.rglob("*.safetensors"))
+    content = bytearray(paths[1].read_bytes())
+    content[-400] ^= 16
+    damaged = {"flipped": bytes(content), "truncated": bytes(content[:-9]), "empty": b"", "other": paths[-1].read_bytes()[:50]}
+    paths[1].write_bytes(damaged[how])
+    with ActivationStore(tmp_path, host=host) as store, caplog.at_level(logging.WARNING):
+        view = captured(store, world, site)
+        with Counted(world.module) as counted:
+            assert torch.equal(view[site][:], before)
+        assert 0 < counted.total < N
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"Stored activations {paths[1]} are damaged (")
+    assert messages[0].endswith("): dropped, and computed again.")
+    with ActivationStore(tmp_path, host=host) as store, Counted(world.module) as counted:
+        assert torch.equal(captured(store, world, site)[site][:], before)
+    # Batches at the borders of the block gave their neighbours' rows as well; the block itself is whole again.
+    assert counted.total == 0
+
+
+def test_two_processes_in_one_folder(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch\n"
+        "from tests.engine.world import World\n"
+        "from tests.tiny_models import TIMM_PLAIN\n"
+        "from vit_mechinterp import ActivationStore\n"
+        "from vit_mechinterp.engine import store_source\n"
+        "store_source._LEAST_BLOCK_BYTES, store_source._BLOCK_BYTES = 1, 5000\n"
+        "torch.set_num_threads(1)\n"
+        "world = World(TIMM_PLAIN, 25)\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "with ActivationStore(sys.argv[1], disk='150KiB') as store:\n"
+        "    for _ in range(3):\n"
+        "        view = store.capture(world.vit, world.columns, ['blocks.*.resid_post'], batch_size=4, progress=False)\n"
+        "        for i in range(25):\n"
+        "            view.take([i, 24 - i])\n"
+        "    print(sum(float(view[name][:].double().sum()) for name in view))\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(command, cwd=root, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    assert not any("damaged" in error for _, error in answers)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_threads_on_one_store(world: World, tmp_path: Path, small_blocks: None) -> None:
+    expected = native(world)
+    wrong: list[str] = []
+    with ActivationStore(tmp_path, host="64KiB") as store:
+        view = captured(store, world, "blocks.*.resid_post")
+
+        def reading(seed: int) -> None:
+            draw = np.random.default_rng(seed)
+            for _ in range(20):
+                chosen = draw.integers(0, N, 5)
+                for name, rows in view.take(chosen).items():
+                    if not torch.equal(rows, expected[name][chosen]):
+                        wrong.append(name)
+
+        threads = [threading.Thread(target=reading, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_a_disk_that_is_full_is_left_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vit_mechinterp.engine.tensorfiles.TensorWriter.write", full)
+    with ActivationStore(tmp_path) as store, caplog.at_level(logging.WARNING):
+        view = captured(store, world, "pooled")
+        assert torch.equal(view["pooled"][:], native(world)["pooled"])
+    assert caplog.text.count("can no longer be written") == 1
+
+
+def test_memory_that_runs_out_is_one_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = store_source.Source._forward
+
+    def small(self: Any, batch: range, reads: Any) -> Any:
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, batch, reads)
+
+    monkeypatch.setattr(store_source.Source, "_forward", small)
+    with ActivationStore(tmp_path) as store, caplog.at_level(logging.WARNING):
+        view = captured(store, world, "pooled", batch_size=8)
+        assert view.rows_per_forward == 2
+        torch.testing.assert_close(view["pooled"][:], native(world)["pooled"], atol=2e-5, rtol=0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory at 8 rows per forward: going on with 4.",
+        "Out of memory at 4 rows per forward: going on with 2.",
+    ]
+
+
+def test_bad_input_is_said(world: World, tmp_path: Path) -> None:
+    store = ActivationStore()
+    with pytest.raises(SpecError, match="host='many' is no amount of memory"):
+        ActivationStore(host="many")
+    with pytest.raises(DataError, match=r"capture: the data has no column 'bases'\. Close matches: base"):
+        captured(store, world, "embed", column="bases")
+    with pytest.raises(SpecError, match="head 3 is out of range"):
+        captured(store, world, "blocks.0.attn.z", heads=3)
+    with pytest.raises((UnsupportedSiteError, SpecError), match="mlp.pre_linear"):
+        captured(store, world, "blocks.0.mlp.pre_linear")
+    with pytest.raises(SpecError, match="Examples are 0 to 24"):
+        captured(store, world, "pooled")["pooled"].take([25])
+    with pytest.raises(SpecError, match="batch_size is 'auto' or a positive integer"):
+        captured(store, world, "pooled", batch_size=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExecutionError, match="Activations cannot be kept in"):
+        ActivationStore(tmp_path / "file" / "folder")
+    dropping = World(TIMM_PLAIN, 2)
+    dropping.module.train()
+    dropping.module.blocks[0].attn.proj_drop.p = 0.1
+    with pytest.raises(ExecutionError, match="drop activations at random"):
+        captured(store, dropping, "embed")
