@@ -19,6 +19,9 @@ from vit_mechinterp.spec import Site
 __all__ = ["CleanGroup", "Copies", "Schedule", "Segment", "Stop", "join_reads"]
 
 
+_NONE: IntArray = np.zeros(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, order=True)
 class Stop:
     """Where a forward may stop: before block n (2n), behind it (2n + 1), or at the end of n blocks (2n)."""
@@ -135,6 +138,18 @@ class Schedule:
 
     def rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[list[Part], list[Copies]]:
         """Rows of one stage that are computed for a chunk, and rows that are copies of these."""
+        key = stage[0].name, chunk
+        if key not in self._known_rows:
+            if len(self._known_rows) >= len(self.bound.stages):
+                self._known_rows.clear()  # those of one chunk are asked for again, not those of others
+            self._known_rows[key] = self._rows(stage, chunk)
+        return self._known_rows[key]
+
+    @cached_property
+    def _known_rows(self) -> dict[tuple[str, range], tuple[list[Part], list[Copies]]]:
+        return {}
+
+    def _rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[list[Part], list[Copies]]:
         parts = [
             Part(part.run, _within(part.examples, chunk))
             for run in stage
@@ -196,8 +211,14 @@ class Schedule:
 
     def clean_rows(self, run: str, chunk: range) -> IntArray:
         """Examples of a chunk whose row of a run a clean forward answers."""
+        if run not in self._partly_clean:
+            return _NONE
         own = self.sharing.classes[run][chunk.start : chunk.stop]
         return chunk.start + np.flatnonzero(own < 0)
+
+    @cached_property
+    def _partly_clean(self) -> frozenset[str]:
+        return frozenset(name for name, own in self.sharing.classes.items() if (own < 0).any())
 
     def clean_outputs(self, chunk: range) -> dict[str, IntArray]:
         """Examples of a chunk whose clean output somebody wants, by image column."""
@@ -301,6 +322,8 @@ def _clean_sources(run: BoundRun, n_layers: int) -> list[Read]:
 
 def _within(examples: IntArray, chunk: range) -> IntArray:
     """Those of some ascending examples that lie in a chunk."""
+    if int(examples[-1]) == len(examples) - 1:  # all there are up to the last
+        return examples[chunk.start : chunk.stop]
     start, stop = np.searchsorted(examples, [chunk.start, chunk.stop])
     return examples[start:stop]
 
