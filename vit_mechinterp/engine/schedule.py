@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import numpy as np
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.order import Segment, in_waves
+from vit_mechinterp.engine.pieces import CleanGroup, Copies, Stop
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.sharing import Part, Sharing
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
@@ -20,58 +20,6 @@ __all__ = ["CleanGroup", "Copies", "Schedule", "Segment", "Stop", "join_reads"]
 
 
 _NONE: IntArray = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(frozen=True, order=True)
-class Stop:
-    """Where a forward may stop: before block n (2n), behind it (2n + 1), or at the end of n blocks (2n)."""
-
-    place: int
-
-    @classmethod
-    def for_site(cls, site: Site, n_layers: int) -> Stop:
-        """Where a forward may stop once this site has been seen."""
-        if site.name == "embed":
-            return cls(0)
-        if site.layer is None:
-            return cls(2 * n_layers)
-        return cls(2 * site.layer + (site.name != "resid_pre"))
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks have run by then."""
-        return (self.place + 1) // 2
-
-    def at(self, n_layers: int) -> tuple[int, bool] | None:
-        """Layer, and whether the stop comes before its block; None at the end."""
-        return None if self.place == 2 * n_layers else (self.place // 2, self.place % 2 == 0)
-
-
-@dataclass(frozen=True)
-class CleanGroup:
-    """Images that pass through the model together, as far as ``stop``.
-
-    ``images`` are their numbers, ``sources`` the column and the example that each is taken from.
-    """
-
-    stop: Stop
-    images: IntArray
-    sources: tuple[tuple[str, int], ...]
-
-    def by_column(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Examples by column, in the order of the images."""
-        grouped = groupby(self.sources, key=lambda source: source[0])
-        return [(column, tuple(example for _, example in own)) for column, own in grouped]
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Rows of one run that are what rows of another (or of other examples) are."""
-
-    run: str
-    examples: IntArray
-    owner: str
-    owners: IntArray
 
 
 @dataclass(frozen=True)
