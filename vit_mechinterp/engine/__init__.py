@@ -3,13 +3,15 @@
 from vit_mechinterp.engine.execute import execute
 from vit_mechinterp.engine.ops import Inputs, register_operator
 from vit_mechinterp.engine.plan import Plan, plan
-from vit_mechinterp.engine.prepare import Prepared, prepare
+from vit_mechinterp.engine.prepare import prepare
+from vit_mechinterp.engine.prepared import Batch, Prepared, run_together
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.store import ActivationStore
 from vit_mechinterp.engine.store_view import StoredActivations, StoredSite
 
 __all__ = [
     "ActivationStore",
+    "Batch",
     "Inputs",
     "Plan",
     "Prepared",
@@ -20,4 +22,5 @@ __all__ = [
     "plan",
     "prepare",
     "register_operator",
+    "run_together",
 ]

@@ -104,7 +104,7 @@ def _means(schedule: Schedule, own: Counts) -> Counts:
 
 
 def _spared(schedule: Schedule, segments: list[Segment], shares: dict[str, float]) -> float:
-    found = distinct_rows(segments, schedule.sharing.images, schedule.n_layers)
+    found = distinct_rows(segments, [schedule.sharing.images] * len(segments), schedule.n_layers)
     return sum(
         shares[part] * (len(rows.index) - len(rows.first))
         for parts in found.values()

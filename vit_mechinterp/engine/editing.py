@@ -17,7 +17,7 @@ from vit_mechinterp.engine.values import Read, Values, by_token
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.spec import Ablate, TensorRef
 
-__all__ = ["Material", "edit_rows"]
+__all__ = ["Material", "edit_rows", "inputs_of"]
 
 
 @dataclass
@@ -76,7 +76,7 @@ def edit_rows(value: Tensor, rows: slice, edit: Edit, examples: Sequence[int], m
     selected = h if edit.spec.heads is None else h[:, features]
     # What the mask leaves alone must survive an operator that writes into its argument.
     given = selected if edit.keys.is_all else selected.clone()
-    new = apply(edit.spec, given, _inputs(edit, examples, counts, ordinal, material))
+    new = apply(edit.spec, given, inputs_of(edit, examples, counts, ordinal, material))
     if new.shape != selected.shape:
         raise ExecutionError(
             f"{edit.where}: the operator returned {tuple(new.shape)} for {tuple(selected.shape)}."
@@ -91,9 +91,10 @@ def edit_rows(value: Tensor, rows: slice, edit: Edit, examples: Sequence[int], m
         view[where] = new
 
 
-def _inputs(
+def inputs_of(
     edit: Edit, examples: Sequence[int], counts: IntArray, ordinal: Tensor, material: Material
 ) -> Inputs:
+    """What an intervention reads besides the activation, for the selected tokens of some examples."""
     device = ordinal.device
     tensors = {field: material.tensors[ref] for field, ref in edit.refs}
     choice = None

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_images, refuse_dropout
-from vit_mechinterp.engine.clean import Clean, CleanPass, clean_pass, means_of
+from vit_mechinterp.engine.clean import CleanPass, clean_pass
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.images import image_numbers
-from vit_mechinterp.engine.provenance import provenance_of
-from vit_mechinterp.engine.schedule import Schedule, Segment
+from vit_mechinterp.engine.prepared import Prepared
+from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.store_clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
-from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.hooked import HookedViT
@@ -33,99 +29,7 @@ from vit_mechinterp.spec import Experiment, Run, Sweep
 if TYPE_CHECKING:
     from vit_mechinterp.engine.store import ActivationStore
 
-__all__ = ["Prepared", "prepare"]
-
-
-class Prepared:
-    """Runs whose clean forwards are done; made by `prepare`.
-
-    Attributes:
-        n_examples: number of examples held.
-        most_source_tokens: tokens in the largest source selection of any run and example; 0 without sources.
-        clean_evaluations: (row, block) pairs that the clean forwards took.
-        nbytes: bytes of clean values held.
-    """
-
-    def __init__(
-        self, vit: HookedViT, data: Data, schedule: Schedule, clean: Clean, clean_evaluations: int
-    ) -> None:
-        self.vit = vit
-        self._data = data
-        self._schedule = schedule
-        self._clean = clean
-        self._means = means_of(schedule, clean)
-        self.n_examples = schedule.n_examples
-        self.most_source_tokens = _most_source_tokens(vit, schedule)
-        self.clean_evaluations = clean_evaluations
-        self.nbytes = sum(values.nbytes for values in clean.values.values())
-
-    @property
-    def run_names(self) -> tuple[str, ...]:
-        """Names of the runs, in the order of the outputs."""
-        return tuple(run.name for run in self._schedule.bound.runs)
-
-    def provenance(self) -> dict[str, Any]:
-        """Digests of spec, model and data, device and versions, as `execute` gives them."""
-        return provenance_of(self.vit, self._data, self._schedule, {}, halvings=0)
-
-    def __call__(
-        self,
-        examples: Sequence[int],
-        tensors: Mapping[str, Tensor],
-        source_order: Sequence[int] | None = None,
-    ) -> Float[Tensor, "run example *output"]:
-        """Outputs of every run on some examples, in the ambient grad mode.
-
-        Gradients flow to ``tensors`` and stop at the interventions: the clean part is constant.
-
-        Args:
-            examples: which examples, in any order.
-            tensors: tensors that the specs refer to by name; they may change from call to call.
-            source_order: the order in which every source selection's tokens are paired with the base's, a
-                permutation of ``range(most_source_tokens)`` (for training DAS, Lepori et al. 2024); an
-                example of fewer tokens leaves out those it lacks.
-
-        Raises:
-            SpecError: ``source_order`` is no such permutation, or ``examples`` names none or too high ones.
-        """
-        if len(examples) == 0 or min(examples) < 0 or max(examples) >= self.n_examples:
-            raise SpecError(
-                f"examples={list(examples)} must name at least one of the {self.n_examples} examples, 0 to "
-                f"{self.n_examples - 1}."
-            )
-        if source_order is not None and sorted(source_order) != list(range(self.most_source_tokens)):
-            raise SpecError(
-                f"source_order={list(source_order)} is no order of the sources' tokens: give each of "
-                f"0 to {self.most_source_tokens - 1} once."
-            )
-        bound = self._schedule.bound
-        refs = resolve_refs(bound, tensors, self.vit)
-        images = self._schedule.sharing.images
-        material = Material(
-            bound, self._clean, refs, means=self._means, source_order=source_order, images=images
-        )
-        outputs: dict[str, Tensor] = {}
-        for stage in bound.stages:
-            ordered = sorted(stage, key=lambda run: run.join(self._schedule.n_layers))
-            with self.vit.lock:
-                segments = [Segment(run, tuple(examples)) for run in ordered]
-                result = run_wave(self.vit, segments, material, spares=self._schedule.spares)
-            outputs |= {run.name: output for run, output in zip(ordered, result.outputs, strict=True)}
-        for run in bound.runs:
-            if not run.edits:
-                outputs[run.name] = self._clean.outputs[run.run.base].whole(examples)
-        return torch.stack([outputs[run.name] for run in bound.runs])
-
-
-def _most_source_tokens(vit: HookedViT, schedule: Schedule) -> int:
-    every, n_tokens = range(schedule.n_examples), vit.layout.tokens.n_tokens
-    counts = [
-        int(edit.source.positions.counts(every, n_tokens).max()) if edit.site.has_tokens else 1
-        for run in schedule.bound.runs
-        for edit in run.edits
-        if edit.source is not None
-    ]
-    return max(counts, default=0)
+__all__ = ["prepare"]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from vit_mechinterp.engine.editing import Material, edit_rows
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import join_reads
+from vit_mechinterp.engine.stacking import Placed, edit_stack, stacked
 from vit_mechinterp.engine.values import Read, contiguous, gather
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
@@ -45,20 +46,25 @@ class WaveResult:
 
 
 def run_wave(
-    vit: HookedViT, segments: Sequence[Segment], material: Material, *, spares: bool = False
+    vit: HookedViT,
+    segments: Sequence[Segment],
+    material: Material | Sequence[Material],
+    *,
+    spares: bool = False,
 ) -> WaveResult:
     """Carry out one wave, in the ambient grad mode.
 
     Args:
         vit: the model.
         segments: rows by run, in the order in which they join.
-        material: what the rows read.
+        material: what the rows read; where segments differ in it, one for each.
         spares: run parts of joining blocks once for rows that are equal there.
 
     Raises:
         ExecutionError: an intervention did not fire.
     """
-    wave = _Wave(vit, segments, material)
+    each = [material] * len(segments) if isinstance(material, Material) else list(material)
+    wave = _Wave(vit, segments, each)
     if spares:
         wave.spare()
     with wave.instrument.installed():
@@ -70,9 +76,12 @@ def run_wave(
 
 
 def distinct_rows(
-    segments: Sequence[Segment], images: Mapping[str, IntArray], n_layers: int
+    segments: Sequence[Segment], images: Sequence[Mapping[str, IntArray]], n_layers: int
 ) -> dict[int, dict[str, Distinct]]:
-    """By layer and part, the distinct rows where that makes the part's work at most `PAYS` of the whole."""
+    """By layer and part, the distinct rows where that makes the part's work at most `PAYS` of the whole.
+
+    ``images`` holds the image numbers by column that each segment's rows start from.
+    """
     starts = np.cumsum([0, *(len(s.examples) for s in segments)])
     by_layer: dict[int, list[int]] = defaultdict(list)
     for n, segment in enumerate(segments):
@@ -89,7 +98,7 @@ def distinct_rows(
             if equal not in known:
                 keys = -1 - np.arange(rows)
                 for n in equal:
-                    own = images[segments[n].run.run.base]
+                    own = images[n][segments[n].run.run.base]
                     keys[starts[n] : starts[n + 1]] = own[list(segments[n].examples)]
                 _, first, index = np.unique(keys, return_index=True, return_inverse=True)
                 known[equal] = Distinct(first, index.reshape(-1))
@@ -107,10 +116,10 @@ def _is_clean_behind(run: BoundRun, part: str) -> bool:
 
 
 class _Wave:
-    def __init__(self, vit: HookedViT, segments: Sequence[Segment], material: Material) -> None:
+    def __init__(self, vit: HookedViT, segments: Sequence[Segment], materials: Sequence[Material]) -> None:
         self.vit = vit
         self.segments = segments
-        self.material = material
+        self.materials = materials
         self.n_layers = vit.layout.n_layers
         self.captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]] = defaultdict(list)
         self.applied: set[tuple[int, int]] = set()
@@ -128,7 +137,8 @@ class _Wave:
 
     def spare(self) -> None:
         """Let parts of joining blocks run on distinct rows alone."""
-        found = distinct_rows(self.segments, self.material.images, self.n_layers)
+        images = [material.images for material in self.materials]
+        found = distinct_rows(self.segments, images, self.n_layers)
         opened = {site.layer for site in self.visited if site.name in (*TAP_SITES, "attn.result")}
         for layer, parts in found.items():
             self.sparing.spare(layer, parts, opened=layer in opened)
@@ -167,11 +177,12 @@ class _Wave:
         """The residual stream that a segment's rows join with."""
         run, examples = self.segments[n].run, self.segments[n].examples
         reads = join_reads(run, self.n_layers)
-        start = self.material.clean.values[reads[0]].whole(examples)
+        clean = self.materials[n].clean
+        start = clean.values[reads[0]].whole(examples)
         if not run.starts_at_mlp_out:
             return start
         site = reads[1].site
-        increment = self.material.clean.values[reads[1]].whole(examples).clone()
+        increment = clean.values[reads[1]].whole(examples).clone()
         rows = slice(0, len(examples))
         for k, edit in enumerate(run.edits):
             if edit.site == site:
@@ -197,32 +208,40 @@ class _Wave:
     def _editing(self, edits: list[tuple[int, int, Edit]]) -> Visitor:
         def visitor(value: Tensor) -> Tensor:
             value = value.clone()
-            for n, k, edit in edits:
-                self._edit(value, self.span(n), n, k, edit)
+            for group in stacked([self._placed(n, k, edit) for n, k, edit in edits], value):
+                if len(group) > 1:
+                    edit_stack(value, group)
+                    self.applied.update((own.segment, own.edit) for own in group)
+                    continue
+                own = group[0]
+                self._edit(value, own.rows, own.segment, own.edit, own.spec)
             return value
 
         return visitor
 
+    def _placed(self, n: int, k: int, edit: Edit) -> Placed:
+        return Placed(n, k, edit, self.span(n), self.segments[n].examples, self.materials[n])
+
     def _edit(self, value: Tensor, rows: slice, n: int, k: int, edit: Edit) -> None:
-        edit_rows(value, rows, edit, self.segments[n].examples, self.material)
+        edit_rows(value, rows, edit, self.segments[n].examples, self.materials[n])
         self.applied.add((n, k))
 
     def _readers(self, n: int) -> list[tuple[str, Read, IntArray | slice, IntArray]]:
         """Who reads values off a segment's rows: run, read, rows within the segment, and its examples."""
-        segment, bound = self.segments[n], self.material.bound
+        segment, material = self.segments[n], self.materials[n]
         everyone = np.array(segment.examples)
         found: list[tuple[str, Read, IntArray | slice, IntArray]] = []
 
         def add(name: str, rows: IntArray | slice, examples: IntArray) -> None:
-            for read in bound.reads_of[name]:
+            for read in material.bound.reads_of[name]:
                 if not segment.run.is_clean_at(read.site):
                     found.append((name, read, rows, examples))
 
         add(segment.run.name, slice(0, len(everyone)), everyone)
-        if self.material.copies:
+        if material.copies:
             shared: dict[str, list[tuple[int, int]]] = defaultdict(list)
             for row, example in enumerate(segment.examples):
-                for name, other in self.material.copies.get((segment.run.name, example), ()):
+                for name, other in material.copies.get((segment.run.name, example), ()):
                     shared[name].append((row, other))
             for name, pairs in shared.items():
                 add(name, np.array([row for row, _ in pairs]), np.array([other for _, other in pairs]))

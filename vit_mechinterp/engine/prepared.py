@@ -1,0 +1,240 @@
+"""Runs whose clean forwards are done, and rows of several of them in one forward with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound, BoundRun
+from vit_mechinterp.engine.clean import Clean, means_of
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.editing import Material
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.provenance import provenance_of
+from vit_mechinterp.engine.schedule import Schedule, Segment
+from vit_mechinterp.engine.tensors import resolve_refs
+from vit_mechinterp.engine.wave import run_wave
+from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+
+__all__ = ["Batch", "Prepared", "run_together"]
+
+
+class Prepared:
+    """Runs whose clean forwards are done; made by `prepare`.
+
+    Attributes:
+        n_examples: number of examples held.
+        most_source_tokens: tokens in the largest source selection of any run and example; 0 without sources.
+        clean_evaluations: (row, block) pairs that the clean forwards took.
+        nbytes: bytes of clean values held.
+    """
+
+    def __init__(
+        self, vit: HookedViT, data: Data, schedule: Schedule, clean: Clean, clean_evaluations: int
+    ) -> None:
+        self.vit = vit
+        self.schedule = schedule
+        self._data = data
+        self._clean = clean
+        self._means = means_of(schedule, clean)
+        self._runs = {run.name: run for run in schedule.bound.runs}
+        self._source_tokens = {
+            run.name: _most_source_tokens(vit, schedule, run) for run in schedule.bound.runs
+        }
+        self.n_examples = schedule.n_examples
+        self.most_source_tokens = self.source_tokens(self.run_names)
+        self.clean_evaluations = clean_evaluations
+        self.nbytes = sum(values.nbytes for values in clean.values.values())
+
+    @property
+    def run_names(self) -> tuple[str, ...]:
+        """Names of the runs, in the order of the outputs."""
+        return tuple(self._runs)
+
+    def source_tokens(self, runs: Sequence[str]) -> int:
+        """Tokens in the largest source selection of some runs and any example; 0 without sources."""
+        return max((self._source_tokens[name] for name in runs), default=0)
+
+    def provenance(self) -> dict[str, Any]:
+        """Digests of spec, model and data, device and versions, as `execute` gives them."""
+        return provenance_of(self.vit, self._data, self.schedule, {}, halvings=0)
+
+    def __call__(
+        self,
+        examples: Sequence[int],
+        tensors: Mapping[str, Tensor],
+        source_order: Sequence[int] | None = None,
+    ) -> Float[Tensor, "run example *output"]:
+        """Outputs of every run on some examples, in the ambient grad mode.
+
+        Gradients flow to ``tensors`` and stop at the interventions: the clean part is constant. All rows pass
+        through the model in one growing batch; see `run_together` for batches of several preparations.
+
+        Args:
+            examples: which examples, in any order.
+            tensors: tensors that the specs refer to by name; they may change from call to call.
+            source_order: the order in which every source selection's tokens are paired with the base's, a
+                permutation of ``range(most_source_tokens)`` (for training DAS, Lepori et al. 2024); an
+                example of fewer tokens leaves out those it lacks.
+
+        Raises:
+            SpecError: ``source_order`` is no such permutation, or ``examples`` names none or too high ones.
+        """
+        return run_together([Batch(self, examples, source_order=source_order)], tensors)[0]
+
+    def find(self, names: Sequence[str] | None) -> tuple[BoundRun, ...]:
+        """Runs by name; all of them by default.
+
+        Raises:
+            SpecError: there is no such run, or none is named.
+        """
+        names = self.run_names if names is None else names
+        for name in names:
+            if name not in self._runs:
+                raise SpecError(
+                    f"No run {name!r} was prepared.{suggest(name, self._runs)} Prepared: "
+                    f"{', '.join(self._runs)}."
+                )
+        if not names:
+            raise SpecError("A batch names at least one run, or leaves runs out for all.")
+        return tuple(self._runs[name] for name in names)
+
+    def material(self, runs: Sequence[BoundRun], tensors: Mapping[str, Tensor]) -> Material:
+        """What the rows of some runs read."""
+        bound = Bound(runs=tuple(runs), stages=(tuple(runs),), run_reads=())
+        refs = resolve_refs(bound, tensors, self.vit)
+        return Material(bound, self._clean, refs, means=self._means, images=self.schedule.sharing.images)
+
+    def clean_outputs(self, run: BoundRun, examples: Sequence[int]) -> Tensor:
+        """Outputs of a run without interventions."""
+        return self._clean.outputs[run.run.base].whole(examples)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one preparation: every run on every example.
+
+    Args:
+        prepared: the preparation.
+        examples: which examples, in any order.
+        runs: names of the runs; all of them if left out.
+        source_order: the order in which every source selection's tokens are paired with the base's, as in
+            `Prepared.__call__`.
+    """
+
+    prepared: Prepared
+    examples: Sequence[int]
+    runs: Sequence[str] | None = None
+    source_order: Sequence[int] | None = None
+
+    @property
+    def rows(self) -> int:
+        """(run, example) pairs."""
+        return len(self.examples) * len(self.prepared.run_names if self.runs is None else self.runs)
+
+    def checked(self) -> tuple[BoundRun, ...]:
+        """The runs, once it is clear that everything fits.
+
+        Raises:
+            SpecError: see `Prepared.__call__`.
+        """
+        n = self.prepared.n_examples
+        if len(self.examples) == 0 or min(self.examples) < 0 or max(self.examples) >= n:
+            raise SpecError(
+                f"examples={list(self.examples)} must name at least one of the {n} examples, 0 to {n - 1}."
+            )
+        runs = self.prepared.find(self.runs)
+        most = self.prepared.source_tokens([run.name for run in runs])
+        if self.source_order is not None and sorted(self.source_order) != list(range(most)):
+            raise SpecError(
+                f"source_order={list(self.source_order)} is no order of the sources' tokens: give each of "
+                f"0 to {most - 1} once."
+            )
+        return runs
+
+    def cut(self, rows: int) -> Iterator[Batch]:
+        """The same in parts of one run and at most so many rows each."""
+        for run in self.checked():
+            most = self.prepared.source_tokens([run.name])
+            order = None if self.source_order is None else [k for k in self.source_order if k < most]
+            for start in range(0, len(self.examples), rows):
+                part = self.examples[start : start + rows]
+                yield Batch(self.prepared, part, (run.name,), order)
+
+
+def run_together(
+    batches: Sequence[Batch], tensors: Mapping[str, Tensor]
+) -> list[Float[Tensor, "run example *output"]]:
+    """Outputs of several batches in one growing batch, in the ambient grad mode.
+
+    The batches may belong to several preparations of one model, on different data. Rows join at the block of
+    their first intervention; forward and backward pass through the blocks behind it alone.
+
+    Args:
+        batches: what to run.
+        tensors: tensors that the specs of all batches refer to by name.
+
+    Returns:
+        Outputs of every batch: one row per run, in the batch's order.
+
+    Raises:
+        SpecError: a batch does not fit its preparation, or the preparations are of several models.
+    """
+    if not batches:
+        return []
+    vit = batches[0].prepared.vit
+    if any(batch.prepared.vit is not vit for batch in batches):
+        raise SpecError("Batches that run together are of one model; these were prepared on several.")
+    runs_of = [batch.checked() for batch in batches]
+    images = _images([batch.prepared for batch in batches])
+    placed: list[tuple[int, Segment, Material]] = []
+    outputs: dict[tuple[int, str], Tensor] = {}
+    for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
+        material = batch.prepared.material(runs, tensors)
+        material = replace(material, source_order=batch.source_order, images=images[n])
+        for run in runs:
+            if run.edits:
+                placed.append((n, Segment(run, tuple(batch.examples)), material))
+            else:
+                outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
+    if placed:
+        placed.sort(key=lambda one: one[1].run.join(vit.layout.n_layers))
+        with vit.lock:
+            result = run_wave(
+                vit,
+                [segment for _, segment, _ in placed],
+                [material for _, _, material in placed],
+                spares=batches[0].prepared.schedule.spares,
+            )
+        for (n, segment, _), output in zip(placed, result.outputs, strict=True):
+            outputs[n, segment.run.name] = output
+    return [torch.stack([outputs[n, run.name] for run in runs]) for n, runs in enumerate(runs_of)]
+
+
+def _images(preparations: Sequence[Prepared]) -> list[Mapping[str, IntArray]]:
+    """Numbers of images that tell the images of different preparations apart."""
+    found: dict[int, Mapping[str, IntArray]] = {}
+    highest = 0
+    for prepared in preparations:
+        if id(prepared) not in found:
+            own = prepared.schedule.sharing.images
+            found[id(prepared)] = {column: numbers + highest for column, numbers in own.items()}
+            highest += 1 + int(max((np.max(numbers) for numbers in own.values()), default=0))
+    return [found[id(prepared)] for prepared in preparations]
+
+
+def _most_source_tokens(vit: HookedViT, schedule: Schedule, run: BoundRun) -> int:
+    every, n_tokens = range(schedule.n_examples), vit.layout.tokens.n_tokens
+    counts = [
+        int(edit.source.positions.counts(every, n_tokens).max()) if edit.site.has_tokens else 1
+        for edit in run.edits
+        if edit.source is not None
+    ]
+    return max(counts, default=0)
