@@ -17,7 +17,7 @@ from vit_mechinterp import Ablate, Interchange, Results, Run
 from vit_mechinterp.bridges.parity_runs import parity_data, parity_runs
 from vit_mechinterp.errors import ExecutionError, SpecError
 
-BACKENDS = ("hooks", "nnsight")
+BACKENDS = ("hooks", "nnsight", "pyvene")
 # Sites that every backend reaches.
 COMMON: list[dict[str, Any]] = [
     {"name": "clean", "capture": ["blocks.1.resid_post", {"site": "blocks.0.mlp.post", "tokens": {"box": "box"}}]},

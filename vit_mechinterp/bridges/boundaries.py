@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vit_mechinterp.bridges.sequential import Touch
+from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.layout import TAP_SITES
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 from vit_mechinterp.model.visiting import contribution, replace_output
 from vit_mechinterp.spec import Site
 
-__all__ = ["Step", "inside_attention", "steps", "z_port"]
+__all__ = ["Step", "inside_attention", "steps", "whole_port", "z_port"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,31 @@ class Step:
 def inside_attention(vit: HookedViT, site: Site) -> bool:
     """Whether a site lies within the attention call, where no module's boundary reaches it."""
     return site.name in TAP_SITES and str(site) not in vit.layout.ports
+
+
+def whole_port(vit: HookedViT, name: str | Site, package: str) -> Port:
+    """The module boundary that holds a site's tensor as it is.
+
+    Raises:
+        SpecError: the model has no such site, or it is no whole tensor at a boundary, so ``package`` has no
+            name for it.
+    """
+    site = Site.parse(name)
+    vit.check_site(site)
+    port, model = vit.layout.ports.get(str(site)), type(vit.module).__name__
+    instead = f'Use vmi.execute(..., backend="{package}"), or vit.run and vit.hooks.'
+    if not isinstance(port, Port):
+        raise SpecError(
+            f"{site} is not what enters or leaves a module of {model}, so {package} has no name for "
+            f"it. {instead}"
+        )
+    arranged = port.spatial or port.head_first or port.token_first or port.packing is not None
+    if port.heads is not None or port.part is not None or port.call is not None or arranged:
+        raise SpecError(
+            f"{site} is a part, or another arrangement, of what enters or leaves {port.path} of {model}, so "
+            f"{package} has no name for it. {instead}"
+        )
+    return port
 
 
 def z_port(vit: HookedViT, layer: int) -> Port | None:

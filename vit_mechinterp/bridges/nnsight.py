@@ -19,7 +19,7 @@ from nnsight import NNsight
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from torch import Tensor, nn
 
-from vit_mechinterp.bridges.boundaries import Step, inside_attention, steps, z_port
+from vit_mechinterp.bridges.boundaries import Step, inside_attention, steps, whole_port, z_port
 from vit_mechinterp.bridges.hooks import attend
 from vit_mechinterp.bridges.restoring import as_it_came
 from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
@@ -231,19 +231,7 @@ class Sited:
 
     def place(self, name: str) -> tuple[str, str]:
         """Path of that module, and ``"input"`` or ``"output"``."""
-        vit, site = self.vit, Site.parse(name)
-        vit.check_site(site)
-        port, model = vit.layout.ports.get(str(site)), type(vit.module).__name__
-        if not isinstance(port, Port):
-            raise SpecError(
-                f"{site} is not what enters or leaves a module of {model}, so nnsight has no name for it. "
-                'Use vmi.execute(..., backend="nnsight"), or vit.run and vit.hooks.'
-            )
-        if port.heads is not None or port.part is not None or port.spatial or port.packing is not None:
-            raise SpecError(
-                f"{site} is a part, or another arrangement, of what enters or leaves {port.path} of {model}. "
-                'Use vmi.execute(..., backend="nnsight"), or trace that module.'
-            )
+        port = whole_port(self.vit, name, "nnsight")
         return port.path, port.side
 
 
