@@ -21,6 +21,7 @@ from vit_mechinterp.engine.collect import collected_results
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
 from vit_mechinterp.engine.provenance import circumstances, provenance_of
@@ -207,6 +208,8 @@ def _chunks(
                     part = chunk_of(vit, data, schedule, waiting[0], tensors, means, tick, clean)
                     kept.add(waiting[0], part, schedule.width, halvings)
                 waiting.pop(0)
+                if most is not None:
+                    give_back()
         if waiting:
             schedule, halvings = replace(schedule, width=make_room(schedule.width)), halvings + 1
     return collected, halvings

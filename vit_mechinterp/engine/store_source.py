@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Stop
 from vit_mechinterp.engine.store_keys import Entry, Key, positions_digest
@@ -229,6 +230,7 @@ class Source:
         values = self._forward(grain, reads)
         for read, value in values.items():
             self.tiers.put(self.ensure(read, value), grain, value)
+        give_back()
         return values
 
     def _forward(self, batch: range, reads: Sequence[Wanted]) -> dict[Wanted, Tensor]:

@@ -117,7 +117,8 @@ def _key(vit: HookedViT) -> str:
     device = torch.cuda.get_device_name(vit.device) if vit.device.type == "cuda" else platform.machine()
     tokens = layout.tokens.n_tokens
     facts: Sequence[object] = (
-        layout.family.name, f"{tokens} tokens", f"{layout.n_heads} heads", f"width {layout.d_model}", vit.dtype,
+        layout.family.name, f"{tokens} tokens", f"{layout.n_heads} heads", f"width {layout.d_model}",
+        vit.dtype,
         vit.device.type, device, platform.node(), f"{torch.get_num_threads()} threads", torch.__version__,
     )  # fmt: skip
     return ", ".join(map(str, facts))
