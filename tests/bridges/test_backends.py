@@ -17,7 +17,7 @@ from vit_mechinterp import Ablate, Interchange, Results, Run
 from vit_mechinterp.bridges.parity_runs import parity_data, parity_runs
 from vit_mechinterp.errors import ExecutionError, SpecError
 
-BACKENDS = ("hooks", "nnsight", "pyvene")
+BACKENDS = ("hooks", "nnsight", "pyvene", "transformer_lens")
 # Sites that every backend reaches.
 COMMON: list[dict[str, Any]] = [
     {"name": "clean", "capture": ["blocks.1.resid_post", {"site": "blocks.0.mlp.post", "tokens": {"box": "box"}}]},
@@ -57,7 +57,10 @@ def same(one: Results, other: Results, scale: float) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_captures_and_labels_are_the_engines(backend: str) -> None:
     world = world_of(TIMM_PLAIN)
-    ours, theirs = world.execute(COMMON), world.execute(COMMON, backend=backend, batch_size=2)
+    documents = COMMON
+    if backend == "transformer_lens":
+        documents = [COMMON[0], {**COMMON[1], "capture": COMMON[1]["capture"][1:]}, *COMMON[2:]]
+    ours, theirs = world.execute(documents), world.execute(documents, backend=backend, batch_size=2)
     same(ours, theirs, world.scale)
     assert isinstance(theirs.captures["swap"]["embed"], list)
     world.check(COMMON[2:], theirs)
@@ -117,7 +120,7 @@ def test_the_model_is_left_as_it_came(backend: str, tiny: Tiny) -> None:
 
 def test_an_unknown_backend_and_options_of_the_engine_are_refused() -> None:
     world = world_of(TIMM_PLAIN)
-    with pytest.raises(SpecError, match=r"no backend 'pyveen'\. Close matches: pyvene\. Known: hooks, nnsight, pyvene"):
+    with pytest.raises(SpecError, match=r"no backend 'pyveen'\. Close matches: pyvene\. Known: hooks, nnsight, pyvene, transformer_lens;"):
         world.execute(COMMON, backend="pyveen")
     with pytest.raises(SpecError, match="backend='hooks' computes everything anew and holds nothing"):
         world.execute(COMMON, backend="hooks", memory="1GiB")

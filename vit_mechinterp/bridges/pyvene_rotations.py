@@ -65,7 +65,7 @@ def to_rotation(basis: Float[Tensor, "d r"], gate: Float[Tensor, " r"] | None = 
 
     Without a gate it is a `LowRankRotatedSpaceIntervention`; with one a
     `SigmoidMaskRotatedSpaceIntervention`, whose rotation is the basis and any complement of it, and whose
-    mask is closed on the complement. Token by token, as here (``keep_last_dim``); pyvene's masks take one token
+    mask is closed on the complement. Token by token, as here (``keep_last_dim``); their masks take one token
     per example.
 
     Raises:

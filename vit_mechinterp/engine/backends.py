@@ -37,7 +37,12 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {}
 """Registered backends by name."""
 
-_BUILT_IN = {name: f"vit_mechinterp.bridges.{name}" for name in ("hooks", "nnsight", "pyvene")}
+_BUILT_IN = {
+    "hooks": "vit_mechinterp.bridges.hooks",
+    "nnsight": "vit_mechinterp.bridges.nnsight",
+    "pyvene": "vit_mechinterp.bridges.pyvene",
+    "transformer_lens": "vit_mechinterp.bridges.transformer_lens_runs",
+}
 
 
 def register_backend(name: str) -> Callable[[Backend], Backend]:

@@ -82,8 +82,9 @@ def execute(
         out: a folder to write results into as they come, chunk by chunk. The same call with a folder that
             was begun goes on where it was, repeats nothing that is there, and gives the same bits; what
             captures hold is then mapped from the folder's ``results.safetensors``.
-        backend: ``"hooks"``, ``"nnsight"`` or ``"pyvene"`` to carry the runs out there, one at a time, with
-            at most ``batch_size`` images per forward; a backend takes neither memory, store nor out.
+        backend: ``"hooks"``, ``"nnsight"``, ``"pyvene"`` or ``"transformer_lens"`` to carry the runs out
+            there, one at a time, with at most ``batch_size`` images per forward; a backend takes neither
+            memory, store nor out.
 
     Returns:
         Outputs ``[run, example, *output]`` and captures, on the CPU.

@@ -1,0 +1,311 @@
+"""Any supported ViT as a model of TransformerLens: `hooked` gives an object that its own tools work on.
+
+Hook points carry TransformerLens's names and are passed on the native forward, so an edit at any of them
+means what its name says, and nothing of the model is rewritten, converted or changed.
+
+Names are those of a decoder, with three notes. ``hook_embed`` is the input of block 0, positions included, so
+that the pieces of `decompose_resid` add up. Queries and keys are seen as they enter the dot product, which is
+``hook_rot_q`` and ``hook_rot_k``. ``ln*.hook_normalized`` is the native norm's output, weight and bias
+included, and ``hook_scale`` what it divides by, which can be read only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import ActivationCache
+from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+
+from vit_mechinterp.bridges.weights import (
+    AttentionWeights,
+    Readout,
+    attention_weights,
+    module_at,
+    output_weights,
+    readout_of,
+)
+from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+
+__all__ = ["TransformerLensViT", "hooked"]
+
+_BLOCK_HOOKS = {
+    "hook_resid_pre": "resid_pre",
+    "ln1.hook_normalized": "ln1",
+    "attn.hook_rot_q": "attn.q",
+    "attn.hook_rot_k": "attn.k",
+    "attn.hook_v": "attn.v",
+    "attn.hook_attn_scores": "attn.scores",
+    "attn.hook_pattern": "attn.pattern",
+    "attn.hook_z": "attn.z",
+    "attn.hook_result": "attn.result",
+    "hook_attn_out": "attn_out",
+    "hook_resid_mid": "resid_mid",
+    "ln2.hook_normalized": "ln2",
+    "mlp.hook_pre": "mlp.pre",
+    "mlp.hook_pre_linear": "mlp.pre_linear",
+    "mlp.hook_post": "mlp.post",
+    "hook_mlp_out": "mlp_out",
+    "hook_resid_post": "resid_post",
+}
+_SCALES = {"ln1.hook_scale": "resid_pre", "ln2.hook_scale": "resid_mid"}
+
+
+def hooked(vit: HookedViT) -> TransformerLensViT:
+    """A model that TransformerLens's tools take; see the module's notes."""
+    return TransformerLensViT(vit)
+
+
+class _Attention(nn.Module):
+    """Hook points of one block's attention, and its weights in TransformerLens's shapes."""
+
+    def __init__(self, vit: HookedViT, layer: int) -> None:
+        super().__init__()
+        self._vit, self._layer = vit, layer
+
+    @cached_property
+    def weights(self) -> AttentionWeights:
+        """All projections; checked against the block's values when first asked for."""
+        return attention_weights(self._vit, self._layer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("W_O", "b_O"):
+            return output_weights(self._vit, self._layer)[name == "b_O"]
+        if name in AttentionWeights.__dataclass_fields__:
+            return getattr(self.weights, name)
+        return super().__getattr__(name)
+
+
+class _Norm(nn.Module):
+    """Hook points of one norm; called, it is the native norm."""
+
+    def __init__(self, native: nn.Module | None) -> None:
+        super().__init__()
+        self._native = [native]  # in a list, so that it is no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self._native[0] is not None
+        y: Tensor = self._native[0](x)
+        return y
+
+
+class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, its types would be half there
+    """A ViT with TransformerLens's hook points; made by `hooked`.
+
+    Inputs are images ``[batch, 3, height, width]`` wherever TransformerLens says tokens, and classes where it
+    says tokens of the vocabulary. Parameters are the native module's.
+    """
+
+    def __init__(self, vit: HookedViT) -> None:
+        super().__init__()
+        self._vit = vit
+        layout, sites = vit.layout, vit.sites()
+        self.site_of: dict[str, str] = {}
+        """Our name of every hook point that has one."""
+        self._scale_of: dict[str, tuple[str, float]] = {}
+        self.blocks = nn.ModuleList()
+        if "embed" in sites:
+            self.hook_embed = HookPoint()
+            self.site_of["hook_embed"] = "embed"
+        for layer in range(layout.n_layers):
+            self.blocks.append(self._block(layer))
+        self.readout: Readout | str = readout_of(vit)
+        final = None if isinstance(self.readout, str) else self.readout.norm
+        self.ln_final = _Norm(final)
+        if "ln_final" in sites:
+            self.ln_final.hook_normalized = HookPoint()
+            self.site_of["ln_final.hook_normalized"] = "ln_final"
+        if final is not None:
+            self.ln_final.hook_scale = HookPoint()
+            last = f"blocks.{layout.n_layers - 1}.resid_post"
+            self._scale_of["ln_final.hook_scale"] = (last, float(getattr(final, "eps", 1e-6) or 0))
+        self.cfg = self._config(final)
+        self.setup()
+        super().train(False)
+
+    def _block(self, layer: int) -> nn.Module:
+        block = nn.Module()
+        block.attn = _Attention(self._vit, layer)
+        block.mlp = nn.Module()
+        block.ln1, block.ln2 = _Norm(None), _Norm(None)
+        for hook, site in _BLOCK_HOOKS.items():
+            name = f"blocks.{layer}.{site}"
+            if name in self._vit.layout.absent:
+                continue
+            *path, last = hook.split(".")
+            setattr(block.get_submodule(".".join(path)), last, HookPoint())
+            self.site_of[f"blocks.{layer}.{hook}"] = name
+        for hook, site in _SCALES.items():
+            norm, name = hook.split(".")[0], f"blocks.{layer}.{site}"
+            native = module_at(self._vit, f"blocks.{layer}.{norm}")
+            if native is not None and name not in self._vit.layout.absent:
+                holder: Any = block.get_submodule(norm)
+                holder.hook_scale = HookPoint()
+                holder._native = [native]
+                self._scale_of[f"blocks.{layer}.{hook}"] = (name, float(getattr(native, "eps", 1e-6) or 0))
+        return block
+
+    def _config(self, final: nn.Module | None) -> Any:
+        layout, sites = self._vit.layout, self._vit.sites()
+        norm = final or module_at(self._vit, "blocks.0.ln1")
+        rms = norm is not None and "RMS" in type(norm).__name__.upper()
+        d_mlp = sites.get("blocks.0.mlp.post")
+        keys = sites.get("blocks.0.attn.k")
+        n_keys = layout.n_heads if keys is None else keys.shape[1]
+        return TransformerLensConfig(
+            d_model=layout.d_model,
+            d_head=layout.d_head,
+            n_layers=layout.n_layers,
+            n_ctx=layout.tokens.n_tokens,
+            n_heads=layout.n_heads,
+            d_mlp=None if d_mlp is None else d_mlp.shape[-1],
+            d_vocab=-1 if isinstance(self.readout, str) else self.readout.head.out_features,
+            n_key_value_heads=None if n_keys == layout.n_heads else n_keys,
+            gated_mlp="blocks.0.mlp.pre_linear" in sites,
+            eps=float(getattr(norm, "eps", 1e-6) or 0),
+            uses_rms_norm=rms,
+            normalization_type="RMS" if rms else "LN",
+            device=str(self._vit.device),
+            dtype=self._vit.dtype,
+        )
+
+    @property
+    def original_model(self) -> nn.Module:
+        """The native module; it is no submodule, so its parts are not renamed."""
+        return self._vit.module
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """The native module's parameters."""
+        return self._vit.module.named_parameters(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> TransformerLensViT:
+        """Set the native module's mode too."""
+        self._vit.module.train(mode)
+        super().train(mode)
+        return self
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], return_type: str | None = "logits"
+    ) -> Float[Tensor, "batch *output"]:
+        """The native output, with every hook point that has hooks passed on the way."""
+        if return_type not in ("logits", None):
+            raise SpecError(f"return_type={return_type!r}: a ViT gives its output alone ('logits').")
+        visitors: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+        for name, point in self.hook_dict.items():
+            if not (point._forward_hooks or point._backward_hooks or point._backward_pre_hooks):
+                continue
+            if name in self._scale_of:
+                site, eps = self._scale_of[name]
+                visitors.setdefault(site, []).append(self._scale(point, name, eps))
+            else:
+                visitors.setdefault(self.site_of[name], []).insert(0, point)
+        with self._vit.hooks({site: _one_after_another(own) for site, own in visitors.items()}):
+            return self._vit(images)
+
+    def _scale(self, point: HookPoint, name: str, eps: float) -> Callable[[Tensor], Tensor]:
+        centred = self.cfg.normalization_type == "LN"
+
+        def show(stream: Tensor) -> Tensor:
+            x = stream - stream.mean(dim=-1, keepdim=True) if centred else stream
+            scale = (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
+            before = scale.clone()
+            if not torch.equal(point(scale), before):
+                raise SpecError(
+                    f"{name} was edited, and it can be read only: the native norm computes its scale itself. "
+                    f"Edit the norm's input ({name.replace('scale', 'normalized')} is its output)."
+                )
+            return stream
+
+        return show
+
+    def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
+        if name not in self.hook_dict:
+            raise SpecError(self._no_hook(name))
+        super()._enable_hook_with_name(name, hook, dir)
+
+    def _no_hook(self, name: str) -> str:
+        parts = name.split(".")
+        if len(parts) > 2 and parts[0] == "blocks" and (site := _BLOCK_HOOKS.get(".".join(parts[2:]))):
+            reason = self._vit.layout.absent.get(f"blocks.{parts[1]}.{site}")
+            if reason:
+                return f"There is no hook point {name!r}: {reason}."
+        if parts[-1] in ("hook_q", "hook_k"):
+            rotated = ".".join([*parts[:-1], parts[-1].replace("hook_", "hook_rot_")])
+            return f"There is no hook point {name!r}: write {rotated}, what enters the dot product."
+        return f"There is no hook point {name!r}.{suggest(name, self.hook_dict)}"
+
+    def run_with_cache(self, *args: Any, return_cache_object: bool = True, **kwargs: Any) -> Any:
+        """Output and a TransformerLens `ActivationCache` (or a dict), as its own models give them.
+
+        Per-head results are left out unless they are asked for by name or ``cfg.use_attn_result`` is set;
+        `stack_head_results` computes them.
+        """
+        if kwargs.get("names_filter") is None and not self.cfg.use_attn_result:
+            kwargs["names_filter"] = lambda name: not name.endswith("hook_result")
+        output, cache = super().run_with_cache(*args, **kwargs)
+        if not return_cache_object:
+            return output, cache
+        return output, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in AttentionWeights.__dataclass_fields__:
+            return torch.stack([getattr(block.attn, name) for block in self.blocks])
+        return super().__getattr__(name)
+
+    @property
+    def W_U(self) -> Tensor:
+        """The head's weight ``[d_model, class]``."""
+        return self._readout().head.weight.T
+
+    @property
+    def b_U(self) -> Tensor:
+        """The head's bias ``[class]``."""
+        head = self._readout().head
+        return torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*classes d_model"]:
+        """The direction of a class's logit in the stream of the token that the head reads, behind the last
+        norm's centring and scaling: the head's row times the norm's weight.
+
+        Raises:
+            SpecError: the head does not read one token through one linear layer.
+        """
+        readout = self._readout()
+        weight: Any = readout.norm.weight
+        directions: Tensor = (readout.head.weight * weight)[torch.as_tensor(tokens, device=weight.device)]
+        return directions
+
+    def _readout(self) -> Readout:
+        if isinstance(self.readout, str):
+            raise SpecError(
+                f"Classes have no directions here: {self.readout}. Attribute with gradients or by patching "
+                "instead."
+            )
+        return self.readout
+
+    def to_single_token(self, token: Any) -> int:
+        """A class by its number."""
+        if isinstance(token, str):
+            raise SpecError(f"{token!r}: a ViT's classes are numbers.")
+        return int(token)
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A ViT has no text."""
+        raise SpecError("A ViT takes images, not text: pass vit.preprocess(images).")
+
+
+def _one_after_another(visitors: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    def visit(value: Tensor) -> Tensor:
+        for visitor in visitors:
+            value = visitor(value)
+        return value
+
+    return visit
+

@@ -1,0 +1,169 @@
+"""Weight matrices in TransformerLens's shapes, read off a native module and held against what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.ports import Port, is_missing, lookup
+
+__all__ = ["AttentionWeights", "Readout", "attention_weights", "module_at", "output_weights", "readout_of"]
+
+_AGREE = 1e-4
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Projections of one block: ``W_Q``, ``W_K``, ``W_V [head, d_model, d_head]``, biases ``[head, d_head]``,
+    ``W_O [head, d_head, d_model]``, ``b_O [d_model]``; LayerScale is part of the last two."""
+
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    W_O: Tensor
+    b_O: Tensor
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A linear head behind a norm of one token: ``logits = head(norm(resid_post[:, token]))``."""
+
+    norm: nn.Module
+    head: nn.Linear
+    token: int
+
+
+def attention_weights(vit: HookedViT, layer: int) -> AttentionWeights:
+    """The weights of one block's attention.
+
+    Raises:
+        SpecError: its projections are not linear layers under names that are known, or values are not what
+            they make of the block's norm.
+    """
+    layout = vit.layout
+    block = lookup(vit.module, layout.block_path(layer))
+    attention = lookup(vit.module, layout.attention_path(layer))
+    parts = _projections(attention)
+    if parts is None:
+        raise SpecError(
+            f"{type(attention).__name__} has no linear projections of q, k and v under names that are known, "
+            "so W_Q, W_K and W_V cannot be read off it. W_O can, and so can attn.q, attn.k and attn.v."
+        )
+    d = layout.d_head
+    heads = [weight.T.reshape(weight.shape[1], -1, d).permute(1, 0, 2) for weight, _ in parts]
+    biases = [
+        torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype) if bias is None else bias
+        for weight, bias in parts
+    ]
+    W_O, b_O = output_weights(vit, layer)
+    b_Q, b_K, b_V = (bias.reshape(-1, d) for bias in biases)
+    found = AttentionWeights(heads[0], heads[1], heads[2], b_Q, b_K, b_V, W_O, b_O)
+    _check_values(vit, layer, found, type(block).__name__)
+    return found
+
+
+def output_weights(vit: HookedViT, layer: int) -> tuple[Tensor, Tensor]:
+    """``W_O [head, d_head, d_model]`` and ``b_O [d_model]``, LayerScale included."""
+    layout = vit.layout
+    block = lookup(vit.module, layout.block_path(layer))
+    projection: nn.Linear = lookup(block, layout.family.out_projection)
+    scales = [lookup(block, path) for path in layout.family.attention_scale]
+    scale: Any = next((s for s in scales if not is_missing(s)), 1.0)
+    width = layout.n_heads * layout.d_head
+    W_O = (projection.weight[:, :width].T * scale).reshape(layout.n_heads, layout.d_head, -1)
+    b_O = torch.zeros_like(W_O[0, 0]) if projection.bias is None else projection.bias * scale
+    return W_O, b_O
+
+
+def _projections(attention: Any) -> list[tuple[Tensor, Tensor | None]] | None:
+    """Weight ``[out, in]`` and bias of q, k and v."""
+    packed = getattr(attention, "qkv", None)
+    if isinstance(packed, nn.Linear) and packed.out_features % 3 == 0:
+        bias = packed.bias
+        if bias is None and isinstance(getattr(attention, "q_bias", None), Tensor):
+            bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
+        thirds = (None,) * 3 if bias is None else bias.chunk(3)
+        return list(zip(packed.weight.chunk(3), thirds, strict=True))
+    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None:
+        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        return list(zip(attention.in_proj_weight.chunk(3), biases, strict=True))
+    for names in _SEPARATE:
+        found = [
+            getattr(holder, name, None)
+            for holder in (attention, getattr(attention, "attention", None))
+            for name in names
+        ]
+        for linears in (found[:3], found[3:]):
+            if all(isinstance(linear, nn.Linear) for linear in linears):
+                return [(linear.weight, linear.bias) for linear in linears]  # type: ignore[union-attr]
+    return None
+
+
+@torch.no_grad()
+def _check_values(vit: HookedViT, layer: int, weights: AttentionWeights, where: str) -> None:
+    """Values come from the norm's output alone, on every family; queries and keys may be rotated."""
+    _, cache = vit.run(_random(vit), capture=[f"blocks.{layer}.ln1", f"blocks.{layer}.attn.v"])
+    found = torch.einsum("btm,hmd->bthd", cache[f"blocks.{layer}.ln1"], weights.W_V) + weights.b_V
+    expected = cache[f"blocks.{layer}.attn.v"]
+    fits = found.shape == expected.shape
+    if not fits or float((found - expected).abs().max()) > _AGREE * float(expected.abs().max()):
+        raise SpecError(
+            f"The linear layers found in {where} do not make the block's values from its norm's output, so "
+            "they are no W_Q, W_K and W_V."
+        )
+
+
+@torch.no_grad()
+def readout_of(vit: HookedViT) -> Readout | str:
+    """The model's linear head, or the reason why there is none that reads one token.
+
+    It is held against the output of random images.
+    """
+    model = type(vit.module).__name__
+    port = vit.layout.ports.get("pooled")
+    head = lookup(vit.module, port.path) if isinstance(port, Port) and port.side == "input" else None
+    if not isinstance(head, nn.Linear):
+        return f"{model} has no head that is one linear layer; its output is {vit.layout.output}"
+    last = f"blocks.{vit.layout.n_layers - 1}.resid_post"
+    output, cache = vit.run(_random(vit), capture=[last])
+    inside = vit.layout.blocks_path + "."
+    norms = [m for path, m in vit.module.named_modules() if _is_norm(m, head) and not path.startswith(inside)]
+    for norm in norms if output.ndim == 2 else ():
+        for token in range(len(vit.layout.tokens.prefix)):
+            found = head(norm(cache[last][:, token]))
+            if float((found - output).abs().max()) <= _AGREE * float(output.abs().max()):
+                return Readout(norm, head, token)
+    return (
+        f"the head of {model} does not read one token behind one norm (it pools several, or does more), so a "
+        "class has no direction in the residual stream of a token"
+    )
+
+
+def _is_norm(module: nn.Module, head: nn.Linear) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and (
+        tuple(weight.shape) == (head.in_features,)
+    )
+
+
+def module_at(vit: HookedViT, site: str) -> nn.Module | None:
+    port = vit.layout.ports.get(site)
+    if not isinstance(port, Port) or port.side != "output":
+        return None
+    module = lookup(vit.module, port.path)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _random(vit: HookedViT) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    rows = 1 if vit.layout.family.one_image is not None else 2
+    return torch.randn(rows, *vit.layout.tokens.input_shape, generator=draw).to(vit.device, vit.dtype)
