@@ -1,4 +1,5 @@
-"""The command line: ``vit-mechinterp demo | models | check | sites | plan | run | train | schema``.
+"""The command line: ``vit-mechinterp demo | models | check | parity | sites | plan | run | train |
+schema``.
 
 Commands import what they need when they run, so that ``--help`` is immediate. An error of this package is one
 message on stderr and exit code 2; ``--debug`` shows where it came from.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_mechinterp import __version__
-from vit_mechinterp.commands import analyses, models, training
+from vit_mechinterp.commands import analyses, bridges, models, training
 from vit_mechinterp.errors import VitMechInterpError
 
 __all__ = ["main"]
@@ -67,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--fast", action="store_true", help="run the fast checks only")
     check.add_argument("--json", action="store_true", help="print every finding as JSON")
     sites = add("sites", models.sites, "list the sites of a model with their shapes for one example")
-    for sub in (check, sites):
+    parity = add("parity", bridges.parity, "compare the engine with other packages on a model")
+    text = "hooks, nnsight, pyvene or transformer_lens; can be repeated (all by default)"
+    parity.add_argument("--backend", action="append", default=[], metavar="NAME", help=text)
+    parity.add_argument("--json", action="store_true", help="print every finding as JSON")
+    for sub in (check, sites, parity):
         named = "timm/NAME, hf/ORG/NAME, vmi/NAME, ..., a folder as ./FOLDER, or module:factory"
         sub.add_argument("model", metavar="MODEL", help=named)
         sub.add_argument("--random", dest="pretrained", action="store_false", help="random weights")
@@ -88,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the training in the folder")
     train.add_argument("--options", action="store_true", help="list all options, and stop")
 
-    for sub in (demo, run, train):
+    for sub in (demo, parity, run, train):
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
 
     add("schema", analyses.schema, "print the JSON schema of an experiment document")

@@ -10,7 +10,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__all__ = ["hooks", "nnsight", "pyvene", "transformer_lens"]
+__all__ = [
+    "hooks",
+    "nnsight",
+    "parity",
+    "pyvene",
+    "pyvene_configs",
+    "pyvene_rotations",
+    "restoring",
+    "transformer_lens",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:
