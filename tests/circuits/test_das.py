@@ -338,9 +338,15 @@ def test_what_does_not_fit_is_said_before_the_first_forward(vit: vmi.HookedViT) 
     with pytest.raises(DataError, match="has no column 'source_box'"):
         das(vit, {k: v for k, v in data.items() if k != "source_box"}, data, **QUICK)
     shape = {"hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": D}
-    headless = ViTModel(ViTConfig(image_size=GRID * PATCH, patch_size=PATCH, **shape)).eval()
-    with pytest.raises(SpecError, match=r"ViTModel gives .*, not one score for each class"):
+    headless = ViTModel(ViTConfig(image_size=GRID * PATCH, patch_size=PATCH, **shape), add_pooling_layer=False).eval()
+    with pytest.raises(SpecError, match=r"ViTModel gives .* of shape \(17, 16\) per example, not one score for each class"):
         das(vmi.wrap(headless), data, data, **QUICK)
+    with pytest.raises(SpecError, match=r"seeds=\[1, 1\]: name at least one, each once"):
+        das(vit, data, data, seeds=[1, 1], **QUICK)
+    with pytest.raises(SpecError, match="rows_at_once=0: a forward holds at least 1 row"):
+        das(vit, data, data, rows_at_once=0, **QUICK)
+    with pytest.raises(TypeError, match=r"das_by_attribute takes no epoch\. It takes layers, site, "):
+        das_by_attribute(vit, {"shape": (data, data)}, epoch=3)
 
 
 def test_the_published_settings_are_the_defaults() -> None:

@@ -9,28 +9,19 @@ compared with the answer that the exchanged attribute demands.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from vit_mechinterp.circuits.alignment import Trained, Training, gate_name, rotation_name, train_subspaces
-from vit_mechinterp.circuits.das_result import assemble, table_of
+from vit_mechinterp.circuits.das_result import assemble
+from vit_mechinterp.circuits.das_search import CONTROLS, Control, Question, answer, interchange_run
 from vit_mechinterp.circuits.result import CircuitResult, provenance
-from vit_mechinterp.engine import execute
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.errors import DataError, SpecError, suggest
-from vit_mechinterp.spec import InjectSubspace, Run, Site, TensorRef, TokenBox, Tokens
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.spec import TokenBox, Tokens
 
 if TYPE_CHECKING:
+    from vit_mechinterp.engine import ActivationStore
     from vit_mechinterp.model import HookedViT
 
 __all__ = ["CONTROLS", "TINY", "Control", "Settings", "das", "das_by_attribute", "interchange_run"]
-
-Control = Literal["wrong_object"]
-CONTROLS: Final[tuple[Control, ...]] = ("wrong_object",)
 
 
 class Settings(TypedDict, total=False):
@@ -77,7 +68,10 @@ def das(
     sparsity: float = 1e-3,
     permute_sources: bool = True,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     layers_at_once: int | None = None,
+    rows_at_once: int | None = None,
+    store: ActivationStore | None = None,
     progress: bool = True,
 ) -> CircuitResult:
     """Find, layer by layer, the subspace that carries one attribute of an object, and measure by held-out
@@ -89,8 +83,8 @@ def das(
         h[T] += (g * (h_src[T_src] R - h[T] R)) R^T
 
     at all tokens of the object at once. T falls from 1 to 1/200, and the gates are binary when measured. The
-    model is frozen: clean forwards are made once, and all layers are trained in the same growing batches,
-    each as if alone.
+    model is frozen: clean forwards are made once, and all layers and seeds are trained in the same growing
+    batches, each as if alone.
 
     The defaults are the published settings. Two details differ from the published code without moving any
     optimum: the rotation is parametrised by the Cayley map instead of the matrix exponential, and the
@@ -115,24 +109,37 @@ def das(
         label: the column of classes that the intervention should lead to.
         epochs, batch_size, learning_rate, mask_learning_rate, sparsity, permute_sources, seed: see
             `Training`; ``**TINY`` suits small models.
-        layers_at_once: train the layers in groups of this many, which bounds memory at the cost of one clean
-            pass for each group; all at once if left out.
+        seeds: train once from each of these, in place of ``seed``.
+        layers_at_once: train the layers in groups of this many, which bounds the clean values held at the
+            cost of one clean pass for each group; all at once if left out.
+        rows_at_once: most (training, example) pairs in one forward; a step of more takes several. Chosen by
+            device and memory if left out, and halved if memory runs out.
+        store: where clean values are read from if they are there, and kept if they are not.
         progress: show bars if it takes longer than two seconds.
 
     Returns:
-        A table of one row per layer: ``attribute``, ``control`` ("none" or its name), ``layer``, ``site``,
-        ``accuracy`` (fraction of held-out items whose predicted class is the counterfactual label), ``rank``
-        (open dimensions of the gate), ``loss`` (held-out cross-entropy), ``train_loss`` (last epoch, penalty
-        included), ``no_effect`` (accuracy if nothing were changed) and ``n`` (held-out items). ``tensors``
-        holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]`` (zeros and ones), ready as
-        ``basis`` and ``gate`` of an `InjectSubspace`.
+        A table of one row per seed and layer: ``attribute``, ``control`` ("none" or its name), ``seed``,
+        ``layer``, ``site``, ``accuracy`` (fraction of held-out items whose predicted class is the
+        counterfactual label), ``rank`` (open dimensions of the gate), ``loss`` (held-out cross-entropy),
+        ``train_loss`` (last epoch, penalty included), ``no_effect`` (accuracy if nothing were changed) and
+        ``n`` (held-out items). ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]``
+        (zeros and ones), ready as ``basis`` and ``gate`` of an `InjectSubspace`; with ``seeds``,
+        ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.
 
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
     """
-    layers = list(range(vit.layout.n_layers)) if layers is None else list(layers)
-    _check(control, layers, layers_at_once)
-    training = Training(
+    found = answer(
+        vit,
+        [Question(attribute, control, train, test)],
+        layers=layers,
+        site=site,
+        tokens=tokens,
+        source_tokens=source_tokens,
+        control_tokens=control_tokens,
+        base=base,
+        source=source,
+        label=label,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -140,39 +147,13 @@ def das(
         sparsity=sparsity,
         permute_sources=permute_sources,
         seed=seed,
+        seeds=seeds,
+        layers_at_once=layers_at_once,
+        rows_at_once=rows_at_once,
+        store=store,
+        progress=progress,
     )
-    taken = source_tokens if control is None else control_tokens
-    runs = {n: interchange_run(n, site, tokens, taken, base=base, source=source) for n in layers}
-    for run in runs.values():
-        vit.check_site(Site.parse(run.interventions[0].site))
-    d = vit.sites()[runs[layers[0]].interventions[0].site].shape[-1]
-    name = f"{attribute}, {control}" if control else attribute
-    targets, held_out = _labels(vit, train, label), _labels(vit, test, label)
-    size = layers_at_once or len(layers)
-    parts = [
-        train_subspaces(
-            vit, {n: runs[n] for n in group}, train, targets, d, training, name=name, progress=progress
-        )
-        for group in (layers[i : i + size] for i in range(0, len(layers), size))
-    ]
-    tensors = {key: tensor for part in parts for key, tensor in part.tensors.items()}
-    losses = {layer: loss for part in parts for layer, loss in part.losses.items()}
-    results = execute(
-        vit, [*runs.values(), Run(name="clean", base=base)], test, tensors=tensors, progress=progress
-    )
-    table = table_of(results, held_out, runs, tensors, losses, attribute, control or "none")
-    return assemble(
-        table,
-        tensors,
-        provenance(
-            results.provenance,
-            training={**asdict(training), **_work(parts), **parts[0].provenance},
-            attribute=attribute,
-            control=control or "none",
-            seed=seed,
-        ),
-        chance=1 / results.logits.shape[-1],
-    )
+    return assemble(found.table, found.tensors, found.records[0], found.chance)
 
 
 def das_by_attribute(
@@ -184,6 +165,9 @@ def das_by_attribute(
 ) -> CircuitResult:
     """Run `das` for several attributes, each with its controls, and put the tables into one.
 
+    All trainings on equally many examples share their forwards: layers, attributes, controls and seeds are
+    trained at once, each as if alone. Clean values of all attributes are held at the same time.
+
     Args:
         vit: the model.
         data: attribute to its training and held-out pairs: ``{"shape": (train, test), "color": ...}``.
@@ -192,98 +176,33 @@ def das_by_attribute(
 
     Returns:
         The rows of every search; ``tensors`` holds ``<attribute>.rotation_<layer>``, and for a control
-        ``<attribute>.<control>.rotation_<layer>``; gates likewise.
+        ``<attribute>.<control>.rotation_<layer>``; gates likewise. With ``seeds``, ``seed_<seed>.`` stands
+        before ``rotation``.
 
     Raises:
         SpecError, DataError: there is no attribute or no search, or an argument of `das` does not fit.
+        TypeError: `das` has no such argument.
     """
-    import pandas as pd
-
     if not data or not controls:
         raise SpecError("There is nothing to search: give at least one attribute and one entry of controls.")
-    found = {
-        (attribute, control): das(vit, train, test, attribute=attribute, control=control, **settings)
-        for attribute, (train, test) in data.items()
+    if unknown := sorted(set(settings) - set(_SHARED)):
+        raise TypeError(f"das_by_attribute takes no {', '.join(unknown)}. It takes {', '.join(_SHARED)}.")
+    questions = [
+        Question(attribute, control, *pairs, prefix=f"{attribute}.{f'{control}.' if control else ''}")
+        for attribute, pairs in data.items()
         for control in controls
+    ]
+    found = answer(vit, questions, **{name: settings.get(name, _SHARED[name]) for name in _SHARED})
+    searches = {
+        f"{own.attribute}, {own.control or 'none'}": record["training"]
+        for own, record in zip(questions, found.records, strict=True)
     }
-    tensors = {
-        ".".join(filter(None, (attribute, control, key))): tensor
-        for (attribute, control), result in found.items()
-        for key, tensor in result.tensors.items()
-    }
-    results = list(found.values())
-    record = provenance(
-        *(result.provenance for result in results),
-        searches={f"{a}, {c or 'none'}": r.provenance["training"] for (a, c), r in found.items()},
-    )
+    record = provenance(*found.records, searches=searches)
     del record["training"]
-    table = pd.concat([result.table for result in results], ignore_index=True)
-    return assemble(table, tensors, record, chance=float(results[0].summary["chance"]))
+    return assemble(found.table, found.tensors, record, found.chance)
 
 
-def interchange_run(
-    layer: int,
-    site: str,
-    tokens: Tokens,
-    source_tokens: Tokens,
-    *,
-    base: str = "base",
-    source: str = "source",
-    prefix: str = "",
-) -> Run:
-    """The run that exchanges a trained subspace, for `execute` with ``tensors=result.tensors``.
-
-    Args:
-        layer: the block.
-        site: the site within it, without its layer.
-        tokens, source_tokens: which tokens of base and source are paired.
-        base, source: image columns.
-        prefix: of the tensors' names, such as ``"shape."`` for a result of `das_by_attribute`.
-    """
-    swap = InjectSubspace(
-        site=f"blocks.{layer}.{site}",
-        tokens=tokens,
-        source=source,
-        source_tokens=source_tokens,
-        basis=TensorRef(prefix + rotation_name(layer)),
-        gate=TensorRef(prefix + gate_name(layer)),
-    )
-    return Run(name=f"layer_{layer}", interventions=(swap,), base=base)
-
-
-def _check(control: str | None, layers: Sequence[int], layers_at_once: int | None) -> None:
-    if control is not None and control not in CONTROLS:
-        raise SpecError(
-            f"Unknown control {control!r}.{suggest(control, CONTROLS)} Known: {', '.join(CONTROLS)}, or None."
-        )
-    if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
-        raise SpecError(f"layers={list(layers)}: name at least one block, each once, counted from 0.")
-    if layers_at_once is not None and layers_at_once < 1:
-        raise SpecError(f"layers_at_once={layers_at_once}: a group holds at least 1 layer.")
-
-
-def _labels(vit: HookedViT, data: Any, column: str) -> Int[Tensor, " example"]:
-    columns = Data(data, vit)
-    columns.require(column, "das, label")
-    rows = columns.integers(column)
-    shape = vit.sites()["logits"].shape if vit.layout.output == "logits" else ()
-    if len(shape) != 1:
-        raise SpecError(
-            f"{type(vit.module).__name__} gives {vit.layout.output}, not one score for each class; "
-            "a search needs a decision to change."
-        )
-    wrong = [n for n, row in enumerate(rows) if len(row) != 1 or not 0 <= row[0] < shape[0]]
-    if wrong:
-        raise DataError(
-            f"Column {column!r}, example {wrong[0]}: {rows[wrong[0]]} is no class; the model has classes "
-            f"0 to {shape[0] - 1}."
-        )
-    return torch.tensor([row[0] for row in rows])
-
-
-def _work(parts: Sequence[Trained]) -> dict[str, Any]:
-    return {
-        "steps": parts[0].steps,
-        "optimizer": "adam, linear warm-up over a tenth of the steps, linear decay",
-        "clean_evaluations": sum(part.clean_evaluations for part in parts),
-    }
+_SHARED: Final[Mapping[str, Any]] = {
+    name: value for name, value in (das.__kwdefaults__ or {}).items() if name not in ("attribute", "control")
+}
+"""What all searches have in common: the keyword arguments of `das`, with their defaults."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["NO_CONTROL", "assemble", "draw", "table_of"]
+__all__ = ["NO_CONTROL", "assemble", "draw", "rows_of"]
 
 NO_CONTROL: Final = "none"
 
@@ -42,16 +42,16 @@ to the counterfactual answer. Stars mark the best layer of each attribute, dashe
 control."""
 
 
-def table_of(
+def rows_of(
     results: Results,
     labels: Tensor,
     runs: Mapping[int, Run],
     tensors: Mapping[str, Tensor],
     losses: Mapping[int, float],
-    attribute: str,
-    control: str,
-) -> pd.DataFrame:
-    """One row per layer.
+    prefix: str,
+    facts: Mapping[str, object],
+) -> list[dict[str, Any]]:
+    """One row per layer of one search.
 
     Args:
         results: held-out outputs of every run, and of a run called "clean".
@@ -59,21 +59,20 @@ def table_of(
         runs: by layer.
         tensors: the trained tensors by name.
         losses: the mean training loss by layer.
-        attribute, control: what was searched.
+        prefix: what the names of the search's tensors begin with.
+        facts: what is said of every row: what was searched, from which seed.
     """
-    import pandas as pd
 
     def accuracy(run: str) -> float:
         return float((results[run].argmax(dim=-1) == labels).double().mean())
 
-    rows = [
+    return [
         {
-            "attribute": attribute,
-            "control": control,
+            **facts,
             "layer": layer,
             "site": run.interventions[0].site,
             "accuracy": accuracy(run.name),
-            "rank": int(tensors[gate_name(layer)].sum()),
+            "rank": int(tensors[prefix + gate_name(layer)].sum()),
             "loss": float(torch.nn.functional.cross_entropy(results[run.name], labels)),
             "train_loss": losses[layer],
             "no_effect": accuracy("clean"),
@@ -81,36 +80,65 @@ def table_of(
         }
         for layer, run in runs.items()
     ]
-    return pd.DataFrame(rows)
 
 
 def assemble(
     table: pd.DataFrame, tensors: Mapping[str, Tensor], record: Mapping[str, Any], chance: float
 ) -> CircuitResult:
     """The result of one search or of several."""
+    d = max((len(tensor) for tensor in tensors.values()), default=0)
+    summary: dict[str, float | int | str] = {}
+    found = []
+    for attribute, rows in table.groupby("attribute", sort=False):
+        numbers, sentence = _best(str(attribute), rows, d)
+        summary |= numbers
+        found.append(sentence)
     return CircuitResult(
         name="das",
         title="Distributed alignment search",
         table=table,
         tensors=tensors,
         provenance=record,
-        summary={**_summary(table), "chance": chance},
-        description=_DESCRIPTION,
+        summary={**summary, "chance": chance},
+        description=f"{_DESCRIPTION}\n\n{' '.join(found)}",
         captions={"das_by_layer": _CAPTION},
         draw=draw,
     )
 
 
-def _summary(table: pd.DataFrame) -> dict[str, float | int | str]:
-    """Each search at its best layer."""
-    summary: dict[str, float | int | str] = {}
-    for (attribute, control), rows in table.groupby(["attribute", "control"], sort=False):
-        name = str(attribute) if control == NO_CONTROL else f"{attribute}_{control}"
-        best = rows.iloc[int(rows["accuracy"].to_numpy().argmax())]
-        summary[f"{name}_accuracy"] = float(best["accuracy"])
-        summary[f"{name}_layer"] = int(best["layer"])
-        summary[f"{name}_rank"] = int(best["rank"])
-    return summary
+def _best(attribute: str, table: pd.DataFrame, d: int) -> tuple[dict[str, float | int | str], str]:
+    """What was found for one attribute at its best layer, beside its controls: numbers, and a sentence."""
+    lines = {str(control): _by_layer(rows) for control, rows in table.groupby("control", sort=False)}
+    leading = NO_CONTROL if NO_CONTROL in lines else next(iter(lines))
+    search = lines.pop(leading)
+    name = attribute if leading == NO_CONTROL else f"{attribute}, {_words(leading)}"
+    accuracy, rank = search["accuracy"], search["rank"]
+    layer = max(accuracy, key=lambda n: (accuracy[n], -n))
+    summary: dict[str, float | int | str] = {f"{name}, layer {layer}": accuracy[layer]}
+    said = ""
+    for control, rows in lines.items():
+        other = rows["accuracy"][layer]
+        summary[f"{attribute}, {_words(control)}"] = other
+        said += f", and the {_words(control)} to {other:.0%}"
+    seeds = table["seed"].nunique()
+    sentence = (
+        f"{name.capitalize()}: best in layer {layer}, where exchanging {rank[layer]:.0f} of {d} dimensions "
+        f"gives the counterfactual answer to {accuracy[layer]:.0%} of {table['n'].iloc[0]} held-out pairs"
+        f"{said}; in layer {max(accuracy)}, the last searched, to {accuracy[max(accuracy)]:.0%}."
+        f"{f' Means of {seeds} seeds.' if seeds > 1 else ''}"
+    )
+    return summary, sentence
+
+
+def _by_layer(rows: pd.DataFrame) -> dict[str, dict[int, float]]:
+    """Accuracy and rank by layer, means over seeds."""
+    means = rows.groupby("layer")[["accuracy", "rank"]].mean()
+    layers = means.index.tolist()
+    return {name: dict(zip(layers, means[name].tolist(), strict=True)) for name in ("accuracy", "rank")}
+
+
+def _words(control: str) -> str:
+    return control.replace("_", " ")
 
 
 def draw(result: CircuitResult) -> dict[str, Figure]:
@@ -123,11 +151,11 @@ def draw(result: CircuitResult) -> dict[str, Figure]:
     controls: dict[str, list[float]] = {}
     no_effect: dict[str, float] = {}
     for (attribute, control), rows in table.groupby(["attribute", "control"], sort=False):
-        line = rows.set_index("layer")["accuracy"].reindex(every).astype(float).tolist()
+        found = _by_layer(rows)["accuracy"]
+        line = [found.get(layer, float("nan")) for layer in every]
         alone = not ((table["attribute"] == attribute) & (table["control"] == NO_CONTROL)).any()
         if control == NO_CONTROL or alone:
-            words = str(control).replace("_", " ")
-            name = str(attribute) if control == NO_CONTROL else f"{attribute}, {words}"
+            name = str(attribute) if control == NO_CONTROL else f"{attribute}, {_words(str(control))}"
             accuracy[name] = line
             no_effect[name] = float(rows["no_effect"].iloc[0])
         else:

@@ -206,28 +206,7 @@ def _alignment(vit: HookedViT, sizes: Sizes, progress: bool) -> CircuitResult:
     settings: dict[str, Any] = dict(TINY)
     if sizes.das_epochs is not None:
         settings["epochs"] = sizes.das_epochs
-    return _in_words(das_by_attribute(vit, data, progress=progress, **settings), vit.layout.d_model)
-
-
-def _in_words(result: CircuitResult, d_model: int) -> CircuitResult:
-    """Say what the search found for every attribute, in the description and in few numbers."""
-    summary: dict[str, float | int | str] = {}
-    found = []
-    for attribute, rows in result.table.groupby("attribute", sort=False):
-        search, control = (
-            rows[rows["control"] == name].set_index("layer") for name in ("none", "wrong_object")
-        )
-        layer = int(search.index[int(search["accuracy"].argmax())])
-        accuracy, other = (float(table["accuracy"].to_dict()[layer]) for table in (search, control))
-        summary |= {f"{attribute}, layer {layer}": accuracy, f"{attribute}, wrong object": other}
-        found.append(
-            f"{str(attribute).capitalize()}: best in layer {layer}, where exchanging "
-            f"{search['rank'].to_dict()[layer]} of {d_model} dimensions gives the counterfactual answer to "
-            f"{accuracy:.0%} of {search['n'].iloc[0]} held-out pairs, and the wrong object to {other:.0%}; "
-            f"after the last layer {search['accuracy'].iloc[-1]:.0%}."
-        )
-    summary["chance"] = result.summary["chance"]
-    return replace(result, summary=summary, description=f"{result.description}\n\n{' '.join(found)}")
+    return das_by_attribute(vit, data, progress=progress, **settings)
 
 
 def _examples(images: Any, each: int = 3) -> list[Example]:
