@@ -1,5 +1,5 @@
-"""The command line: ``vit-mechinterp demo | models | check | parity | sites | plan | run | train |
-schema``.
+"""The command line: ``vit-mechinterp demo | models | check | parity | sites | circuit | plan | run |
+train | schema``.
 
 Commands import what they need when they run, so that ``--help`` is immediate. An error of this package is one
 message on stderr and exit code 2; ``--debug`` shows where it came from.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_mechinterp import __version__
-from vit_mechinterp.commands import analyses, bridges, models, training
+from vit_mechinterp.commands import analyses, bridges, circuit, models, training
 from vit_mechinterp.errors import VitMechInterpError
 
 __all__ = ["main"]
@@ -77,6 +77,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("model", metavar="MODEL", help=named)
         sub.add_argument("--random", dest="pretrained", action="store_false", help="random weights")
         sub.add_argument("--allow-pickle", action="store_true", help="read pickles, which can run code")
+
+    one = add("circuit", circuit.circuit, "run a standard analysis of a model, and save what it finds")
+    one.add_argument("name", nargs="?", metavar="NAME", help="the analysis; --list lists them")
+    one.add_argument("--list", action="store_true", help="list the analyses and what they take, and stop")
+    one.add_argument("--options", action="store_true", help="print what NAME takes and returns, and stop")
+    one.add_argument("--model", metavar="MODEL", help="as for check")
+    one.add_argument("--random", dest="pretrained", action="store_false", help="random weights")
+    one.add_argument("--allow-pickle", action="store_true", help="read pickles, which can run code")
+    text = "image files, a folder, 'photographs', stimuli/NAME, or the name of a dataset"
+    one.add_argument("--data", nargs="+", metavar="D", help=text)
+    one.add_argument("-n", type=int, metavar="N", help="take the first N examples")
+    text = "one option (a value is YAML); data.KEY for the dataset or the stimuli"
+    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    one.add_argument("--out", type=Path, help="folder for the results")
+    one.add_argument("--quiet", action="store_true", help="no progress bars")
 
     plan = add("plan", analyses.plan, "print what an experiment would compute, without computing it")
     plan.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")

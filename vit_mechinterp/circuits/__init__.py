@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from vit_mechinterp.circuits.ablation import ablation_sweep
 from vit_mechinterp.circuits.activation_patching import activation_patching
+from vit_mechinterp.circuits.attention import attention
 from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
 from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.das import das, das_by_attribute
+from vit_mechinterp.circuits.directions import mean_directions
 from vit_mechinterp.circuits.edge_attribution import edge_attribution
 from vit_mechinterp.circuits.embedding_matching import embedding_matching
 from vit_mechinterp.circuits.equivalence_walks import equivalence_walks
@@ -15,6 +17,8 @@ from vit_mechinterp.circuits.faithfulness import faithfulness
 from vit_mechinterp.circuits.images import image_pairs, sample_photographs
 from vit_mechinterp.circuits.interchange_sweep import interchange_sweep
 from vit_mechinterp.circuits.local_lipschitz import local_lipschitz
+from vit_mechinterp.circuits.logit_attribution import logit_attribution
+from vit_mechinterp.circuits.logit_lens import logit_lens
 from vit_mechinterp.circuits.metrics import (
     Accuracy,
     KLDivergence,
@@ -24,7 +28,10 @@ from vit_mechinterp.circuits.metrics import (
     Similarity,
 )
 from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
+from vit_mechinterp.circuits.probing import probing
+from vit_mechinterp.circuits.representation_similarity import representation_similarity
 from vit_mechinterp.circuits.result import CircuitResult
+from vit_mechinterp.circuits.steering import steering
 
 __all__ = [
     "Accuracy",
@@ -36,6 +43,7 @@ __all__ = [
     "Similarity",
     "ablation_sweep",
     "activation_patching",
+    "attention",
     "attention_stages",
     "attribution_patching",
     "cumulative_ablation",
@@ -49,6 +57,12 @@ __all__ = [
     "image_pairs",
     "interchange_sweep",
     "local_lipschitz",
+    "logit_attribution",
+    "logit_lens",
+    "mean_directions",
     "path_patching",
+    "probing",
+    "representation_similarity",
     "sample_photographs",
+    "steering",
 ]

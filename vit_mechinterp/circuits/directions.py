@@ -22,6 +22,7 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["mean_directions"]
@@ -174,14 +175,26 @@ _DESCRIPTION = (
 
 
 def _draw(result: CircuitResult) -> dict[str, Figure]:
-    from vit_mechinterp.figures import Curve, curves
+    from vit_mechinterp.figures import Curve, curves, dots_by_row
 
-    lines = {}
-    table = result.table[result.table["layer"].notna()]
-    for site, rows in table.groupby("site", sort=False):
-        lines[str(site)] = Curve(rows["layer"].tolist(), rows["separation"].tolist())
-        name = "control labels" if len(set(table["site"])) == 1 else f"control, {site}"
-        lines[name] = Curve(rows["layer"].tolist(), rows["control_separation"].tolist(), control=True)
-    if not lines:
-        return {}
+    table, lines = result.table, {}
+    groups = list(table.groupby("site", sort=False))
+    if table["layer"].isna().any() or min(len(rows) for _, rows in groups) < 2:
+        rows = {
+            "direction": dict(zip(_places(table), table["separation"], strict=True)),
+            "control labels": dict(zip(_places(table), table["control_separation"], strict=True)),
+        }
+        dots = {what: {place: (v, v, v) for place, v in own.items()} for what, own in rows.items()}
+        return {"separation": dots_by_row(dots, label="separation (AUC)", references={"none": 0.5})}
+    for site, own in groups:
+        lines[str(site)] = Curve(own["layer"].tolist(), own["separation"].tolist())
+        name = "control labels" if len(groups) == 1 else f"control, {site}"
+        lines[name] = Curve(own["layer"].tolist(), own["control_separation"].tolist(), control=True)
     return {"separation": curves(lines, x_label="layer", label="separation (AUC)", references={"none": 0.5})}
+
+
+def _places(table: pd.DataFrame) -> list[str]:
+    return [
+        str(site) if str(layer) == "<NA>" else f"{site}, layer {layer}"
+        for site, layer in zip(table["site"], table["layer"], strict=True)
+    ]

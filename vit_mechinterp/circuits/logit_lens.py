@@ -269,7 +269,9 @@ def _drawing(
             ends = rows[["value_low", "value_high"]].to_numpy(dtype=float)
             low, high = ([], []) if bool((ends != ends).any()) else ends.T.tolist()
             lines[what] = Curve(rows["layer"].tolist(), rows["value"].tolist(), low, high)
-        figures = {"layers": curves(lines, x_label="read after layer", label="share")}
+        figures = {}
+        if image["layer"].nunique() > 1:
+            figures["layers"] = curves(lines, x_label="read after layer", label="share")
         tokens = table[(table["kind"] == "token") & (table["quantity"] == "probability")]
         if len(tokens):
             maps = {}

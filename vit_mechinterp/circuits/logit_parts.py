@@ -152,7 +152,8 @@ def logit_parts(
             increment = cache[f"blocks.{layer}.{site}"]
             components[site, layer] = worth(increment)
             rest = rest - components[site, layer]
-            total = (slope * increment.to(slope.dtype)).sum()
+            with torch.enable_grad():
+                total = (slope * increment.to(slope.dtype)).sum()
             if site == "attn_out" and layer in (*sites.heads, *sites.sources):
                 z = cache[f"blocks.{layer}.attn.z"]
                 (pull,) = torch.autograd.grad(total, z, retain_graph=True)

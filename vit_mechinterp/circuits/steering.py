@@ -142,6 +142,7 @@ def steering(
         captions={
             _key(site): f"The {label} as the direction is added at {site}. Grey: random directions as long."
             for site in sites
+            if len(alphas) > 1
         },
         draw=lambda result: _draw(result, label),
         tensors=tensors,
@@ -162,7 +163,9 @@ def _key(site: str) -> str:
 def _draw(result: CircuitResult, label: str) -> dict[str, Figure]:
     from vit_mechinterp.figures import Curve, curves
 
-    figures = {}
+    figures: dict[str, Figure] = {}
+    if result.table["alpha"].nunique() < 2:
+        return figures
     for site, rows in result.table.groupby("site", sort=False):
         lines = {}
         for name, own in rows.groupby("direction", sort=False):

@@ -1,0 +1,148 @@
+"""``vit-mechinterp circuit``: every analysis from words alone, on files, folders and datasets."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from vit_mechinterp import circuits
+from vit_mechinterp.cli import main
+from vit_mechinterp.commands.circuit import CIRCUITS
+from vit_mechinterp.commands.image_data import image_data
+from vit_mechinterp.errors import DataError
+
+MODEL = "tests.tiny_models:TIMM_PLAIN.module"
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight images in two folders named by their label."""
+    for seed in range(8):
+        path = tmp_path / "images" / ("cat" if seed % 2 else "dog")
+        path.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(path / f"{seed}.png")
+    return tmp_path / "images"
+
+
+SMALL = {
+    "embedding_matching": ["max_steps=2"],
+    "faithfulness": ["heads=[[0, 1], [2, 0]]", "subsets=2", "random_sets=1"],
+    "probing": ["folds=2", "controls=1"],
+    "attribution_patching": ["sample=2"],
+    "edge_attribution": ["sample=2", "receivers=[logits]"],
+    "activation_patching": ["sites=[resid_pre]", "window=4"],
+    "ablation_sweep": ["parts=[heads]", "methods=[zero]"],
+    "cumulative_ablation": ["random_orders=1", "step=4"],
+    "edge_patching": ["senders=[embed, blocks.0.mlp_out]", "receivers=[logits]"],
+    "path_patching": ["senders=[embed]", "receivers=[logits]"],
+    "local_lipschitz": ["power_iterations=1"],
+}
+
+
+@pytest.mark.parametrize("name", [name for name, entry in CIRCUITS.items() if entry.images != "objects"])
+def test_every_circuit_runs_from_words(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry, out = CIRCUITS[name], tmp_path / "out"
+    settings = [s for s in SMALL.get(name, []) if s.split("=")[0] in entry.options]
+    if name == "steering":
+        from safetensors.torch import save_file
+
+        save_file({"blocks.1.resid_post": torch.ones(24)}, tmp_path / "tensors.safetensors")
+        settings = [f"directions={tmp_path}", "alphas=[-1, 2]", "controls=1"]
+    data = [str(folder)]
+    if entry.images == "pairs":
+        data = [str(folder / "cat" / "1.png"), str(folder / "dog" / "2.png")]
+    command = ["circuit", name, "--model", MODEL, "--data", *data, "--out", str(out), "--quiet"]
+    for setting in settings:
+        command += ["--set", setting]
+    assert main(command) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text())
+    assert printed.startswith(result["title"])
+    for key in result["summary"]:
+        assert f"  {key}: " in printed
+    assert f"In {out}: " in printed
+    assert "table.csv" in printed
+    assert len(pd.read_parquet(out / "table.parquet")) > 0
+
+
+def test_the_list_has_every_public_circuit_on_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["circuit", "--list"]) == 0
+    printed = capsys.readouterr().out
+    public = {
+        name for name in circuits.__all__ if name.islower() and "vit" in inspect.signature(getattr(circuits, name)).parameters
+    }
+    # These take two sets of pairs, or another circuit's result, or are no circuits.
+    assert public - set(CIRCUITS) == {"das", "das_by_attribute", "equivalence_walks", "image_pairs"}
+    for name, entry in CIRCUITS.items():
+        assert f"\n{name} " in f"\n{printed}"
+        assert next(iter(inspect.signature(entry.function).parameters)) == "vit"
+
+
+def test_options_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["circuit", "logit_lens", "--options"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("logit_lens: answer=None, directions=None")
+    assert "Read every layer's residual stream" in printed
+
+
+def test_mistakes_are_one_message_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert main(["circuit", *words]) == 2
+        return capsys.readouterr().err
+
+    assert "There is no circuit 'stering'. Close matches: steering" in said("stering")
+    assert "attention needs --model; it takes images" in said("attention")
+    given = ["--model", "no/model", "--data", "x", "--out", str(tmp_path)]
+    assert "has no option 'alpha'. Close matches: alphas" in said("steering", *given, "--set", "alpha=1")
+    assert "circuit steering needs directions" in said("steering", *given)
+    assert "There is no metric 'prob'" in said("steering", *given, "--set", "metric.name=prob", "--set", "directions=x")
+    assert "--set takes KEY=VALUE" in said("attention", *given, "--set", "alpha")
+
+
+def test_folders_and_datasets(folder: Path, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    labelled = image_data([str(folder)], pairs=False)
+    assert labelled["label"] == [0] * 4 + [1] * 4
+    assert labelled.features["label"].names == ["cat", "dog"]
+    assert np.array_equal(np.asarray(labelled[0]["image"]), np.asarray(picture(1)))
+    plain = image_data([str(folder / "dog")], pairs=True, n=3)
+    assert [np.asarray(image).sum() for image in plain["image"]] == [np.asarray(picture(s)).sum() for s in (0, 2, 4)]
+
+    saved = Dataset.from_dict({"img": [picture(s) for s in range(3)], "kind": [1, 0, 1]})
+    saved.save_to_disk(tmp_path / "saved")
+    assert image_data([str(tmp_path / "saved")], pairs=False, n=2)["kind"] == [1, 0]
+    assert "base" in image_data([str(tmp_path / "saved")], pairs=False).column_names
+    DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(tmp_path / "splits")
+    assert len(image_data([str(tmp_path / "splits")], pairs=False, options={"split": "test"})) == 1
+    with pytest.raises(DataError, match=r"has the splits train, test; name one: --set data.split=NAME"):
+        image_data([str(tmp_path / "splits")], pairs=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no images"):
+        image_data([str(tmp_path / "empty")], pairs=False)
+    Dataset.from_dict({"kind": [1]}).save_to_disk(tmp_path / "blind")
+    with pytest.raises(DataError, match=r"has no column of images. Columns: kind"):
+        image_data([str(tmp_path / "blind")], pairs=False)
+
+
+def test_two_files_are_a_pair_of_one_size(tmp_path: Path) -> None:
+    picture(0, (40, 32)).save(tmp_path / "a.png")
+    picture(1, (64, 64)).save(tmp_path / "b.png")
+    files = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    clean, other = image_data(files, pairs=True)
+    assert clean.size == other.size == (40, 32)
+    assert [image.size for image in image_data(files, pairs=False)] == [(40, 32), (64, 64)]
+    assert isinstance(image_data(["photographs"], pairs=True), tuple)
+    with pytest.raises(DataError, match=r"'nowhere' is no image file or folder here"):
+        image_data(["nowhere"], pairs=False)
