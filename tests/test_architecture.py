@@ -32,8 +32,8 @@ ORDER = (
     "experiment",
     "figures",
     "circuits",
-    "report",
     "bridges",
+    "report",
     "commands",
     "cli",
 )
@@ -99,6 +99,8 @@ def test_imports_point_one_way() -> None:
         ("vit_mechinterp/engine/x.py", "from vit_mechinterp.circuits.result import CircuitResult"),
         ("vit_mechinterp/engine/x.py", "import adapters"),
         ("vit_mechinterp/adapters/x.py", "from vit_mechinterp.engine import plan"),
+        ("vit_mechinterp/engine/x.py", "def f():\n    from vit_mechinterp.bridges.hooks import attend"),
+        ("vit_mechinterp/circuits/x.py", "import vit_mechinterp.bridges"),
     ],
 )
 def test_the_test_of_imports_can_fail(path: str, source: str) -> None:
@@ -110,6 +112,30 @@ def modules_after(code: str) -> set[str]:
     command = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
+
+
+BRIDGED = {"nnsight", "pyvene", "transformer_lens"}
+
+
+def bridged(source: str) -> set[str]:
+    """The bridged packages that a source imports, at any depth."""
+    nodes = list(ast.walk(ast.parse(source)))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {module.split(".")[0] for module in modules} & BRIDGED
+
+
+def test_a_bridged_package_is_imported_by_its_own_bridge_alone() -> None:
+    found = {path: packages for path, source in sources().items() if (packages := bridged(source))}
+    assert set().union(*found.values()) == BRIDGED
+    for path, packages in found.items():
+        (package,) = packages
+        assert path.startswith(f"vit_mechinterp/bridges/{package}")
+    assert bridged("def f():\n    import nnsight.modeling") == {"nnsight"}
+    assert not BRIDGED & modules_after(
+        "import vit_mechinterp as vmi, vit_mechinterp.cli, vit_mechinterp.bridges.hooks, vit_mechinterp.bridges.parity\n"
+        "import vit_mechinterp.circuits, vit_mechinterp.report; dir(vmi.bridges); vmi.execute"
+    )
 
 
 def test_importing_the_package_is_light() -> None:
