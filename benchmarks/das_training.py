@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vit_mechinterp as vmi
 from benchmarks import isolated, options
+from benchmarks.das_batched import against_one_at_a_time
 from benchmarks.das_ways import lockstep, plain_forward, training
 from benchmarks.measure import Spread
 from benchmarks.models import build, pairs
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> Report:
     for layer in chosen.layers:
         against_plain(report, module, data, [layer], chosen)
     against_plain(report, module, data, range(n_layers), chosen)
+    against_one_at_a_time(report, module, data, chosen, close)
     report.note(
         "'times as fast' is seconds of a step of the other over seconds of ours, step by step in turn, "
         "the first step left out; the clean forwards, made once before the first step, are not in it. The "
