@@ -59,6 +59,12 @@ def test_every_circuit_runs_from_words(name: str, folder: Path, tmp_path: Path, 
 
         save_file({"blocks.1.resid_post": torch.ones(24)}, tmp_path / "tensors.safetensors")
         settings = [f"directions={tmp_path}", "alphas=[-1, 2]", "controls=1"]
+    if name == "sparse_autoencoder":
+        from safetensors.torch import save_file
+
+        held = {"W_enc": torch.randn(24, 30), "W_dec": torch.randn(30, 24)}
+        save_file(held, tmp_path / "sae.safetensors")
+        settings = [f"dictionary={tmp_path}", "site=blocks.1.resid_post", "top=2"]
     data = [str(folder)]
     if entry.images == "pairs":
         data = [str(folder / "cat" / "1.png"), str(folder / "dog" / "2.png")]

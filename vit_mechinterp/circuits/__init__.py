@@ -9,6 +9,7 @@ from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
 from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.das import das, das_by_attribute
+from vit_mechinterp.circuits.dictionary import load_dictionary
 from vit_mechinterp.circuits.directions import mean_directions
 from vit_mechinterp.circuits.edge_attribution import edge_attribution
 from vit_mechinterp.circuits.embedding_matching import embedding_matching
@@ -31,6 +32,7 @@ from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
 from vit_mechinterp.circuits.probing import probing
 from vit_mechinterp.circuits.representation_similarity import representation_similarity
 from vit_mechinterp.circuits.result import CircuitResult
+from vit_mechinterp.circuits.sparse_autoencoder import sparse_autoencoder
 from vit_mechinterp.circuits.steering import steering
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "faithfulness",
     "image_pairs",
     "interchange_sweep",
+    "load_dictionary",
     "local_lipschitz",
     "logit_attribution",
     "logit_lens",
@@ -64,5 +67,6 @@ __all__ = [
     "probing",
     "representation_similarity",
     "sample_photographs",
+    "sparse_autoencoder",
     "steering",
 ]

@@ -107,6 +107,9 @@ CIRCUITS: dict[str, Entry] = {
         "images",
         "CKA and RSA between layers or models",
     ),
+    "sparse_autoencoder": Entry(
+        "sparse_autoencoder:sparse_autoencoder", "images", "a dictionary's features, and the model without them"
+    ),
     "steering": Entry("steering:steering", "images", "the answer as a direction is added"),
 }
 """Every circuit that takes a model and images."""

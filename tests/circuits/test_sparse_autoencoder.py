@@ -1,0 +1,157 @@
+"""Dictionaries of features: their files, their edits against the formula, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import vit_mechinterp as vmi
+from tests.oracles import by_hand
+from tests.tiny_models import TIMM_PLAIN, TIMM_REGISTERS
+from vit_mechinterp.circuits.dictionary import load_dictionary
+from vit_mechinterp.circuits.sparse_autoencoder import sparse_autoencoder
+from vit_mechinterp.errors import DataError, SpecError, TensorFileError
+
+D, N_FEATURES = 24, 40
+SITE = "blocks.1.resid_post"
+
+
+def weights() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(7)
+    return {
+        "W_enc": torch.randn(D, N_FEATURES, generator=draw) / 3,
+        "W_dec": torch.randn(N_FEATURES, D, generator=draw) / 3,
+        "b_enc": torch.randn(N_FEATURES, generator=draw) / 3,
+        "b_dec": torch.randn(D, generator=draw) / 3,
+    }
+
+
+def features(h: torch.Tensor, own: dict[str, torch.Tensor], k: int | None = None, threshold: float | None = None):
+    pre = (h - own["b_dec"]) @ own["W_enc"] + own["b_enc"]
+    if threshold is not None:
+        return pre * (pre > threshold)
+    found = pre.clamp(min=0)
+    if k is not None:
+        kept = found.sort(dim=-1, descending=True).values[..., k - 1, None]
+        found = found * (found >= kept)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["saelens", "linear", "narrow"])
+def test_layouts_of_files(layout: str, tmp_path: Path) -> None:
+    own = weights()
+    held = dict(own)
+    if layout == "linear":
+        held = {
+            "encoder.weight": own["W_enc"].T.contiguous(), "encoder.bias": own["b_enc"],
+            "decoder.weight": own["W_dec"].T.contiguous(), "decoder.bias": own["b_dec"],
+        }  # fmt: skip
+    elif layout == "narrow":  # fewer features than entries: only the biases tell which axis is which
+        own = {"W_enc": own["W_enc"][:, :10], "W_dec": own["W_dec"][:10], "b_enc": own["b_enc"][:10], "b_dec": own["b_dec"]}
+        held = {name: tensor.T.contiguous() if tensor.ndim == 2 else tensor.contiguous() for name, tensor in own.items()}
+    save_file(held, tmp_path / "sae.safetensors")
+    h = torch.randn(5, D)
+    loaded = load_dictionary(tmp_path / "sae.safetensors")
+    assert torch.allclose(loaded.encode(h), features(h, own), atol=1e-5)
+    assert torch.allclose(loaded.decode(loaded.encode(h)), features(h, own) @ own["W_dec"] + own["b_dec"], atol=1e-4)
+    (tmp_path / "cfg.json").write_text(json.dumps({"apply_b_dec_to_input": False, "k": 3}))
+    other = load_dictionary(tmp_path)
+    assert torch.allclose(other.encode(h), features(h + own["b_dec"], own, k=3), atol=1e-5)
+    assert ((other.encode(h) > 0).sum(-1) <= 3).all()
+
+
+def test_a_jump_relu_has_a_threshold(tmp_path: Path) -> None:
+    own = weights()
+    save_file({**own, "threshold": torch.full((N_FEATURES,), 0.7)}, tmp_path / "sae.safetensors")
+    h = torch.randn(5, D)
+    assert torch.allclose(load_dictionary(tmp_path).encode(h), features(h, own, threshold=0.7), atol=1e-5)
+
+
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, TIMM_REGISTERS], ids=lambda tiny: tiny.name)
+@pytest.mark.parametrize("k", [None, 6])
+@torch.no_grad()
+def test_edits_move_a_feature_to_its_value(tiny, k: int | None, tmp_path: Path) -> None:
+    module, images, own = tiny.module(), tiny.images(3, seed=1), weights()
+    save_file(own, tmp_path / "sae.safetensors")
+    dictionary = load_dictionary(tmp_path, k=k)
+    result = sparse_autoencoder(
+        vmi.wrap(module), images, dictionary, site=SITE, features=[3, 11, 20], set_to=1.5,
+        metric=lambda outputs: outputs[:, 1] - outputs[:, 0], progress=False,
+    )  # fmt: skip
+    first, values = len(tiny.prefix), {}
+
+    def keep(site, value):
+        values[site] = value
+        return value
+
+    clean = by_hand(module, images, keep)
+    found = features(values[SITE][:, first:], own, k)
+    assert len(result.table) == 6
+    for row in result.table.itertuples():
+        def touch(site, value, row=row):
+            if site != SITE:
+                return value
+            value, target = value.clone(), 0.0 if row.edit == "ablate" else 1.5
+            change = target - features(value[:, first:], own, k)[..., row.feature, None]
+            value[:, first:] += change * own["W_dec"][row.feature]
+            return value
+
+        outputs = by_hand(module, images, touch)
+        change = (outputs - clean)[:, 1] - (outputs - clean)[:, 0]
+        assert np.isclose(row.change, float(change.mean()), atol=1e-5)
+        assert np.isclose(row.mean_activation, float(found[..., row.feature].mean()), atol=1e-5)
+        assert np.isclose(row.max_activation, float(found[..., row.feature].max()), atol=1e-5)
+        assert np.isclose(row.frequency, float((found[..., row.feature] > 0).float().mean()), atol=1e-6)
+    assert result.table["change"].abs().max() > 1e-3
+    rebuilt = found @ own["W_dec"] + own["b_dec"]
+    h = values[SITE][:, first:].reshape(-1, D)
+    explained = 1 - float(((h - rebuilt.reshape(-1, D)) ** 2).sum() / ((h - h.mean(0)) ** 2).sum())
+    assert np.isclose(result.summary["variance explained"], explained, rtol=1e-4)
+    assert set(result.figures()) == set(result.captions)
+
+
+@torch.no_grad()
+def test_adding_is_a_document_too(tmp_path: Path) -> None:
+    tiny, own = TIMM_PLAIN, weights()
+    save_file(own, tmp_path / "sae.safetensors")
+    dictionary = load_dictionary(tmp_path)
+    module, images = tiny.module(), tiny.images(2)
+    run = vmi.Run(name="add", interventions=[dictionary.edit(SITE, 5, value=2.0, method="add", tokens="cls")])
+    again = vmi.Run.model_validate_json(run.model_dump_json())
+    assert again == run
+    results = vmi.execute(vmi.wrap(module), [again], {"base": images}, tensors=dictionary.tensors(), progress=False)
+
+    def touch(site, value):
+        if site == SITE:
+            value = value.clone()
+            value[:, 0] += 2 * own["W_dec"][5]
+        return value
+
+    expected = by_hand(module, images, touch)
+    assert torch.allclose(results["add"], expected, atol=1e-5)
+    assert not torch.allclose(expected, by_hand(module, images, lambda site, value: value), atol=1e-3)
+
+
+def test_what_is_no_dictionary_is_refused(tmp_path: Path) -> None:
+    own, vit, images = weights(), vmi.wrap(TIMM_PLAIN.module()), TIMM_PLAIN.images(2)
+    with pytest.raises(TensorFileError, match=r"sae.pt is a pickle, which can run code"):
+        load_dictionary(tmp_path / "sae.pt")
+    with pytest.raises(TensorFileError, match=r"holds 0 safetensors files"):
+        load_dictionary(tmp_path)
+    save_file({"W_enc": own["W_enc"]}, tmp_path / "half.safetensors")
+    with pytest.raises(DataError, match=r"has no decoder \(W_dec, .*It holds: W_enc"):
+        load_dictionary(tmp_path / "half.safetensors")
+    save_file({**own, "b_dec": torch.zeros(7)}, tmp_path / "odd.safetensors")
+    with pytest.raises(DataError, match=r"these shapes make no dictionary: encoder \(24, 40\)"):
+        load_dictionary(tmp_path / "odd.safetensors")
+    save_file(own, tmp_path / "good.safetensors")
+    good = tmp_path / "good.safetensors"
+    with pytest.raises(SpecError, match=r"made for activations of 24 entries per token; blocks.0.mlp.post holds"):
+        sparse_autoencoder(vit, images, good, site="blocks.0.mlp.post")
+    with pytest.raises(SpecError, match=r"Feature 40 is out of range; the dictionary has features 0 to 39"):
+        sparse_autoencoder(vit, images, good, site=SITE, features=[40])

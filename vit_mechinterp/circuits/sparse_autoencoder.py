@@ -1,0 +1,265 @@
+"""Features of a dictionary in use: how often they act, on which images, and what the model loses without
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
+from vit_mechinterp.circuits.dictionary import Dictionary, load_dictionary
+from vit_mechinterp.circuits.effects import effect_columns
+from vit_mechinterp.circuits.images import image_column, model_view
+from vit_mechinterp.circuits.metrics import MetricLike
+from vit_mechinterp.circuits.reading import batches, reading_data
+from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.engine.positions import resolve_tokens
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.layout import TokenLayout
+from vit_mechinterp.spec import Run
+from vit_mechinterp.spec.tokens import parse_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+__all__ = ["sparse_autoencoder"]
+
+
+def sparse_autoencoder(
+    vit: HookedViT,
+    images: Any,
+    dictionary: Dictionary | str | Path,
+    *,
+    site: str,
+    features: Sequence[int] | None = None,
+    top: int = 6,
+    top_images: int = 6,
+    tokens: Any = "patches",
+    set_to: float | None = None,
+    metric: MetricLike | None = None,
+    base: str = "base",
+    resamples: int = 2000,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> CircuitResult:
+    """Read a dictionary's features on images, find those that excite each most, and ablate or set them.
+
+    Args:
+        vit: the model.
+        images: images, a folder, or data; see `image_column`.
+        dictionary: a dictionary, or where `load_dictionary` finds one.
+        site: the site it was made for.
+        features: the features to look at; by default the ``top`` with the largest mean activation.
+        top_images: images on a feature's contact sheet.
+        tokens: the tokens that features are read and edited at.
+        set_to: set features to this value, besides ablating them.
+        metric: what to measure; by default the lead of the predicted class.
+        base: the image column.
+        resamples, seed: of the bootstrap and the permutation test over images.
+        batch_size: most rows in one forward, or ``"auto"``.
+        progress: show a bar if it takes longer than two seconds.
+
+    Returns:
+        Table, one row per feature and ``edit`` (``ablate``, ``set``): ``feature, mean_activation,
+        max_activation, frequency`` (the share of tokens where it is not 0), and the columns of
+        `effect_columns`. Control: ``reconstruction``, the summary's share of variance that the dictionary
+        explains at the site; low values mean that it was made for something else.
+
+    Raises:
+        SpecError: the dictionary does not fit the site, or a feature is out of range.
+        TensorFileError, DataError: the file holds no dictionary.
+    """
+    if not isinstance(dictionary, Dictionary):
+        dictionary = load_dictionary(dictionary)
+    name = dictionary.check_site(vit, site)
+    if features is not None:
+        dictionary.check_features(features)
+        if not features or len(set(features)) != len(features):
+            raise SpecError(f"features names none, or one twice: {list(features)}.")
+    data = image_column(images, vit, column=base)
+    columns = reading_data(vit, data, base)
+    chosen = resolve_tokens(parse_tokens(tokens), vit, columns, base, "features, tokens")
+    read = _Read(dictionary)
+    for examples, x in batches(vit, columns, base, progress=progress, what="features"):
+        with torch.no_grad():
+            _, cache = vit.run(x, capture=[name])
+        for row, example in enumerate(examples):
+            positions = chosen.of(example)
+            read.add(cache[name][row].float(), None if positions is None else list(positions))
+    numbers = list(features) if features is not None else read.largest(top)
+    edits = [("ablate", 0.0)] + ([] if set_to is None else [("set", float(set_to))])
+    runs = [
+        Run(
+            name=f"{edit} {number}", base=base,
+            interventions=[dictionary.edit(name, number, value=value, tokens=tokens)],
+        )
+        for edit, value in edits
+        for number in numbers
+    ]  # fmt: skip
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, **how)
+    measured = measure(
+        vit, grouped(runs, columns.n, clean[0].numel()), data, bound, tensors=dictionary.tensors(), **how
+    )
+    effects = effect_columns(
+        measured.stack([run.name for run in runs]), bound.clean, resamples=resamples, seed=seed
+    )
+    table = _table(read, numbers, [edit for edit, _ in edits], effects)
+    sheets = {}
+    for number in numbers:
+        peaks = read.peaks(number)[:top_images]
+        pictures = [model_view(vit, data, base, example) for example, _, _ in peaks]
+        sheets[number] = list(zip(pictures, peaks, strict=True))
+    strongest = table.iloc[int(table["change"].abs().argmax())]
+    return CircuitResult(
+        name="sparse_autoencoder",
+        table=table,
+        provenance=provenance(
+            origin, *measured.provenances, metric=bound.description, site=name, tokens=str(tokens),
+            dictionary=dictionary.source, seed=seed, resamples=resamples,
+        ),
+        summary={
+            "images": columns.n,
+            "features": dictionary.n_features,
+            "variance explained": read.explained(),
+            "features per token": read.density(),
+            "largest change": f"{strongest['change']:+.3g} ({strongest['edit']} feature "
+            "{strongest['feature']})",
+        },
+        description=f"{_DESCRIPTION}\n\n{bound.description}",
+        captions={
+            "effects": f"Change of the {bound.label} when a feature is edited at {name}.",
+            **{
+                f"feature_{number}": f"The images that excite feature {number} most, and the patch where."
+                for number in numbers
+            },
+        },
+        draw=_drawing(sheets, vit.layout.tokens, bound.label),
+    )  # fmt: skip
+
+
+class _Read:
+    """What was read of every feature, image by image."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary
+        self.total = torch.zeros(dictionary.n_features, dtype=torch.float64)
+        self.active = torch.zeros(dictionary.n_features, dtype=torch.float64)
+        self.largest_by_image: list[torch.Tensor] = []
+        self.places: list[torch.Tensor] = []
+        self.n_tokens = 0
+        self.off = 0.0
+        self.sums = torch.zeros(dictionary.width, dtype=torch.float64)
+        self.squares = 0.0
+
+    def add(self, h: torch.Tensor, positions: list[int] | None) -> None:
+        """Read one image's activations ``[token, d]`` at some positions."""
+        at = torch.arange(len(h)) if positions is None else torch.tensor(positions)
+        h = h[at.to(h.device)]
+        found = self.dictionary.encode(h)
+        rebuilt = self.dictionary.decode(found)
+        self.total += found.double().sum(0).cpu()
+        self.active += (found > 0).double().sum(0).cpu()
+        peak = found.max(dim=0)
+        self.largest_by_image.append(peak.values.cpu())
+        self.places.append(at[peak.indices.cpu()])
+        self.n_tokens += len(h)
+        self.off += float((h - rebuilt).double().square().sum())
+        self.sums += h.double().sum(0).cpu()
+        self.squares += float(h.double().square().sum())
+
+    def largest(self, n: int) -> list[int]:
+        """The features with the largest mean."""
+        return [int(number) for number in self.total.topk(min(n, len(self.total))).indices]
+
+    def peaks(self, feature: int) -> list[tuple[int, float, int]]:
+        """(image, activation, position) where the feature is largest in each image, the largest first."""
+        every = [
+            (image, float(values[feature]), int(self.places[image][feature]))
+            for image, values in enumerate(self.largest_by_image)
+        ]
+        return sorted(every, key=lambda entry: -entry[1])
+
+    def explained(self) -> float:
+        """Share of the activations' variance that the dictionary rebuilds."""
+        variance = self.squares - float(self.sums.square().sum()) / self.n_tokens
+        return 1 - self.off / variance if variance > 0 else float("nan")
+
+    def density(self) -> float:
+        """Mean number of active features per token."""
+        return float(self.active.sum()) / self.n_tokens
+
+
+def _table(
+    read: _Read, numbers: Sequence[int], edits: Sequence[str], effects: dict[str, Any]
+) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [
+        {
+            "edit": edit,
+            "feature": number,
+            "mean_activation": float(read.total[number]) / read.n_tokens,
+            "max_activation": read.peaks(number)[0][1],
+            "frequency": float(read.active[number]) / read.n_tokens,
+        }
+        for edit in edits
+        for number in numbers
+    ]
+    return pd.DataFrame(rows).assign(**effects)
+
+
+_DESCRIPTION = (
+    "A dictionary's features are read at one site. An edit moves the activation along the feature's "
+    "direction "
+    "until the feature has its new value, 0 if it is ablated; what the dictionary does not rebuild stays as "
+    "it is."
+)
+
+
+def _drawing(
+    sheets: dict[int, list[tuple[Image, tuple[int, float, int]]]], layout: TokenLayout, label: str
+) -> Callable[[CircuitResult], dict[str, Figure]]:
+    def draw(result: CircuitResult) -> dict[str, Figure]:
+        from vit_mechinterp.figures import contact_sheet, dots_by_row, round_up
+
+        table = result.table
+        groups = {}
+        for edit, rows in table.groupby("edit", sort=False):
+            ends = rows[["change", "change_low", "change_high"]].to_numpy(dtype=float)
+            ends = np.where(np.isfinite(ends), ends, ends[:, :1])
+            groups[str(edit)] = {
+                f"feature {number}": (float(a), float(b), float(c))
+                for number, (a, b, c) in zip(rows["feature"], ends, strict=True)
+            }
+        reach = round_up(max(abs(v) for own in groups.values() for ends in own.values() for v in ends))
+        figures = {"effects": dots_by_row(groups, label=f"change of {label}", limits=(-reach, reach))}
+        for number, shown in sheets.items():
+            figures[f"feature_{number}"] = contact_sheet(
+                [image for image, _ in shown],
+                boxes=[_box(place, image, layout) for image, (_, _, place) in shown],
+                captions=[f"{value:.2f}" for _, (_, value, _) in shown],
+                columns=6,
+                title=f"feature {number}",
+            )
+        return figures
+
+    return draw
+
+
+def _box(position: int, image: Image, layout: TokenLayout) -> dict[str, tuple[float, float, float, float]]:
+    patch = position - len(layout.prefix)
+    rows, columns = layout.grid[-2:]
+    if not 0 <= patch < rows * columns:
+        return {}
+    row, column = divmod(patch, columns)
+    high, wide = image.height / rows, image.width / columns
+    return {"largest here": (column * wide, row * high, (column + 1) * wide, (row + 1) * high)}
