@@ -131,6 +131,7 @@ def train_subspaces(
             losses, steps = _descend(trainees, modules, training, rows, name, progress)
             with torch.no_grad():
                 tensors = modules.tensors(modules.binary_gates())
+            facts = {key: held.provenance() for key, held in prepared.items()}
             left = iter(losses.tolist())
             for k, search in zip(numbers, own, strict=True):
                 found[k] = Trained(
@@ -138,7 +139,7 @@ def train_subspaces(
                     losses={layer: next(left) for layer in search.runs},
                     steps=steps,
                     clean_evaluations=prepared[id(search.data)].clean_evaluations,
-                    provenance=prepared[id(search.data)].provenance(),
+                    provenance=facts[id(search.data)],
                 )
     return [found[k] for k in range(len(searches))]
 
