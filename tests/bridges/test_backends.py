@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -141,6 +142,16 @@ def test_attention_that_is_not_one_fused_call_is_refused_before_anything_runs() 
     run = Run(name="r", interventions=[Interchange(site="blocks.0.attn.pattern", source="source")])
     with pytest.raises(SpecError, match=r"cannot reach blocks\.0\.attn\.pattern on ViTFor.*reached 0 times in a forward"):
         vmi.execute(vit, run, World(HF_VIT).columns, backend="hooks")
+
+
+@pytest.mark.parametrize("backend", ["nnsight", "pyvene"])
+def test_a_module_that_is_called_twice_is_refused(backend: str) -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("cait_xxs24_224", img_size=64, embed_dim=24, depth=1, num_heads=3, num_classes=5)
+    vit = vmi.wrap(module.eval())
+    for site in ("blocks.0.attn_out", "blocks.0.attn.result"):
+        with pytest.raises(SpecError, match="lies at a module that its block calls more than once"):
+            vmi.execute(vit, Run(name="r", interventions=[Ablate(site=site)]), parity_data(vit), backend=backend)
 
 
 def test_train_mode_with_dropout_is_refused() -> None:

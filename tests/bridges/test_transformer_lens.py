@@ -14,7 +14,18 @@ from transformer_lens.tools.analysis import interchange
 import vit_mechinterp as vmi
 from tests.bridges.test_backends import state_of
 from tests.engine.world import World, world_of
-from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, MAIN, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
+from tests.model.zoo import GatedAttention, plain
+from tests.tiny_models import (
+    HF_CLIP,
+    HF_DINOV2,
+    HF_VIT,
+    MAIN,
+    TIMM_PLAIN,
+    TIMM_POOLED,
+    TIMM_REGISTERS,
+    Tiny,
+    stirred,
+)
 from vit_mechinterp import InjectSubspace, Interchange, Run
 from vit_mechinterp.bridges.transformer_lens import hooked
 from vit_mechinterp.errors import SpecError
@@ -117,6 +128,19 @@ def test_an_edit_at_a_hook_means_what_its_name_says(tiny: Tiny, hook: str) -> No
         with model.hooks(fwd_hooks=[(hook, lambda activation, hook: source[hook.name])]):
             close(model(world.columns["base"]), expected)
         close(model(world.columns["base"]), world.oracle.clean("base")[0])
+
+
+def test_results_are_cached_where_they_do_not_follow_from_z() -> None:
+    torch.manual_seed(0)
+    module = stirred(plain(attn_layer=GatedAttention)()).eval()
+    vit = vmi.wrap(module)
+    model, images = hooked(vit), torch.randn(2, 3, 32, 32)
+    _, cache = model.run_with_cache(images)
+    expected = vit.run(images, capture=["blocks.1.attn.result"])[1]["blocks.1.attn.result"]
+    close(cache.stack_head_results()[4], expected[:, :, 1])
+    _, cache = model.run_with_cache(images, names_filter=lambda name: name.endswith("hook_z"))
+    with pytest.raises(SpecError, match=r"a gate or a norm lies between\), so attn\.z times W_O is no head's result"):
+        cache.stack_head_results()
 
 
 def test_gradients_pass_the_hook_points() -> None:

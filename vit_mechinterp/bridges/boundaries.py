@@ -22,7 +22,7 @@ from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, look
 from vit_mechinterp.model.visiting import contribution, replace_output
 from vit_mechinterp.spec import Site
 
-__all__ = ["Step", "inside_attention", "steps", "whole_port", "z_port"]
+__all__ = ["Step", "called_again", "inside_attention", "steps", "whole_port", "z_port"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class Step:
 def inside_attention(vit: HookedViT, site: Site) -> bool:
     """Whether a site lies within the attention call, where no module's boundary reaches it."""
     return site.name in TAP_SITES and str(site) not in vit.layout.ports
+
+
+def called_again(vit: HookedViT, name: str) -> bool:
+    """Whether a site lies at a module that its block calls more than once."""
+    port = vit.layout.ports.get(name)
+    if name.endswith(".attn.result"):
+        return called_again(vit, name.replace("attn.result", "attn_out"))
+    if isinstance(port, Difference):
+        return called_again(vit, port.of) or called_again(vit, port.minus)
+    return isinstance(port, Port) and port.call is not None
 
 
 def whole_port(vit: HookedViT, name: str | Site, package: str) -> Port:

@@ -19,7 +19,7 @@ from nnsight import NNsight
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from torch import Tensor, nn
 
-from vit_mechinterp.bridges.boundaries import Step, inside_attention, steps, whole_port, z_port
+from vit_mechinterp.bridges.boundaries import Step, called_again, inside_attention, steps, whole_port, z_port
 from vit_mechinterp.bridges.hooks import attend
 from vit_mechinterp.bridges.restoring import as_it_came
 from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
@@ -29,7 +29,7 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.ports import Port, lookup
+from vit_mechinterp.model.ports import lookup
 from vit_mechinterp.model.visiting import replace_output
 from vit_mechinterp.spec import Site, TensorRef
 
@@ -68,8 +68,7 @@ def _refusal(vit: HookedViT, site: Site) -> str | None:
         return f"{site} is seen at the attention call, which serves all images as one sequence here"
     if site.name == "attn.result" and site.layer is not None and z_port(vit, site.layer) is None:
         return f"{site} follows from what enters the output projection, which is not the heads' output here"
-    port = vit.layout.ports.get(str(site))
-    if isinstance(port, Port) and port.call is not None:
+    if called_again(vit, str(site)):
         return f"{site} lies at a module that its block calls more than once, which nnsight counts otherwise"
     return None
 

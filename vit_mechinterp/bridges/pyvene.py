@@ -17,7 +17,7 @@ import pyvene as pv
 import torch
 from torch import Tensor, nn
 
-from vit_mechinterp.bridges.boundaries import Step, inside_attention, steps, z_port
+from vit_mechinterp.bridges.boundaries import Step, called_again, inside_attention, steps, z_port
 from vit_mechinterp.bridges.restoring import as_it_came
 from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
 from vit_mechinterp.engine.backends import register_backend
@@ -25,7 +25,7 @@ from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.ports import Port, lookup
+from vit_mechinterp.model.ports import lookup
 from vit_mechinterp.spec import Site, TensorRef
 
 __all__ = ["PyveneViT", "intervenable", "run_pyvene"]
@@ -65,8 +65,7 @@ def _refusal(vit: HookedViT, site: Site) -> str | None:
         )
     if site.name == "attn.result" and no_z:
         return f"{site} follows from what enters the output projection, which is not the heads' output here"
-    port = vit.layout.ports.get(str(site))
-    if isinstance(port, Port) and port.call is not None:
+    if called_again(vit, str(site)):
         return f"{site} lies at a module that its block calls more than once, and pyvene allows one call"
     return None
 

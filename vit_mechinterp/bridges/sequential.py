@@ -22,7 +22,7 @@ from vit_mechinterp.engine.results import Captures, Results
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin, permutation
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, VitMechInterpError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, TensorRef
 
@@ -133,7 +133,16 @@ def _compare(name: str, vit: HookedViT, forward: Forward, sites: Iterable[Site])
 
         return touch
 
-    output = forward(images, {site: looking(site) for site in seen})
+    try:
+        output = forward(images, {site: looking(site) for site in seen})
+    except VitMechInterpError:
+        raise
+    except Exception as error:
+        raise SpecError(
+            f"backend={name!r} cannot run {type(vit.module).__name__} with functions at "
+            f"{', '.join(map(str, sorted(seen)))}: {type(error).__name__}: {error}. Use the engine, or other "
+            "sites."
+        ) from error
     native, cache = vit.run(images, capture=[str(site) for site in seen])
     off = float((output.float() - native.float()).abs().max())
     if not off <= _AGREE * float(native.float().abs().max()):

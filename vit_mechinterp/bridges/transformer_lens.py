@@ -75,9 +75,14 @@ class _Attention(nn.Module):
         """All projections; checked against the block's values when first asked for."""
         return attention_weights(self._vit, self._layer)
 
+    @cached_property
+    def output(self) -> tuple[Tensor, Tensor]:
+        """``W_O`` and ``b_O``; checked against the block's increment when first asked for."""
+        return output_weights(self._vit, self._layer)
+
     def __getattr__(self, name: str) -> Any:
         if name in ("W_O", "b_O"):
-            return output_weights(self._vit, self._layer)[name == "b_O"]
+            return self.output[name == "b_O"]
         if name in AttentionWeights.__dataclass_fields__:
             return getattr(self.weights, name)
         return super().__getattr__(name)
@@ -129,6 +134,11 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
         self.cfg = self._config(final)
         self.setup()
         super().train(False)
+        try:
+            if "blocks.0.attn.z" in sites:
+                output_weights(vit, 0)
+        except SpecError:  # what TransformerLens would compute from z is no result here, so results are kept
+            self.cfg.use_attn_result = True
 
     def _block(self, layer: int) -> nn.Module:
         block = nn.Module()

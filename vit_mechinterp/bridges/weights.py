@@ -72,16 +72,37 @@ def attention_weights(vit: HookedViT, layer: int) -> AttentionWeights:
 
 
 def output_weights(vit: HookedViT, layer: int) -> tuple[Tensor, Tensor]:
-    """``W_O [head, d_head, d_model]`` and ``b_O [d_model]``, LayerScale included."""
+    """``W_O [head, d_head, d_model]`` and ``b_O [d_model]``, LayerScale included.
+
+    Raises:
+        SpecError: the heads' output does not enter one linear layer as it is.
+    """
     layout = vit.layout
     block = lookup(vit.module, layout.block_path(layer))
-    projection: nn.Linear = lookup(block, layout.family.out_projection)
+    projection: Any = lookup(block, layout.family.out_projection)
+    if not isinstance(projection, nn.Linear):
+        raise SpecError(f"The heads of {type(block).__name__} are not mixed by one linear layer: no W_O.")
     scales = [lookup(block, path) for path in layout.family.attention_scale]
     scale: Any = next((s for s in scales if not is_missing(s)), 1.0)
     width = layout.n_heads * layout.d_head
     W_O = (projection.weight[:, :width].T * scale).reshape(layout.n_heads, layout.d_head, -1)
     b_O = torch.zeros_like(W_O[0, 0]) if projection.bias is None else projection.bias * scale
+    _check_increment(vit, layer, W_O, b_O, type(block).__name__)
     return W_O, b_O
+
+
+@torch.no_grad()
+def _check_increment(vit: HookedViT, layer: int, W_O: Tensor, b_O: Tensor, where: str) -> None:
+    """A gate or a norm may lie between the heads' output and the projection."""
+    names = [f"blocks.{layer}.attn.z", f"blocks.{layer}.attn_out"]
+    _, cache = vit.run(_random(vit), capture=vit.expand(names))
+    z, expected = (cache[name] for name in names)
+    found = torch.einsum("bthd,hdm->btm", z, W_O) + b_O
+    if float((found - expected).abs().max()) > _AGREE * float(expected.abs().max()):
+        raise SpecError(
+            f"In {where} the heads' output does not enter the output projection as it is (a gate or a norm "
+            "lies between), so attn.z times W_O is no head's result. Read attn.result (hook_result) instead."
+        )
 
 
 def _projections(attention: Any) -> list[tuple[Tensor, Tensor | None]] | None:
