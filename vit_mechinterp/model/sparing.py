@@ -184,7 +184,7 @@ class _Spared:
         few = _rows(given, self.rows.first)
         if self.module not in _FIT:
             # Once per module: whatever its place in the block, it must see equal values.
-            off = float((_rows(few, self.rows.index) - given).abs().max())
+            off = float((_rows(few, self.rows.index) - given).detach().abs().max())
             (_FIT if off <= 1e-4 * float(given.abs().max()) else _UNFIT).add(self.module)
             if self.module in _UNFIT:
                 return self.native(*args, **kwargs)
