@@ -108,7 +108,7 @@ CIRCUITS: dict[str, Entry] = {
         "CKA and RSA between layers or models",
     ),
     "sparse_autoencoder": Entry(
-        "sparse_autoencoder:sparse_autoencoder", "images", "a dictionary's features, and the model without them"
+        "sparse_autoencoder:sparse_autoencoder", "images", "a dictionary's features, and what they do"
     ),
     "steering": Entry("steering:steering", "images", "the answer as a direction is added"),
 }
