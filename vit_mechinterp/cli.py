@@ -1,5 +1,5 @@
-"""The command line: ``vit-mechinterp demo | models | check | parity | sites | circuit | plan | run |
-train | schema``.
+"""The command line: ``vit-mechinterp demo | reproduce | models | check | parity | sites | circuit | plan |
+run | train | schema``.
 
 Commands import what they need when they run, so that ``--help`` is immediate. An error of this package is one
 message on stderr and exit code 2; ``--debug`` shows where it came from.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_mechinterp import __version__
-from vit_mechinterp.commands import analyses, bridges, circuit, models, training
+from vit_mechinterp.commands import analyses, bridges, circuit, models, reproduce, training
 from vit_mechinterp.errors import VitMechInterpError
 
 __all__ = ["main"]
@@ -58,6 +58,18 @@ def _parser() -> argparse.ArgumentParser:
     text = "run the main analysis on the shipped model, and write a page of pictures"
     demo = add("demo", analyses.demo, text)
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write into (%(default)s)")
+
+    text = "run the methods of a paper at small scale, and write a page"
+    papers = add("reproduce", reproduce.reproduce, text)
+    papers.epilog, papers.formatter_class = reproduce.epilog(), argparse.RawDescriptionHelpFormatter
+    papers.add_argument("paper", metavar="PAPER", help="a name from the list below")
+    papers.add_argument("--out", type=Path, required=True, help="folder to write into")
+    papers.add_argument("--scale", default="tiny", help="tiny (a minute or two) or small (%(default)s)")
+    only = papers.add_argument("--only", action="append", default=[], metavar="FIGURE")
+    only.help = "one figure alone; can be repeated"
+    papers.add_argument("--model", help="a model string in place of the shipped model")
+    sets = "digits, or from the hub cifar10, cifar100, svhn, imagenet"
+    papers.add_argument("--data", help=f"images for jelassi2022: {sets}")
 
     listed = add("models", models.models, "list the supported models, and which sites they lack and why")
     listed.add_argument("--library", metavar="NAME", help="timm, hf, torchvision or open_clip")
@@ -108,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the training in the folder")
     train.add_argument("--options", action="store_true", help="list all options, and stop")
 
-    for sub in (demo, parity, run, train):
+    for sub in (demo, parity, papers, run, train):
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
 
     add("schema", analyses.schema, "print the JSON schema of an experiment document")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vit_mechinterp.circuits.ablation import ablation_sweep
 from vit_mechinterp.circuits.activation_patching import activation_patching
+from vit_mechinterp.circuits.association_phases import association_phases
 from vit_mechinterp.circuits.attention import attention
 from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
@@ -28,12 +29,15 @@ from vit_mechinterp.circuits.metrics import (
     Rank,
     Similarity,
 )
+from vit_mechinterp.circuits.patch_association import patch_association
 from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
+from vit_mechinterp.circuits.positional_comparison import positional_comparison
 from vit_mechinterp.circuits.probing import probing
 from vit_mechinterp.circuits.representation_similarity import representation_similarity
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.circuits.sparse_autoencoder import sparse_autoencoder
 from vit_mechinterp.circuits.steering import steering
+from vit_mechinterp.circuits.structure_transfer import structure_transfer
 
 __all__ = [
     "Accuracy",
@@ -45,6 +49,7 @@ __all__ = [
     "Similarity",
     "ablation_sweep",
     "activation_patching",
+    "association_phases",
     "attention",
     "attention_stages",
     "attribution_patching",
@@ -63,10 +68,13 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "mean_directions",
+    "patch_association",
     "path_patching",
+    "positional_comparison",
     "probing",
     "representation_similarity",
     "sample_photographs",
     "sparse_autoencoder",
     "steering",
+    "structure_transfer",
 ]

@@ -48,14 +48,15 @@ def association(
 
     Args:
         matrix: attentions or similarities, queries along rows.
-        members: ``members[i, j]`` says that i belongs with j; the diagonal is True.
+        members: ``members[i, j]`` says that i belongs with j; the diagonal is True. Patches that belong with
+            none or with all others are left out of the means.
 
     Returns:
         ``agreement``, ``exact`` and ``corrected``, see the module.
 
     Raises:
-        DataError: the shapes differ, the diagonal is not True, or a set holds one patch or all of them, so
-            that there is nothing to find.
+        DataError: the shapes differ, the diagonal is not True, or every set holds one patch or all of them,
+            so that there is nothing to find.
     """
     if matrix.shape[-2:] != members.shape or not bool(members.diagonal().all()):
         raise DataError(
@@ -64,18 +65,20 @@ def association(
         )
     members = members.to(matrix.device)
     n, sizes = members.shape[0], members.sum(dim=1)
-    if int(sizes.min()) < 2 or int(sizes.max()) >= n:
-        raise DataError("Every set holds more than one patch and not all; else there is nothing to find.")
+    counts = (sizes > 1) & (sizes < n)
+    if not bool(counts.any()):
+        raise DataError("No set holds more than one patch and fewer than all: there is nothing to find.")
     found = _found(matrix, members, sizes)
     agreement = found / sizes
     eye = torch.eye(n, dtype=torch.bool, device=matrix.device)
-    others = sizes - 1
+    others = (sizes - 1).clamp_min(1)
     share = _found(matrix.masked_fill(eye, -torch.inf), members & ~eye, others) / others
     chance = others / (n - 1)
+    corrected = (share - chance) / (1 - chance)
     return {
-        "agreement": agreement.mean(dim=-1),
-        "exact": (found == sizes).float().mean(dim=-1),
-        "corrected": ((share - chance) / (1 - chance)).mean(dim=-1),
+        "agreement": agreement[..., counts].mean(dim=-1),
+        "exact": (found == sizes).float()[..., counts].mean(dim=-1),
+        "corrected": corrected[..., counts].mean(dim=-1),
     }
 
 

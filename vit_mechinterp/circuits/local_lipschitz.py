@@ -39,6 +39,7 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.tokens import Tokens
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["local_lipschitz"]
@@ -81,9 +82,11 @@ def local_lipschitz(
 
     Returns:
         Table, one row per site, image, kind, direction and scale: ``estimate`` (embedding units per input
-        unit); the scale 0 stands for the limit ``|J u|``. For singular directions ``value`` holds the
-        singular value and ``residual`` how exact it is, for null directions ``residual`` what is left of
-        ``|J u|`` after the projection. Figures: ``lipschitz`` and ``spectra``.
+        unit); the scale 0 stands for the limit ``|J u|``; ``relative`` is the estimate times ``|x| /
+        |f(x)|``, the relative change of the embedding per relative change of the image. For singular
+        directions ``value`` holds the singular value and ``residual`` how exact it is, for null directions
+        ``residual`` what is left of ``|J u|`` after the projection. Figures: ``lipschitz`` (of the last
+        site), ``spectra``, and ``layers`` with several sites.
 
     Raises:
         SpecError: no such site, or a scale that is not positive; DataError: fewer than two images.
@@ -108,14 +111,17 @@ def local_lipschitz(
         for kind, directions, facts in _directions(
             embedding, x, spectrum, towards, n_directions, seed + example, batch_size
         ):
-            estimates = _estimates(embedding, x, directions, scales, batch_size)
+            estimates, length = _estimates(embedding, x, directions, scales, batch_size)
+            share = float(x.norm()) / max(length, 1e-30)
             for n in range(len(directions)):
                 fixed = {"site": embedding.site, "image": example, "kind": kind, "direction": n, **facts[n]}
-                rows += [
-                    fixed | {"scale": scale, "estimate": float(estimates[scale][n])} for scale in estimates
-                ]
+                for scale, values in estimates.items():
+                    value = float(values[n])
+                    rows.append(fixed | {"scale": scale, "estimate": value, "relative": value * share})
     table = pd.DataFrame(rows)
-    limit = table[table["scale"] == 0].groupby("kind")["estimate"].median()
+    last = embeddings[-1].site
+    at_last = table[(table["scale"] == 0) & (table["site"] == last)]
+    limit = at_last.groupby("kind")["estimate"].median()
     singular, null = float(limit["singular"]), float(limit["null"])
     return CircuitResult(
         name="local_lipschitz",
@@ -134,8 +140,19 @@ def local_lipschitz(
             "image can change at nearly no cost. Estimates are this project's own."
         ),
         captions={
-            "lipschitz": "Local Lipschitz estimates; means over images with 95 % bootstrap intervals. Scale "
-            "0 is the limit |J u|.",
+            "lipschitz": f"Local Lipschitz estimates at {embeddings[-1]}; means over images with 95 % "
+            f"bootstrap "
+            "intervals, for steps of several lengths (shares of the image's own) and in the limit.",
+            **(
+                {
+                    "layers": "The limit |J u| by site, times |x| / |f(x)|: the relative change of the "
+                    "embedding "
+                    "per relative change of the image, so that sites can be compared; means over images with "
+                    "95 % bootstrap intervals."
+                }
+                if len(embeddings) > 1
+                else {}
+            ),
             "spectra": "The largest singular values of the Jacobian, one line per image.",
         },
         draw=_draw,
@@ -190,8 +207,8 @@ def _unit(directions: Tensor) -> Tensor:
 
 def _estimates(
     embedding: Embedding, x: Tensor, directions: Tensor, scales: Sequence[float], batch_size: int
-) -> dict[float, Float[Tensor, " direction"]]:
-    """``|f(x + e u) - f(x)| / e`` for every direction and scale, and ``|J u|`` under 0."""
+) -> tuple[dict[float, Float[Tensor, " direction"]], float]:
+    """``|f(x + e u) - f(x)| / e`` for every direction and scale, ``|J u|`` under 0; and ``|f(x)|``."""
     images = x.expand(len(directions), *x.shape)
     here, tangent = in_batches(embedding.jvp, images, directions, batch_size=batch_size)
     found = {0.0: tangent.norm(dim=1)}
@@ -201,30 +218,40 @@ def _estimates(
         with torch.no_grad():
             (there,) = in_batches(lambda z: (embedding(z),), x + step * directions, batch_size=batch_size)
         found[float(scale)] = (there - here).norm(dim=1) / step
-    return found
+    return found, float(here[0].norm())
 
 
 def _draw(result: CircuitResult) -> dict[str, Figure]:
     from vit_mechinterp.figures import dots_by_row
-    from vit_mechinterp.figures.matching import spectra
+    from vit_mechinterp.figures.matching import by_site, spectra
 
     table = result.table
+    sites = list(table["site"].unique())
     groups: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for scale, at_scale in table.groupby("scale"):
-        # Means over an image's directions first: images are what the interval is about.
-        means = at_scale.groupby(["kind", "site", "image"])["estimate"].mean()
-        own: dict[str, tuple[float, float, float]] = {}
-        for kind in _KINDS:
-            values = means[kind].to_numpy()
-            low, high = bootstrap_interval(values[None])
-            own[kind] = (float(values.mean()), float(low[0]), float(high[0]))
-        groups[f"step {float(str(scale)):g}" if scale else "limit |J u|"] = own
+    for scale, at_scale in table[table["site"] == sites[-1]].groupby("scale"):
+        name = f"step {float(str(scale)):g}" if scale else "limit |J u|"
+        groups[name] = {kind: _interval(at_scale, kind, "estimate") for kind in _KINDS}
     singular = table[(table["kind"] == "singular") & (table["scale"] == 0)]
     values = {
         str(site): own.pivot(index="image", columns="direction", values="value").to_numpy()
         for site, own in singular.groupby("site", sort=False)
     }
-    return {
-        "lipschitz": dots_by_row(groups, label="|f(x + e u) - f(x)| / e", logarithmic=True),
-        "spectra": spectra(values),
-    }
+    figures = {"lipschitz": dots_by_row(groups, label="|f(x + e u) - f(x)| / e", logarithmic=True)}
+    if len(sites) > 1:
+        at_limit = table[table["scale"] == 0]
+        figures["layers"] = by_site(
+            {
+                kind: [_interval(at_limit[at_limit["site"] == site], kind, "relative") for site in sites]
+                for kind in _KINDS
+            },
+            sites,
+            label="|J u| |x| / |f(x)|",
+        )
+    return {**figures, "spectra": spectra(values)}
+
+
+def _interval(table: pd.DataFrame, kind: str, column: str) -> tuple[float, float, float]:
+    """Mean over images with its interval; an image's own directions are averaged first."""
+    values = table[table["kind"] == kind].groupby("image")[column].mean().to_numpy()
+    low, high = bootstrap_interval(values[None])
+    return float(values.mean()), float(low[0]), float(high[0])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from PIL.Image import Image
 
-__all__ = ["drift_along", "matched_pairs", "matching_trajectories", "spectra"]
+__all__ = ["by_site", "drift_along", "matched_pairs", "matching_trajectories", "spectra"]
 
 
 @styled
@@ -74,16 +74,48 @@ def matching_trajectories(table: pd.DataFrame) -> Figure:
 @styled
 def spectra(values: Mapping[str, Float[np.ndarray, "image value"]]) -> Figure:
     """Draw singular values in falling order, a panel per site and a line per image."""
-    figure = new_figure(3.6 * len(values) + 0.4, 3.0)
+    figure = new_figure((3.6 if len(values) < 3 else 2.4) * len(values) + 0.4, 3.0)
     panels: Any = figure.subplots(1, len(values), squeeze=False, sharey=True)
     for axes, (site, rows) in zip(panels[0], values.items(), strict=True):
         for row in rows:
             axes.plot(range(1, len(row) + 1), row, color=PALETTE[0], linewidth=1.2, alpha=0.55, marker=".")
         axes.set_yscale("log")
-        axes.set_title(site)
+        axes.set_title(_short(site))
         axes.set_xlabel("singular value")
         axes.grid(axis="y")
     panels[0][0].set_ylabel("embedding units per input unit")
+    return figure
+
+
+def _short(site: str) -> str:
+    """A residual stream is named by its block alone."""
+    return site.replace("blocks.", "block ").replace(".resid_post", "")
+
+
+@styled
+def by_site(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]], sites: Sequence[str], *, label: str
+) -> Figure:
+    """Draw (value, lower end, upper end) at every site, a line per kind, on a logarithmic axis."""
+    figure = new_figure(3.0 + 0.85 * max(len(sites), 4), 3.4)
+    axes = figure.add_subplot()
+    ends = []
+    places = range(len(sites))
+    for (name, values), color in zip(lines.items(), PALETTE, strict=False):
+        middle, low, high = zip(*values, strict=True)
+        axes.plot(places, middle, color=color, marker="o", markersize=4, zorder=3)
+        axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0, zorder=2)
+        ends.append((name, color, middle[-1]))
+    axes.set_yscale("log")
+    axes.set_xticks(places, [_short(site) for site in sites])
+    axes.set_ylabel(label)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    for name, color, value in ends:
+        axes.annotate(
+            name, (len(sites) - 1, value), xytext=(9, 0), textcoords="offset points", va="center",
+            color=color, fontsize=8.5, annotation_clip=False,
+        )  # fmt: skip
     return figure
 
 
