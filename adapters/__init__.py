@@ -1,4 +1,6 @@
-"""The families of ViTs that the package knows, one flat file per layout."""
+"""The families of ViTs that the package knows, one flat file per layout; `transformers_packed` and
+`transformers_readout` hold what several of them share.
+"""
 
 if __name__ == "adapters":
     raise ImportError("This folder is part of vit_mechinterp; import vit_mechinterp.adapters.")

@@ -38,6 +38,7 @@ def tokens(model: Any) -> TokenLayout:
         grid=tuple(patches.grid_size),
         patch_size=(int(height), int(width)),
         image_size=tuple(patches.img_size),
+        padded=bool(getattr(patches, "dynamic_img_pad", False)),
     )
 
 

@@ -97,6 +97,7 @@ class Catalogue:
         Raises:
             SpecError: there is no such library.
         """
+        library = "hf" if library == "transformers" else library
         if library is not None and library not in self.libraries:
             raise SpecError(
                 f"The catalogue has no library {library!r}.{suggest(library, self.libraries)} "
@@ -107,7 +108,10 @@ class Catalogue:
             entry
             for entry in self.entries
             if library in (None, entry.library)
-            and any(wanted in text.lower() for text in (entry.name, entry.model, entry.row, entry.checkpoint))
+            and any(
+                wanted in text.lower()
+                for text in (entry.name, entry.string, entry.model, entry.row, entry.checkpoint)
+            )
         ]
 
     def near(self, name: str, *, limit: int = 4) -> str:
@@ -120,7 +124,7 @@ class Catalogue:
             string = entry.string or (f"hf/{entry.checkpoint}" if entry.checkpoint else "")
             for key in (string, string.partition("/")[2], string.rpartition("/")[2], entry.name):
                 strings.setdefault(_plain(key), string)
-        strings = {key: string for key, string in strings.items() if string}
+        strings = {key: string for key, string in strings.items() if string not in ("", name)}
         found = difflib.get_close_matches(_plain(name), strings, n=2 * limit, cutoff=0.7)
         if not found and len(name) > 3:
             found = [key for key in strings if _plain(name) in key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     try:
         code: int = arguments.command(arguments)
+        sys.stdout.flush()
         return code
     except VitMechInterpError as error:
         if arguments.debug:
             raise
         print(f"vit-mechinterp: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (models | head). Python's own flush at exit must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("vit-mechinterp: interrupted", file=sys.stderr)
         return 130
@@ -78,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = add("check", models.check, "check that a model can be trusted, and print the table")
     check.add_argument("--fast", action="store_true", help="run the fast checks only")
+    text = "pixels of the images, where the model takes several sizes"
+    check.add_argument("--image-size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help=text)
     check.add_argument("--json", action="store_true", help="print every finding as JSON")
     sites = add("sites", models.sites, "list the sites of a model with their shapes for one example")
     parity = add("parity", bridges.parity, "compare the engine with other packages on a model")

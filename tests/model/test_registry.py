@@ -125,7 +125,8 @@ def test_a_resnet_is_refused_with_everything_that_was_probed() -> None:
         "timm.parallel_differential, timm.parallel_things, timm.cait, timm.xcit: no list of blocks at 'blocks'"
     )
     named = [name for line in probed for name in line.split(": ")[0].strip().split(", ")]
-    assert sorted(named) == sorted(family.name for family in FAMILIES)
+    # Families around those of timm are named once, by what stands around.
+    assert set(named) == {family.name.partition("(")[0] for family in FAMILIES}
     assert all("no list of blocks at '" in line for line in probed)
     assert nearest == "No list of modules in it has half of the places that any family names."
     assert last == (

@@ -10,7 +10,7 @@ from torch import nn
 
 from vit_mechinterp.catalogue import catalogue
 from vit_mechinterp.errors import SpecError, suggest
-from vit_mechinterp.model.origins import is_folder
+from vit_mechinterp.model.origins import is_folder, library_of
 from vit_mechinterp.model.pickles import is_pickle, pickles_in, refused
 from vit_mechinterp.model.registry import foresee
 
@@ -81,8 +81,11 @@ def _known(name: str) -> None:
 def _with_config(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise SpecError(
-            f"{folder} has no config.json; a timm folder holds config.json and model.safetensors."
+            f"{folder} has no config.json; a timm folder holds config.json and model.safetensors. A file with "
+            "weights alone is read by 'timm/NAME' with checkpoint_path=FILE."
         )
+    if library_of(str(folder.resolve())).startswith("hf/"):
+        raise SpecError(f"{folder} is a folder of transformers, not of timm: load it as 'hf/{folder}'.")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,6 +68,19 @@ class HookedViT:
     def __repr__(self) -> str:
         return f"HookedViT({type(self.module).__name__}, {self.layout})"
 
+    def __copy__(self) -> HookedViT:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedViT:
+        """A wrapper around a copy of the module."""
+        return HookedViT(copy.deepcopy(self.module, memo), self.layout, self.source, self.origin)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "A HookedViT is not pickled, because it holds a lock and functions: send the module (or its model "
+            "string) to the other process, and wrap (or load) it there."
+        )
+
     def __call__(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch *output"]:
         """The native output, bit for bit: logits, or what ``layout.output`` names."""
         with self.lock:
@@ -75,6 +89,11 @@ class HookedViT:
     def _forward(self, x: Tensor) -> Tensor:
         if self._watched or not isinstance(x, Tensor):
             require_images(self, x)
+        if next(self.module.parameters()).is_meta and not x.is_meta:
+            raise ExecutionError(
+                f"{type(self.module).__name__} stands on the meta device and has no weights: make it without "
+                "torch.device('meta'), or bring it to a device with module.to_empty(device=...) and load them."
+            )
         family = self.layout.family
         if family.one_image is not None and len(x) > 1:
             raise ExecutionError(

@@ -42,7 +42,7 @@ class TokenLayout:
     ``prefix`` and ``suffix`` name one token per entry; a name may repeat (``("cls", "registers",
     "registers")``). ``patch_size`` is ``(height, width)`` in pixels of the model's input, ``image_size`` the
     input's size. For video the grid is ``[t, h, w]`` and ``frames`` the number of frames of the input; it is
-    None for images.
+    None for images. ``padded`` says that an image of whole patches is made of one that is not.
     """
 
     prefix: tuple[str, ...]
@@ -51,6 +51,7 @@ class TokenLayout:
     image_size: tuple[int, int]
     suffix: tuple[str, ...] = ()
     frames: int | None = None
+    padded: bool = False
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -60,7 +61,10 @@ class TokenLayout:
 
     def resized(self, image_size: tuple[int, int]) -> TokenLayout:
         """The layout for images of another size ``(height, width)``, in whole patches."""
-        grid = tuple(edge // patch for edge, patch in zip(image_size, self.patch_size, strict=True))
+        grid = tuple(
+            -(-edge // patch) if self.padded else edge // patch
+            for edge, patch in zip(image_size, self.patch_size, strict=True)
+        )
         return replace(self, grid=(*self.grid[:-2], *grid), image_size=image_size)
 
     @property
@@ -200,7 +204,7 @@ class Family:
         return reason(block) if callable(reason) else reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layout:
     """What is known of one live model, as plain facts.
 
@@ -245,6 +249,9 @@ class Layout:
         """Dotted path from the model to a block's attention module."""
         inside = f".{self.family.attention}" if self.family.attention else ""
         return f"{self.blocks_path}.{layer}{inside}"
+
+    def __repr__(self) -> str:
+        return f"Layout({self})"
 
     def __str__(self) -> str:
         return (

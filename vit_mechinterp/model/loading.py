@@ -99,6 +99,12 @@ def load(
         raise UnsupportedModelError(f"{error}{near and f' Of the supported models:{near}'}") from None
     except VitMechInterpError:
         raise
+    except TypeError as error:
+        if not options:
+            raise
+        raise SpecError(
+            f"{name!r}: {library} does not take one of the options {', '.join(map(repr, options))} ({error})."
+        ) from error
     except SafetensorError as error:
         raise TensorFileError(
             f"{name!r}: its weights are no readable safetensors file (truncated or damaged?): {error}."

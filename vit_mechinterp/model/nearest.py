@@ -60,12 +60,12 @@ class Fit:
 
 
 def nearest(families: Sequence[Family], module: nn.Module) -> Fit | None:
-    """The family of whose places in a block most are there, in whatever list; None if none has half."""
+    """The family of whose places in a block most are there, in whatever list; None if no block has any."""
     fits = [
         fit
         for path, blocks in _lists(module)
         for family in families
-        if 2 * (fit := _fit(family, path, blocks[0])).n_found > fit.n_places
+        if (fit := _fit(family, path, blocks[0])).n_found
     ]
     return max(fits, key=lambda fit: fit.rank, default=None)
 
@@ -75,7 +75,7 @@ def describe_nearest(families: Sequence[Family], module: nn.Module) -> list[str]
     lines = []
     fit = nearest(families, module)
     if fit is None:
-        lines.append("No list of modules in it has half of the places that any family names.")
+        lines.append("No list of modules in it has any of the places that a family names.")
     else:
         # Where every place of a block is there, the reason lies outside the first block.
         whole = not fit.missing and not fit.foreign and fit.path in fit.family.blocks

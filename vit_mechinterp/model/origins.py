@@ -44,7 +44,8 @@ def library_of(source: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SpecError(
-            f"{source!r} is no folder with a model: its config.json cannot be read ({reason})."
+            f"{source!r} is no folder with a model: its config.json cannot be read ({reason}). A file with "
+            "weights alone is read by 'timm/NAME' with checkpoint_path=FILE."
         ) from None
     keys = config if isinstance(config, dict) else {}
     if "architecture" in keys:

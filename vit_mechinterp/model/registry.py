@@ -157,11 +157,13 @@ def wrap(
         return other
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(f"wrap takes a torch module, not {type(module).__name__}.")
-    if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} is compiled, so what happens inside cannot be seen or edited; wrap the "
-            "module that it was made of."
-        )
+    for path, part in module.named_modules():
+        if hasattr(part, "_orig_mod") or isinstance(part, torch.jit.ScriptModule):
+            where = f"{type(module).__name__}.{path}" if path else type(module).__name__
+            raise UnsupportedModelError(
+                f"{where} is compiled, so what happens inside cannot be seen or edited; wrap the module that "
+                "it was made of (and let vit.compile() compile the blocks)."
+            )
     family = _describing(module)
     vit = HookedViT(module, resolve(family, module, size), source)
     if size not in (None, family.tokens(module).image_size):
@@ -202,13 +204,18 @@ def _describing(module: nn.Module) -> Family:
             return family
         probed.setdefault(reason, []).append(family.name)
     lines = [f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}. Probed:"]
-    lines += [f"  {', '.join(names)}: {reason}" for reason, names in probed.items()]
+    lines += [f"  {_listed(names)}: {reason}" for reason, names in probed.items()]
     lines += describe_nearest(known, module)
     lines.append(
-        "If this is a ViT, describe it with vit_mechinterp.register(Family(...)); if it is a model that "
-        "holds one, wrap that part of it."
+        "If this is a ViT, describe it with @vit_mechinterp.register_adapter (docs/register_a_vit.md); if it "
+        "is a model that holds one, wrap that part of it."
     )
     raise UnsupportedModelError("\n".join(lines))
+
+
+def _listed(names: list[str]) -> str:
+    """Names of families; those that stand around others, such as ``around(timm.vit)``, by the outer name."""
+    return ", ".join(dict.fromkeys(name.partition("(")[0] for name in names))
 
 
 def _require_conformance(vit: HookedViT) -> None:
