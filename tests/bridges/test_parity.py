@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import vit_mechinterp as vmi
 from tests.bridges.parity_document import DOCUMENT, comparable, matrices, written
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp.bridges import hooks as plain
 from vit_mechinterp.bridges.parity import Cell, Parity, parity
+from vit_mechinterp.bridges.parity_runs import parity_data, parity_runs
 from vit_mechinterp.cli import main
+from vit_mechinterp.errors import SpecError
 
 
 def test_every_backend_agrees_on_every_model_and_the_page_says_so() -> None:
@@ -42,6 +45,18 @@ def test_an_error_in_a_backend_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     found = parity(vmi.wrap(TIMM_PLAIN.module()), ["hooks"], progress=False)
     reasons = {name: row["hooks"].refusal for name, row in found.cells.items()}
     assert "reached 0 times in a forward" in reasons["interchange of patches at resid_post"]
+
+
+@pytest.mark.parametrize("backend", ["hooks", "nnsight", "transformer_lens"])
+def test_half_precision_runs_on_backends_and_is_no_matter_for_the_matrix(backend: str) -> None:
+    vit = vmi.wrap(TIMM_PLAIN.module(torch.bfloat16))
+    runs, tensors = parity_runs(vit)
+    run, data = runs["interchange of attn.pattern"], parity_data(vit)
+    ours = vmi.execute(vit, run, data).logits
+    theirs = vmi.execute(vit, run, data, tensors, backend=backend).logits
+    assert float((ours - theirs).abs().max()) < 0.05 * float(ours.abs().max())
+    with pytest.raises(SpecError, match=r"The model is in bfloat16, .* Compare in float32\."):
+        parity(vit)
 
 
 def made() -> object:

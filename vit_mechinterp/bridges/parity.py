@@ -19,7 +19,6 @@ __all__ = ["BACKENDS", "Cell", "Parity", "parity"]
 BACKENDS = ("hooks", "nnsight", "pyvene", "transformer_lens")
 
 _TOLERANCE = {"torch.float32": 1e-5, "torch.float64": 1e-10}
-_HALF = 2e-2
 _SHARE = 30
 """A difference is at most this part of the run's own effect, or the agreement shows nothing."""
 
@@ -119,8 +118,13 @@ def parity(
         progress: show a bar if it takes longer than two seconds.
 
     Raises:
-        SpecError: the engine itself refuses a run on this model.
+        SpecError: the model is in half precision, or the engine itself refuses a run on it.
     """
+    if str(vit.dtype) not in _TOLERANCE:
+        raise SpecError(
+            f"The model is in {str(vit.dtype).removeprefix('torch.')}, where written-out attention and the "
+            "fused kernel round so differently that small effects drown. Compare in float32."
+        )
     data = parity_data(vit, n_examples, seed)
     experiments, tensors = parity_runs(vit, seed)
     chosen: Sequence[str] = list(dict.fromkeys(backends))
@@ -139,8 +143,8 @@ def parity(
                 cells[name][backend] = Cell(refusal=_reason(str(error)))
             else:
                 cells[name][backend] = Cell(float((theirs - ours).abs().max()) / scale)
-    tolerance = _TOLERANCE.get(str(vit.dtype), _HALF)
-    return Parity(vit.source or type(vit.module).__name__, tolerance, effects, cells)
+    name = vit.source or type(vit.module).__name__
+    return Parity(name, _TOLERANCE[str(vit.dtype)], effects, cells)
 
 
 def _reason(message: str) -> str:

@@ -15,6 +15,8 @@ from vit_mechinterp.model.ports import Port, is_missing, lookup
 __all__ = ["AttentionWeights", "Readout", "attention_weights", "module_at", "output_weights", "readout_of"]
 
 _AGREE = 1e-4
+_AGREE_HALF = 5e-2
+"""Of a value's scale, by the model's precision."""
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 
 
@@ -98,7 +100,7 @@ def _check_increment(vit: HookedViT, layer: int, W_O: Tensor, b_O: Tensor, where
     _, cache = vit.run(_random(vit), capture=vit.expand(names))
     z, expected = (cache[name] for name in names)
     found = torch.einsum("bthd,hdm->btm", z, W_O) + b_O
-    if float((found - expected).abs().max()) > _AGREE * float(expected.abs().max()):
+    if float((found - expected).abs().max()) > _agree(vit) * float(expected.abs().max()):
         raise SpecError(
             f"In {where} the heads' output does not enter the output projection as it is (a gate or a norm "
             "lies between), so attn.z times W_O is no head's result. Read attn.result (hook_result) instead."
@@ -136,7 +138,7 @@ def _check_values(vit: HookedViT, layer: int, weights: AttentionWeights, where: 
     found = torch.einsum("btm,hmd->bthd", cache[f"blocks.{layer}.ln1"], weights.W_V) + weights.b_V
     expected = cache[f"blocks.{layer}.attn.v"]
     fits = found.shape == expected.shape
-    if not fits or float((found - expected).abs().max()) > _AGREE * float(expected.abs().max()):
+    if not fits or float((found - expected).abs().max()) > _agree(vit) * float(expected.abs().max()):
         raise SpecError(
             f"The linear layers found in {where} do not make the block's values from its norm's output, so "
             "they are no W_Q, W_K and W_V."
@@ -161,7 +163,7 @@ def readout_of(vit: HookedViT) -> Readout | str:
     for norm in norms if output.ndim == 2 else ():
         for token in range(len(vit.layout.tokens.prefix)):
             found = head(norm(cache[last][:, token]))
-            if float((found - output).abs().max()) <= _AGREE * float(output.abs().max()):
+            if float((found - output).abs().max()) <= _agree(vit) * float(output.abs().max()):
                 return Readout(norm, head, token)
     return (
         f"the head of {model} does not read one token behind one norm (it pools several, or does more), so a "
@@ -182,6 +184,10 @@ def module_at(vit: HookedViT, site: str) -> nn.Module | None:
         return None
     module = lookup(vit.module, port.path)
     return module if isinstance(module, nn.Module) else None
+
+
+def _agree(vit: HookedViT) -> float:
+    return _AGREE if torch.finfo(vit.dtype).bits >= 32 else _AGREE_HALF
 
 
 def _random(vit: HookedViT) -> Tensor:
