@@ -225,3 +225,35 @@ def test_bad_input_is_named_first() -> None:
         logit_attribution(clip, images, directions=torch.randn(4, 5))
     with pytest.raises(SpecError, match=r"3 names are given for 5 classes"):
         logit_attribution(vit, images, names=["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_base_distilled_patch16_224",  # two heads read two tokens
+        "vit_medium_patch16_gap_256",  # mean pooling, a norm before and none behind it
+        "eva02_base_patch14_224",  # a norm behind the pooling, gated MLPs with a norm inside
+        "vit_relpos_base_patch16_rpn_224",  # norms behind attention and MLP
+        "vit_base_patch16_xp_224",  # attention and MLP side by side
+        "vit_dpwee_patch16_reg1_gap_256",  # differential attention, side by side
+    ],
+)
+def test_parts_sum_to_the_logit_in_other_families(name: str) -> None:
+    from tests.zoo.shrink import names, shrunk
+
+    if name not in names():
+        pytest.skip("this timm does not have it")
+    vit = vmi.wrap(stirred(shrunk(name)).eval())
+    images = torch.randn(2, *vit.layout.tokens.input_shape)
+    result = logit_attribution(vit, images, answer=1, progress=False)
+    components = result.table[result.table["kind"] == "component"]["contribution"]
+    with torch.no_grad():
+        logit = float(vit(images)[:, 1].mean())
+    assert np.isclose(components.sum(), logit, atol=1e-4 * max(1.0, float(components.abs().sum())))
+    assert result.provenance["residual"] < 1e-5
+    for layer, rows in result.table[result.table["kind"] == "head"].groupby("layer"):
+        whole = result.table[(result.table["part"] == "attn_out") & (result.table["layer"] == layer)]
+        assert np.isclose(rows["contribution"].sum(), whole["contribution"].item(), atol=1e-5)
+    for layer, rows in result.table[result.table["kind"] == "source"].groupby("layer"):
+        heads = result.table[(result.table["part"] == "head") & (result.table["layer"] == layer)]
+        assert np.isclose(rows["contribution"].sum(), heads["contribution"].sum(), atol=1e-4)

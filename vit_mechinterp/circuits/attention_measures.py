@@ -79,9 +79,5 @@ def similarity(patterns: Float[Tensor, "batch head token token"]) -> Float[Tenso
     """Return how alike heads attend: 1 minus the mean over queries of the total variation of their rows, so 1
     for equal patterns and 0 for heads that attend to different tokens.
     """
-    rows = patterns.double()
-    heads = rows.shape[1]
-    found = torch.empty(len(rows), heads, heads, dtype=torch.float64, device=rows.device)
-    for head in range(heads):
-        found[:, head] = 1 - 0.5 * (rows - rows[:, head : head + 1]).abs().sum(-1).mean(-1)
-    return found
+    rows = patterns.float().flatten(2)
+    return 1 - 0.5 * torch.cdist(rows, rows, p=1).double() / patterns.shape[-2]
