@@ -224,7 +224,7 @@ LIES = (
     Lie(
         "final norm's input under the name of its output", made,
         lambda family: replace(family, readout=lambda model: _with_final(family, model, Port("norm", "input"))),
-        MEANING, "ln_final", "it shows the values of blocks.1.resid_post",
+        "ends of the stream", "ln_final", "it shows the values of blocks.1.resid_post",
     ),
     Lie(
         "MLP behind its activation", made, port("mlp.pre", Port("mlp.act")),

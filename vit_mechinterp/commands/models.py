@@ -122,7 +122,8 @@ def check(arguments: argparse.Namespace) -> int:
     from vit_mechinterp.model.conformance import check
 
     vit = opened(arguments.model, arguments.pretrained, arguments.allow_pickle)
-    report = check(vit, subset="fast" if arguments.fast else "all")
+    size = tuple(arguments.image_size) if arguments.image_size else None
+    report = check(vit, subset="fast" if arguments.fast else "all", image_size=size)
     if arguments.json:
         # JSON has no infinity: a difference of shapes or of what is not finite is said in the detail.
         rows = [{**asdict(row), "deviation": _finite(row.deviation)} for row in report.rows]

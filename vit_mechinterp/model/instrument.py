@@ -21,7 +21,7 @@ from vit_mechinterp.model.layout import TAP_SITES, Layout
 from vit_mechinterp.model.multihead import is_closed
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
 from vit_mechinterp.model.precedence import hook_output
-from vit_mechinterp.model.tap import shadowed_forward, tapped
+from vit_mechinterp.model.tap import projected, shadowed_forward, tapped
 from vit_mechinterp.model.visiting import contribution, hand_on, hand_on_tuple, replace_input, replace_output
 from vit_mechinterp.spec import Site
 
@@ -189,7 +189,7 @@ class Instrument:
             _EDITED_RESULTS.pop(projection, None)
 
         def visit(value: Tensor) -> Tensor:
-            z = merged.pop()
+            z = projected(merged, self.layout.family.out_projection, layer)
             result = _EDITED_RESULTS.get(projection)
             if result is None:
                 # The heads come first where the projection serves the MLP as well.

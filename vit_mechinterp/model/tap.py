@@ -22,7 +22,7 @@ from vit_mechinterp.model.interception import Interception, PackedInterception, 
 from vit_mechinterp.model.multihead import opened
 from vit_mechinterp.model.packing import ENDS, Packing
 
-__all__ = ["shadowed_forward", "tapped"]
+__all__ = ["projected", "shadowed_forward", "tapped"]
 
 
 @contextmanager
@@ -118,3 +118,17 @@ _UNFUSED = (
     "Use fused attention: attn_implementation='sdpa' when loading with transformers (or "
     "model.set_attn_implementation('sdpa')); fused_attn=True on every attention module of timm."
 )
+
+
+def projected(kept: list[Tensor], out_projection: str, layer: int) -> Tensor:
+    """What the output projection was given; it must have run where the attention increment is reached.
+
+    Raises:
+        ExecutionError: it has not.
+    """
+    if not kept:
+        raise ExecutionError(
+            f"out_projection={out_projection!r} has not run where attn_out of block {layer} is reached, so "
+            "it is not the layer that mixes the heads back into the residual stream; declare that one."
+        )
+    return kept.pop()

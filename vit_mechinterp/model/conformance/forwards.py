@@ -169,6 +169,21 @@ def _one_more(value: Tensor) -> Tensor:
 
 def interchange_of_images(subject: Subject, record: Record) -> None:
     """The whole residual stream of other images gives the other images' output: nothing goes past it."""
+    last = subject.layers[-1]
+    stream = ("resid_pre", "resid_mid", "resid_post")
+    sites = [f"blocks.{layer}.{name}" for layer in dict.fromkeys((0, last // 2, last)) for name in stream]
+    _interchange(subject, record, ("embed", *sites, *READOUT))
+
+
+def interchange_behind_the_blocks(subject: Subject, record: Record) -> None:
+    """The same of the sites behind the blocks alone, which nothing else in the fast subset writes to."""
+    _interchange(subject, record, READOUT)
+
+
+READOUT = ("ln_final", "pooled", "logits")
+
+
+def _interchange(subject: Subject, record: Record, names: Sequence[str]) -> None:
     other, values = subject.native.roll(1, dims=0), subject.values
     if subject.layout.family.one_image:
         another = subject.noise(subject.images.shape)
@@ -177,10 +192,7 @@ def interchange_of_images(subject: Subject, record: Record) -> None:
         subject.run({name: keeping(kept, name) for name in subject.sites}, another)
         values = kept
     apart = deviation(other, subject.native)
-    last = subject.layers[-1]
-    stream = ("resid_pre", "resid_mid", "resid_post")
-    sites = [f"blocks.{layer}.{name}" for layer in dict.fromkeys((0, last // 2, last)) for name in stream]
-    for name in ("embed", *sites, "ln_final", "pooled", "logits"):
+    for name in names:
         if name not in subject.sites:
             continue
         if apart == 0:

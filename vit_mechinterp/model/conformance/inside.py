@@ -27,8 +27,22 @@ HEADS = {
 """Where the heads of one site are told from those of the next."""
 MIXED = ("attn.q", "attn.k", "attn.pattern")
 """From these to the next, heads read each other in families that mix them (talking heads)."""
-SAME = (("resid_pre", "ln1"), ("resid_mid", "ln2"), ("mlp.pre", "mlp.post"), ("mlp.pre_linear", "mlp.post"))
-"""Pairs between which a norm, an activation or a product stands."""
+SAME = (
+    ("resid_pre", "ln1"),
+    ("ln1", "attn_out"),
+    ("resid_mid", "ln2"),
+    ("ln1", "mlp.pre"),
+    ("ln2", "mlp.pre"),
+    ("ln1", "mlp.pre_linear"),
+    ("ln2", "mlp.pre_linear"),
+    ("mlp.pre", "mlp.pre_linear"),
+    ("ln2", "mlp.post"),
+    ("mlp.pre", "mlp.post"),
+    ("mlp.pre_linear", "mlp.post"),
+    ("mlp.pre", "mlp_out"),
+    ("mlp.post", "mlp_out"),
+)
+"""Pairs between which a norm, a linear layer, an activation or a product stands."""
 NORMED = 1e-3
 """How far a norm behind the product, whose epsilon counts a little, may move what it is given doubled."""
 
@@ -121,18 +135,17 @@ def scores_of_queries_and_keys(subject: Subject, edited: Edited, record: Record)
 def names_differ(subject: Subject, layer: int, sites: list[str], record: Record) -> None:
     """No two names stand for the same values where a norm, an activation or a product is between them."""
     pairs = [(f"blocks.{layer}.{a}", f"blocks.{layer}.{b}") for a, b in SAME if a in sites and b in sites]
-    last = f"blocks.{subject.layers[-1]}.resid_post"
-    if layer == subject.layers[-1] and {last, "ln_final"} <= set(subject.sites):
-        pairs.append((last, "ln_final"))
     for before, after in pairs:
         first, second = subject.values[before], subject.values[after]
         same = first.shape == second.shape and torch.equal(first, second)
-        text = f"it shows the values of {before}; if nothing is between them, declare it absent"
+        text = f"it shows the values of {before}; one of them is not what it is called (if nothing "
+        text += "is between them, declare one absent)"
         record.add(not same, after, text if same else "")
 
 
 def gate_and_linear(subject: Subject, layer: int, sites: list[str], record: Record) -> None:
-    """Of the two branches of a gated MLP, the one called linear is: twice of it is twice the product."""
+    """Of the two branches of a gated MLP, the one called linear is: twice of it is twice the product, and
+    its opposite the opposite, which tells it from a gate that is rectified."""
     if not {"mlp.pre_linear", "mlp.post"} <= set(sites):
         return
 
@@ -147,3 +160,38 @@ def gate_and_linear(subject: Subject, layer: int, sites: list[str], record: Reco
     allowed = max(4 * subject.unit, NORMED) if normed < share else 4 * subject.unit
     text = "mlp.post, from twice what it was (or from what it was, if a norm follows),"
     record.near(min(share, normed), allowed, edited.name("mlp.pre_linear"), text)
+    if share > 4 * subject.unit:
+        return
+
+    def opposite(site: str, row: Tensor) -> Tensor:
+        return -row if site == "mlp.pre_linear" else row
+
+    edited = edited_block(subject, layer, ["resid_pre", "mlp.pre_linear", "mlp.post"], opposite)
+    post = wide(edited.values["mlp.post"])
+    share = deviation(post[row], -post[0])
+    text = "mlp.post, from its opposite where this is the opposite (a rectified gate is no linear branch),"
+    record.near(share, 4 * subject.unit, edited.name("mlp.pre_linear"), text)
+
+
+def post_is_made_of_pre(subject: Subject, layer: int, sites: list[str], record: Record) -> None:
+    """Without a second branch every token's ``mlp.post`` is a function of its ``mlp.pre``: tokens exchanged
+    there are exchanged behind the activation."""
+    if not {"mlp.pre", "mlp.post"} <= set(sites) or "mlp.pre_linear" in sites:
+        return
+
+    def write(site: str, row: Tensor) -> Tensor:
+        return row.roll(1, dims=0) if site == "mlp.pre" else row
+
+    edited = edited_block(subject, layer, ["resid_pre", "mlp.pre", "mlp.post"], write)
+    name = edited.name("mlp.pre")
+    post = wide(edited.values["mlp.post"])
+    share = deviation(post[edited.rows["mlp.pre"]], post[0].roll(1, dims=0))
+    text = "with the tokens of mlp.pre exchanged, mlp.post differs"
+    hint = "more than mlp.pre goes into it: declare the second branch of a gated MLP, mlp.pre_linear"
+    record.near(share, 4 * subject.unit, name, text, hint)
+    widths = [subject.values[f"blocks.{layer}.{site}"].shape[-1] for site in ("mlp.pre", "mlp.post")]
+    if widths[0] != widths[1]:
+        text = f"it has {widths[1]} features, and mlp.pre {widths[0]}: an activation keeps their number"
+        if widths[0] == 2 * widths[1]:
+            text += "; the halves of a packed MLP are mlp.pre and mlp.pre_linear (Port.part)"
+        record.add(False, edited.name("mlp.post"), text)

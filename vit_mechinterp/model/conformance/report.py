@@ -141,10 +141,16 @@ class Record:
         """Record that there is nothing to compare at a site under the current check, and why."""
         self.rows.append(Row(self.check, site, True, reason, left_out=True))
 
-    def near(self, deviation: float, allowed: float, site: str = "", detail: str = "") -> None:
-        """Record a comparison of numbers; it passes up to ``allowed`` (0: only if they are bit-identical)."""
+    def near(
+        self, deviation: float, allowed: float, site: str = "", detail: str = "", hint: str = ""
+    ) -> None:
+        """Record a comparison of numbers; it passes up to ``allowed`` (0: only if they are bit-identical).
+
+        ``hint`` says what to look at where it does not.
+        """
         passed = deviation <= allowed
         wanted = "bit-identity" if allowed == 0 else f"at most {allowed:.0e}"
         seen = detail or "differs"
         text = "" if passed else f"{seen} by {deviation:.1e} of the scale where {wanted} is required"
+        text += f"; {hint}" if hint and not passed else ""
         self.add(passed, site, text, deviation)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vit_mechinterp.model.conformance.ends import ends_of_the_stream
 from vit_mechinterp.model.conformance.forwards import (
     capture_only,
     captures_outlive_edits,
     fires_once,
     growth_and_skip,
+    interchange_behind_the_blocks,
     interchange_of_images,
     native_output,
     port_or_reason,
@@ -22,6 +24,7 @@ from vit_mechinterp.model.conformance.forwards import (
     write_back,
 )
 from vit_mechinterp.model.conformance.report import Record, Report
+from vit_mechinterp.model.conformance.small import at_size, moderate
 from vit_mechinterp.model.conformance.snapshot import differences, snapshot
 from vit_mechinterp.model.conformance.subject import Subject, deviation
 from vit_mechinterp.model.conformance.writes import interchange_with_itself, writes_and_identities
@@ -34,6 +37,7 @@ CHECKS = {
     "native output": native_output,
     "fires once, with its shape": fires_once,
     "prefix + grid + suffix": token_layout,
+    "ends of the stream": ends_of_the_stream,
     "capture only": capture_only,
     "write back": write_back,
     "captures outlive edits": captures_outlive_edits,
@@ -47,12 +51,17 @@ CHECKS = {
 
 SLOW = ("interchange with itself", "interchange of images", "growth and skip", "single row")
 """Those that the fast subset leaves out: they find again, from whole forwards, what single blocks show."""
+FAST = {name: part for name, part in CHECKS.items() if name not in SLOW} | {
+    "interchange of images": interchange_behind_the_blocks
+}
+"""The fast subset."""
 
 
 def check(
     vit: HookedViT,
     *,
     subset: Literal["all", "fast"] = "all",
+    image_size: tuple[int, int] | None = None,
     n_images: int = 2,
     seed: int = 0,
     progress: bool = True,
@@ -65,14 +74,22 @@ def check(
         vit: the model, on any device, in any floating-point dtype; tolerances follow its precision.
         subset: ``"fast"`` writes into the first, the middle and the last block alone, and joins no rows: what
             ``load(..., check=True)`` asks for.
+        image_size: height and width in pixels of the images, for a model that takes several. By default the
+            wrapper's own; where these have more than 256 patches, and the model takes smaller ones, those of
+            12 x 16 patches or fewer. The report's title names the size.
         n_images: how many random images to use (at least 2; 1 where the model takes one per forward).
         seed: of the images and of what is written.
         progress: show a progress bar.
 
     Returns:
         All findings. A check that raises is a failed check, and the next one runs.
+
+    Raises:
+        SpecError: the model takes no images of ``image_size``.
     """
     record = Record()
+    own = vit.layout.tokens.image_size
+    vit = moderate(vit) if image_size is None else at_size(vit, image_size)
     dropping = vit.dropout()
     with record.under("eval mode"):
         text = f"{dropping} drops activations at random in train mode; call module.eval()" if dropping else ""
@@ -83,6 +100,8 @@ def check(
             n_images = 1 if vit.layout.family.one_image else max(n_images, 2)
             _run(vit, subset == "fast", n_images, seed, record, progress)
     title = f"{type(vit.module).__name__}, {vit.layout}" + (" (fast checks)" if subset == "fast" else "")
+    if (size := vit.layout.tokens.image_size) != own:
+        title += f", checked on images of {size[0]} x {size[1]} (its own are {own[0]} x {own[1]})"
     return Report(title, tuple(record.rows), vit.layout.absent)
 
 
@@ -93,7 +112,7 @@ def _run(vit: HookedViT, fast: bool, n_images: int, seed: int, record: Record, p
         subject = Subject(vit, n_images, seed)
     if record.rows[-1].check == "first forward":
         return
-    parts = {name: part for name, part in CHECKS.items() if not (fast and name in SLOW)}
+    parts = FAST if fast else CHECKS
     if fast:
         layers = subject.layers
         subject.layers = sorted({layers[0], layers[len(layers) // 2], layers[-1]})

@@ -14,6 +14,7 @@ from vit_mechinterp.model.conformance.inside import (
     gate_and_linear,
     heads_stay_apart,
     names_differ,
+    post_is_made_of_pre,
     scores_of_queries_and_keys,
 )
 from vit_mechinterp.model.conformance.report import Record
@@ -79,6 +80,7 @@ def writes_and_identities(subject: Subject, record: Record) -> None:
         with record.under("names mean what they say"):
             names_differ(subject, layer, sites, record)
             gate_and_linear(subject, layer, sites, record)
+            post_is_made_of_pre(subject, layer, sites, record)
     with record.under("a write reaches the output"):
         _reaches_output(subject, record)
     record.check = check
@@ -135,7 +137,28 @@ def _attention(subject: Subject, edited: Edited, record: Record) -> None:
         result = wide(values["attn.result"])
         _, bias, gain = subject.projection(edited.layer)
         total = result.sum(dim=-2) + (0 if bias is None else bias * gain)
-        holds("attn_out", total, result.abs().sum(dim=-2), "the heads' results with the bias")
+        meaning = "the heads' results with the bias"
+        share = edited.deviation("attn_out", total, result.abs().sum(dim=-2))
+        hint = "" if share <= allowed else _on_the_way(subject, edited, total)
+        record.near(share, allowed, edited.name("attn_out"), meaning, hint)
+
+
+def _on_the_way(subject: Subject, edited: Edited, total: Tensor) -> str:
+    """What stands between the output projection and the increment, where it is one number per channel."""
+    family = subject.layout.family
+    declared = ", ".join(map(repr, family.attention_scale)) or "none"
+    found, made = wide(edited.values["attn_out"])[0], total[0]
+    scale = (found * made).sum(dim=0) / (made * made).sum(dim=0).clamp(min=1e-30)
+    if deviation(made * scale, found) > 1e-3:
+        path = family.out_projection
+        return f"more stands between {path} and attn_out than attention_scale ({declared}) says"
+    block = lookup(subject.vit.module, subject.layout.block_path(edited.layer))
+    vectors = {path: wide(p) for path, p in block.named_parameters() if p.shape == scale.shape}
+    if family.attention_scale:
+        return f"the vector that multiplies them is another than attention_scale ({declared})"
+    near = [path for path, vector in vectors.items() if deviation(scale, vector) <= 1e-3]
+    named = f" ({near[0]!r} holds its values)" if near else ""
+    return f"a vector multiplies them (LayerScale){named}: declare its path from the block in attention_scale"
 
 
 def _pattern_by_hand(subject: Subject, edited: Edited, record: Record) -> None:
