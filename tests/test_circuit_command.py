@@ -89,7 +89,7 @@ def test_the_list_has_every_public_circuit_on_images(capsys: pytest.CaptureFixtu
         name for name in circuits.__all__ if name.islower() and "vit" in inspect.signature(getattr(circuits, name)).parameters
     }
     # These take two sets of pairs, or another circuit's result, or are no circuits.
-    assert public - set(CIRCUITS) == {"das", "das_by_attribute", "equivalence_walks", "image_pairs"}
+    assert public - set(CIRCUITS) == {"das", "das_by_attribute", "equivalence_walks", "image_pairs", "patch_association"}
     for name, entry in CIRCUITS.items():
         assert f"\n{name} " in f"\n{printed}"
         assert next(iter(inspect.signature(entry.function).parameters)) == "vit"

@@ -125,6 +125,7 @@ def local_lipschitz(
     singular, null = float(limit["singular"]), float(limit["null"])
     return CircuitResult(
         name="local_lipschitz",
+        title="Local Lipschitz estimates",
         table=table,
         provenance=provenance(
             {"model_fingerprint": vit.fingerprint()}, seed=seed, sites=[str(e) for e in embeddings]

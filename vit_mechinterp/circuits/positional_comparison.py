@@ -127,4 +127,4 @@ def _draw(result: CircuitResult) -> dict[str, Figure]:
             str(kind): (float(row["mean"]), float(row["min"]), float(row["max"]))
             for kind, row in own.iterrows()
         }
-    return {"accuracy": dots_by_row(groups, label="accuracy")}
+    return {"accuracy": dots_by_row(groups, label="accuracy", limits=None)}

@@ -67,7 +67,27 @@ def _run(asked: Asked) -> Iterator[CircuitResult]:
             progress=asked.progress,
         )
     if asked.wants(_WALKS):
-        yield equivalence_walks(vit, matching, n_directions=sizes["directions"], progress=asked.progress)
+        walks = equivalence_walks(vit, matching, n_directions=sizes["directions"], progress=asked.progress)
+        yield replace(walks, description=f"{walks.description}\n\n{_straightness(matching, walks)}")
+
+
+def _straightness(matching: CircuitResult, walks: CircuitResult) -> str:
+    """What the lines say, and of how many pairs."""
+    matched, pairs = matching.summary["matched"], matching.summary["pairs"]
+    said = (
+        f"{matched} of {pairs} pairs met the stopping rule within the steps; the other matches end near "
+        "their target's embedding, not at it."
+    )
+    departure = walks.summary.get("largest departure, match to target")
+    if isinstance(departure, float):
+        said += f" From match to target the embedding departs by up to {departure:.2f} of its own length"
+        said += " (mean of the pairs' largest)"
+        said += (
+            ": these straight lines do not stay in one equivalence set."
+            if departure > 0.1
+            else ": these straight lines nearly stay in one equivalence set."
+        )
+    return said
 
 
 def _opposites(rows: Any, n: int) -> dict[str, list[Any]]:
