@@ -89,10 +89,12 @@ class Edited:
 
     def deviation(self, site: str, wanted: Tensor, scale: Tensor) -> float:
         """How far a site is, where it is not written to, from what defines it; by each row's scale."""
-        rows = self.defined(site)
-        difference = (wide(wanted) - wide(self.values[site]))[rows].abs().flatten(1).amax(dim=1)
-        scales = wide(scale)[rows].abs().flatten(1).amax(dim=1)
-        return float((difference / scales.clamp(min=1e-30)).max())
+        found = self.values[site]
+        shares = [  # row by row: scores and patterns of many tokens are large
+            (wide(wanted[row]) - wide(found[row])).abs().max() / wide(scale[row]).abs().max().clamp(min=1e-30)
+            for row in self.defined(site)
+        ]
+        return float(torch.stack(shares).max())
 
     def noise(self, site: str) -> float:
         """How far rounding alone takes rows apart at a site."""
@@ -167,6 +169,8 @@ def _feeds(subject: Subject, layer: int) -> dict[str, tuple[str, ...]]:
 
 
 def _distances(value: Tensor) -> list[float]:
+    clean = value[0]
+    scale = clean[torch.isfinite(clean)].abs().max().clamp(min=1e-30)
     # Scores are infinite where a mask forbids a key.
-    apart = torch.where(value == value[:1], 0.0, value - value[:1]).abs().flatten(1).amax(dim=1)
-    return (apart / value[0][torch.isfinite(value[0])].abs().max().clamp(min=1e-30)).tolist()
+    apart = [torch.where(row == clean, 0.0, row - clean).abs().max() for row in value]
+    return (torch.stack(apart) / scale).tolist()
