@@ -17,7 +17,7 @@ from tests.engine.stores import SITES, N, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine import store_disk, store_source
+from vit_mechinterp.engine.store import disk, source
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.spec import TokenBox, TokenColumn
 
@@ -30,8 +30,8 @@ def world() -> World:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few examples each, so that a tiny model fills many of them."""
-    monkeypatch.setattr(store_source, "_LEAST_BLOCK_BYTES", 1)
-    monkeypatch.setattr(store_source, "_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
+    monkeypatch.setattr(source, "_BLOCK_BYTES", 20_000)
 
 
 @pytest.mark.parametrize("budgets", [{}, {"host": "40KiB"}, {"host": 0}, {"disk": 0}])
@@ -188,8 +188,8 @@ def test_reading_a_row_does_not_read_the_file(world: World, tmp_path: Path, monk
     site = "blocks.0.resid_post"
     captured(ActivationStore(tmp_path), world, site)
     looked_at: list[int] = []
-    original = store_disk.checksum
-    monkeypatch.setattr(store_disk, "checksum", lambda x: (looked_at.append(len(x)), original(x))[1])
+    original = disk.checksum
+    monkeypatch.setattr(disk, "checksum", lambda x: (looked_at.append(len(x)), original(x))[1])
     with ActivationStore(tmp_path, host=0) as store:
         view = captured(store, world, site)
         assert torch.equal(view[site][[3, 11]], native(world)[site][[3, 11]])

@@ -18,7 +18,7 @@ from tests.engine.stores import N, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine import store_source
+from vit_mechinterp.engine.store import source
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError, UnsupportedSiteError
 
 
@@ -30,8 +30,8 @@ def world() -> World:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few examples each, so that a tiny model fills many of them."""
-    monkeypatch.setattr(store_source, "_LEAST_BLOCK_BYTES", 1)
-    monkeypatch.setattr(store_source, "_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
+    monkeypatch.setattr(source, "_BLOCK_BYTES", 20_000)
 
 
 @pytest.mark.parametrize("host", ["1GiB", 0])
@@ -67,8 +67,8 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
         "from tests.engine.world import World\n"
         "from tests.tiny_models import TIMM_PLAIN\n"
         "from vit_mechinterp import ActivationStore\n"
-        "from vit_mechinterp.engine import store_source\n"
-        "store_source._LEAST_BLOCK_BYTES, store_source._BLOCK_BYTES = 1, 5000\n"
+        "from vit_mechinterp.engine.store import source\n"
+        "source._LEAST_BLOCK_BYTES, source._BLOCK_BYTES = 1, 5000\n"
         "torch.set_num_threads(1)\n"
         "world = World(TIMM_PLAIN, 25)\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
@@ -139,14 +139,14 @@ def test_a_disk_that_is_full_is_left_out(
 def test_memory_that_runs_out_is_one_line(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original = store_source.Source._forward
+    original = source.Source._forward
 
     def small(self: Any, batch: range, reads: Any) -> Any:
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(self, batch, reads)
 
-    monkeypatch.setattr(store_source.Source, "_forward", small)
+    monkeypatch.setattr(source.Source, "_forward", small)
     with ActivationStore(tmp_path) as store, caplog.at_level(logging.WARNING):
         view = captured(store, world, "pooled", batch_size=8)
         assert view.rows_per_forward == 2
@@ -165,7 +165,7 @@ def test_bad_input_is_said(world: World, tmp_path: Path) -> None:
         captured(store, world, "embed", column="bases")
     with pytest.raises(SpecError, match="head 3 is out of range"):
         captured(store, world, "blocks.0.attn.z", heads=3)
-    with pytest.raises((UnsupportedSiteError, SpecError), match="mlp.pre_linear"):
+    with pytest.raises((UnsupportedSiteError, SpecError), match=r"mlp\.pre_linear"):
         captured(store, world, "blocks.0.mlp.pre_linear")
     with pytest.raises(SpecError, match="Examples are 0 to 24"):
         captured(store, world, "pooled")["pooled"].take([25])

@@ -7,7 +7,7 @@ from vit_mechinterp.engine.prepare import prepare
 from vit_mechinterp.engine.prepared import Batch, Prepared, run_together
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.store import ActivationStore
-from vit_mechinterp.engine.store_view import StoredActivations, StoredSite
+from vit_mechinterp.engine.store.view import StoredActivations, StoredSite
 
 __all__ = [
     "ActivationStore",

@@ -29,7 +29,7 @@ from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.resume import FinishedChunks
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import parse_bytes
-from vit_mechinterp.engine.store_clean import StoredClean
+from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT

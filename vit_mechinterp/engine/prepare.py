@@ -18,7 +18,7 @@ from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.prepared import Prepared
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
-from vit_mechinterp.engine.store_clean import StoredClean
+from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing

@@ -81,8 +81,8 @@ def _known(name: str) -> None:
 def _with_config(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise SpecError(
-            f"{folder} has no config.json; a timm folder holds config.json and model.safetensors. A file with "
-            "weights alone is read by 'timm/NAME' with checkpoint_path=FILE."
+            f"{folder} has no config.json; a timm folder holds config.json and model.safetensors. A file "
+            "with weights alone is read by 'timm/NAME' with checkpoint_path=FILE."
         )
     if library_of(str(folder.resolve())).startswith("hf/"):
         raise SpecError(f"{folder} is a folder of transformers, not of timm: load it as 'hf/{folder}'.")

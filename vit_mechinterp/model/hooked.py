@@ -77,8 +77,8 @@ class HookedViT:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "A HookedViT is not pickled, because it holds a lock and functions: send the module (or its model "
-            "string) to the other process, and wrap (or load) it there."
+            "A HookedViT is not pickled, because it holds a lock and functions: send the module (or its "
+            "model string) to the other process, and wrap (or load) it there."
         )
 
     def __call__(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch *output"]:
@@ -92,7 +92,7 @@ class HookedViT:
         if next(self.module.parameters()).is_meta and not x.is_meta:
             raise ExecutionError(
                 f"{type(self.module).__name__} stands on the meta device and has no weights: make it without "
-                "torch.device('meta'), or bring it to a device with module.to_empty(device=...) and load them."
+                "torch.device('meta'), or bring it to a device (module.to_empty(device=...)) and load them."
             )
         family = self.layout.family
         if family.one_image is not None and len(x) > 1:

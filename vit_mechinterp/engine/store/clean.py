@@ -14,8 +14,8 @@ from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.store_source import Source, Wanted, rows_by_default
-from vit_mechinterp.engine.store_tiers import Tiers
+from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
+from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, by_token, gather
 from vit_mechinterp.model.hooked import HookedViT
 

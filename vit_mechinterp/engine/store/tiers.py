@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.store_disk import DiskTier
-from vit_mechinterp.engine.store_keys import Entry, Key
-from vit_mechinterp.engine.store_memory import Block, BlockName, MemoryTier
+from vit_mechinterp.engine.store.disk import DiskTier
+from vit_mechinterp.engine.store.keys import Entry, Key
+from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier
 from vit_mechinterp.engine.values import contiguous
 
 __all__ = ["Tiers"]

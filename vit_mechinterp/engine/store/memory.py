@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.store_keys import Entry
+from vit_mechinterp.engine.store.keys import Entry
 
 __all__ = ["Block", "MemoryTier"]
 

@@ -17,8 +17,8 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Stop
-from vit_mechinterp.engine.store_keys import Entry, Key, positions_digest
-from vit_mechinterp.engine.store_tiers import Tiers
+from vit_mechinterp.engine.store.keys import Entry, Key, positions_digest
+from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.values import ColumnOrigin, Read, by_token, gather
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward

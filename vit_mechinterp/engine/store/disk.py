@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.store_keys import Entry, Key
+from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.tensorfiles import checksum, read_tensors, replacing, sweep, writing
 
 __all__ = ["DiskTier", "Shard"]

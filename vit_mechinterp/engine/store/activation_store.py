@@ -16,9 +16,9 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
-from vit_mechinterp.engine.store_source import Source, rows_by_default
-from vit_mechinterp.engine.store_tiers import Tiers
-from vit_mechinterp.engine.store_view import StoredActivations
+from vit_mechinterp.engine.store.source import Source, rows_by_default
+from vit_mechinterp.engine.store.tiers import Tiers
+from vit_mechinterp.engine.store.view import StoredActivations
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
