@@ -52,5 +52,6 @@ def test_neighbours_are_refused(neighbour: Neighbour) -> None:
         f"No known family of ViTs describes {type(module).__module__}.{type(module).__name__}."
     )
     assert text.endswith(
-        "describe it with vit_mechinterp.register(Family(...)); if it is a model that holds one, wrap that part of it."
+        "describe it with @vit_mechinterp.register_adapter (docs/register_a_vit.md); if it is a model that holds one, "
+        "wrap that part of it."
     )

@@ -59,7 +59,8 @@ def test_the_fast_checks_are_fewer_and_see_the_blocks_at_the_ends_and_in_the_mid
     assert fast.passed
     assert str(fast).splitlines()[0].endswith("(fast checks)")
     slow = {row.check for row in whole.rows} - {row.check for row in fast.rows}
-    assert slow == {*SLOW, "module unchanged after an exception"}
+    # Of the interchanges, those behind the blocks are fast.
+    assert slow == {*SLOW, "module unchanged after an exception"} - {"interchange of images"}
     written = {row.site.split(".")[1] for row in fast.rows if row.check == "residual stream adds up"}
     assert written == {"0", "2", "4"}
     assert {row.site for row in fast.rows if row.check == "write back"} == set(vit.site_names())

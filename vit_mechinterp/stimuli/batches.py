@@ -16,6 +16,7 @@ from torch import Tensor
 from vit_mechinterp.stimuli.chunks import ChunkedGenerator
 from vit_mechinterp.stimuli.geometry import Geometry
 from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization, to_tensor
+from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS, check_split, object_pairs
 
 __all__ = ["TaskBatch", "TaskGenerator"]
 
@@ -70,9 +71,37 @@ TaskT = TypeVar("TaskT", bound=TaskBatch)
 
 
 class TaskGenerator(ChunkedGenerator[TaskT]):
-    """An endless, addressable sequence of labelled images of one split."""
+    """An endless, addressable sequence of labelled images of one split.
 
-    geometry: Geometry
+    Args:
+        split: "train", "val", "test" or "test_iid"; each has its own random stream.
+        seed: a non-negative integer.
+        canvas, patch, cell: sizes in pixels (see `Geometry`); the paper's are 224, 16 and 32.
+        combinations: which objects the splits show (see `splits`).
+        normalization: how `TaskBatch.images` scales pixels.
+
+    Raises:
+        SpecError: an option does not fit; the message says which do.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        seed: int = 0,
+        canvas: int = 224,
+        patch: int = 16,
+        cell: int = 32,
+        combinations: str = "256-256-256",
+        normalization: Normalization = NORMALIZATION,
+    ) -> None:
+        super().__init__()
+        self.split = check_split(split)
+        self.seed = seed
+        self.geometry = Geometry(canvas, patch, cell)
+        self.combinations = combinations
+        self.normalization = normalization
+        self._pairs = [object_pairs(kind, self.split, combinations) for kind in DIFFERENT_KINDS]
 
     def batches(self, n: int, batch_size: int, *, start: int = 0) -> Iterator[TaskT]:
         """Yield images ``start .. start + n - 1`` in batches."""

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from vit_mechinterp.stimuli.batches import TaskBatch, TaskGenerator
 from vit_mechinterp.stimuli.chunks import CHUNK
 from vit_mechinterp.stimuli.columns import check_count, object_columns, to_dataset
-from vit_mechinterp.stimuli.geometry import Geometry
-from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization, Scenes, render, to_image_column
-from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS, check_split, object_pairs
+from vit_mechinterp.stimuli.render import Scenes, render, to_image_column
+from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS
 from vit_mechinterp.stimuli.streams import Stream
 
 if TYPE_CHECKING:
@@ -55,37 +54,7 @@ class DiscriminationBatch(TaskBatch):
 
 
 class DiscriminationGenerator(TaskGenerator[DiscriminationBatch]):
-    """An endless, addressable sequence of images of one split.
-
-    Args:
-        split: "train", "val", "test" or "test_iid"; each has its own random stream.
-        seed: a non-negative integer.
-        canvas, patch, cell: sizes in pixels (see `Geometry`); the paper's are 224, 16 and 32.
-        combinations: which objects the splits show (see `splits`).
-        normalization: how `DiscriminationBatch.images` scales pixels.
-
-    Raises:
-        SpecError: an option does not fit; the message says which do.
-    """
-
-    def __init__(
-        self,
-        split: str = "train",
-        *,
-        seed: int = 0,
-        canvas: int = 224,
-        patch: int = 16,
-        cell: int = 32,
-        combinations: str = "256-256-256",
-        normalization: Normalization = NORMALIZATION,
-    ) -> None:
-        super().__init__()
-        self.split = check_split(split)
-        self.seed = seed
-        self.geometry = Geometry(canvas, patch, cell)
-        self.combinations = combinations
-        self.normalization = normalization
-        self._pairs = [object_pairs(kind, self.split, combinations) for kind in DIFFERENT_KINDS]
+    """An endless, addressable sequence of images of one split; options as for `TaskGenerator`."""
 
     def _chunk(self, index: int) -> DiscriminationBatch:
         stream = Stream(self.seed, "discrimination", self.split, index, "scenes")

@@ -11,7 +11,7 @@ the split, i, and the options alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from vit_mechinterp.stimuli.batches import TaskBatch, TaskGenerator
 from vit_mechinterp.stimuli.chunks import CHUNK
 from vit_mechinterp.stimuli.columns import RELATIONS, check_count, object_columns, to_dataset
 from vit_mechinterp.stimuli.geometry import Geometry
-from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization, Scenes, render, to_image_column
-from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS, check_split, object_pairs
+from vit_mechinterp.stimuli.render import Scenes, render, to_image_column
+from vit_mechinterp.stimuli.splits import DIFFERENT_KINDS
 from vit_mechinterp.stimuli.streams import Stream
 
 if TYPE_CHECKING:
@@ -88,33 +88,10 @@ def sample_corners(geometry: Geometry) -> NDArray[np.int64]:
 
 
 class RMTSGenerator(TaskGenerator[RMTSBatch]):
-    """An endless, addressable sequence of images of one split.
+    """An endless, addressable sequence of images of one split; options as for `TaskGenerator`."""
 
-    Args:
-        split, seed, canvas, patch, cell, combinations, normalization: as for `DiscriminationGenerator`.
-
-    Raises:
-        SpecError: an option does not fit; the message says which do.
-    """
-
-    def __init__(
-        self,
-        split: str = "train",
-        *,
-        seed: int = 0,
-        canvas: int = 224,
-        patch: int = 16,
-        cell: int = 32,
-        combinations: str = "256-256-256",
-        normalization: Normalization = NORMALIZATION,
-    ) -> None:
-        super().__init__()
-        self.split = check_split(split)
-        self.seed = seed
-        self.geometry = Geometry(canvas, patch, cell)
-        self.combinations = combinations
-        self.normalization = normalization
-        self._pairs = [object_pairs(kind, self.split, combinations) for kind in DIFFERENT_KINDS]
+    def __init__(self, split: str = "train", **options: Any) -> None:
+        super().__init__(split, **options)
         self._reversed = [_reversed_index(pairs) for pairs in self._pairs]
         self._corners = sample_corners(self.geometry)
 
