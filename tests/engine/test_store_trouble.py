@@ -179,3 +179,24 @@ def test_bad_input_is_said(world: World, tmp_path: Path) -> None:
     dropping.module.blocks[0].attn.proj_drop.p = 0.1
     with pytest.raises(ExecutionError, match="drop activations at random"):
         captured(store, dropping, "embed")
+
+
+def test_room_is_made_by_another_thread_while_a_file_is_opened(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ActivationStore(tmp_path, host=0) as store:
+        expected = captured(store, world, "pooled")["pooled"][:]
+    threads = []
+
+    def interrupted(path: Path) -> None:
+        threads.append(threading.Thread(target=tier._forget, args=(path,)))
+        threads[-1].start()
+        threads[-1].join(timeout=0.1)
+
+    with ActivationStore(tmp_path, host=0) as store:
+        tier = store.tiers.disk
+        monkeypatch.setattr(os, "utime", interrupted)
+        assert torch.equal(captured(store, world, "pooled")["pooled"][:], expected)
+    assert threads
+    for thread in threads:
+        thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -51,6 +52,7 @@ class DiskTier:
         self.budget = budget
         self.dropped = 0
         self._open: OrderedDict[Path, Shard] = OrderedDict()
+        self._guard = threading.RLock()  # the thread that writes makes room while others read
         folder.mkdir(parents=True, exist_ok=True)
         for own in [folder, *self._entries()]:
             sweep(own)
@@ -153,7 +155,7 @@ class DiskTier:
         for _, size, path in files:
             if total <= self.budget:
                 return
-            self._open.pop(path, None)
+            self._forget(path)
             path.unlink(missing_ok=True)
             self.dropped += 1
             total -= size
@@ -161,23 +163,28 @@ class DiskTier:
     def open(self, entry: Entry, block: int) -> Shard | None:
         """A block's file; None if there is none, or none that is sound as far as its header says."""
         path = self.path(entry, block)
-        try:
-            size = path.stat().st_size
-        except OSError:
-            self._open.pop(path, None)
-            return None
-        shard = self._open.get(path)
-        if shard is None or shard.size != size:
-            shard = self._map(path, size, entry, block)
-            if shard is None:
+        with self._guard:
+            try:
+                size = path.stat().st_size
+            except OSError:
+                self._forget(path)
                 return None
-            self._open[path] = shard
-            while len(self._open) > _MOST_OPEN:
-                self._open.popitem(last=False)
-            with suppress(OSError):
-                os.utime(path)  # counts as used, for every process
-        self._open.move_to_end(path)
-        return shard
+            shard = self._open.get(path)
+            if shard is None or shard.size != size:
+                shard = self._map(path, size, entry, block)
+                if shard is None:
+                    return None
+                self._open[path] = shard
+                while len(self._open) > _MOST_OPEN:
+                    self._open.popitem(last=False)
+                with suppress(OSError):
+                    os.utime(path)  # counts as used, for every process
+            self._open.move_to_end(path)
+            return shard
+
+    def _forget(self, path: Path) -> None:
+        with self._guard:
+            self._open.pop(path, None)
 
     def _map(self, path: Path, size: int, entry: Entry, block: int) -> Shard | None:
         from safetensors import SafetensorError
@@ -211,11 +218,12 @@ class DiskTier:
     def discard(self, path: Path, reason: str) -> None:
         """Remove a damaged file, and say so."""
         logger.warning("Stored activations %s are damaged (%s): dropped, and computed again.", path, reason)
-        self._open.pop(path, None)
+        self._forget(path)
         path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove every file."""
-        self._open.clear()
+        with self._guard:
+            self._open.clear()
         for _, _, path in self._files():
             path.unlink(missing_ok=True)
