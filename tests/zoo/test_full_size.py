@@ -67,7 +67,7 @@ def test_full_size(name: str) -> None:
     images = torch.randn(1, *vit.layout.tokens.input_shape)
     assert torch.equal(vit(images), vit.run(images, capture=["blocks.*.resid_post", "blocks.*.attn.q"])[0])
     last = vit.layout.n_layers - 1
-    sites = [f"blocks.{layer}.resid_post" for layer in (0, last // 2, last)]
+    sites = [f"blocks.{layer}.resid_post" for layer in sorted({0, last // 2, last})]
     runs = [vmi.Run(name=site, interventions=[vmi.Interchange(site=site, source="source")]) for site in sites]
     data = {"base": images, "source": images.flip(-1)}
     results = vmi.execute(vit, runs, data, progress=False)
