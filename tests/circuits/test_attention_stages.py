@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vit_mechinterp as vmi
 from vit_mechinterp.circuits import attention_shares as shares_module
-from vit_mechinterp.circuits.attention_shares import attention_shares
-from vit_mechinterp.circuits.attention_stages import attention_stages, peak_heads
+from vit_mechinterp.circuits.attention_parts import part_tokens
+from vit_mechinterp.circuits.attention_shares import attention_shares, measure_shares
+from vit_mechinterp.circuits.attention_stages import attention_stages, layer_heat, peak_heads
+from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError
 
 # Tokens: CLS, four patches; object 1 covers patches 0 and 1, object 2 patch 2, the background is patch 3.
@@ -102,17 +106,9 @@ def test_the_table_equals_loops_over_the_native_attention_matrix() -> None:
     expected = by_loops(native_patterns(module, columns["base"]), columns)
     result = attention_stages(vmi.wrap(module), columns)
     table = result.table
-    assert list(table.columns) == [
-        "layer",
-        "head",
-        "WO_direct",
-        "WO_complement",
-        "WP",
-        "BG",
-        "CLS",
-        "heat",
-        "images",
-    ]
+    kinds = ["WO_direct", "WO_complement", "WP", "BG", "CLS", "heat", "perceptual", "relational"]
+    with_ends = [f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")]
+    assert list(table.columns) == ["layer", "head", *with_ends, "images"]
     assert list(zip(table["layer"], table["head"], strict=True)) == [
         (x, h) for x in range(3) for h in range(3)
     ]
@@ -121,7 +117,99 @@ def test_the_table_equals_loops_over_the_native_attention_matrix() -> None:
         assert np.ptp(values) > 0.01, f"{name} does not depend on the head, so nothing was compared"
     np.testing.assert_allclose(table["WO_complement"], 1 - table["WP"] - table["BG"], atol=1e-12)
     np.testing.assert_allclose(table["heat"], table["WP"] + table["BG"], atol=1e-12)
+    np.testing.assert_allclose(table["perceptual"], table["WO_direct"] - table["heat"], atol=1e-12)
+    np.testing.assert_allclose(table["relational"], table["WP"], atol=1e-12)
+    for kind in kinds:
+        inside = (table[f"{kind}_low"] <= table[kind]) & (table[kind] <= table[f"{kind}_high"])
+        assert inside.all() and (table[f"{kind}_high"] - table[f"{kind}_low"]).max() > 0.01
     assert (table["images"] == 5).all()
+
+
+def two_pairs(n: int = 5) -> dict:
+    """Four objects of one to four tokens: the sample pair below, a display pair in the upper row."""
+    columns = data(n)
+    columns["box_1"], columns["box_2"] = [[0, 16, 16, 32]] * n, [[16 + 8 * (i % 2), 24, 32, 32] for i in range(n)]
+    columns["display_box_1"], columns["display_box_2"] = [[0, 0, 8, 8]] * n, [[8, 0, 24, 8]] * n
+    return columns
+
+
+def covered(box: list[int]) -> list[int]:
+    """The tokens of a box on the 4 x 4 grid behind CLS."""
+    x0, y0, x1, y1 = (edge // 8 for edge in box)
+    return [1 + 4 * row + column for row in range(y0, y1) for column in range(x0, x1)]
+
+
+def test_with_a_display_pair_the_background_leaves_out_four_objects() -> None:
+    module, columns = model(), two_pairs()
+    vit = vmi.wrap(module)
+    patterns = native_patterns(module, columns["base"])
+    expected = {name: np.zeros((3, 3)) for name in ("WO_direct", "WP", "BP", "within_pair", "BG")}
+    for layer, image, head in np.ndindex(3, 5, 3):
+        a = patterns[layer, image, head]
+        o = [covered(columns[name][image]) for name in ("box_1", "box_2", "display_box_1", "display_box_2")]
+        taken = [token for own in o for token in own]
+        background = [token for token in range(1, 17) if token not in taken]
+
+        def r(x: list[int], y: list[int], a: np.ndarray = a) -> float:
+            return a[np.ix_(x, y)].sum() / a[x].sum()
+
+        sample, display = o[0] + o[1], o[2] + o[3]
+        within = max(r(o[0], o[1]), r(o[1], o[0]))
+        expected["WO_direct"][layer, head] += max(r(o[0], o[0]), r(o[1], o[1])) / 5
+        expected["WP"][layer, head] += within / 5
+        expected["BP"][layer, head] += max(r(sample, display), r(display, sample)) / 5
+        expected["within_pair"][layer, head] += max(within, r(o[2], o[3]), r(o[3], o[2])) / 5
+        expected["BG"][layer, head] += max(r(o[0], background), r(o[1], background)) / 5
+    result = attention_stages(vit, columns)
+    for name, values in expected.items():
+        np.testing.assert_allclose(result.table[name].to_numpy().reshape(3, 3), values, atol=2e-6, err_msg=name)
+        assert np.ptp(values) > 0.01
+    np.testing.assert_allclose(result.table["relational"], result.table["BP"])
+    without = attention_stages(vit, columns, display=[])
+    assert "BP" not in without.table
+    assert (without.table["BG"] - result.table["BG"]).min() > 0.001  # the display pair counts as background
+
+    tokens = part_tokens(
+        vit, Data(columns, vit), [{"box": "box_1"}, {"box": "box_2"}], "base",
+        [{"box": "display_box_1"}, {"box": "display_box_2"}],
+    )  # fmt: skip
+    shares = measure_shares(vit, Data(columns, vit), "base", tokens)
+    assert torch.allclose(shares.sum(dim=-1), torch.ones(3, 5, 3, 6), atol=1e-5)
+    assert tokens.query_names == ["object 1", "object 2", "display 1", "display 2", "sample pair", "display pair"]
+
+    stars = [line for line in result.figures()["stages"].axes[1].lines if line.get_marker() == "*"]
+    assert len(stars) == 5
+    assert all(f"({kind}), largest" in " ".join(result.summary) for kind in ("WO", "WP", "BP", "BG"))
+    assert result.captions["stages"].count("display pair") == 1
+
+
+def test_patches_that_objects_share_count_with_neither() -> None:
+    module, columns = model(), data()
+    columns["box_1"], columns["box_2"] = [[0, 0, 16, 16]] * 5, [[8, 0, 32, 8]] * 4 + [[0, 0, 16, 16]]
+    vit = vmi.wrap(module)
+    result = attention_stages(vit, columns)
+    a = native_patterns(module, columns["base"])[:, :4]
+    one, two, shared = [1, 5, 6], [3, 4], [2]
+
+    def r(x: list[int], y: list[int]) -> np.ndarray:
+        return a[..., x, :][..., y].sum(axis=(-2, -1)) / len(x)
+
+    within = np.maximum(r(one, one), r(two, two)).mean(axis=1)
+    np.testing.assert_allclose(result.table["WO_direct"].to_numpy().reshape(3, 3), within, atol=2e-6)
+    overlap = np.maximum(r(one, shared), r(two, shared)).mean(axis=1)
+    np.testing.assert_allclose(result.table["overlap"].to_numpy().reshape(3, 3), overlap, atol=2e-6)
+    assert overlap.min() > 1e-3
+    assert (result.table["images"] == 4).all()
+    assert result.summary["images left out"] == 1 and "no patch of its own: 1." in result.description
+    assert "Image 0:" in attention_stages(vit, columns, example=4).captions["example"]
+
+
+def test_the_heat_of_layers_colours_other_charts() -> None:
+    result = attention_stages(vmi.wrap(model()), data())
+    means = result.table.groupby("layer")["heat"].mean().clip(0, 1).tolist()
+    assert layer_heat(result) == means and np.ptp(means) > 0.01
+    with pytest.raises(SpecError, match="comes from a result of attention_stages, not of 'das'"):
+        layer_heat(dataclasses.replace(result, name="das"))
 
 
 def test_boxes_and_patch_indices_mean_the_same() -> None:
@@ -158,12 +246,21 @@ def test_a_model_without_cls_has_no_such_column_and_registers_have_their_own() -
 def test_figures_show_the_table() -> None:
     result = attention_stages(vmi.wrap(model()), data(), wo_mode="complement")
     figures = result.figures()
-    assert list(figures) == ["stages", "within_object", "example"] == list(result.captions)
+    scores = ["perceptual_score", "relational_score"]
+    assert list(figures) == ["stages", "within_object", *scores, "example"] == list(result.captions)
+    for score, limits in zip(scores, ((-1.0, 1.0), (0.0, 1.0)), strict=True):
+        drawn = figures[score].axes[0].images[0]
+        np.testing.assert_allclose(
+            drawn.get_array(), result.table[score.removesuffix("_score")].to_numpy().reshape(3, 3).T, atol=1e-12
+        )
+        assert drawn.get_clim() == limits
+        assert "this project's own" in result.captions[f"{score}"]
     heat, below = figures["stages"].axes[:2]
     np.testing.assert_allclose(
         heat.images[0].get_array(), result.table["heat"].to_numpy().reshape(3, 3).T, atol=1e-12
     )
     assert heat.images[0].get_clim() == (0.0, 1.0)
+    assert len(below.collections) == 4  # the intervals of the four lines
     best = result.table.groupby("layer").max()
     lines = [line.get_ydata() for line in below.lines if line.get_marker() == "o"]
     np.testing.assert_allclose(lines, [best[name] for name in ("WO_complement", "WP", "BG", "CLS")])
@@ -216,9 +313,17 @@ def test_errors_say_what_is_wrong() -> None:
         match="needs to know where an object is: a column 'box_1' of pixel boxes or 'object_1_tokens'",
     ):
         attention_stages(vit, {"base": columns["base"]})
-    with pytest.raises(DataError, match="Example 0: a token is in two objects, or outside the patch grid"):
+    with pytest.raises(DataError, match="In every example an object shares all its patches with another"):
         attention_stages(vit, columns, [{"box": "box_1"}, {"box": "box_1"}])
-    with pytest.raises(DataError, match="outside the patch grid"):
+    with pytest.raises(DataError, match="Example 0: an object has a token outside the patch grid"):
         attention_stages(vit, columns, [{"box": "box_1"}, "cls"])
+    with pytest.raises(SpecError, match="compares objects; give selectors of two or more, not 1"):
+        attention_stages(vit, columns, [{"box": "box_1"}])
+    with pytest.raises(SpecError, match="first_peak_layer=3 is out of range; layers are 0 to 2"):
+        attention_stages(vit, columns, first_peak_layer=3)
+    with pytest.raises(SpecError, match="example=5 is out of range; there are 5 images"):
+        attention_stages(vit, columns, example=5)
+    with pytest.raises(DataError, match="'display_box_2' of pixel boxes or 'display_2_tokens'"):
+        attention_stages(vit, {**columns, "display_box_1": columns["box_1"]})
     with pytest.raises(ExecutionError, match="train mode"):
         attention_stages(vmi.wrap(model(attn_drop_rate=0.1).train()), columns)

@@ -1,4 +1,4 @@
-"""What chosen heads attend to in one image, from the tokens of an object."""
+"""What chosen heads attend to in one image, from the tokens of an object or of a pair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.circuits.attention_shares import TokenSets
+from vit_mechinterp.circuits.attention_parts import TokenSets
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 
@@ -28,13 +28,21 @@ class ExampleAttention:
 
     Attributes:
         image: the model's input.
-        maps: name of a head to the mean attention of an object's tokens ``[row, column]`` to every patch.
+        attention: name of a head to the attention of each token of an object ``[query, row, column]`` to
+            every patch.
+        queries: name of a head to the patches ``[query]`` that these tokens are.
         boxes: the objects' patches as pixel boxes of the input.
     """
 
     image: Image
-    maps: Mapping[str, Float[np.ndarray, "row column"]]
+    attention: Mapping[str, Float[np.ndarray, "query row column"]]
+    queries: Mapping[str, list[int]]
     boxes: Mapping[str, tuple[int, int, int, int]]
+
+    @property
+    def maps(self) -> dict[str, Float[np.ndarray, "row column"]]:
+        """Name of a head to the mean attention of the tokens to every patch."""
+        return {name: attention.mean(axis=0) for name, attention in self.attention.items()}
 
     def figure(self) -> Figure:
         """Draw the image, and once per head the image dimmed where it does not attend."""
@@ -58,7 +66,7 @@ def attend_in_example(
         data: the examples.
         base: the image column.
         tokens: the objects of every example.
-        heads: name to (layer, head, object), all counted from 0.
+        heads: name to (layer, head, query set of ``tokens``), all counted from 0.
         example: which example.
     """
     layout = vit.layout.tokens
@@ -70,21 +78,18 @@ def attend_in_example(
         _, cache = vit.run(pixels, capture=sites)
     first = len(layout.prefix)
     patches = slice(first, first + layout.n_patches)
-    queries = tokens.objects[example].to(vit.device)
-    maps = {
-        name: cache[site][0, head, queries[number], patches]
-        .float()
-        .mean(dim=0)
-        .reshape(layout.grid)
-        .cpu()
-        .numpy()
-        for (name, (_, head, number)), site in zip(heads.items(), sites, strict=True)
-    }
+    attention, queries = {}, {}
+    for (name, (_, head, number)), site in zip(heads.items(), sites, strict=True):
+        own = tokens.queries[example, number]
+        rows = cache[site][0, head, own.to(vit.device), patches].float()
+        attention[name] = rows.unflatten(1, layout.grid).cpu().numpy()
+        queries[name] = [int(position) - first for position in own.nonzero().flatten()]
     boxes = {
-        f"object {number}": _box(mask[patches].reshape(layout.grid), layout.patch_size)
-        for number, mask in enumerate(tokens.objects[example], start=1)
+        name: _box(mask[patches].reshape(layout.grid), layout.patch_size)
+        for name, mask in zip(tokens.query_names, tokens.objects[example], strict=False)
     }
-    return ExampleAttention(_picture(next(iter(data.values(base, [example]))), pixels[0]), maps, boxes)
+    picture = _picture(next(iter(data.values(base, [example]))), pixels[0])
+    return ExampleAttention(picture, attention, queries, boxes)
 
 
 def _box(covered: Tensor, patch: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -58,18 +58,12 @@ def lines_by_layer(
         DataError: there is no line, or the lengths differ, or a band belongs to no line.
     """
     n_layers = _common_length(lines)
-    for name, (low, high) in (bands or {}).items():
-        if name not in lines:
-            raise DataError(f"There is a band for {name!r}, but lines only for {', '.join(lines)}.")
-        _common_length({name: lines[name], f"{name}, low": low, f"{name}, high": high})
+    _check_bands(lines, bands or {})
     figure = new_figure(2.6 + 0.38 * max(n_layers, 8), 3.2)
     axes = figure.add_subplot()
     _tint(axes, backdrop)
     _draw_lines(axes, lines, limits, references or {}, first_peak_layer)
-    for index, name in enumerate(lines):
-        if bands and name in bands:
-            color = PALETTE[index % len(PALETTE)]
-            axes.fill_between(range(n_layers), *bands[name], color=color, alpha=0.16, linewidth=0, zorder=2)
+    _draw_bands(axes, lines, bands or {})
     layer_axis(axes, n_layers)
     axes.set_ylabel(label)
     axes.set_title(title)
@@ -85,6 +79,7 @@ def stages_over_layers(
     heat_label: str = "global score",
     line_label: str = "max. attention over heads",
     limits: tuple[float, float] = (0.0, 1.0),
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     first_peak_layer: int = 0,
 ) -> Figure:
     """Draw the heat map of heads over the line chart of attention kinds, on one layer axis (paper A, Fig. 2).
@@ -96,15 +91,17 @@ def stages_over_layers(
         heat_label: what the colours measure.
         line_label: what the lines measure.
         limits: fixed range of the lines' axis.
+        bands: name of a line to the lower and upper ends ``[layer]`` of its interval, drawn as a tint.
         first_peak_layer: stars look for the peak from this layer on.
 
     Raises:
-        DataError: the heat map and the lines differ in their number of layers.
+        DataError: the heat map and the lines differ in their number of layers, or a band belongs to no line.
     """
     table = np.asarray(heat, dtype=float).T
     n_heads, n_layers = table.shape
     if _common_length(lines) != n_layers:
         raise DataError(f"The heat map has {n_layers} layers, the lines have {_common_length(lines)}.")
+    _check_bands(lines, bands or {})
     heat_height = 0.7 + 0.26 * max(n_heads, 4)
     figure = new_figure(2.9 + 0.42 * max(n_layers, 8), heat_height + 2.9)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[heat_height, 2.6])
@@ -115,6 +112,7 @@ def stages_over_layers(
     above.set_title(title)
     colour_bar(above, image, label=heat_label, ends=("local", "global"))
     _draw_lines(below, lines, limits, {}, first_peak_layer)
+    _draw_bands(below, lines, bands or {})
     layer_axis(below, n_layers)
     below.set_ylabel(line_label)
     return figure
@@ -203,6 +201,26 @@ def _draw_lines(
         ends.append((name, float(line[-1]), color))
     ends += _draw_references(axes, references)
     label_line_ends(axes, ends)
+
+
+def _check_bands(
+    lines: Mapping[str, Sequence[float]], bands: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    for name, (low, high) in bands.items():
+        if name not in lines:
+            raise DataError(f"There is a band for {name!r}, but lines only for {', '.join(lines)}.")
+        _common_length({name: lines[name], f"{name}, low": low, f"{name}, high": high})
+
+
+def _draw_bands(
+    axes: Axes,
+    lines: Mapping[str, Sequence[float]],
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+) -> None:
+    for index, (name, line) in enumerate(lines.items()):
+        if name in bands:
+            color = PALETTE[index % len(PALETTE)]
+            axes.fill_between(range(len(line)), *bands[name], color=color, alpha=0.16, linewidth=0, zorder=2)
 
 
 def _draw_references(
