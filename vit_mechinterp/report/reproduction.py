@@ -1,15 +1,17 @@
 """Reproductions of papers: sections that are run as far as their figures are asked for, and one page of
-them."""
+them.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vit_mechinterp.circuits.result import CircuitResult
-from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.errors import DataError, SpecError, suggest
 from vit_mechinterp.report.page import Page
 
 if TYPE_CHECKING:
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SCALES", "Asked", "Reproduced", "Reproduction", "reproduce"]
 
-SCALES = ("tiny", "small")
-"""How much is computed: ``tiny`` takes a minute or two on two cores, ``small`` several times as long."""
+SCALES: Final = ("tiny", "small")
+"""How much is computed: ``tiny`` takes minutes on two cores, ``small`` several times as long."""
+
+_ASKED = "asked.json"
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,12 @@ class Asked:
     """What a reproduction is to do.
 
     Attributes:
-        scale: one of `SCALES`.
+        scale: one of the reproduction's scales.
         sections: names of the sections that are wanted.
-        model: a model string in place of the default, or None.
+        model: a model string, or a folder of trained models, in place of the default; or None.
         data: name of an image set in place of the default, or None.
         progress: show progress bars.
+        out: where results lie.
     """
 
     scale: str
@@ -38,10 +43,27 @@ class Asked:
     model: str | None = None
     data: str | None = None
     progress: bool = True
+    out: Path = field(default=Path("out"))
 
     def wants(self, *names: str) -> bool:
         """Whether one of these sections is wanted."""
         return any(name in self.sections for name in names)
+
+    def kept(self, name: str, question: Mapping[str, Any]) -> CircuitResult | None:
+        """Return the result that an earlier call left in ``out``, if it answered the same question."""
+        folder = self.out / name
+        try:
+            asked = json.loads((folder / _ASKED).read_text(encoding="utf-8"))
+            return CircuitResult.load(folder) if asked == _plain(question) else None
+        except (OSError, ValueError, DataError):
+            return None
+
+    def keep(self, result: CircuitResult, question: Mapping[str, Any]) -> None:
+        """Write a result and the question that it answers, the question last: without it nothing is kept."""
+        folder = self.out / result.name
+        (folder / _ASKED).unlink(missing_ok=True)
+        result.save(folder)
+        (folder / _ASKED).write_text(json.dumps(_plain(question), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -53,12 +75,34 @@ class Reproduction:
         introduction: plain text; what is the paper's, and what is this project's own.
         figures: name of a figure to (name of its result, its name there).
         run: gives the results of the wanted sections, in reading order; a result's name is its section's.
+        groups: name to the figures that it stands for, where one figure of the paper is several here.
+        scales: how much can be computed, the least first.
+        always: results that are shown whatever is asked for.
     """
 
     title: str
     introduction: str
     figures: Mapping[str, tuple[str, str]]
     run: Callable[[Asked], Iterator[CircuitResult]]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    scales: Sequence[str] = SCALES
+    always: Sequence[str] = ()
+
+    def places(self, only: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (result, figure) of the named figures, of all without a name.
+
+        Raises:
+            SpecError: there is no such figure; the message lists them.
+        """
+        names: list[str] = []
+        for name in only or self.figures:
+            if name not in self.figures and name not in self.groups:
+                known = [*self.figures, *self.groups]
+                raise SpecError(
+                    f"There is no figure {name!r}. Figures: {', '.join(known)}.{suggest(name, known)}"
+                )
+            names += self.groups.get(name, [name])
+        return [self.figures[name] for name in dict.fromkeys(names)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +138,7 @@ def reproduce(
     Args:
         reproduction: the paper.
         out: a folder; made if need be. The page is its ``index.html``.
-        scale: one of `SCALES`.
+        scale: one of the reproduction's scales.
         only: names of figures; what others need is not computed. All by default.
         model: a model string in place of the default.
         data: an image set in place of the default.
@@ -103,23 +147,19 @@ def reproduce(
     Raises:
         SpecError: there is no such scale or figure; the message lists them.
     """
-    if scale not in SCALES:
-        raise SpecError(f"There is no scale {scale!r}. Scales: {', '.join(SCALES)}.")
-    for name in only:
-        if name not in reproduction.figures:
-            raise SpecError(
-                f"There is no figure {name!r}. Figures: {', '.join(reproduction.figures)}."
-                f"{suggest(name, reproduction.figures)}"
-            )
-    wanted = [reproduction.figures[name] for name in only or reproduction.figures]
-    asked = Asked(scale, frozenset(section for section, _ in wanted), model, data, progress)
+    if scale not in reproduction.scales:
+        raise SpecError(f"There is no scale {scale!r}. Scales: {', '.join(reproduction.scales)}.")
+    wanted = reproduction.places(only)
     out = Path(out)
+    sections = frozenset([*(section for section, _ in wanted), *reproduction.always])
+    asked = Asked(scale, sections, model, data, progress, out)
     results = []
     for result in reproduction.run(asked):
         if result.name in asked.sections:
             named = [figure for section, figure in wanted if section == result.name]
-            shown = _showing(result, named) if only else result
-            shown.save(out / result.name)
+            shown = _showing(result, named) if only and named else result
+            if not (out / result.name / _ASKED).exists():
+                shown.save(out / result.name)
             results.append(shown)
     page = Page(title=reproduction.title, introduction=reproduction.introduction, sections=results)
     return Reproduced(page.write(out / "index.html"), tuple(results))
@@ -135,3 +175,7 @@ def _showing(result: CircuitResult, names: Iterable[str]) -> CircuitResult:
 
     captions = {name: text for name, text in result.captions.items() if name in kept}
     return replace(result, draw=draw, captions=captions)
+
+
+def _plain(question: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(question, sort_keys=True, default=str))
