@@ -10,7 +10,7 @@ from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
 from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.das import das, das_by_attribute
-from vit_mechinterp.circuits.dictionary import load_dictionary
+from vit_mechinterp.circuits.dictionary_files import load_dictionary
 from vit_mechinterp.circuits.directions import mean_directions
 from vit_mechinterp.circuits.edge_attribution import edge_attribution
 from vit_mechinterp.circuits.embedding_matching import embedding_matching

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
-from vit_mechinterp.circuits.dictionary import Dictionary, load_dictionary
+from vit_mechinterp.circuits.dictionary import Dictionary
+from vit_mechinterp.circuits.dictionary_files import load_dictionary
 from vit_mechinterp.circuits.effects import effect_columns
 from vit_mechinterp.circuits.images import image_column, model_view
 from vit_mechinterp.circuits.metrics import MetricLike
@@ -165,7 +166,7 @@ class _Read:
         at = torch.arange(len(h)) if positions is None else torch.tensor(positions)
         h = h[at.to(h.device)]
         found = self.dictionary.encode(h)
-        rebuilt = self.dictionary.decode(found)
+        rebuilt = self.dictionary.rebuild(h)
         self.total += found.double().sum(0).cpu()
         self.active += (found > 0).double().sum(0).cpu()
         peak = found.max(dim=0)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, Edit
 from vit_mechinterp.engine.entries import described
+from vit_mechinterp.engine.features import check_feature
 from vit_mechinterp.errors import SpecError, TensorFileError, suggest
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.spec import TensorRef
+from vit_mechinterp.spec import EditFeature, TensorRef
 
 __all__ = ["check_tensors", "digest_of", "load_tensor", "resolve_refs"]
 
@@ -117,8 +118,8 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
     """Check every tensor against the site and the tokens that it acts on.
 
     Raises:
-        SpecError: a direction of the wrong shape, a basis that is not orthonormal, a gate outside 0..1, or a
-            choice beyond the leading axis.
+        SpecError: a direction of the wrong shape, a basis that is not orthonormal, a gate outside 0..1, a
+            choice beyond the leading axis, or what is no dictionary of features.
     """
     checks = {"vector": _check_vector, "basis": _check_basis, "gate": _check_gate, "mean": _check_mean}
     for run in bound.runs:
@@ -129,6 +130,8 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
                     raise SpecError(f"{edit.where}: {field} must hold finite floating-point numbers.")
                 if field in checks:
                     checks[field](vit, edit, tensor, own, n_examples)
+            if isinstance(edit.spec, EditFeature):
+                check_feature(edit.spec, own, _features(vit, edit), edit.where)
             if "vectors" in own:
                 rank = own["basis"].shape[-1]
                 _check_rows(vit, edit, "vectors", own["vectors"], rank, n_examples)

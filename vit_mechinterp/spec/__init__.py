@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vit_mechinterp.spec.experiments import DataSource, Experiment
+from vit_mechinterp.spec.features import EditFeature
 from vit_mechinterp.spec.interventions import Ablate, AddDirection, InjectSubspace, Interchange
 from vit_mechinterp.spec.ops import (
     OPS,
@@ -28,6 +29,7 @@ __all__ = [
     "Capture",
     "Column",
     "DataSource",
+    "EditFeature",
     "Experiment",
     "InjectSubspace",
     "Interchange",
