@@ -14,7 +14,7 @@ from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.registry import wrap
 from vit_mechinterp.stimuli import RMTSGenerator
 from vit_mechinterp.training import DisentanglementProbes, PipelineStage, objective, pipeline_loss, train
-from vit_mechinterp.training.checkpoint import build_model
+from vit_mechinterp.training.models import build_model
 from vit_mechinterp.training.pipeline import active
 
 BATCH, HEADS, TOKENS = 3, 2, 12

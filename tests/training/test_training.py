@@ -26,7 +26,7 @@ from vit_mechinterp.training import (
     train,
 )
 from vit_mechinterp.training import loop as loop_module
-from vit_mechinterp.training.checkpoint import build_model
+from vit_mechinterp.training.models import build_model
 
 IMAGES = {"canvas": 32, "patch": 8, "cell": 8}
 

@@ -1,95 +1,17 @@
-"""Checkpoints: the model as a folder that timm loads by ``local-dir:``, and the state that training resumes
-from. Never pickled.
-"""
+"""The state that a training resumes from: weights, optimiser and progress in one file. Never pickled."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_mechinterp.errors import SpecError, TensorFileError
-from vit_mechinterp.model.loading import load
+from vit_mechinterp.errors import TensorFileError
 
-if TYPE_CHECKING:
-    from vit_mechinterp.training.config import TrainingConfig
-
-__all__ = ["build_model", "load_state", "save_model", "save_state", "write_json"]
-
-N_CLASSES = 2
-LABELS = ["different", "same"]
-
-
-def _model_args(config: TrainingConfig) -> dict[str, Any]:
-    sizes = config.model.model_dump(exclude={"architecture"})
-    return {"img_size": config.canvas, "patch_size": config.patch, "num_classes": N_CLASSES, **sizes}
-
-
-def build_model(config: TrainingConfig) -> nn.Module:
-    """Build the model with weights drawn from ``config.seed``, or with those of ``config.initial``; the
-    global random state is left as it was.
-
-    Raises:
-        SpecError: ``config.initial`` is a model of other sizes.
-    """
-    import timm
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        module: nn.Module = timm.create_model(
-            config.model.architecture, pretrained=False, **_model_args(config)
-        )
-    if config.initial is not None:
-        weights = load(config.initial).module.state_dict()
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            raise SpecError(
-                f"initial={config.initial!r} is a model of other sizes than the one to train ({error}). "
-                "Give both the same sizes."
-            ) from error
-    return module
-
-
-def save_model(module: nn.Module, config: TrainingConfig, folder: Path) -> None:
-    """Write ``model.safetensors`` and ``config.json``; the folder loads with
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
-
-    The transform that the configuration states is the stimuli's own: full image, mean and standard deviation
-    0.5.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    args = _model_args(config)
-    document = {
-        "architecture": config.model.architecture,
-        "num_classes": N_CLASSES,
-        "num_features": config.model.embed_dim,
-        "label_names": LABELS,
-        "model_args": args,
-        "pretrained_cfg": {
-            "input_size": [3, config.canvas, config.canvas],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
-            "num_classes": N_CLASSES,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "license": "apache-2.0",
-        },
-    }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    temporary = folder / "model.safetensors.part"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
-    write_json(folder / "config.json", document)
+__all__ = ["load_state", "save_state", "write_json"]
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,38 +1,40 @@
-"""Training on images that are never shown twice."""
+"""The training loop: one process or several, resumed exactly."""
 
 from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit_mechinterp.engine.provenance import versions
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.registry import wrap
-from vit_mechinterp.stimuli.batches import TaskGenerator
-from vit_mechinterp.stimuli.discrimination import DiscriminationGenerator
-from vit_mechinterp.stimuli.rmts import RMTSGenerator
-from vit_mechinterp.training.auxiliary import DisentanglementProbes
-from vit_mechinterp.training.checkpoint import build_model, load_state, save_model, save_state, write_json
+from vit_mechinterp.stimuli.batches import TaskBatch
+from vit_mechinterp.stimuli.render import NORMALIZATION
+from vit_mechinterp.training.auxiliary import make_probes
+from vit_mechinterp.training.checkpoint import load_state, save_state, write_json
 from vit_mechinterp.training.config import TrainingConfig
 from vit_mechinterp.training.evaluate import evaluate
+from vit_mechinterp.training.images import TrainingImages, evaluation_images
+from vit_mechinterp.training.models import build_vit, normalization_of
 from vit_mechinterp.training.objective import objective
+from vit_mechinterp.training.processes import accelerator_for, on_main
+from vit_mechinterp.training.saving import load_trained, save_model
+from vit_mechinterp.training.schedules import Schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["TrainingResult", "train"]
 
-_TASKS: dict[str, Callable[..., TaskGenerator[Any]]] = {
-    "discrimination": DiscriminationGenerator,
-    "rmts": RMTSGenerator,
-}
 _LIBRARIES = ("torch", "timm", "accelerate", "numpy")
 
 
@@ -45,7 +47,7 @@ class TrainingResult:
             ``log.jsonl``.
         best_step: the step of the best checkpoint.
         metrics: of the best checkpoint, on the validation images.
-        test: of the best checkpoint, on images that chose nothing: by split ("test", "test_iid").
+        test: of the best checkpoint, by split of ``config.test_splits``.
     """
 
     folder: Path
@@ -64,10 +66,10 @@ def train(
 ) -> TrainingResult:
     """Train a model and keep its best checkpoint, measured on held-out images.
 
-    AdamW with a one-cycle learning rate; every ``validate_every`` steps the model is evaluated on the first
-    images of the "val" split; at the end the best checkpoint is evaluated on "test" and "test_iid". Step s
-    sees images ``s * batch_size ...`` of the "train" split, so a resumed run sees what an uninterrupted one
-    would have seen.
+    AdamW on the objective (see `objective`); every ``validate_every`` steps the model is evaluated on the
+    first images of the "val" split; at the end the best checkpoint is evaluated on ``test_splits``. A step's
+    images depend on the step alone (see `TrainingImages`), so a resumed run sees what an uninterrupted one
+    would have seen. Started by ``accelerate launch``, every process takes an equal share of a step's images.
 
     Args:
         config: what to train, and how.
@@ -80,96 +82,132 @@ def train(
     Raises:
         DataError: the folder holds a training and ``resume`` is false, or one with other settings.
         TensorFileError: ``resume`` is true and the folder holds no state, or that of another model.
-        SpecError: the settings do not fit one another, or ``auxiliary_site`` is no site of the model.
+        SpecError: the settings do not fit one another, the model, or this machine.
+        UnsupportedModelError: the model cannot be given a two-way head.
     """
     folder = Path(folder)
     _check_folder(folder, config, resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _cpu_settings(config.threads):
-        return _train(config, folder, resume, command, progress)
+    accelerator = accelerator_for(config)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with _cpu_settings(config.threads), torch.random.fork_rng(devices):
+        return _train(accelerator, config, folder, resume, command, progress)
+
+
+class _Learner(nn.Module):
+    """The objective as one module, so that several processes average its gradients."""
+
+    def __init__(self, vit: HookedViT, probes: nn.Module, config: TrainingConfig) -> None:
+        super().__init__()
+        self.model, self.probes = vit.module, probes
+        self.vit, self.config = vit, config
+
+    def forward(self, batch: TaskBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        # On a CPU the fused kernel's backward is slower in bfloat16 than attention that is written out.
+        slow = self.vit.device.type == "cpu" and self.config.precision == "bf16"
+        with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+            return tuple(objective(self.vit, self.probes, batch, self.config, step))  # type: ignore[return-value]
 
 
 def _train(
-    config: TrainingConfig, folder: Path, resume: bool, command: str | None, progress: bool
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    folder: Path,
+    resume: bool,
+    command: str | None,
+    progress: bool,
 ) -> TrainingResult:
-    from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    options = {name: getattr(config, name) for name in ("seed", "canvas", "patch", "cell", "combinations")}
-    task = _TASKS[config.task]
-    images, held_out = task("train", **options), task("val", **options)
-
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    module, probes = accelerator.prepare(build_model(config), _build_probes(config))
-    vit = wrap(module)
+    main = accelerator.is_main_process
+    vit = build_vit(config)
+    normalization = normalization_of(vit) if isinstance(config.model, str) else NORMALIZATION
     _check_sites(vit, config)
-    modules: dict[str, nn.Module] = {"model": module, "probes": probes}
+    probes = _build_probes(vit, config)
+    learner = accelerator.prepare(_Learner(vit, probes, config))
+    modules: dict[str, nn.Module] = {"model": vit.module, "probes": probes}
     parameters = [parameter for owner in modules.values() for parameter in owner.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.learning_rate, total_steps=config.steps + 1, pct_start=config.warmup
-    )
+    native = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = accelerator.prepare(native)
+    schedule = Schedule(native, config)
+    scaler: Any = accelerator.scaler
+    folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"step": 0, "best_step": 0, "best": {}, "seconds": 0.0}
     if resume:
-        state = load_state(folder / "state", modules, optimizer)
-        _forward_schedule(schedule, state["step"])
-        _keep_log(folder / "log.jsonl", state["step"])
+        state = load_state(folder / "state", modules, native)
+        schedule.restore(state["step"], state.pop("schedule", {}))
+        if scaler is not None:
+            scaler.load_state_dict(state.pop("scaler"))
+        if main:
+            _keep_log(folder / "log.jsonl", state["step"])
 
     document = {"command": command, "config": config.model_dump(), "versions": versions(_LIBRARIES)}
-    module.train()
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    images = TrainingImages(config, normalization, rank=rank, processes=processes)
+    held_out = evaluation_images(config, "val", normalization)
+    vit.module.train()
+    drops = vit.dropout() is not None
     began = time.perf_counter() - state["seconds"]
+    first = state["step"]
     steps = tqdm(
-        range(state["step"], config.steps),
+        enumerate(images.steps(first), first),
         desc="train",
-        initial=state["step"],
+        unit="step",
+        initial=first,
         total=config.steps,
-        disable=not progress,
+        disable=not (progress and main),
     )
-    with (folder / "log.jsonl").open("a" if resume else "w") as log:
-        for step in steps:
-            batch = images.batch(step * config.batch_size, config.batch_size)
-            loss, line = objective(vit, probes, batch, config, step)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(parameters, config.clip)
-            line |= {"gradient_norm": float(norm), "learning_rate": optimizer.param_groups[0]["lr"]}
+    with (folder / "log.jsonl").open("a" if resume else "w") if main else nullcontext() as log:
+        for step, parts in steps:
+            if drops:  # so that a resumed training drops what an uninterrupted one would have dropped
+                torch.manual_seed((config.seed * config.steps + step) * processes + rank)
+            lines = []
+            for part, batch in enumerate(parts, 1):
+                with accelerator.no_sync(learner) if part < len(parts) else nullcontext():
+                    loss, line = learner(batch, step)
+                    accelerator.backward(loss / len(parts))
+                lines.append(line)
+            norm = accelerator.clip_grad_norm_(parameters, config.clip or float("inf"))
+            rate = schedule.rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            schedule.after_step()
 
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                _write_line(log, {"step": done, "seconds": time.perf_counter() - began, **line})
+                numbers = _means(accelerator, lines)
+                numbers |= {"gradient_norm": float(norm or 0.0), "learning_rate": rate}
+                _write_line(log, {"step": done, "seconds": time.perf_counter() - began, **numbers})
             if done % config.validate_every == 0 or done == config.steps:
-                metrics = evaluate(module, held_out, config.validation_images)
+                metrics = on_main(accelerator, lambda: evaluate(vit, held_out, config.validation_images))
                 seconds = time.perf_counter() - began
                 _write_line(log, {"step": done, "seconds": seconds, "validation": metrics})
+                schedule.after_validation(metrics["accuracy"])
                 if metrics["accuracy"] > state["best"].get("accuracy", -1.0):
                     state |= {"best": metrics, "best_step": done}
-                    save_model(module, config, folder)
+                    if main:
+                        save_model(vit, config, folder, normalization)
                 state |= {"step": done, "seconds": seconds}
-                save_state(folder / "state", modules, optimizer, state)
-                write_json(folder / "training.json", document | {"progress": state})
-    test = _test(module, folder, task, options, config.test_images, progress)
-    write_json(folder / "training.json", document | {"progress": state, "test": test})
-    return TrainingResult(folder, state["best_step"], state["best"], test)
+                if main:
+                    unseen: dict[str, Any] = {"schedule": kept} if (kept := schedule.state()) else {}
+                    unseen |= {} if scaler is None else {"scaler": scaler.state_dict()}
+                    save_state(folder / "state", modules, native, state | unseen)
+                    write_json(folder / "training.json", document | {"progress": state})
 
+    def test() -> dict[str, dict[str, float]]:
+        best = load_trained(folder)
+        best.module.to(accelerator.device)
+        return {
+            split: evaluate(
+                best, evaluation_images(config, split, normalization), config.test_images, progress=progress
+            )
+            for split in config.test_splits
+        }
 
-def _test(
-    module: nn.Module,
-    folder: Path,
-    task: Callable[..., TaskGenerator[Any]],
-    options: dict[str, Any],
-    n: int,
-    progress: bool,
-) -> dict[str, dict[str, float]]:
-    """Evaluate the best checkpoint on the two test splits."""
-    from safetensors.torch import load_file
-
-    module.load_state_dict(load_file(folder / "model.safetensors"))
-    return {
-        split: evaluate(module, task(split, **options), n, progress=progress)
-        for split in ("test", "test_iid")
-    }
+    tested = on_main(accelerator, test)
+    if main:
+        write_json(folder / "training.json", document | {"progress": state, "test": tested})
+    accelerator.end_training()
+    return TrainingResult(folder, state["best_step"], state["best"], tested)
 
 
 def _check_sites(vit: HookedViT, config: TrainingConfig) -> None:
@@ -190,10 +228,15 @@ def _check_sites(vit: HookedViT, config: TrainingConfig) -> None:
             )
 
 
-def _build_probes(config: TrainingConfig) -> DisentanglementProbes:
+def _build_probes(vit: HookedViT, config: TrainingConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
-        return DisentanglementProbes(config.model.embed_dim)
+        return make_probes(
+            config.auxiliary_probe,
+            vit.layout.d_model,
+            tokens_per_object=config.geometry.tokens_per_object,
+            n_pairs=2 if config.task == "rmts" else 1,
+        )
 
 
 def _check_folder(folder: Path, config: TrainingConfig, resume: bool) -> None:
@@ -226,12 +269,10 @@ def _cpu_settings(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _forward_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
-    with warnings.catch_warnings():
-        # torch warns because the schedule moves before the optimiser does, which is what resuming means.
-        warnings.simplefilter("ignore", UserWarning)
-        for _ in range(steps):
-            schedule.step()
+def _means(accelerator: Accelerator, lines: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The numbers of a step, over its parts and over all processes."""
+    means = {name: torch.stack([line[name] for line in lines]).mean() for name in lines[0]}
+    return {name: float(accelerator.reduce(value, "mean")) for name, value in means.items()}
 
 
 def _keep_log(path: Path, steps: int) -> None:
@@ -243,5 +284,6 @@ def _keep_log(path: Path, steps: int) -> None:
 
 
 def _write_line(log: Any, line: dict[str, Any]) -> None:
-    log.write(json.dumps(line) + "\n")
-    log.flush()
+    if log is not None:
+        log.write(json.dumps(line) + "\n")
+        log.flush()

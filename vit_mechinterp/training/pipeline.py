@@ -114,7 +114,9 @@ def pipeline_loss(
     losses = []
     for stage in stages:
         for site in stage.sites:
-            pattern = patterns[site] if stage.heads is None else patterns[site][:, list(stage.heads)]
+            # The logarithm of a small share needs more digits than mixed precision has.
+            pattern = patterns[site].to(torch.promote_types(patterns[site].dtype, torch.float32))
+            pattern = pattern if stage.heads is None else pattern[:, list(stage.heads)]
             score = stage_score(object_attention(pattern, tokens), stage.attention)
             losses.append(-score.clamp_min(_SMALLEST).log().mean())
     return torch.stack(losses).mean()

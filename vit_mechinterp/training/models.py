@@ -1,0 +1,107 @@
+"""The model of a training: made by its sizes or loaded by its string, with a two-way head, on the stimuli's grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vit_mechinterp.errors import DataError, SpecError, UnsupportedModelError
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.loading import load
+from vit_mechinterp.model.registry import wrap
+from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization
+from vit_mechinterp.training.config import ModelConfig, TrainingConfig
+from vit_mechinterp.training.heads import LABELS, with_two_way_head
+
+__all__ = ["build_model", "build_vit", "normalization_of", "require_grid", "sizes_of"]
+
+
+def sizes_of(config: TrainingConfig, model: ModelConfig) -> dict[str, Any]:
+    """Arguments of timm for a model that is given by its sizes."""
+    sizes = model.model_dump(exclude={"architecture"})
+    return {"img_size": config.canvas, "patch_size": config.patch, "num_classes": len(LABELS), **sizes}
+
+
+def build_model(config: TrainingConfig) -> nn.Module:
+    """Build the native module of `build_vit`."""
+    return build_vit(config).module
+
+
+def build_vit(config: TrainingConfig) -> HookedViT:
+    """Build the model of a training.
+
+    Weights that are not loaded (all of them, or the head's) are drawn from ``config.seed``; those of
+    ``config.initial`` take the place of all. The global random state is left as it was.
+
+    Raises:
+        SpecError: the model cannot be loaded, its patches are not those of the stimuli, or
+            ``config.initial`` is a model of other sizes.
+        UnsupportedModelError: the model cannot be given a two-way head.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if isinstance(config.model, str):
+            vit = _on_canvas(config.model, config)
+            require_grid(vit, config)
+            vit = with_two_way_head(vit)
+        else:
+            import timm
+
+            sizes = sizes_of(config, config.model)
+            vit = wrap(timm.create_model(config.model.architecture, pretrained=False, **sizes))
+    if config.initial is not None:
+        weights = load(config.initial).module.state_dict()
+        try:
+            vit.module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise SpecError(
+                f"initial={config.initial!r} is a model of other sizes than the one to train ({error}). "
+                "Give both the same sizes."
+            ) from error
+    return vit
+
+
+def _on_canvas(name: str, config: TrainingConfig) -> HookedViT:
+    """Load a model for images of the canvas's size."""
+    options: dict[str, Any] = dict(config.model_options)
+    size = (config.canvas, config.canvas)
+    vit = load(name, pretrained=config.pretrained, **options)
+    if vit.layout.tokens.image_size == size:
+        return vit
+    if vit.layout.family.any_size(vit.module):
+        return wrap(vit, image_size=size)
+    match vit.layout.family.library:
+        case "timm" if "img_size" not in options:  # positions of pretrained weights are interpolated once
+            return load(name, pretrained=config.pretrained, **options, img_size=config.canvas)
+        case "torchvision" if not config.pretrained:
+            return load(name, pretrained=False, **options, image_size=config.canvas)
+    return vit
+
+
+def require_grid(vit: HookedViT, config: TrainingConfig) -> None:
+    """Raise SpecError unless the model's patches are those of the stimuli."""
+    tokens, side = vit.layout.tokens, config.canvas // config.patch
+    wanted = ((config.canvas,) * 2, (config.patch,) * 2, (side, side))
+    if (tokens.image_size, tokens.patch_size, tokens.grid) != wanted:
+        raise SpecError(
+            f"{config.model} sees images of {' x '.join(map(str, tokens.image_size))} px as {tokens}; the stimuli "
+            f"are {config.canvas} px wide with patches of {config.patch} px. Set canvas, patch and cell so that "
+            "they fit the model."
+        )
+
+
+def normalization_of(vit: HookedViT) -> Normalization:
+    """Return how the model's own preprocessing scales pixels; mean and deviation 0.5 where nothing says."""
+    try:
+        facts = vit.preprocess.config
+    except (DataError, UnsupportedModelError):
+        return NORMALIZATION
+    if facts.get("do_normalize") is False:
+        return Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    mean, std = (facts.get(f"image_{name}", facts.get(name)) for name in ("mean", "std"))
+    if mean is None or std is None or len(mean) != 3 or len(std) != 3:
+        return NORMALIZATION
+    first, second = ([float(value) for value in values] for values in (mean, std))
+    return Normalization((first[0], first[1], first[2]), (second[0], second[1], second[2]))
