@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_mechinterp import __version__
-from vit_mechinterp.commands import analyses, bridges, circuit, models, reproduce, training
+from vit_mechinterp.commands import analyses, bridges, circuit, models, reproduce, stimuli, training
 from vit_mechinterp.errors import VitMechInterpError
 
 __all__ = ["main"]
@@ -113,6 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, help="folder for the results")
     one.add_argument("--quiet", action="store_true", help="no progress bars")
 
+    made = add("stimuli", stimuli.stimuli, "make images whose structure is known, and save them as a dataset")
+    made.add_argument("name", nargs="?", metavar="NAME", help="the stimuli; --list lists them")
+    made.add_argument("--list", action="store_true", help="list the stimuli, and stop")
+    made.add_argument("--options", action="store_true", help="print what NAME takes, and stop")
+    made.add_argument("-n", "--n", type=int, metavar="N", help="how many examples")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one option")
+    text = "a folder for datasets.load_from_disk, or FILE.parquet"
+    made.add_argument("--out", type=Path, help=text)
+    made.add_argument("--quiet", action="store_true", help="no progress bars")
+
     plan = add("plan", analyses.plan, "print what an experiment would compute, without computing it")
     plan.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     plan.add_argument("--per-example", action="store_true", help="plan for one example, without the data")
@@ -121,8 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     run.add_argument("--out", type=Path, required=True, help="folder for the results")
 
-    train = add("train", training.train, "train a small ViT from scratch on the discrimination task")
+    train = add("train", training.train, "train a ViT on the discrimination task or on RMTS")
     train.add_argument("--out", type=Path, help="folder for the checkpoint and the log")
+    names = "clip-b16, clip-b32, imagenet21k-b16, dino-b16, mae-b16, dinov2-b14, scratch-b16, scratch-b32"
+    train.add_argument("--preset", metavar="NAME", help=f"a model and its settings to begin with: {names}")
     train.add_argument("--config", type=Path, metavar="FILE.yaml", help="options as a document")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one option")
     train.add_argument("--resume", action="store_true", help="go on with the training in the folder")

@@ -90,7 +90,8 @@ def build(name: str, pretrained: bool, allow_pickle: bool, options: Mapping[str,
     settings = {"use_safetensors": None if allow_pickle else True, **width, **options}
     try:
         if tower is not None:
-            return tower.loaded(name, model_class, settings)
+            kept = {key: value for key, value in settings.items() if key not in changes}
+            return tower.loaded(name, model_class, kept, changes)
         return _with_weights(model_class, name, settings)
     except OSError as error:
         if not allow_pickle and (files := _pickles(name, places)):

@@ -39,7 +39,9 @@ class Tower:
         module: nn.Module = self.kind._from_config(self.config, **making)
         return module
 
-    def loaded(self, name: str, whole: Any, options: Mapping[str, Any]) -> nn.Module:
+    def loaded(
+        self, name: str, whole: Any, options: Mapping[str, Any], changes: Mapping[str, Any]
+    ) -> nn.Module:
         """The tower with its weights out of the whole checkpoint.
 
         The whole model is loaded first only where its weights have other names than the tower's path.
@@ -48,6 +50,7 @@ class Tower:
             name: of the checkpoint.
             whole: class of the whole model.
             options: for ``from_pretrained``.
+            changes: of the configuration, which the tower's own has seen already.
         """
         own = {rf"^(?:.*\.)?{re.escape(self.path.rpartition('.')[2])}\.": ""}
         module: nn.Module
@@ -56,7 +59,7 @@ class Tower:
                 name, config=self.config, key_mapping=own, output_loading_info=True, **options
             )
             if info["missing_keys"] or info["mismatched_keys"]:
-                module = whole.from_pretrained(name, **options).get_submodule(self.path)
+                module = whole.from_pretrained(name, **options, **changes).get_submodule(self.path)
         return module
 
 

@@ -24,7 +24,14 @@ from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.stimuli.colors import N_COLORS
 from vit_mechinterp.stimuli.shapes import N_SHAPES
 
-__all__ = ["AuxiliaryLoss", "DisentanglementProbes", "IdentityProbe", "ProbeLoss", "RelationProbes", "make_probes"]
+__all__ = [
+    "AuxiliaryLoss",
+    "DisentanglementProbes",
+    "IdentityProbe",
+    "ProbeLoss",
+    "RelationProbes",
+    "make_probes",
+]
 
 
 class AuxiliaryLoss(NamedTuple):
@@ -188,7 +195,7 @@ def _object_tokens(
     hidden: Float[Tensor, "batch token d_model"], tokens: Int64[Tensor, "batch object patch"]
 ) -> Float[Tensor, "batch object patch d_model"]:
     index = tokens.flatten(1)[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index).unflatten(1, tokens.shape[1:])
+    return hidden.gather(1, index).reshape(*tokens.shape, -1)
 
 
 def _loss(name: str, logits: Float[Tensor, "row class"], target: Int64[Tensor, " row"]) -> ProbeLoss:

@@ -11,9 +11,7 @@ from vit_mechinterp.training.pipeline import PipelineStage
 
 __all__ = ["EVALUATION_SPLITS", "EvaluationSplit", "ModelConfig", "TrainingConfig"]
 
-EvaluationSplit = Literal[
-    "train", "val", "test_iid", "test", "ood-shape", "ood-color", "ood-shape-color"
-]
+EvaluationSplit = Literal["train", "val", "test_iid", "test", "ood-shape", "ood-color", "ood-shape-color"]
 EVALUATION_SPLITS: tuple[EvaluationSplit, ...] = (
     "train",
     "val",
@@ -49,9 +47,9 @@ class TrainingConfig(BaseModel):
     """Training on one of the two tasks.
 
     The model is a small ViT by its sizes, or any model that `vit_mechinterp.load` takes, given a two-way head
-    (see `heads`). Images are always new, or shuffled from a set of ``train_images``. With ``auxiliary_weight``
-    above 0 the disentanglement loss (see `auxiliary`) acts at ``auxiliary_site``; stages in ``pipeline`` add
-    the pipeline loss (see `pipeline`). Without either the task is all there is.
+    (see `heads`). Images are always new, or shuffled from a set of ``train_images``. With
+    ``auxiliary_weight`` above 0 the disentanglement loss (see `auxiliary`) acts at ``auxiliary_site``;
+    stages in ``pipeline`` add the pipeline loss (see `pipeline`). Without either the task is all there is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -42,31 +42,30 @@ def with_two_way_head(vit: HookedViT) -> HookedViT:
         case "transformers" | "torchvision":
             module = _replaced(vit)
         case library:
-            raise UnsupportedModelError(
-                f"{_named(vit)} cannot be given a two-way head: that is known for models of timm, transformers "
-                f"and torchvision, and this one is of {library}. Load the same weights by one of these."
+            raise _no_head(
+                vit,
+                "that is known for models of timm, transformers and torchvision, and this one is of "
+                f"{library}. Load the same weights by one of these",
             )
     made = wrap(module, image_size=size, source=vit.source)
     with torch.no_grad():
         logits = made(made.blank(1))
     if tuple(logits.shape) != (1, len(LABELS)):
-        raise UnsupportedModelError(
-            f"{_named(vit)} cannot be given a two-way head: with one its output has the shape "
-            f"{tuple(logits.shape)}, not one logit per class (does it pool its tokens?)."
-        )
+        shape = tuple(logits.shape)
+        reason = f"with one its output has the shape {shape}, not one logit per class"
+        raise _no_head(vit, f"{reason} (does it pool its tokens?)")
     return made
 
 
-def _named(vit: HookedViT) -> str:
-    return type(vit.module).__name__ + (f" ({vit.source})" if vit.source else "")
+def _no_head(vit: HookedViT, reason: str) -> UnsupportedModelError:
+    name = type(vit.module).__name__ + (f" ({vit.source})" if vit.source else "")
+    return UnsupportedModelError(f"{name} cannot be given a two-way head: {reason}.")
 
 
 def _reset(vit: HookedViT) -> nn.Module:
     reset = getattr(vit.module, "reset_classifier", None)
     if reset is None:
-        raise UnsupportedModelError(
-            f"{_named(vit)} cannot be given a two-way head: it has no reset_classifier."
-        )
+        raise _no_head(vit, "it has no reset_classifier")
     reset(len(LABELS))
     return vit.module
 
@@ -88,10 +87,7 @@ def _replaced(vit: HookedViT) -> nn.Module:
         (name, part) for name, part in head.named_modules(prefix=path) if isinstance(part, nn.Linear)
     ]
     if not linear:
-        raise UnsupportedModelError(
-            f"{_named(vit)} cannot be given a two-way head: its head, {path}, is a {type(head).__name__} without "
-            "a linear layer."
-        )
+        raise _no_head(vit, f"its head, {path}, is a {type(head).__name__} without a linear layer")
     name, last = linear[-1]
     parent, _, own = name.rpartition(".")
     fresh = nn.Linear(last.in_features, len(LABELS), bias=last.bias is not None).to(last.weight)
@@ -122,11 +118,10 @@ def _as_classifier(vit: HookedViT) -> nn.Module:
     if own_type == "clip_vision_model":
         class_name = "CLIPVisionModelWithProjection"  # CLIP's classifier averages patches instead
     if not isinstance(class_name, str) or hasattr(vit.module, "cls_classifier"):
-        raise UnsupportedModelError(
-            f"{_named(vit)} cannot be given a two-way head: transformers has no image classifier with one head "
-            f"for the type {own_type!r}."
-        )
-    settings = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+        raise _no_head(vit, f"transformers has no image classifier with one head for the type {own_type!r}")
+    settings = config.to_dict()
+    for name in ("model_type", "architectures"):
+        settings.pop(name, None)
     if own_type == "clip_vision_model":
         made = type(config)(**{**settings, "projection_dim": len(LABELS)})
     elif type_name == own_type:
@@ -153,12 +148,9 @@ def _fill(classifier: Any, vit: HookedViT) -> None:
         value = weights.get(name, weights.get(inner))
         if value is not None and value.shape == place.shape:
             found[name] = value
-    missing = [
-        name for name in wanted if name not in found and not name.startswith(("classifier.", "visual_projection."))
-    ]
+    heads = ("classifier.", "visual_projection.")
+    missing = [name for name in wanted if name not in found and not name.startswith(heads)]
     if missing:
-        raise UnsupportedModelError(
-            f"{_named(vit)} cannot be given a two-way head: {type(classifier).__name__} needs weights that it "
-            f"has not: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}."
-        )
+        listed = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        raise _no_head(vit, f"{type(classifier).__name__} needs weights that it has not: {listed}")
     classifier.load_state_dict({**wanted, **found})

@@ -49,9 +49,9 @@ class TrainingImages(Dataset[list[TaskBatch]]):
     """The images of every step, for one of several processes: a list of ``accumulate`` equal parts.
 
     Where every image is new, step s shows images ``s * batch_size ...`` of the "train" split. Of a finite
-    set, step s shows the next ``batch_size`` of a permutation that the seed and the epoch decide; what is left
-    of an epoch is dropped. Either way a step's images depend on the step alone, so a resumed training sees
-    what an uninterrupted one would have seen, and the set is the same for any number of processes.
+    set, step s shows the next ``batch_size`` of a permutation that the seed and the epoch decide; what is
+    left of an epoch is dropped. Either way a step's images depend on the step alone, so a resumed training
+    sees what an uninterrupted one would have seen, and the set is the same for any number of processes.
 
     Args:
         config: the training.
@@ -103,5 +103,7 @@ def _as_they_are(batches: list[TaskBatch]) -> list[TaskBatch]:
 
 def _taken(batch: TaskBatch, chosen: NDArray[np.int64]) -> TaskBatch:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    arrays = {name: value[chosen] for name, value in values.items() if isinstance(value, np.ndarray)}
+    arrays: dict[str, Any] = {
+        name: value[chosen] for name, value in values.items() if isinstance(value, np.ndarray)
+    }
     return replace(batch, **arrays)

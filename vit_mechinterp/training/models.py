@@ -1,4 +1,4 @@
-"""The model of a training: made by its sizes or loaded by its string, with a two-way head, on the stimuli's grid."""
+"""The model of a training: made by its sizes or loaded by its string, with a two-way head."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def require_grid(vit: HookedViT, config: TrainingConfig) -> None:
     wanted = ((config.canvas,) * 2, (config.patch,) * 2, (side, side))
     if (tokens.image_size, tokens.patch_size, tokens.grid) != wanted:
         raise SpecError(
-            f"{config.model} sees images of {' x '.join(map(str, tokens.image_size))} px as {tokens}; the stimuli "
-            f"are {config.canvas} px wide with patches of {config.patch} px. Set canvas, patch and cell so that "
-            "they fit the model."
+            f"{config.model} sees images of {' x '.join(map(str, tokens.image_size))} px as {tokens}; the "
+            f"stimuli are {config.canvas} px wide with patches of {config.patch} px. Set canvas, patch and "
+            "cell so that they fit the model."
         )
 
 

@@ -1,4 +1,4 @@
-"""Trained models as folders that `vit_mechinterp.load` takes: weights as safetensors, and the preprocessing."""
+"""Trained models as folders that `vit_mechinterp.load` takes: weights as safetensors, and preprocessing."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def _save_weights(module: nn.Module, file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _save_transformers(module: Any, config: TrainingConfig, folder: Path, normalization: Normalization) -> None:
+def _save_transformers(
+    module: Any, config: TrainingConfig, folder: Path, normalization: Normalization
+) -> None:
     from transformers import ViTImageProcessor
 
     module.save_pretrained(folder)
@@ -100,7 +102,7 @@ def _timm_document(vit: HookedViT, config: TrainingConfig, normalization: Normal
         if "img_size" in arguments or tuple(module.default_cfg["input_size"][1:]) != (config.canvas,) * 2:
             arguments["img_size"] = config.canvas
         architecture, width = str(module.pretrained_cfg["architecture"]), int(module.num_features)
-        kept = ("interpolation", "first_conv", "classifier", "license", "origin_url", "paper_ids", "pool_size")
+        kept = ("interpolation", "first_conv", "classifier", "license", "origin_url", "pool_size")
         own = {name: module.pretrained_cfg[name] for name in kept if module.pretrained_cfg.get(name)}
     else:
         arguments = sizes_of(config, config.model)
