@@ -32,6 +32,7 @@ from vit_mechinterp.circuits.metrics import (
 from vit_mechinterp.circuits.patch_association import patch_association
 from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
 from vit_mechinterp.circuits.positional_comparison import positional_comparison
+from vit_mechinterp.circuits.probe_intervention import probe_intervention
 from vit_mechinterp.circuits.probing import probing
 from vit_mechinterp.circuits.representation_similarity import representation_similarity
 from vit_mechinterp.circuits.result import CircuitResult
@@ -71,6 +72,7 @@ __all__ = [
     "patch_association",
     "path_patching",
     "positional_comparison",
+    "probe_intervention",
     "probing",
     "representation_similarity",
     "sample_photographs",

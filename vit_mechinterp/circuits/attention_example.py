@@ -82,7 +82,7 @@ def attend_in_example(
     for (name, (_, head, number)), site in zip(heads.items(), sites, strict=True):
         own = tokens.queries[example, number]
         rows = cache[site][0, head, own.to(vit.device), patches].float()
-        attention[name] = rows.unflatten(1, layout.grid).cpu().numpy()
+        attention[name] = rows.reshape(-1, *layout.grid).cpu().numpy()
         queries[name] = [int(position) - first for position in own.nonzero().flatten()]
     boxes = {
         name: _box(mask[patches].reshape(layout.grid), layout.patch_size)

@@ -114,8 +114,8 @@ def kinds_table(
 def peak_heads(
     table: pd.DataFrame, *, wo_mode: WithinObject = "direct", first_layer: int = 0
 ) -> dict[str, tuple[int, int, float]]:
-    """Return for WO, WP, BP (if there is a display pair) and BG the layer, head and value of the largest share
-    in the table of a result, from ``first_layer`` on.
+    """Return the layer, head and value of the largest share in the table of a result, from ``first_layer``
+    on: for WO, WP, BP (if there is a display pair) and BG.
 
     Raises:
         SpecError: there is no such layer.

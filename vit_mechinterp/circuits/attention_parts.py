@@ -91,7 +91,7 @@ class TokenSets:
 def default_objects(
     data: Data, objects: Sequence[Any] | None, display: Sequence[Any] | None, wanted_by: str
 ) -> tuple[list[Any], list[Any]]:
-    """Return selectors of the compared objects and of the display pair, from the columns where none are given.
+    """Return selectors of the compared objects and of the display pair, by default from the columns.
 
     Raises:
         DataError: the columns of the compared objects are missing; SpecError: fewer than two are given.

@@ -53,8 +53,9 @@ def measure_shares(
     """
 
     def shares(pattern: Tensor, examples: range) -> Tensor:
-        masks = [mask[examples.start : examples.stop].to(vit.device) for mask in (tokens.queries, tokens.sets)]
-        return attention_shares(pattern, *masks)
+        some = slice(examples.start, examples.stop)
+        queries, keys = (mask[some].to(vit.device) for mask in (tokens.queries, tokens.sets))
+        return attention_shares(pattern, queries, keys)
 
     return reduce_patterns(vit, data, base, shares, progress=progress)
 
@@ -67,7 +68,7 @@ def reduce_patterns(
     *,
     progress: bool = True,
 ) -> Float[Tensor, "layer example *measure"]:
-    """Return what a function makes of the attention patterns of every layer, batch by batch over the examples.
+    """Return what a function makes of the attention patterns of every layer, a batch of examples at a time.
 
     Args:
         vit: the model.

@@ -21,9 +21,9 @@ _DESCRIPTION = (
     "For every head, the share of the attention of an object's tokens that stays within the object (WO), "
     "goes to the other object of its pair (WP), {across}to background patches (BG), or to CLS; the larger "
     "value of the two objects, averaged over images. A head is local (blue) if its objects attend to "
-    "themselves, global (red) if they attend beyond. This only looks; nothing is changed.\n\nThe perceptual "
-    "score (WO − WP − BG) and the relational score ({relational}) of a head are this project's own; the paper "
-    "defines neither.{left_out}"
+    "themselves, global (red) if they attend beyond. This only looks; nothing is changed.\n\n"
+    "The perceptual score (WO − WP − BG) and the relational score ({relational}) of a head are this "
+    "project's own; the paper defines neither.{left_out}"
 )
 
 
@@ -85,9 +85,9 @@ def captions(table: pd.DataFrame, wo_mode: WithinObject, shown: int | None) -> d
     made = {
         "stages": (
             "Above: every head's global score, WP + BG (as each is the larger value of the two objects, it "
-            f"can exceed 1{alone}). Below: per layer, the largest share over its heads, with a star at each peak and "
-            f"the 95 % bootstrap interval over images of that head as a tint; WO is {meaning}. Means over "
-            f"{int(table['images'].iloc[0])} images."
+            f"can exceed 1{alone}). Below: per layer, the largest share over its heads, with a star at each "
+            "peak and the 95 % bootstrap interval over images of that head as a tint; WO is "
+            f"{meaning}. Means over {int(table['images'].iloc[0])} images."
         ),
         "within_object": (
             "Attention within an object by both definitions: as measured, and as the complement "
