@@ -15,8 +15,11 @@ from tests.engine.experiments import DOCUMENTS
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_DINOV2, HF_VIT, TIMM_PLAIN, Tiny
 from vit_mechinterp import Ablate, Interchange, Results, Run
+from vit_mechinterp.bridges import hooks as plain
+from vit_mechinterp.bridges.agreement import difference, size
 from vit_mechinterp.bridges.parity_runs import parity_data, parity_runs
 from vit_mechinterp.errors import ExecutionError, SpecError
+from vit_mechinterp.model.visiting import replace_output
 
 BACKENDS = ("hooks", "nnsight", "pyvene", "transformer_lens")
 # Sites that every backend reaches.
@@ -127,6 +130,35 @@ def test_an_unknown_backend_and_options_of_the_engine_are_refused() -> None:
         world.execute(COMMON, backend="hooks", memory="1GiB")
 
 
+@pytest.mark.parametrize("backend", ["hooks", "nnsight", "pyvene"])
+@pytest.mark.parametrize(("tiny", "site"), [(TIMM_PLAIN, "logits"), (HF_VIT, "logits"), (HF_VIT, "pooled")])
+def test_an_edit_of_what_the_model_returns_arrives(backend: str, tiny: Tiny, site: str) -> None:
+    world = world_of(tiny)
+    document = {"name": "r", "interventions": [{"op": "interchange", "site": site, "source": "source"}]}
+    run = Run.model_validate(document)
+    world.check([document], vmi.execute(world.vit, run, world.columns, backend=backend))
+
+
+def test_a_backend_whose_edits_do_not_arrive_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(port: Any, output: Any, touch: Any) -> Any:
+        replace_output(port, output, touch)
+        return output
+
+    monkeypatch.setattr(plain, "replace_output", looks)
+    world = world_of(TIMM_PLAIN)
+    run = Run(name="r", interventions=[Interchange(site="blocks.0.mlp_out", source="source")])
+    with pytest.raises(SpecError, match=r"computes another output of VisionTransformer, by .*, where it edits blocks\.0\.mlp_out"):
+        vmi.execute(world.vit, run, world.columns, backend="hooks")
+
+
+def test_masked_scores_are_compared_by_what_is_finite() -> None:
+    scores = torch.tensor([[1.0, -torch.inf], [2.0, 3.0]])
+    assert difference(scores, scores) == 0
+    assert difference(scores, scores.nan_to_num(neginf=0)) == torch.inf
+    assert difference(scores, scores + 0.5) == 0.5
+    assert size(scores) == 3
+
+
 def test_a_pooled_mean_over_boxes_of_any_size() -> None:
     world = world_of(TIMM_PLAIN)
     run = Run(name="r", interventions=[Ablate(site="blocks.0.resid_post", method="mean", pool_tokens=True, tokens={"box": "box"})])
@@ -140,7 +172,7 @@ def test_attention_that_is_not_one_fused_call_is_refused_before_anything_runs() 
     module.set_attn_implementation("eager")
     vit = vmi.wrap(module)
     run = Run(name="r", interventions=[Interchange(site="blocks.0.attn.pattern", source="source")])
-    with pytest.raises(SpecError, match=r"cannot reach blocks\.0\.attn\.pattern on ViTFor.*reached 0 times in a forward"):
+    with pytest.raises(SpecError, match=r"cannot reach blocks\.0\.attn\.pattern on ViTFor.*not reached, since its block makes no one attention call"):
         vmi.execute(vit, run, World(HF_VIT).columns, backend="hooks")
 
 

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from nnsight.intervention.backends.local import LocalSimulationBackend
+from nnsight.modeling import huggingface
+from nnsight.modeling.transformers import TransformersModel
 
 import vit_mechinterp as vmi
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, Tiny
 from vit_mechinterp.bridges.nnsight import sited
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.bridges.parity_runs import parity_data, parity_runs
+from vit_mechinterp.engine.backends import BACKENDS
+from vit_mechinterp.errors import ExecutionError, SpecError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -56,9 +62,61 @@ def test_a_request_is_built_and_runs_where_our_package_is_not() -> None:
     with pytest.raises(SpecError, match="no checkpoint of the Hub"):
         model.trace(images, remote=True)
     vit.source = "hf/facebook/dinov2-base"
+    with pytest.raises(SpecError, match="A deployment of facebook/dinov2-base loads another class than VisionTransformer"):
+        model.request_to(True)
+
+
+def test_an_experiment_runs_as_requests() -> None:
+    vit = vmi.wrap(HF_VIT.module())
+    data, (documents, tensors) = parity_data(vit), parity_runs(vit)
+    model = sited(vit)
+    clean = vit(data["base"])
+    for name in ("four interventions in one run", "path patching: a run reads another run", "interchange of one head's attn.z"):
+        runs = documents[name]
+        ours = vmi.execute(vit, runs, data, tensors).logits
+        theirs = model.execute(runs, data, tensors, remote="local", batch_size=2, progress=False)
+        assert float((theirs.logits - ours).abs().max()) < 1e-5 * float(clean.detach().abs().max())
+        assert float((ours[-1] - clean).detach().abs().max()) > 1e-2
+        assert theirs.provenance["backend"]["name"] == "nnsight, remote='local'"
+    assert "nnsight, remote='local'" not in BACKENDS
+    with pytest.raises(SpecError, match=r"attn\.pattern lies within the attention call, and a request reads"):
+        model.execute(documents["interchange of attn.pattern"], data, remote="local")
+
+
+def test_a_request_is_what_nnsights_own_model_of_the_checkpoint_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = HF_VIT.module()
+    module.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    monkeypatch.setitem(huggingface._ID_CACHE, str(tmp_path), "google/vit-base-patch16-224")
+    there = TransformersModel(str(tmp_path), task="image-classification", dispatch=True)
+    vit, images = vmi.wrap(module), HF_VIT.images(2)
+    vit.source = "hf/google/vit-base-patch16-224"
+    model = sited(vit)
     request = model.request_to("https://ndif.example")
-    assert request.model_key.endswith('TransformersModel:{"repo_id": "facebook/dinov2-base", "revision": null}')
     assert request.host == "https://ndif.example"
+    assert (request.model_key, request.env) == (there.to_model_key(), there._remoteable_get_env())
+
+    block, net = model.site("blocks.1.resid_post"), model.model
+    with net.trace(images, backend=LocalSimulationBackend(there)):
+        block.output = block.output * 2
+        output = net.output.save()
+    with vit.hooks({"blocks.1.resid_post": lambda h: h * 2}):
+        torch.testing.assert_close(output.logits, vit(images))
+
+
+def test_a_deployment_that_cannot_be_reached_is_named() -> None:
+    vit = vmi.wrap(HF_VIT.module())
+    data = parity_data(vit)
+    model, run = sited(vit), vmi.Run(name="r")
+    with pytest.raises(SpecError, match="no checkpoint of the Hub"):
+        model.execute(run, data, remote=True)
+    vit.source = "hf/google/vit-base-patch16-224"
+    with pytest.raises(SpecError, match=r"remote='nowhere': .*Write True, 'local' or 'https://\.\.\.'"):
+        model.execute(run, data, remote="nowhere")
+    with pytest.raises(ExecutionError, match=r"deployment at http://localhost:9 cannot be reached: .*nnsight\.CONFIG\.API\.HOST"):
+        model.execute(run, data, remote="http://localhost:9")
 
 
 PLAIN = """

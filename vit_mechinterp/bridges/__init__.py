@@ -11,8 +11,11 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
+    "agreement",
     "hooks",
     "nnsight",
+    "nnsight_remote",
+    "nnsight_sited",
     "parity",
     "pyvene",
     "pyvene_configs",

@@ -1,4 +1,4 @@
-"""nnsight as a backend, and as a wrapper with this package's site names.
+"""nnsight as a backend; its wrapper with this package's site names is `sited`.
 
 Importing nnsight gives Python's ``object`` a method ``save``, wraps ``Tensor.backward`` and reads
 ``sys.argv``; this module is where that happens, and nothing else in the package imports it. Wrapping a module
@@ -9,25 +9,23 @@ nnsight reads the body of a ``with`` block as source, so traces stand written ou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from nnsight import NNsight
-from nnsight.intervention.backends.local import LocalSimulationBackend
 from torch import Tensor, nn
 
-from vit_mechinterp.bridges.boundaries import Step, called_again, inside_attention, steps, whole_port, z_port
+from vit_mechinterp.bridges.boundaries import Step, called_again, inside_attention, steps, z_port
 from vit_mechinterp.bridges.hooks import attend
+from vit_mechinterp.bridges.nnsight_sited import Sited, by_module, sited
 from vit_mechinterp.bridges.restoring import as_it_came
 from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
 from vit_mechinterp.engine.backends import register_backend
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.results import Results
-from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.ports import lookup
 from vit_mechinterp.model.visiting import replace_output
@@ -77,12 +75,7 @@ def _refusal(vit: HookedViT, site: Site) -> str | None:
 def _opened(vit: HookedViT, sites: Iterable[Site]) -> Iterator[Forward]:
     with as_it_came(vit.module):
         model = NNsight(vit.module)
-        yield partial(_forward, vit, model, _by_module(model))
-
-
-def _by_module(model: Any) -> dict[nn.Module, Any]:
-    """nnsight's proxy of every module."""
-    return {envoy._module: envoy for envoy in model.modules()}
+        yield partial(_forward, vit, model, by_module(model))
 
 
 def _forward(
@@ -104,10 +97,12 @@ def _forward(
         acts.append(partial(_attend, envoys[lookup(vit.module, vit.layout.attention_path(layer))], inside))
     with model.trace() as tracer:
         with tracer.invoke(*args, **kwargs):
-            native = model.output.save()
+            pass
         for act in acts:
             with tracer.invoke():
                 act()
+        with tracer.invoke():  # the last, so that it sees what was written to the output
+            native = model.output.save()
     return vit.layout.outcome(native)
 
 
@@ -154,86 +149,3 @@ def _call_in(source: Any) -> Any:
                 continue
             return _call_in(inner)
     return None
-
-
-class Sited:
-    """A model as nnsight sees it, with accessors for this package's site names.
-
-    Inside ``with sited.trace(images):``, ``sited.site("blocks.3.resid_post").output`` is that site's value:
-    read it, or assign to it. A site at a module's input is read and written as ``.input``; `place` says
-    which. Everything else is nnsight's own model's, ``sited.model``.
-
-    The native module's parts have another ``forward`` from the time of wrapping; it does what theirs did.
-    """
-
-    def __init__(self, vit: HookedViT) -> None:
-        self.vit = vit
-        self.model: Any = NNsight(vit.module)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("model", "vit") or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def trace(self, *args: Any, remote: bool | str = False, **kwargs: Any) -> Any:
-        """A trace of the model, as nnsight's own.
-
-        A block that is to run remotely names nnsight's objects alone (``net = sited.model`` and what `site`
-        returned before it), since a deployment does not have this package.
-
-        Args:
-            args: what the module takes: images.
-            remote: ``True`` or the address of an NDIF deployment that serves the checkpoint; ``"local"``
-                builds the same request, reads it where no package of the user's own can be found, and runs
-                it here.
-            kwargs: for nnsight and the module.
-
-        Raises:
-            SpecError: ``remote``, and the model is no checkpoint of the Hub that a deployment could know.
-        """
-        if remote:
-            kwargs["backend"] = self.request_to(remote)
-        return self.model.trace(*args, **kwargs)
-
-    def request_to(self, remote: bool | str) -> Any:
-        """What sends a trace: nnsight's backend for ``remote``. Nothing is sent before a trace ends."""
-        if remote == "local":
-            return LocalSimulationBackend(self)
-        from nnsight.intervention.backends.remote import RemoteBackend
-
-        return RemoteBackend(self.model_key(), host=remote if isinstance(remote, str) else None)
-
-    def _remoteable_persistent_objects(self) -> dict[str, Any]:
-        """What stays on the other side, by the name that a request gives it (asked for by nnsight)."""
-        modules = {f"Module:{envoy.path}": envoy._module for envoy in self.model.modules()}
-        return {"Interleaver": self.model.interleaver, **modules}
-
-    def model_key(self) -> str:
-        """The name under which a deployment knows the checkpoint."""
-        source = self.vit.source or ""
-        library, _, checkpoint = source.partition("/")
-        if library != "hf" or checkpoint.count("/") != 1 or checkpoint.startswith((".", "/")):
-            raise SpecError(
-                f"{source or type(self.vit.module).__name__!r} is no checkpoint of the Hub, and a deployment "
-                "knows its models by those. Load the model as 'hf/ORG/NAME', or use remote='local'."
-            )
-        named = json.dumps({"repo_id": checkpoint, "revision": None})
-        return f"nnsight.modeling.transformers.TransformersModel:{named}"
-
-    def site(self, name: str) -> Any:
-        """nnsight's proxy of the module whose input or output is the site.
-
-        Raises:
-            SpecError: the model has no such site, or it is not a whole tensor at a module's boundary.
-        """
-        return _by_module(self.model)[lookup(self.vit.module, self.place(name)[0])]
-
-    def place(self, name: str) -> tuple[str, str]:
-        """Path of that module, and ``"input"`` or ``"output"``."""
-        port = whole_port(self.vit, name, "nnsight")
-        return port.path, port.side
-
-
-def sited(vit: HookedViT) -> Sited:
-    """The model as nnsight sees it, with site names; see `Sited`."""
-    return Sited(vit)

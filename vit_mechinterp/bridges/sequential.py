@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vit_mechinterp.bridges.agreement import Forward, Touch, check_agreement
 from vit_mechinterp.bridges.meaning import Origin, edited, selected
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.data import Data
@@ -22,27 +23,17 @@ from vit_mechinterp.engine.results import Captures, Results
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin, permutation
-from vit_mechinterp.errors import SpecError, VitMechInterpError
+from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, TensorRef
 
 __all__ = ["Forward", "Opened", "Refusal", "Touch", "execute_sequentially", "sites_of"]
-
-Touch = Callable[[Tensor], Tensor]
-"""Given the tensor at a site; returns the tensor to go on with (the same one, if it only looks)."""
-
-Forward = Callable[[Tensor, Mapping[Site, Touch]], Tensor]
-"""A forward of a batch of images with functions at sites; the model's output, as `HookedViT` gives it."""
 
 Opened = Callable[[HookedViT, Iterable[Site]], AbstractContextManager[Forward]]
 """Makes a model ready for forwards with functions at some sites, and restores it."""
 
 Refusal = Callable[[HookedViT, Site], str | None]
 """Why a backend cannot reach a site of a model, or None."""
-
-_AGREE = 1e-4
-_AGREE_HALF = 5e-2
-"""Of a value's scale: a backend must see the same tensor at a site as the model's own names do."""
 
 
 def sites_of(run: BoundRun) -> Iterator[tuple[str, Site]]:
@@ -84,15 +75,16 @@ def execute_sequentially(
         progress: show a bar if it takes longer than two seconds.
 
     Raises:
-        SpecError: the backend cannot express something in the runs; nothing has run then, save a forward of
-            random images that shows what the backend sees.
+        SpecError: the backend cannot express something in the runs; no run has begun then, save forwards of
+            random images that show what the backend sees and writes.
     """
     _refuse(name, refusal, vit, bound)
     if vit.layout.family.one_image is not None:
         batch_size = 1
     sites = {site for run in bound.runs for _, site in sites_of(run)}
+    edited_sites = {edit.site for run in bound.runs for edit in run.edits}
     with vit.lock, torch.no_grad(), opened(vit, sites) as forward:
-        _compare(name, vit, forward, sites)
+        check_agreement(name, vit, forward, sites, edited_sites)
         experiment = _Experiment(vit, bound, data, tensors, forward, batch_size)
         bar = tqdm(total=len(bound.runs) * data.n, desc=name, unit="row", delay=2.0, disable=not progress)
         with bar:
@@ -117,56 +109,6 @@ def _refuse(name: str, refusal: Refusal, vit: HookedViT, bound: Bound) -> None:
             reason = refusal(vit, site)
             if reason is not None:
                 raise SpecError(f"backend={name!r} cannot carry out run {run.name!r}: {what}: {reason}.")
-
-
-def _compare(name: str, vit: HookedViT, forward: Forward, sites: Iterable[Site]) -> None:
-    """Refuse sites at which the backend sees another tensor than the site's name promises."""
-    shape = vit.layout.tokens.input_shape
-    rows = 1 if vit.layout.family.one_image is not None else 2
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randn(rows, *shape, generator=draw).to(vit.device, vit.dtype)
-    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
-
-    def looking(site: Site) -> Touch:
-        def touch(value: Tensor) -> Tensor:
-            seen[site].append(value.clone())
-            return value
-
-        return touch
-
-    try:
-        output = forward(images, {site: looking(site) for site in seen})
-    except VitMechInterpError:
-        raise
-    except Exception as error:
-        raise SpecError(
-            f"backend={name!r} cannot run {type(vit.module).__name__} with functions at "
-            f"{', '.join(map(str, sorted(seen)))}: {type(error).__name__}: {error}. Use the engine, or other "
-            "sites."
-        ) from error
-    native, cache = vit.run(images, capture=[str(site) for site in seen])
-    agree = _AGREE if torch.finfo(vit.dtype).bits >= 32 else _AGREE_HALF
-    off = float((output.float() - native.float()).abs().max())
-    if not off <= agree * float(native.float().abs().max()):
-        raise SpecError(
-            f"backend={name!r} computes another output of {type(vit.module).__name__}, by {off:.2g}, where "
-            f"it looks at {', '.join(map(str, sorted(seen)))}. Use the engine, or other sites."
-        )
-    for site, values in seen.items():
-        expected = cache[str(site)]
-        if len(values) != 1:
-            problem = f"is reached {len(values)} times in a forward, not once"
-        elif values[0].shape != expected.shape:
-            problem = f"has shape {tuple(values[0].shape)} there, not {tuple(expected.shape)}"
-        else:
-            off = float((values[0].float() - expected.float()).abs().max())
-            if off <= agree * float(expected.float().abs().max()):
-                continue
-            problem = f"holds other values there, by {off:.2g}"
-        raise SpecError(
-            f"backend={name!r} cannot reach {site} on {type(vit.module).__name__}: it {problem}. "
-            "Use the engine, which needs no backend, or another site."
-        )
 
 
 class _Experiment:
