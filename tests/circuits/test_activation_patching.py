@@ -178,13 +178,13 @@ def test_finished_cells_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
 
     vit, data = vmi.wrap(TIMM_PLAIN.module()), pairs(TIMM_PLAIN)
     options = {"sites": ("resid_pre",), "heads": ("z",), "metric": difference}
-    wanted = activation_patching(vit, data, **options).table
-    monkeypatch.setattr(cells, "_GROUP_BYTES", 4 * N * 5 * 10)  # ten runs in a group
+    wanted = activation_patching(vit, data, **options)
+    monkeypatch.setattr(cells, "runs_at_once", lambda vit, n: 10)
     calls = []
     execute = cells.execute
 
     def stops_at_the_fourth(vit, runs, *args, **kwargs):
-        calls.append(len(list(runs)))
+        calls.append([run.name for run in runs])
         if len(calls) == 4:
             raise KeyboardInterrupt
         return execute(vit, runs, *args, **kwargs)
@@ -192,15 +192,54 @@ def test_finished_cells_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(cells, "execute", stops_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         activation_patching(vit, data, folder=tmp_path, **options)
-    kept = len(list(tmp_path.glob("*.safetensors")))
-    assert kept == 2
-    found = activation_patching(vit, data, folder=tmp_path, **options).table
-    assert len(calls) == 4 + 1 + -(-len(found) // 10) - kept
-    np.testing.assert_allclose(found["change"], wanted["change"], atol=1e-5)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    monkeypatch.setattr(cells, "runs_at_once", lambda vit, n: 7)  # however the rest is cut
+    found = activation_patching(vit, data, folder=tmp_path, **options)
+    done, later = ([name for call in some for name in call] for some in (calls[1:3], calls[5:]))
+    assert len(done) == 20
+    assert not set(done) & set(later)
+    assert len(done) + len(later) == len(found.table)
+    np.testing.assert_allclose(found.table["change"], wanted.table["change"], atol=1e-5)
+    assert found.provenance["spec"] == wanted.provenance["spec"]
     before = len(calls)
+    again = activation_patching(vit, data, folder=tmp_path, **options)
+    assert len(calls) == before + 1, "only the clean forwards"
+    assert again.provenance == found.provenance
     other = activation_patching(vit, {**data, "base": TIMM_PLAIN.images(N, 7)}, folder=tmp_path, **options).table
-    assert len(calls) == before + 1 + -(-len(found) // 10), "other images find nothing finished"
-    assert float((other["change"] - wanted["change"]).abs().max()) > 1e-3
+    assert len(calls) == before + 1 + 1 + -(-len(other) // 7), "other images find nothing finished"
+    assert float((other["change"] - wanted.table["change"]).abs().max()) > 1e-3
+
+
+def test_runs_that_read_each_other_stay_together() -> None:
+    from vit_mechinterp.circuits.finished_cells import pieces, runs_at_once
+
+    def run(name: str, *reads: str) -> vmi.Run:
+        site = "blocks.1.attn.z"
+        return vmi.Run(name=name, interventions=[vmi.Interchange(site=site, source={"run": r}) for r in reads])
+
+    runs = [run("a"), run("b"), run("c", "a"), run("d"), run("e", "c"), run("f", "b")]
+    assert [[r.name for r in piece] for piece in pieces(runs, 1)] == [["a", "c", "e"], ["b", "f"], ["d"]]
+    assert [[r.name for r in piece] for piece in pieces(runs, 1, {"a", "b", "d", "f"})] == [["a", "c", "e"]]
+    assert [[r.name for r in piece] for piece in pieces(runs, 5)] == [["a", "c", "e", "b", "f"], ["d"]]
+    vit = vmi.wrap(TIMM_PLAIN.module())
+    assert runs_at_once(vit, 10) > runs_at_once(vit, 1000) > 8 == runs_at_once(vit, 10**9)
+
+
+def test_a_metric_that_fails_later_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    vit, data = vmi.wrap(TIMM_PLAIN.module()), pairs(TIMM_PLAIN)
+    seen = []
+
+    def fussy(outputs: torch.Tensor) -> torch.Tensor:
+        seen.append(outputs)
+        return outputs[:, 0] if len(seen) != 5 else outputs[:, 0] * torch.nan
+
+    table = activation_patching(vit, data, sites=("resid_pre",), heads=(), metric=fussy).table
+    assert "The metric is not a finite number on 1 of" in caplog.text
+    odd = table["change"].isna()
+    assert odd.sum() == 1
+    assert table.loc[odd, "p_corrected"].isna().all()
+    assert table.loc[~odd, "p_corrected"].notna().all()
 
 
 def test_figures_show_the_table() -> None:

@@ -9,6 +9,7 @@ images: it is held against exact patching on a sample of cells, and the error is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -64,6 +65,7 @@ def attribution_patching(
     example: int = 0,
     resamples: int = 2000,
     seed: int = 0,
+    folder: str | Path | None = None,
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> CircuitResult:
@@ -79,6 +81,7 @@ def attribution_patching(
             ``"all"`` for every cell, 0 for none.
         resamples: resamples of the bootstrap and of the permutation test over pairs.
         seed: seeds both, and the sample.
+        folder: keeps finished cells of the exact sample, so that the same call goes on where it was stopped.
         batch_size: most rows in one forward of the exact sample, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
 
@@ -125,7 +128,7 @@ def attribution_patching(
     provenances = []
     if checked:
         runs = [cells[index].run(direction, base, source) for index in checked]
-        measured = measure(vit, grouped(runs, n, clean[0].numel()), data, bound, **how)
+        measured = measure(vit, grouped(runs, n, clean[0].numel()), data, bound, folder=folder, **how)
         provenances = list(measured.provenances)
         changes = (measured.stack([run.name for run in runs]) - ends[0]).mean(dim=1)
         table.loc[checked, "exact"] = changes.numpy()

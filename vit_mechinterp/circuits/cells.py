@@ -6,6 +6,7 @@ carried out in groups; of each group only the metric's numbers are kept, on disk
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit_mechinterp.circuits.bound_metric import BoundMetric, bind_metric, check_metric
+from vit_mechinterp.circuits.finished_cells import FinishedRuns, pieces, runs_at_once
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.engine import execute
-from vit_mechinterp.engine.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run
 from vit_mechinterp.spec.digest import digest
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["BatchSize", "Measured", "compared", "grouped", "measure"]
 
@@ -97,88 +100,63 @@ def measure(
 
     Args:
         vit: the model.
-        groups: runs that may read each other stand in one group; a group is cut no further.
+        groups: runs that may read each other stand in one group; a group is cut no further, except between
+            runs that do not read each other to write to ``folder`` more often.
         data: the examples.
         metric: what to measure.
         tensors: tensors that specs refer to by name.
-        folder: where to keep the numbers of finished groups; the same call finds them there again.
+        folder: where to keep the numbers of finished runs, every half minute or so; the same call finds them
+            there again.
         batch_size: most rows in one forward, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
     """
     n = len(metric.clean)
     values: dict[str, Tensor] = {}
-    provenances: list[Mapping[str, Any]] = []
-    resumed = 0
-    known = _Finished(folder, vit, data, metric, tensors) if folder is not None else None
-    total = sum(map(len, groups))
-    alone = len(groups) == 1
-    bar = tqdm(total=total, desc="runs", unit="run", delay=2.0, disable=alone or not progress)
-    with bar:
-        for group in groups:
-            found = known.load(group) if known is not None else None
-            if found is None:
-                results = execute(
-                    vit, group, data, tensors=tensors, batch_size=batch_size, progress=progress and alone
-                )
-                with torch.no_grad():
-                    found = {run.name: metric(results[run.name]).cpu() for run in group}
-                provenances.append(results.provenance)
-                if known is not None:
-                    known.save(group, found)
-            else:
-                resumed += len(group)
+    records: list[dict[str, Any]] = []
+    kept = FinishedRuns(folder, vit, data, metric, tensors) if folder is not None else None
+    if kept is not None:
+        keys = {name: key for group in groups for name, key in kept.keys(group).items()}
+        values |= kept.load(keys)
+        records += [kept.record(keys[name]) for name in values]
+    resumed = len(values)
+    waiting = list(groups)
+    if kept is not None:
+        waiting = [piece for group in groups for piece in pieces(group, runs_at_once(vit, n), values)]
+    alone = len(waiting) == 1
+    total = sum(map(len, waiting))
+    with tqdm(total=total, desc="runs", unit="run", delay=2.0, disable=alone or not progress) as bar:
+        for group in waiting:
+            results = execute(
+                vit, group, data, tensors=tensors, batch_size=batch_size, progress=progress and alone
+            )
+            with torch.no_grad():
+                found = {run.name: metric(results[run.name]).cpu() for run in group}
             assert all(len(numbers) == n for numbers in found.values())
+            records.append({**results.provenance})
+            if kept is not None:
+                kept.save({name: keys[name] for name in found}, found, records[-1])
             values |= found
             bar.update(len(group))
-    return Measured(values, provenances, resumed)
+    # However the work was cut and resumed, the record is that of all runs.
+    spec = digest([run.model_dump(mode="json") for group in groups for run in group])
+    distinct = {digest(own): own for own in ({**record, "spec": spec} for record in records)}
+    _warn_of_nan(values)
+    return Measured(values, list(distinct.values()), resumed)
+
+
+def _warn_of_nan(values: Mapping[str, Tensor]) -> None:
+    """A metric was tried on the clean outputs alone; say so where it fails on others."""
+    odd = [name for name, numbers in values.items() if not bool(numbers.isfinite().all())]
+    if odd:
+        logger.warning(
+            "The metric is not a finite number on %d of %d runs, whose effects are NaN. The first: %s.",
+            len(odd),
+            len(values),
+            odd[0],
+        )
 
 
 def grouped(runs: Sequence[Run], n_examples: int, n_outputs: int) -> list[list[Run]]:
     """Cut runs that do not read each other into groups whose outputs fit the budget."""
     most = max(1, _GROUP_BYTES // max(1, 4 * n_examples * n_outputs))
     return [list(runs[i : i + most]) for i in range(0, len(runs), most)]
-
-
-class _Finished:
-    """Numbers of finished groups, one file each, named by everything that decides them."""
-
-    def __init__(
-        self,
-        folder: str | Path,
-        vit: HookedViT,
-        data: Any,
-        metric: BoundMetric,
-        tensors: Mapping[str, Tensor] | None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        columns = Data(data, vit)
-        # A function has no digest; its numbers on the clean outputs tell metrics apart.
-        self.key = {
-            "model": vit.fingerprint(),
-            "data": columns.fingerprint(columns.columns),
-            "metric": [metric.name, metric.description, metric.clean.tolist()],
-            "tensors": {name: tensor.tolist() for name, tensor in (tensors or {}).items()},
-        }
-
-    def _path(self, group: Sequence[Run]) -> Path:
-        runs = [run.model_dump(mode="json") for run in group]
-        return self.folder / f"{digest({**self.key, 'runs': runs})[:32]}.safetensors"
-
-    def load(self, group: Sequence[Run]) -> dict[str, Tensor] | None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            stacked = load_file(self._path(group))["values"]
-        except (OSError, SafetensorError, KeyError):
-            return None
-        return {run.name: numbers for run, numbers in zip(group, stacked, strict=True)}
-
-    def save(self, group: Sequence[Run], values: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        path = self._path(group)
-        partial = path.with_suffix(".partial")
-        save_file({"values": torch.stack([values[run.name] for run in group])}, partial)
-        partial.replace(path)

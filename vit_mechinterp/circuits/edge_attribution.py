@@ -10,6 +10,7 @@ other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -67,6 +68,7 @@ def edge_attribution(
     source: str = "source",
     resamples: int = 2000,
     seed: int = 0,
+    folder: str | Path | None = None,
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> CircuitResult:
@@ -79,6 +81,7 @@ def edge_attribution(
         sample: edges that are also patched exactly, see `attribution_patching`.
         resamples: resamples of the bootstrap and of the permutation test over pairs.
         seed: seeds both, and the sample.
+        folder: keeps finished edges of the exact sample, so that the same call goes on where it was stopped.
         batch_size: most rows in one forward of the exact sample, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
 
@@ -137,7 +140,7 @@ def edge_attribution(
     table = path_table(edges, effect_columns(ends[0] + predicted, *ends, resamples=resamples, seed=seed))
     checked = chosen_sample(predicted.mean(dim=1).numpy(), sample, seed)
     groups = _exact_runs(vit, [edges[index] for index in checked], into, origin)
-    measured = measure(vit, groups, data, bound, **how)
+    measured = measure(vit, groups, data, bound, folder=folder, **how)
     table["exact"] = np.nan
     if checked:
         values = measured.stack([run_name(*edges[index]) for index in checked])

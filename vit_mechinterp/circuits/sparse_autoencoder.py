@@ -48,6 +48,7 @@ def sparse_autoencoder(
     base: str = "base",
     resamples: int = 2000,
     seed: int = 0,
+    folder: str | Path | None = None,
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> CircuitResult:
@@ -65,6 +66,7 @@ def sparse_autoencoder(
         metric: what to measure; by default the lead of the predicted class.
         base: the image column.
         resamples, seed: of the bootstrap and the permutation test over images.
+        folder: keeps finished edits, so that the same call goes on where it was stopped.
         batch_size: most rows in one forward, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
 
@@ -108,7 +110,8 @@ def sparse_autoencoder(
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     bound, origin, clean = compared(vit, data, metric, base=base, source=None, **how)
     measured = measure(
-        vit, grouped(runs, columns.n, clean[0].numel()), data, bound, tensors=dictionary.tensors(), **how
+        vit, grouped(runs, columns.n, clean[0].numel()), data, bound, tensors=dictionary.tensors(),
+        folder=folder, **how
     )
     effects = effect_columns(
         measured.stack([run.name for run in runs]), bound.clean, resamples=resamples, seed=seed

@@ -105,8 +105,8 @@ def sign_flip_p_values(
         seed: seeds the draws.
 
     Returns:
-        Both p-values of every quantity; NaN with fewer than two examples. With n examples none is below
-        ``2 / 2**n``.
+        Both p-values of every quantity; NaN with fewer than two examples, and where a change is not finite.
+        With n examples none is below ``2 / 2**n``.
     """
     array = np.asarray(changes, dtype=float)
     n_quantities, n = array.shape
@@ -117,6 +117,13 @@ def sign_flip_p_values(
     else:
         drawn = np.random.default_rng(seed).integers(0, 2, size=(resamples - 1, n))
         signs = np.concatenate([np.ones((1, n), dtype=int), 1 - 2 * drawn])
+    measured = np.isfinite(array).all(axis=1)
+    if not measured.all():
+        # What could not be measured has no p-value, and must not take part in the correction of the others.
+        both = np.full((2, n_quantities), np.nan)
+        if measured.any():
+            both[:, measured] = sign_flip_p_values(array[measured], resamples=resamples, seed=seed)
+        return both[0], both[1]
     size = np.sqrt((array**2).sum(axis=1, keepdims=True))
     scaled = np.divide(array, size, out=np.zeros_like(array), where=size > 0)
     family = np.zeros(len(signs))
