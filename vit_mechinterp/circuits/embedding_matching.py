@@ -10,7 +10,6 @@ the paper are not known, those here are this project's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 
 from vit_mechinterp.circuits.embeddings import Embedding
 from vit_mechinterp.circuits.images import image_pairs
+from vit_mechinterp.circuits.matching_descent import Rule, descend, limits_of
 from vit_mechinterp.circuits.pixels import PixelScale
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.engine.data import Data
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["embedding_matching"]
 
-_FIRST_STEP = 0.05
-"""Length of the first step of an adaptive descent, as a share of the image's own length."""
 _AMPLIFIED = 10
 """How much figures enlarge the difference between an image and what it became."""
 
@@ -68,8 +66,8 @@ def embedding_matching(
         tokens: token names or patch indices at a site with tokens.
         loss: ``1/2 |f(x) - f(t)|^2``, or its mean over dimensions, which scales the step alone.
         step_size: of plain gradient descent, in units of the model's input; or ``"adaptive"``: a step of
-            every pair's own that grows by a fifth while its loss falls, and is taken back and halved when it
-            rises.
+            every pair's own, fitted to how the gradient changed over the last one (Barzilai and Borwein
+            1988), and taken back and halved where it leads above the last five losses.
         max_steps: gives up after that many.
         stop_distance: a pair is done when its squared distance is below this and its cosine above
             ``stop_cosine``; by default a thousandth of its squared distance at the start.
@@ -88,14 +86,18 @@ def embedding_matching(
         against the base, ``prediction`` of the classifier, ``final``, and the predictions for base and
         target. Tensors: ``base``, ``target``, ``matched``. Figures: ``pairs``, ``trajectories``.
 
+    The images are kept in float32 and rounded to the model's precision in every forward, so that small steps
+    are not lost in a model in half precision; its embeddings are as coarse as ever, and a match ends there.
+
     Raises:
         SpecError: no such site, or a setting out of range; DataError: the images are no pairs.
     """
     import pandas as pd
 
     _check(step_size, max_steps, bound, value_range)
+    _check_rule(loss, stop_distance, stop_cosine, record_every, batch_size)
     embedding = Embedding.of(vit, site, tokens)
-    rule = _Rule(loss, None if step_size == "adaptive" else step_size, stop_distance, stop_cosine)
+    rule = Rule(loss, None if step_size == "adaptive" else step_size, stop_distance, stop_cosine)
     data = Data(image_pairs(images, vit, base=base, source=target), vit)
     rows: list[dict[str, Any]] = []
     tensors: dict[str, list[Tensor]] = {"base": [], "target": [], "matched": []}
@@ -103,9 +105,9 @@ def embedding_matching(
     with tqdm(total=total, desc="matching", unit="step", delay=2, disable=not progress) as bar:
         for first in range(0, data.n, batch_size):
             examples = range(first, min(first + batch_size, data.n))
-            x, t = data.images(base, examples), data.images(target, examples)
-            limits = _limits(x, value_range, bound)
-            matched, own = _descend(vit, embedding, x, t, limits, rule, max_steps, record_every, bar)
+            x, t = data.images(base, examples).float(), data.images(target, examples).float()
+            limits = limits_of(x, value_range, bound)
+            matched, own = descend(vit, embedding, x, t, limits, rule, max_steps, record_every, bar)
             rows += [row | {"pair": first + row["pair"]} for row in own]
             for name, images_of in (("base", x), ("target", t), ("matched", matched)):
                 tensors[name].append(images_of.cpu())
@@ -121,8 +123,12 @@ def embedding_matching(
             site=str(embedding),
             loss=loss,
             step_size=step_size,
+            max_steps=max_steps,
+            stop_distance=stop_distance,
             stop_cosine=stop_cosine,
+            value_range=value_range,
             bound=bound,
+            dtype=str(vit.dtype),
         ),
         summary={
             "pairs": len(last),
@@ -138,8 +144,12 @@ def embedding_matching(
             "different they look."
         ),
         captions={
-            "pairs": f"Image, target, what the image became, and the change, {_AMPLIFIED} times enlarged.",
-            "trajectories": "Squared distance to the target's embedding (share of the first), and cosine.",
+            "pairs": f"Image, target, what the image became, and the change, {_AMPLIFIED} times enlarged "
+            "(grey is no change); below, the cosine of both embeddings and the peak signal-to-noise ratio of "
+            "the change."
+            + (" Of a video, the first frame." if len(vit.layout.tokens.input_shape) == 4 else ""),
+            "trajectories": "Squared distance to the target's embedding (share of the first), and cosine; a "
+            "line per pair. A dot is where a pair stopped.",
         },
         draw=partial(_draw, scale=PixelScale.of(vit, joined["base"])),
     )
@@ -154,140 +164,21 @@ def _check(step_size: Any, max_steps: int, bound: float | None, value_range: Any
         raise SpecError(f"bound={bound}: the largest change is positive, or None for no limit.")
     if isinstance(value_range, tuple) and not value_range[0] < value_range[1]:
         raise SpecError(f"value_range={value_range}: the lowest value comes before the highest.")
+    if not isinstance(value_range, tuple) and value_range not in ("base", None):
+        raise SpecError(f"value_range is 'base', None or (lowest, highest), got {value_range!r}.")
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """How pairs descend, and when one is done."""
-
-    loss: str
-    step_size: float | None
-    stop_distance: float | None
-    stop_cosine: float
-
-
-@dataclass
-class _State:
-    """Where each pair is: its image, and what the model makes of it."""
-
-    x: Float[Tensor, "pair *image"]
-    squared: Float[Tensor, " pair"]
-    cosine: Float[Tensor, " pair"]
-    gradient: Float[Tensor, "pair *image"]
-    prediction: Tensor
-
-    def take(self, pairs: Tensor, other: _State, which: Tensor) -> None:
-        """Put some pairs of another state in place of these."""
-        for name in ("x", "squared", "cosine", "gradient", "prediction"):
-            getattr(self, name)[pairs] = getattr(other, name)[which]
-
-
-def _look(
-    vit: HookedViT, embedding: Embedding, x: Tensor, wanted: Float[Tensor, "pair feature"], loss: str
-) -> _State:
-    """Run the model on the pairs' images, with the gradient of each pair's loss."""
-    with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        output, cache = vit.run(leaf, capture=[embedding.site])
-        found = embedding.select(cache[embedding.site])
-        squared = ((found - wanted) ** 2).sum(1)
-        weight = 0.5 if loss == "half_squared" else 1.0 / wanted.shape[1]
-        (gradient,) = torch.autograd.grad(weight * squared.sum(), leaf)
-    cosine = torch.nn.functional.cosine_similarity(found.detach(), wanted)
-    return _State(leaf.detach(), squared.detach(), cosine, gradient, _predictions(output))
-
-
-def _descend(
-    vit: HookedViT,
-    embedding: Embedding,
-    base: Tensor,
-    target: Tensor,
-    limits: tuple[Tensor, Tensor],
-    rule: _Rule,
-    max_steps: int,
-    record_every: int,
-    bar: tqdm[Any],
-) -> tuple[Float[Tensor, "pair *image"], list[dict[str, Any]]]:
-    """Descend with one batch of pairs; each stops on its own."""
-    with torch.no_grad():
-        output, cache = vit.run(target, capture=[embedding.site])
-        wanted = embedding.select(cache[embedding.site])
-    state = _look(vit, embedding, base, wanted, rule.loss)
-    fixed = {"base_prediction": state.prediction.clone(), "target_prediction": _predictions(output)}
-    scale = PixelScale.of(vit, base)
-    limit = state.squared * 1e-3 if rule.stop_distance is None else rule.stop_distance
-    first_length = state.gradient.flatten(1).norm(dim=1).clamp_min(1e-30).float()
-    steps = _FIRST_STEP * base.flatten(1).norm(dim=1).float() / first_length
-    if rule.step_size is not None:
-        steps = torch.full_like(steps, rule.step_size)
-    rows: list[dict[str, Any]] = []
-    active = torch.arange(len(base), device=base.device)
-    for step in range(max_steps + 1):
-        done = ((state.squared <= limit) & (state.cosine >= rule.stop_cosine))[active]
-        ends = done | (step == max_steps)
-        shown = active if step % record_every == 0 else active[ends]
-        psnr, largest = _visible(scale, base[shown], state.x[shown])
-        finals = dict(zip(active.tolist(), ends.tolist(), strict=True))
-        met = dict(zip(active.tolist(), done.tolist(), strict=True))
-        for n, pair in enumerate(shown.tolist()):
-            rows.append(
-                {
-                    "pair": pair,
-                    "step": step,
-                    "squared_distance": float(state.squared[pair]),
-                    "cosine": float(state.cosine[pair]),
-                    "max_change": float(largest[n]),
-                    "psnr": float(psnr[n]),
-                    "prediction": int(state.prediction[pair]),
-                    **{name: int(values[pair]) for name, values in fixed.items()},
-                    "final": finals[pair],
-                    "matched": met[pair],
-                }
-            )
-        bar.update(int(done.sum()) * (max_steps - step) + int((~ends).sum()))
-        active = active[~ends]
-        if not len(active):
-            break
-        length = steps[active].reshape(-1, *[1] * (base.ndim - 1)).to(base.dtype)
-        moved = state.x[active] - length * state.gradient[active]
-        moved = torch.minimum(torch.maximum(moved, limits[0][active]), limits[1][active])
-        trial = _look(vit, embedding, moved, wanted[active], rule.loss)
-        if rule.step_size is None:
-            lower = trial.squared <= state.squared[active]
-            steps[active] *= torch.where(lower, 1.2, 0.5)
-            state.take(active[lower], trial, lower)
-        else:
-            state.take(active, trial, torch.ones_like(active, dtype=torch.bool))
-    return state.x, rows
-
-
-def _limits(
-    x: Tensor, value_range: tuple[float, float] | str | None, bound: float | None
-) -> tuple[Float[Tensor, "pair *image"], Float[Tensor, "pair *image"]]:
-    """The lowest and highest allowed value of every entry of every pair."""
-    low, high = torch.full_like(x, -torch.inf), torch.full_like(x, torch.inf)
-    if value_range == "base":
-        flat = x.flatten(1)
-        low = low.copy_(flat.amin(1).reshape(-1, *[1] * (x.ndim - 1)))
-        high = high.copy_(flat.amax(1).reshape(-1, *[1] * (x.ndim - 1)))
-    elif isinstance(value_range, tuple):
-        low, high = torch.full_like(x, value_range[0]), torch.full_like(x, value_range[1])
-    if bound is not None:
-        low, high = torch.maximum(low, x - bound), torch.minimum(high, x + bound)
-    return low, high
-
-
-def _predictions(output: Tensor) -> Tensor:
-    """The classifier's answer; -1 for an output that is not one logit per class."""
-    if output.ndim != 2:
-        return torch.full((len(output),), -1, device=output.device)
-    return output.detach().argmax(dim=-1)
-
-
-def _visible(scale: PixelScale, base: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Peak signal-to-noise ratio in decibels, and the largest change of a pixel value, of every pair."""
-    change = scale.change(x - base).flatten(1)
-    return -10 * (change**2).mean(1).clamp_min(1e-20).log10(), change.abs().amax(1)
+def _check_rule(
+    loss: str, stop_distance: float | None, stop_cosine: float, record_every: int, batch_size: int
+) -> None:
+    if loss not in ("half_squared", "mean_squared"):
+        raise SpecError(f"loss={loss!r} is not known. Choose 'half_squared' or 'mean_squared'.")
+    if stop_distance is not None and not stop_distance >= 0:
+        raise SpecError(f"stop_distance={stop_distance}: a squared distance is not negative.")
+    if not -1 <= stop_cosine <= 1:
+        raise SpecError(f"stop_cosine={stop_cosine}: a cosine lies between -1 and 1.")
+    if record_every < 1 or batch_size < 1:
+        raise SpecError(f"record_every={record_every} and batch_size={batch_size} are at least 1.")
 
 
 def _draw(result: CircuitResult, scale: PixelScale) -> dict[str, Figure]:
@@ -297,6 +188,8 @@ def _draw(result: CircuitResult, scale: PixelScale) -> dict[str, Figure]:
     cells = []
     for pair in range(min(4, len(last))):
         base, target, matched = (result.tensors[name][pair] for name in ("base", "target", "matched"))
+        if base.ndim == 4:
+            base, target, matched = base[0], target[0], matched[0]
         change = 0.5 + _AMPLIFIED * scale.change(matched - base)
         images = [scale.image(base), scale.image(target), scale.image(matched), _as_image(change)]
         cells.append((images, f"cosine {last['cosine'][pair]:.3f}, {last['psnr'][pair]:.1f} dB"))

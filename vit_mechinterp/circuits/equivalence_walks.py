@@ -7,6 +7,8 @@ direction (in the null space of the Jacobian) before the embedding moves, and ho
 same embedding (an image's match and its target, or two matches of one target): does the embedding stay? If
 equivalence sets are piecewise linear, whole stretches of such lines lie in them.
 
+Walks along directions go both ways, since neither is preferred.
+
 * drift: ``|f(z) - f(x)| / |f(x)|`` at a point z of a walk;
 * departure from linearity on the line from a to b, at the share t:
   ``|f((1 - t) a + t b) - ((1 - t) f(a) + t f(b))| / |f(a)|``.
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,9 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = ["equivalence_walks"]
 
-_LENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_LENGTHS = tuple(np.geomspace(1e-3, 1, 13).round(6).tolist())
 _SHARES = tuple(np.linspace(0, 1, 11).round(6).tolist())
 _DIRECTIONS = ("singular", "random", "null")
+_DRIFT = 0.1
+"""Drift (on lines, departure) from which on the embedding counts as moved."""
 _LINES = ("image to match", "match to target", "match to match", "image to target")
 
 
@@ -72,14 +77,23 @@ def equivalence_walks(
 
     Returns:
         Table, one row per walk and place: ``walk`` (``"singular"``, ``"random"``, ``"null"``, or a line such
-        as ``"image to match"``), ``pair``, ``direction``, ``place`` (a length or a share), ``drift``,
-        ``departure`` (lines alone), ``same_class`` (as at the start). Figures: ``drift``, ``lines``.
+        as ``"image to match"``), ``pair``, ``direction``, ``way`` (1 or -1), ``place`` (a length or a share),
+        ``drift``, ``departure`` (lines alone), ``same_class`` (as at the start). Figures: ``drift``,
+        ``reach`` (how far to a drift of 10 %, and to another class), ``lines``.
 
     Raises:
-        SpecError: the site is not the matching's; DataError: the result holds no matched images.
+        SpecError: the site is not the matching's, or a length or share is out of range; DataError: the result
+            holds no matched images.
     """
     import pandas as pd
 
+    fits = lengths and min(lengths) > 0 and shares and 0 <= min(shares) <= max(shares) <= 1
+    if not fits or n_directions < 1:
+        raise SpecError(
+            f"lengths={tuple(lengths)} are positive, shares={tuple(shares)} lie between 0 and 1, and "
+            f"n_directions={n_directions} is at least 1."
+        )
+    lengths = sorted(lengths)
     embedding = Embedding.of(vit, site, tokens)
     images = _images(matching)
     matched_at = matching.provenance.get("site")
@@ -93,20 +107,22 @@ def equivalence_walks(
     for pair in tqdm(range(n), desc="walks", unit="image", delay=2, disable=not progress):
         base = images["base"][pair].to(vit.device, vit.dtype)
         for kind, directions in _directions(embedding, base, n_directions, seed + pair, batch_size):
-            for number, u in enumerate(directions):
-                points = torch.stack([base, *(base + s * float(base.norm()) * u for s in lengths)])
-                drift, _, same = _walk(embedding, points, None, batch_size)
-                rows += [
-                    {"walk": kind, "pair": pair, "direction": number, "place": place, "drift": drift[k + 1],
-                     "departure": float("nan"), "same_class": same[k + 1]}
-                    for k, place in enumerate(lengths)
-                ]  # fmt: skip
+            # All walks of one kind are one batch behind their common start.
+            ways = [(n, way, s) for n in range(len(directions)) for way in (1, -1) for s in lengths]
+            far = float(base.float().norm())
+            points = torch.stack([base, *((base + way * s * far * directions[n]) for n, way, s in ways)])
+            drift, _, same = _walk(embedding, points.to(vit.dtype), None, batch_size)
+            rows += [
+                {"walk": kind, "pair": pair, "direction": number, "way": way, "place": place,
+                 "drift": drift[k + 1], "departure": float("nan"), "same_class": same[k + 1]}
+                for k, (number, way, place) in enumerate(ways)
+            ]  # fmt: skip
         for line, start, end in _lines(images, pair, n):
             a, b = (z.to(vit.device, vit.dtype) for z in (start, end))
             points = torch.stack([a, *((1 - t) * a + t * b for t in shares), b])
             drift, departure, same = _walk(embedding, points, shares, batch_size)
             rows += [
-                {"walk": line, "pair": pair, "direction": 0, "place": place, "drift": drift[k + 1],
+                {"walk": line, "pair": pair, "direction": 0, "way": 1, "place": place, "drift": drift[k + 1],
                  "departure": departure[k], "same_class": same[k + 1]}
                 for k, place in enumerate(shares)
             ]  # fmt: skip
@@ -115,17 +131,30 @@ def equivalence_walks(
         name="equivalence_walks",
         table=table,
         provenance=provenance(
-            {"model_fingerprint": vit.fingerprint()}, site=str(embedding), seed=seed
+            {"model_fingerprint": vit.fingerprint()},
+            site=str(embedding),
+            lengths=lengths,
+            shares=shares,
+            n_directions=n_directions,
+            matching=matching.provenance,
+            seed=seed,
         ),
-        summary=_summary(table, lengths),
+        summary=_summary(table),
         description=(
-            "Walks along singular directions leave the embedding soon, walks along null directions late. On "
-            "the line from a match to its target the two ends look different and share an embedding; how far "
-            "the embedding departs in between tells how straight their equivalence set is."
+            "From every image, walks go along singular, random and null directions: how far until the "
+            "embedding has moved, and until the class is another one? A null direction is one to first order "
+            "alone: far out the embedding bends away from it. On the line from a match to its target the two "
+            "ends look different and share an embedding; how far the embedding departs in between tells how "
+            "straight their equivalence set is."
         ),
         captions={
-            "drift": "Drift of the embedding along directions; means over images with 95 % intervals.",
-            "lines": "Departure of the embedding from the straight line between its ends' values.",
+            "drift": "Drift of the embedding along directions, both ways; means over images with 95 % "
+            "bootstrap intervals.",
+            "reach": f"How far a walk goes until the embedding has drifted by {_DRIFT:.0%}, and until the "
+            "class is another: geometric means over images with 95 % bootstrap intervals. A walk that does "
+            "not get there counts with its whole length.",
+            "lines": "Departure of the embedding from the straight line between its ends' values; means over "
+            "images with 95 % bootstrap intervals.",
         },
         draw=_draw,
     )
@@ -144,14 +173,16 @@ def _images(matching: CircuitResult) -> dict[str, Tensor]:
 def _directions(
     embedding: Embedding, x: Tensor, n: int, seed: int, batch_size: int
 ) -> Iterator[tuple[str, Tensor]]:
+    with torch.no_grad():
+        most = embedding(x[None]).shape[1]
     spectrum = singular_directions(
-        embedding, x, max(n, 8), tolerance=1e-2, seed=seed, batch_size=batch_size
+        embedding, x, min(max(n, 8), most), tolerance=1e-2, seed=seed, batch_size=batch_size
     )
     random = torch.randn(n, *x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
     null, _ = null_directions(embedding, x, random, spectrum, batch_size=batch_size)
     for kind, directions in zip(_DIRECTIONS, (spectrum.directions[:n], random, null), strict=True):
-        length = directions.flatten(1).norm(dim=1).reshape(-1, *[1] * x.ndim)
-        yield kind, (directions / length).to(x)
+        length = directions.float().flatten(1).norm(dim=1).clamp_min(1e-30)
+        yield kind, directions.float() / length.reshape(-1, *[1] * x.ndim)
 
 
 def _lines(images: dict[str, Tensor], pair: int, n: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -188,24 +219,53 @@ def _walk(
     return drift, departure, (answer == answer[0]).tolist()
 
 
-def _summary(table: pd.DataFrame, lengths: Sequence[float]) -> dict[str, float | int | str]:
+def _reach(own: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
+    """How far the walks of one kind go, per pair: geometric means over its directions and ways.
+
+    The place of the drift is interpolated between the two that it lies between, on logarithmic scales.
+    """
+    drifted: dict[int, list[float]] = {}
+    flipped: dict[int, list[float]] = {}
+    for key, walk in own.groupby(["pair", "direction", "way"]):
+        walk = walk.sort_values("place")
+        place, drift = walk["place"].to_numpy(float), walk["drift"].to_numpy(float)
+        over, other = np.flatnonzero(drift > _DRIFT), np.flatnonzero(~walk["same_class"].to_numpy(bool))
+        far = place[-1]
+        if len(over):
+            far = place[over[0]]
+            if over[0]:
+                span = slice(over[0] - 1, over[0] + 1)
+                far = np.exp(np.interp(np.log(_DRIFT), np.log(drift[span].clip(1e-30)), np.log(place[span])))
+        pair = int(np.asarray(key)[0])
+        drifted.setdefault(pair, []).append(float(np.log(far)))
+        flipped.setdefault(pair, []).append(float(np.log(place[other[0]] if len(other) else place[-1])))
+    return {
+        "drift": np.array([np.mean(values) for values in drifted.values()]),
+        "class": np.array([np.mean(values) for values in flipped.values()]),
+    }
+
+
+def _summary(table: pd.DataFrame) -> dict[str, float | int | str]:
     summary: dict[str, float | int | str] = {}
     for kind in _DIRECTIONS:
         own = table[table["walk"] == kind]
-        moved = own[own["drift"] > 0.1].groupby(["pair", "direction"])["place"].min()
-        walks = own.groupby(["pair", "direction"]).ngroups
-        beyond = [max(lengths) * 2] * (walks - len(moved))
-        summary[f"median length to a drift of 10 %, {kind}"] = float(np.median([*moved.tolist(), *beyond]))
-        flipped = own[~own["same_class"]].groupby(["pair", "direction"]).ngroups
-        summary[f"walks that change the class, {kind}"] = flipped / walks
+        reach = _reach(own)
+        summary[f"length to a drift of {_DRIFT:.0%}, {kind}"] = float(np.exp(reach["drift"].mean()))
+        summary[f"length to another class, {kind}"] = float(np.exp(reach["class"].mean()))
+        walks = own.groupby(["pair", "direction", "way"])
+        summary[f"walks that change the class, {kind}"] = float((~walks["same_class"].all()).mean())
     for line in _LINES:
         own = table[table["walk"] == line]
         if len(own):
             summary[f"largest departure, {line}"] = float(own.groupby("pair")["departure"].max().mean())
+            inside = own[(own["place"] > 0) & (own["place"] < 1)]
+            if len(inside):
+                summary[f"places within {_DRIFT:.0%}, {line}"] = float((inside["departure"] <= _DRIFT).mean())
     return summary
 
 
 def _draw(result: CircuitResult) -> dict[str, Figure]:
+    from vit_mechinterp.figures import dots_by_row
     from vit_mechinterp.figures.matching import drift_along
 
     table = result.table
@@ -215,7 +275,15 @@ def _draw(result: CircuitResult) -> dict[str, Figure]:
         for line in _LINES
         if (table["walk"] == line).any()
     }
+    reach: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for kind in _DIRECTIONS:
+        for name, values in _reach(table[table["walk"] == kind]).items():
+            low, high = bootstrap_interval(values[None])
+            ends = (float(np.exp(v)) for v in (values.mean(), low[0], high[0]))
+            said = f"to a drift of {_DRIFT:.0%}" if name == "drift" else "to another class"
+            reach.setdefault(said, {})[kind] = tuple(ends)  # type: ignore[assignment]
     return {
+        "reach": dots_by_row(reach, label="length of the walk, share of the image's own", logarithmic=True),
         "drift": drift_along(
             drift, label="length of the walk, share of the image's own", value="drift |f(z) - f(x)| / |f(x)|"
         ),

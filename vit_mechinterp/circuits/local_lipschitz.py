@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["local_lipschitz"]
 
 _SCALES = (1e-3, 1e-2, 1e-1)
+_COARSE_SCALES = (0.03, 0.1, 0.3)
+"""For models in half precision, which round smaller steps away."""
 _KINDS = ("singular", "between", "random", "null")
 
 
@@ -54,7 +56,7 @@ def local_lipschitz(
     *,
     sites: Sequence[str] | None = None,
     tokens: Tokens = "all",
-    scales: Sequence[float] = _SCALES,
+    scales: Sequence[float] | None = None,
     n_directions: int = 4,
     n_singular: int = 8,
     label: str | None = "label",
@@ -70,7 +72,8 @@ def local_lipschitz(
         images: images, in any form that `image_column` takes.
         sites: where embeddings are read, one after the other; by default the model's own embedding.
         tokens: token names or patch indices, at sites with tokens.
-        scales: lengths of the steps, as shares of the length of the image itself.
+        scales: lengths of the steps, as shares of the length of the image itself; by default 0.001, 0.01 and
+            0.1, and for a model in half precision 0.03, 0.1 and 0.3.
         n_directions: random, null, and between-class directions each, per image.
         n_singular: singular directions per image; as many values make the spectrum.
         label: a column of classes for the between-class directions; without it (or the column) the other
@@ -89,12 +92,14 @@ def local_lipschitz(
         site), ``spectra``, and ``layers`` with several sites.
 
     Raises:
-        SpecError: no such site, or a scale that is not positive; DataError: fewer than two images.
+        SpecError: no such site, a scale that is not positive or that the model's precision rounds away, or no
+            direction; DataError: fewer than two images.
     """
     import pandas as pd
 
-    if not scales or min(scales) <= 0:
-        raise SpecError(f"scales={tuple(scales)}: steps have a positive length.")
+    scales = _checked_scales(vit, scales)
+    if n_directions < 1 or n_singular < 1:
+        raise SpecError(f"n_directions={n_directions} and n_singular={n_singular} are at least 1.")
     embeddings = [Embedding.of(vit, site, tokens) for site in sites or (None,)]
     data = Data(image_column(images, vit, column=base), vit)
     if data.n < 2:
@@ -112,7 +117,7 @@ def local_lipschitz(
             embedding, x, spectrum, towards, n_directions, seed + example, batch_size
         ):
             estimates, length = _estimates(embedding, x, directions, scales, batch_size)
-            share = float(x.norm()) / max(length, 1e-30)
+            share = float(x.float().norm()) / max(length, 1e-30)
             for n in range(len(directions)):
                 fixed = {"site": embedding.site, "image": example, "kind": kind, "direction": n, **facts[n]}
                 for scale, values in estimates.items():
@@ -123,33 +128,41 @@ def local_lipschitz(
     at_last = table[(table["scale"] == 0) & (table["site"] == last)]
     limit = at_last.groupby("kind")["estimate"].median()
     singular, null = float(limit["singular"]), float(limit["null"])
+    left = table[(table["kind"] == "null") & (table["site"] == last)]["residual"].median()
     return CircuitResult(
         name="local_lipschitz",
         title="Local Lipschitz estimates",
         table=table,
         provenance=provenance(
-            {"model_fingerprint": vit.fingerprint()}, seed=seed, sites=[str(e) for e in embeddings]
+            {"model_fingerprint": vit.fingerprint()},
+            sites=[str(e) for e in embeddings],
+            scales=scales,
+            n_directions=n_directions,
+            n_singular=n_singular,
+            label=label,
+            dtype=str(vit.dtype),
+            seed=seed,
         ),
         summary={
             **{f"median |J u|, {kind}": float(limit[kind]) for kind in _KINDS},
             "singular over null": singular / max(null, 1e-30),
+            "null directions keep of |J u|": float(left),
             "images": data.n,
         },
         description=(
             "How much the embedding moves per unit of change of the image, along four kinds of directions. "
             "Along singular directions little change of the image moves it far; along null directions the "
-            "image can change at nearly no cost. Estimates are this project's own."
+            "image can change at nearly no cost. An estimate that stays the same for longer steps says that "
+            "the embedding is straight so far. Estimates are this project's own."
         ),
         captions={
             "lipschitz": f"Local Lipschitz estimates at {embeddings[-1]}; means over images with 95 % "
-            f"bootstrap "
-            "intervals, for steps of several lengths (shares of the image's own) and in the limit.",
+            "bootstrap intervals, for steps of several lengths (shares of the image's own) and in the limit.",
             **(
                 {
                     "layers": "The limit |J u| by site, times |x| / |f(x)|: the relative change of the "
-                    "embedding "
-                    "per relative change of the image, so that sites can be compared; means over images with "
-                    "95 % bootstrap intervals."
+                    "embedding per relative change of the image, so that sites can be compared; means over "
+                    "images with 95 % bootstrap intervals."
                 }
                 if len(embeddings) > 1
                 else {}
@@ -158,6 +171,20 @@ def local_lipschitz(
         },
         draw=_draw,
     )
+
+
+def _checked_scales(vit: HookedViT, scales: Sequence[float] | None) -> tuple[float, ...]:
+    finest = torch.finfo(vit.dtype).eps
+    if scales is None:
+        return _SCALES if finest < 1e-4 else _COARSE_SCALES
+    if not len(scales) or min(scales) <= 0:
+        raise SpecError(f"scales={tuple(scales)}: steps have a positive length.")
+    if min(scales) < 2 * finest:
+        raise SpecError(
+            f"scales={tuple(scales)}: the model's precision ({vit.dtype}) rounds steps below "
+            f"{2 * finest:.1g} of an image away. Take longer steps, or the model in float32."
+        )
+    return tuple(float(scale) for scale in scales)
 
 
 def _others(data: Data, label: str | None, n: int, seed: int) -> list[list[int]]:
@@ -185,14 +212,14 @@ def _directions(
 ) -> Iterator[tuple[str, Float[Tensor, "direction *image"], list[dict[str, float]]]]:
     """Directions of length 1 of every kind, with what is known of each."""
     generator = torch.Generator().manual_seed(seed)
-    random = _unit(torch.randn(n, *x.shape, generator=generator).to(x))
+    random = _unit(torch.randn(n, *x.shape, generator=generator).to(x.device))
     nothing: list[dict[str, float]] = [{} for _ in range(max(n, len(towards)))]
     facts = [
         {"value": float(value), "residual": float(residual)}
         for value, residual in zip(spectrum.values, spectrum.residuals, strict=True)
     ]
-    yield "singular", spectrum.directions.to(x), facts
-    between = towards - x
+    yield "singular", spectrum.directions, facts
+    between = towards.float() - x.float()
     far = between.flatten(1).norm(dim=1) > 0
     yield "between", _unit(between[far]), nothing
     yield "random", random, nothing
@@ -213,11 +240,12 @@ def _estimates(
     images = x.expand(len(directions), *x.shape)
     here, tangent = in_batches(embedding.jvp, images, directions, batch_size=batch_size)
     found = {0.0: tangent.norm(dim=1)}
-    length = float(x.norm())
+    length = float(x.float().norm())
     for scale in scales:
         step = scale * length
+        moved = (x.float() + step * directions).to(x.dtype)
         with torch.no_grad():
-            (there,) = in_batches(lambda z: (embedding(z),), x + step * directions, batch_size=batch_size)
+            (there,) = in_batches(lambda z: (embedding(z),), moved, batch_size=batch_size)
         found[float(scale)] = (there - here).norm(dim=1) / step
     return found, float(here[0].norm())
 
