@@ -78,6 +78,23 @@ def test_scores_do_not_depend_on_the_names_of_patches() -> None:
     assert float(mixed["agreement"]) != float(moved["agreement"])
 
 
+def test_equal_entries_count_as_the_mean_over_their_orders() -> None:
+    """Uniform attention knows no sets, whatever its patches are called; brute force over orders of the equal ones."""
+    members = members_of([(0, 3), (1, 4), (2, 5)])
+    uniform = association(torch.full((6, 6), 1 / 6), members)
+    assert float(uniform["agreement"]) == pytest.approx(2 / 6)
+    assert float(uniform["corrected"]) == pytest.approx(0, abs=1e-6)
+    assert float(uniform["exact"]) == 0
+    matrix = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0, 1.0]).repeat(6, 1)
+    noise = torch.rand(4000, 6, 6, generator=torch.Generator().manual_seed(5)) * 1e-3
+    broken = association(matrix + noise, members)
+    tied = association(matrix, members)
+    for name in ("agreement", "corrected"):
+        assert float(tied[name]) == pytest.approx(float(broken[name].mean()), abs=0.01)
+    with pytest.raises(DataError, match="infinite or NaN"):
+        association(torch.full((6, 6), torch.nan), members)
+
+
 def test_similarity_is_the_cosine_of_encodings(module: VisionTransformer) -> None:
     found = encoding_similarity(vmi.wrap(module)).numpy()
     rows = module.pos_embed.detach().numpy()[0, 1:]

@@ -85,8 +85,41 @@ def test_tables_are_those_of_the_module() -> None:
     torch.testing.assert_close(patch_encodings(vmi.wrap(other)), wanted, rtol=0, atol=0)
     patches_alone = of_timm(no_embed_class=True)
     assert len(patch_encodings(vmi.wrap(patches_alone))) == 4
-    with pytest.raises(UnsupportedModelError, match=r"none for its prefix tokens \(cls\)"):
+    with pytest.raises(UnsupportedModelError, match=r"4 positional encodings for 5 tokens, and none for some .* \(cls\)"):
         positional_attention(patches_alone)
+
+
+def test_registers_come_without_encodings() -> None:
+    config = transformers.Dinov2WithRegistersConfig(
+        image_size=16, patch_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_register_tokens=2
+    )
+    module = stirred(transformers.Dinov2WithRegistersModel(config)).eval()
+    wanted = module.embeddings.position_embeddings[0, 1:]  # type: ignore[union-attr, index]
+    torch.testing.assert_close(patch_encodings(vmi.wrap(module)), wanted, rtol=0, atol=0)
+    with pytest.raises(UnsupportedModelError, match=r"5 positional encodings for 7 tokens.*\(cls, registers\)"):
+        positional_attention(module)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_moving_patches_with_their_encodings_changes_nothing(positional: bool) -> None:
+    """A ViT knows places by their encodings alone; its attention moves along, and the answer stays."""
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(2))
+    one, other = of_timm(), of_timm()
+    with torch.no_grad():
+        other.pos_embed[0, 1:] = one.pos_embed[0, 1:][order]  # type: ignore[index]
+    if positional:
+        one, other = positional_attention(one), positional_attention(other)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    patches = images.reshape(2, 3, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 5).reshape(2, 4, 3, 8, 8)
+    moved = patches[:, order].reshape(2, 2, 2, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 16, 16)
+    site = "blocks.1.attn.pattern"
+    logits, cache = vmi.wrap(one).run(images, capture=[site])
+    same, there = vmi.wrap(other).run(moved, capture=[site])
+    torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
+    places = torch.cat([torch.zeros(1, dtype=torch.int64), order + 1])
+    torch.testing.assert_close(there[site], cache[site][:, :, places][..., places], rtol=1e-4, atol=1e-5)
+    # Moving the patches alone does change it.
+    assert (one(moved) - logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_rope_224", "beit_base_patch16_224"])

@@ -10,6 +10,9 @@ that it belongs with (itself included, C_i of them):
   gives, ``q_i = (C_i - 1) / (D - 1)``, over what it leaves: ``(a_i - q_i) / (1 - q_i)``, a mean over i: 0 by
   chance and 1 for all. A patch that attends to itself gains nothing by it.
 
+Where entries are equal, as in uniform attention, their order says nothing: each counts as found with the
+share of the equal ones that are still to be taken, which is the mean over all their orders.
+
 The scalar scores are this project's own; the paper's exact definition is not known.
 """
 
@@ -55,15 +58,18 @@ def association(
         ``agreement``, ``exact`` and ``corrected``, see the module.
 
     Raises:
-        DataError: the shapes differ, the diagonal is not True, or every set holds one patch or all of them,
-            so that there is nothing to find.
+        DataError: the shapes differ, the diagonal is not True, an entry is not finite, or every set holds one
+            patch or all of them, so that there is nothing to find.
     """
     if matrix.shape[-2:] != members.shape or not bool(members.diagonal().all()):
         raise DataError(
             f"Association compares matrices {tuple(matrix.shape)} with sets {tuple(members.shape)}: the "
             "last two axes are the same patches, each of which belongs with itself."
         )
+    if not bool(matrix.isfinite().all()):
+        raise DataError("Association needs finite attentions or similarities; some are infinite or NaN.")
     members = members.to(matrix.device)
+    matrix = matrix.float()
     n, sizes = members.shape[0], members.sum(dim=1)
     counts = (sizes > 1) & (sizes < n)
     if not bool(counts.any()):
@@ -77,14 +83,17 @@ def association(
     corrected = (share - chance) / (1 - chance)
     return {
         "agreement": agreement[..., counts].mean(dim=-1),
-        "exact": (found == sizes).float()[..., counts].mean(dim=-1),
+        "exact": (found > sizes - 1e-4).float()[..., counts].mean(dim=-1),
         "corrected": corrected[..., counts].mean(dim=-1),
     }
 
 
 def _found(matrix: Tensor, members: Tensor, sizes: Tensor) -> Float[Tensor, "*batch patch"]:
-    """How many of the largest entries of every row, as many as its set holds, are in it."""
-    order = matrix.argsort(dim=-1, descending=True)
-    inside = members.expand(matrix.shape).gather(-1, order)
-    counted = torch.arange(members.shape[1], device=matrix.device) < sizes[:, None]
-    return (inside & counted).sum(dim=-1).float()
+    """How many of the largest entries of every row, as many as its set holds, are in it, over ties a mean."""
+    members = members.expand(matrix.shape)
+    places = (sizes - 1).expand(matrix.shape[:-1])[..., None]
+    least = matrix.sort(dim=-1, descending=True).values.gather(-1, places)
+    above, equal = matrix > least, matrix == least
+    still = sizes - above.sum(dim=-1)
+    tied = (equal & members).sum(dim=-1) / equal.sum(dim=-1).clamp_min(1)
+    return (above & members).sum(dim=-1) + still * tied

@@ -27,8 +27,8 @@ _NAMES = {
 def encoding_table(vit: HookedViT) -> Float[Tensor, "token d_model"]:
     """Return the module's own table of encodings: a view, so that gradients reach it.
 
-    Learned and sinusoidal tables are found alike. Rows are tokens: all of the stream's, or its patches alone
-    where prefix tokens are given none.
+    Learned and sinusoidal tables are found alike. Rows are tokens: all of the stream's; or the class token
+    and the patches, where registers are given none; or the patches alone.
 
     Raises:
         UnsupportedModelError: the model adds no such table to its tokens (rotary and relative positions act
@@ -39,7 +39,7 @@ def encoding_table(vit: HookedViT) -> Float[Tensor, "token d_model"]:
     seen: list[str] = []
     for name, table in _candidates(vit.module):
         rows = table.numel() // width if table.ndim and table.shape[-1] == width else 0
-        if rows in (tokens.n_tokens, tokens.n_patches):
+        if rows in _row_counts(vit):
             fitting[table.data_ptr()] = (name, table.reshape(rows, width))
         else:
             seen.append(f"{name} {tuple(table.shape)}")
@@ -63,7 +63,16 @@ def patch_encodings(vit: HookedViT) -> Float[Tensor, "patch d_model"]:
     tokens = vit.layout.tokens
     if len(table) == tokens.n_patches:
         return table
+    if len(table) != tokens.n_tokens:
+        return table[-tokens.n_patches :]
     return table[len(tokens.prefix) : len(tokens.prefix) + tokens.n_patches]
+
+
+def _row_counts(vit: HookedViT) -> set[int]:
+    """How many rows a table may have; registers come after the encodings are added in some models."""
+    tokens = vit.layout.tokens
+    named = sum(name != "registers" for name in tokens.prefix)
+    return {tokens.n_tokens, tokens.n_patches, named + tokens.n_patches}
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

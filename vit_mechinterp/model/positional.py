@@ -84,11 +84,12 @@ def positional_attention(module: Module) -> Module:
     vit = wrap(converted)
     rows = encoding_table(vit)
     if len(rows) != vit.layout.tokens.n_tokens:
+        prefix = ", ".join(dict.fromkeys(vit.layout.tokens.prefix))
         raise UnsupportedModelError(
-            f"{type(module).__name__} has positional encodings for {len(rows)} patches and none for its "
-            f"prefix tokens ({', '.join(vit.layout.tokens.prefix)}), whose queries and keys would have "
-            "nothing to read. Create it with encodings for all tokens (timm: no_embed_class=False) or "
-            "without a class token."
+            f"{type(module).__name__} has {len(rows)} positional encodings for {vit.layout.tokens.n_tokens} "
+            f"tokens, and none for some of its prefix tokens ({prefix}), whose queries and keys would have "
+            "nothing to read. Create it with encodings for all tokens (timm: no_embed_class=False) or without "
+            "class token and registers."
         )
     table = _own(converted, rows)
     for number in range(vit.layout.n_layers):
