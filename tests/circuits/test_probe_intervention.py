@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -226,9 +227,8 @@ def test_probes_trained_together_are_trained_as_if_alone() -> None:
 
 def test_bad_input_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     vit, columns = vmi.wrap(TIMM_PLAIN.module()), two_pairs()
-    monkeypatch.setattr(
-        "vit_mechinterp.circuits.probe_intervention.execute", lambda *_, **__: pytest.fail("a forward ran")
-    )
+    module = sys.modules[probe_intervention.__module__]  # the function has its module's name
+    monkeypatch.setattr(module, "execute", lambda *_, **__: pytest.fail("a forward ran"))
 
     def refused(error: type[Exception], said: str, data: dict | None = None, **options) -> None:
         with pytest.raises(error, match=said):

@@ -7,6 +7,7 @@ from vit_mechinterp.circuits.activation_patching import activation_patching
 from vit_mechinterp.circuits.association_phases import association_phases
 from vit_mechinterp.circuits.attention import attention
 from vit_mechinterp.circuits.attention_stages import attention_stages
+from vit_mechinterp.circuits.attention_walkthrough import attention_walkthrough
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
 from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.das import das, das_by_attribute
@@ -53,6 +54,7 @@ __all__ = [
     "association_phases",
     "attention",
     "attention_stages",
+    "attention_walkthrough",
     "attribution_patching",
     "cumulative_ablation",
     "das",

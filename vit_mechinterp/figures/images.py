@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from PIL.Image import Image
 
-__all__ = ["attention_overlay", "box_colours", "contact_sheet"]
+__all__ = [
+    "attention_overlay",
+    "box_colours",
+    "contact_sheet",
+    "show_image",
+    "stretched",
+    "title_and_legend",
+]
 
 Boxes = Mapping[str, Sequence[float]]
 
@@ -66,10 +73,10 @@ def contact_sheet(
         if index >= len(images):
             axes.set_visible(False)
             continue
-        _show(axes, images[index], boxes[index] if boxes else {}, colours)
+        show_image(axes, images[index], boxes[index] if boxes else {}, colours)
         if captions:
             axes.set_xlabel(captions[index], fontsize=8.5, labelpad=4)
-    _title_and_legend(figure, title, colours)
+    title_and_legend(figure, title, colours)
     return figure
 
 
@@ -105,7 +112,7 @@ def attention_overlay(
     )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
-    _show(panels[0], image, boxes or {}, colours)
+    show_image(panels[0], image, boxes or {}, colours)
     panels[0].set_xlabel("image", fontsize=8.5)
     for axes, (name, attention) in zip(panels[1:], maps.items(), strict=False):
         received = np.asarray(attention, dtype=float)
@@ -115,16 +122,17 @@ def attention_overlay(
                 f"it has the shape {received.shape}."
             )
         share = received / max(received.max(), np.finfo(float).tiny)
-        weight = 0.12 + 0.88 * _stretched(share, pixels.shape[:2])[..., None]
-        _show(axes, pixels * weight, boxes or {}, colours)
+        weight = 0.12 + 0.88 * stretched(share, pixels.shape[:2])[..., None]
+        show_image(axes, pixels * weight, boxes or {}, colours)
         axes.set_xlabel(f"{name}\nmax. {received.max():.2f}", fontsize=8.5)
     for axes in panels[len(maps) + 1 :]:
         axes.set_visible(False)
-    _title_and_legend(figure, title, colours)
+    title_and_legend(figure, title, colours)
     return figure
 
 
-def _show(axes: Axes, image: Any, boxes: Boxes, colours: Mapping[str, str]) -> None:
+def show_image(axes: Axes, image: Any, boxes: Boxes, colours: Mapping[str, str]) -> None:
+    """Draw an image with its boxes, without ticks."""
     axes.imshow(image, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -139,7 +147,8 @@ def _show(axes: Axes, image: Any, boxes: Boxes, colours: Mapping[str, str]) -> N
         axes.add_patch(frame)
 
 
-def _title_and_legend(figure: Figure, title: str, colours: Mapping[str, str]) -> None:
+def title_and_legend(figure: Figure, title: str, colours: Mapping[str, str]) -> None:
+    """Write the title above the panels, and below them what the colours of the boxes mean."""
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     if colours:
@@ -147,7 +156,7 @@ def _title_and_legend(figure: Figure, title: str, colours: Mapping[str, str]) ->
         figure.legend(handles, list(colours), loc="outside lower center", ncols=len(colours))
 
 
-def _stretched(
+def stretched(
     values: Float[np.ndarray, "row column"], shape: tuple[int, ...]
 ) -> Float[np.ndarray, "height width"]:
     """Repeat every patch's value over its pixels."""
