@@ -26,6 +26,7 @@ def test_build_makes_what_the_functions_make() -> None:
         "discrimination",
         "discrimination_counterfactuals",
         "discrimination_exchanges",
+        "realistic_discrimination",
         "rmts",
         "rmts_counterfactuals",
         "spatially_structured",

@@ -12,6 +12,7 @@ from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.stimuli.counterfactuals import counterfactuals
 from vit_mechinterp.stimuli.discrimination import discrimination
 from vit_mechinterp.stimuli.exchanges import object_exchanges
+from vit_mechinterp.stimuli.realistic import realistic_discrimination
 from vit_mechinterp.stimuli.rmts import rmts
 from vit_mechinterp.stimuli.rmts_counterfactuals import rmts_counterfactuals
 from vit_mechinterp.stimuli.spatial import spatially_structured
@@ -19,12 +20,13 @@ from vit_mechinterp.stimuli.spatial import spatially_structured
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["build", "names", "register"]
+__all__ = ["build", "builder", "names", "register"]
 
 _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "discrimination": discrimination,
     "discrimination_counterfactuals": counterfactuals,
     "discrimination_exchanges": object_exchanges,
+    "realistic_discrimination": realistic_discrimination,
     "rmts": rmts,
     "rmts_counterfactuals": rmts_counterfactuals,
     "spatially_structured": spatially_structured,
@@ -47,6 +49,20 @@ def register(name: str, builder: Callable[..., Dataset]) -> None:
     _BUILDERS[name] = builder
 
 
+def builder(name: str) -> Callable[..., Dataset]:
+    """Return the function that makes the stimuli ``name``; hyphens stand for underscores.
+
+    Raises:
+        SpecError: there are no such stimuli; the message lists those that exist.
+    """
+    found = _BUILDERS.get(name) or _BUILDERS.get(name.replace("-", "_"))
+    if found is None:
+        raise SpecError(
+            f"There are no stimuli {name!r}. Stimuli: {', '.join(names())}.{suggest(name, _BUILDERS)}"
+        )
+    return found
+
+
 def build(name: str, *, progress: bool = True, **options: Any) -> Dataset:
     """Make the stimuli ``name`` with the given options; ``progress`` is passed on to builders that take it.
 
@@ -54,11 +70,8 @@ def build(name: str, *, progress: bool = True, **options: Any) -> Dataset:
         SpecError: there are no such stimuli, or they have no such option, or an option does not fit; the
             message says what there is.
     """
-    if name not in _BUILDERS:
-        raise SpecError(
-            f"There are no stimuli {name!r}. Stimuli: {', '.join(names())}.{suggest(name, _BUILDERS)}"
-        )
-    signature = inspect.signature(_BUILDERS[name])
+    function = builder(name)
+    signature = inspect.signature(function)
     for option in options:
         if option not in signature.parameters:
             known = ", ".join(signature.parameters)
@@ -72,4 +85,4 @@ def build(name: str, *, progress: bool = True, **options: Any) -> Dataset:
         signature.bind(**options)
     except TypeError as error:
         raise SpecError(f"Stimuli {name!r}: {error}. Options: {', '.join(signature.parameters)}.") from error
-    return _BUILDERS[name](**options)
+    return function(**options)

@@ -8,6 +8,7 @@ white.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "NORMALIZATION",
     "Normalization",
     "Scenes",
+    "object_gallery",
     "render",
     "shape_gallery",
     "to_image_column",
@@ -123,16 +125,21 @@ def to_image_column(
     return [encode(image) for image in images]
 
 
-def shape_gallery(cell: int = 32, *, color: int = 4, seed: int = 0) -> list[Image.Image]:
-    """Draw every shape once, by id, alone and centred in its cell: 16 PIL images of ``cell`` x ``cell``
-    pixels, for figures.
+def object_gallery(
+    objects: Sequence[tuple[int, int]], cell: int = 32, *, seed: int = 0
+) -> list[Image.Image]:
+    """Draw objects, each (shape id, colour id), alone and centred in its cell: PIL images of ``cell`` x
+    ``cell`` pixels, for figures.
     """
     geometry = Geometry(canvas=2 * cell, patch=cell, cell=cell)
-    zeros = np.zeros((N_SHAPES, 1, 2), dtype=np.int64)
+    ids = np.asarray(objects, dtype=np.int64)[:, None]
+    zeros = np.zeros((len(ids), 1, 2), dtype=np.int64)
     scenes = Scenes(
-        shape=np.arange(N_SHAPES)[:, None],
-        color=np.full((N_SHAPES, 1), color, dtype=np.int64),
-        corner=zeros,
-        shift=zeros + geometry.max_shift // 2,
+        shape=ids[..., 0], color=ids[..., 1], corner=zeros, shift=zeros + geometry.max_shift // 2
     )
     return to_images(render(scenes, geometry, Stream(seed, "gallery"))[:, :, :cell, :cell])
+
+
+def shape_gallery(cell: int = 32, *, color: int = 4, seed: int = 0) -> list[Image.Image]:
+    """Draw every shape of training once, by id, in one colour: 16 PIL images as `object_gallery` makes them."""
+    return object_gallery([(shape, color) for shape in range(N_SHAPES)], cell, seed=seed)
