@@ -94,8 +94,8 @@ def test_what_is_finished_is_not_computed_again(
     ]
 
 
-def killed(folder: Path, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.engine.killed", str(folder), *options]
+def script(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", name, str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -107,7 +107,7 @@ def killed(folder: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """SIGKILL before and after every file takes its name, and within the writing of files."""
-    found = killed(tmp_path)
+    found = script("tests.engine.killed", tmp_path)
     assert found["killed"] == found["points"] >= 20
     assert found["repeated"] == 0
 
@@ -115,9 +115,19 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_many_more_moments(tmp_path: Path) -> None:
-    found = killed(tmp_path, "--many")
+    found = script("tests.engine.killed", tmp_path, "--many")
     assert found["points"] > 40
     assert found["repeated"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_share_the_chunks_of_one_folder(tmp_path: Path) -> None:
+    """No chunk is computed twice; what one that is killed had begun, the other does."""
+    found = script("tests.engine.beside", tmp_path)
+    assert sum(found["both live"]) == found["chunks"] == 4
+    assert min(found["both live"]) > 0
+    assert found["one dies"][0] == 1
+    assert sum(found["one dies"]) == found["chunks"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -197,6 +198,31 @@ def test_chunks_do_not_share_and_the_plan_says_so() -> None:
     assert total > counted(world, documents, batch_size=3)[0]
     assert "pass through the model" in str(plan)
     assert "rows are equal to rows of other chunks, and are computed again" in str(plan)
+
+
+def test_rows_equal_to_rows_of_earlier_chunks_are_computed_once(tmp_path: Path) -> None:
+    """Where only outputs are wanted; in memory, in a folder, and after a stop."""
+    world = repeating()
+    documents = [
+        run("a", swap("blocks.0.resid_post")),
+        run("b", swap("blocks.1.resid_post", {"run": "a"}), swap("blocks.1.attn.z", heads=[0])),
+        run("c", swap("blocks.0.resid_post"), swap("blocks.2.resid_post")),
+        run("d", swap("blocks.2.resid_post"), swap("blocks.0.resid_post")),
+    ]
+    memory = world.memory(documents, 2, 3)
+    total, plan = counted(world, documents, batch_size=3, memory=memory)
+    assert plan.chunk == 2
+    # Run "a" is read by "b", so its rows of examples 2 and 5 are computed again; those of the others are not.
+    assert "2 rows are equal to rows of other chunks, and are computed again, because" in str(plan)
+    clean = sum(forward.images * forward.blocks for forward in plan.clean)
+    rows = {"a": 5 * 2, "b": 3 * 2, "c": 3 * 2}
+    assert total == clean + sum(rows.values())
+    whole = world.execute(documents, batch_size=3, memory=memory)
+    for _ in range(2):
+        results = world.execute(documents, batch_size=3, memory=memory, out=tmp_path)
+        assert torch.equal(results.logits, whole.logits)
+    assert torch.equal(whole["c"], whole["d"])
+    assert torch.equal(whole["c"][0], whole["c"][5])
 
 
 def test_a_plan_without_data_supposes_that_images_differ() -> None:

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import dropwhile
 
 from torch import Tensor
 
@@ -24,7 +25,8 @@ AHEAD_BYTES = 256 * 1024**2
 class Ahead:
     """Makes batches in the order in which they will be asked for, a few at a time.
 
-    Whatever is asked for out of order is left to the caller, and nothing more is made ahead. The batches are
+    Requests that are passed over are left out. Whatever is asked for out of order is left to the caller, and
+    nothing more is made ahead. The batches are
     those that the caller would make, one call of ``make`` each, so the results are the same bits.
 
     Args:
@@ -70,7 +72,14 @@ class Ahead:
         """
         if not self._waiting:
             return None
-        if self._waiting[0][0] != (column, tuple(examples)):
+        wanted = column, tuple(examples)
+        while self._waiting and self._waiting[0][0] != wanted:
+            # What comes before it is not asked for any more: another process has computed it.
+            self._waiting.popleft()[1].cancel()
+            if not self._waiting:
+                self._requests = dropwhile(lambda request: request != wanted, self._requests)
+                self._fill()
+        if not self._waiting:
             self.close()
             return None
         _, future = self._waiting.popleft()

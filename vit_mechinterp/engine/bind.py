@@ -5,10 +5,12 @@ Nothing here runs a model (apart from one forward of a blank image, once per wra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from graphlib import CycleError, TopologicalSorter
 
-from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit
+from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, source_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
@@ -60,8 +62,9 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
         DataError: a column is missing or holds something else.
     """
     bound: dict[str, BoundRun] = {}
+    through = _through(vit)
     for run in sources_first(runs):
-        bound[run.name] = _bind_run(vit, run, data, bound)
+        bound[run.name] = _bind_run(vit, run, data, bound, through)
     run_reads = dict.fromkeys(
         edit.source
         for run in bound.values()
@@ -84,15 +87,18 @@ def sources_first(runs: Sequence[Run]) -> list[Run]:
         SpecError: a run reads one that is not among them, or runs read each other in a cycle.
     """
     by_name = {run.name: run for run in runs}
+    sources_of = {run.name: _run_sources(run) for run in runs}
+    if not any(sources_of.values()):
+        return list(runs)
     for run in runs:
-        for source in _run_sources(run):
+        for source in sources_of[run.name]:
             if source not in by_name:
                 raise SpecError(
                     f"Run {run.name!r} reads run {source!r}, which is not part of the experiment."
                     f"{suggest(source, by_name)} Runs: {_some(list(by_name))}."
                 )
     try:
-        order = TopologicalSorter({run.name: _run_sources(run) for run in runs}).static_order()
+        order = TopologicalSorter(sources_of).static_order()
         return [by_name[name] for name in order]
     except CycleError as error:
         # Each stands before the one that reads it; the message goes the other way, from the first listed.
@@ -105,7 +111,7 @@ def sources_first(runs: Sequence[Run]) -> list[Run]:
 
 
 def _run_sources(run: Run) -> list[str]:
-    sources = [getattr(i, "source", None) for i in run.interventions]
+    sources = map(source_of, run.interventions)
     return [s.run for s in sources if isinstance(s, RunSource)]
 
 
@@ -118,7 +124,19 @@ def _levels(runs: Sequence[BoundRun]) -> dict[str, int]:
     return levels
 
 
-def _bind_run(vit: HookedViT, run: Run, data: Data | None, bound: dict[str, BoundRun]) -> BoundRun:
+def _through(vit: HookedViT) -> frozenset[int]:
+    """Layers whose blocks return something that is not their middle plus the MLP's increment: it has no such
+    middle, or somebody else acts on it."""
+    return frozenset(
+        layer
+        for layer in range(vit.layout.n_layers)
+        if vit.has_own_return(layer) or f"blocks.{layer}.resid_mid" in vit.layout.absent
+    )
+
+
+def _bind_run(
+    vit: HookedViT, run: Run, data: Data | None, bound: dict[str, BoundRun], through: frozenset[int]
+) -> BoundRun:
     if data is not None:
         data.require(run.base, f"run {run.name!r}, base")
     edits = [_bind_edit(vit, run, spec, data, bound) for spec in run.interventions]
@@ -133,20 +151,15 @@ def _bind_run(vit: HookedViT, run: Run, data: Data | None, bound: dict[str, Boun
             origin = ColumnOrigin(run.base)
             captures.append(BoundCapture(name, Read(origin, site, positions, capture.heads)))
     names = [c.name for c in captures]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
         raise SpecError(
             f"run {run.name!r} captures {', '.join(twice)} more than once; one capture per site and run."
         )
-    # Sorting is stable: list order counts at one and the same site only.
-    edits.sort(key=lambda edit: edit.site)
-    # Without a middle of the stream, what a block returns is not its middle plus the MLP's increment.
+    if len(edits) > 1:
+        # Sorting is stable: list order counts at one and the same site only.
+        edits.sort(key=lambda edit: edit.site)
     layers = {edit.site.layer for edit in edits if edit.site.layer is not None}
-    through = frozenset(
-        layer
-        for layer in layers
-        if vit.has_own_return(layer) or f"blocks.{layer}.resid_mid" in vit.layout.absent
-    )
+    through = through & layers if through else through
     return BoundRun(run, tuple(edits), tuple(captures), through)
 
 
@@ -155,7 +168,7 @@ def _bind_edit(
 ) -> Edit:
     where = f"run {run.name!r}, {spec.op} at {spec.site}"
     operator_of(spec)
-    site = Site.parse(spec.site)
+    site = _parsed(spec.site)
     vit.check_site(site)
     check_heads(vit, site, spec.heads, where)
     positions = resolve_tokens(spec.tokens, vit, data, run.base, f"{where}, tokens")
@@ -170,10 +183,9 @@ def _bind_edit(
     elif isinstance(spec, Ablate) and spec.method == "mean" and spec.mean is None:
         # Per position the mean is over whole activations; pooled, over the selected tokens alone.
         mean = Read(ColumnOrigin(run.base), site, positions if spec.pool_tokens else Positions(), spec.heads)
-    refs = tuple(
-        (name, ref) for name in type(spec).model_fields if isinstance(ref := getattr(spec, name), TensorRef)
-    )
-    choose = getattr(spec, "choose", None)
+    fields = _fields(type(spec))
+    refs = tuple((name, ref) for name in fields if isinstance(ref := getattr(spec, name), TensorRef))
+    choose = getattr(spec, "choose") if "choose" in fields else None  # noqa: B009
     choice: tuple[int, ...] | None = None
     if isinstance(choose, Column) and data is not None:
         data.require(choose.column, f"{where}, choose")
@@ -182,6 +194,14 @@ def _bind_edit(
     elif isinstance(choose, Column):
         choice = (0,)
     return Edit(spec, site, positions, keys, source, mean, refs, choice, where)
+
+
+_parsed = lru_cache(maxsize=4096)(Site.parse)
+
+
+@cache
+def _fields(kind: type[Intervention]) -> tuple[str, ...]:
+    return tuple(kind.model_fields)
 
 
 def _choices(data: Data, column: str, where: str) -> tuple[int, ...]:
@@ -201,7 +221,7 @@ def _bind_source(
     bound: dict[str, BoundRun],
     where: str,
 ) -> Read:
-    site = Site.parse(spec.site_read)
+    site = _parsed(spec.site_read)
     vit.check_site(site)
     check_heads(vit, site, spec.heads, f"{where}, source")
     origin: ColumnOrigin | RunOrigin
@@ -216,8 +236,9 @@ def _bind_source(
         if data is not None:
             data.require(column, f"{where}, source")
     positions = resolve_tokens(spec.tokens_read, vit, data, column, f"{where}, source_tokens")
-    here, there = vit.sites()[spec.site].shape, vit.sites()[str(site)].shape
-    fits = here[1:] == there[1:] if Site.parse(spec.site).has_tokens else here == there
+    sites = vit.sites()
+    here, there = sites[spec.site].shape, sites[str(site)].shape
+    fits = here[1:] == there[1:] if _parsed(spec.site).has_tokens else here == there
     if spec.heads is not None:
         fits = here[-1] == there[-1]
     if not fits:
@@ -243,6 +264,8 @@ def _check_pairing(
     vit: HookedViT, site: Site, positions: Positions, source: Read, data: Data | None, where: str
 ) -> None:
     if not site.has_tokens or data is None:
+        return
+    if positions == source.positions:
         return
     n = vit.layout.tokens.n_tokens
     targets, sources = (p.counts(range(data.n), n) for p in (positions, source.positions))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
-from vit_mechinterp.spec import Column, Intervention, Run, Site, TensorRef, TokenBox, TokenColumn
+from vit_mechinterp.spec import Column, Intervention, Run, RunSource, Site, TensorRef, TokenBox, TokenColumn
 
-__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join"]
+__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
 
 
 @dataclass(frozen=True, order=True)
@@ -33,6 +33,13 @@ class Join:
     def first_block(self) -> int:
         """The first block that the row passes through."""
         return self.layer + self.behind
+
+
+@lru_cache(maxsize=4096)
+def _join(first: Site, starts_at_mlp_out: bool, n_layers: int) -> Join:
+    if first.layer is None:
+        return Join(0, False) if first.name == "embed" else Join(n_layers - 1, True)
+    return Join(first.layer, first.name == "resid_post" or starts_at_mlp_out)
 
 
 @dataclass(frozen=True)
@@ -102,10 +109,7 @@ class BoundRun:
     def join(self, n_layers: int) -> Join:
         """Where the run's rows enter the growing batch; only for runs with edits."""
         assert self.first is not None
-        layer, name = self.first.layer, self.first.name
-        if layer is None:
-            return Join(0, False) if name == "embed" else Join(n_layers - 1, True)
-        return Join(layer, name == "resid_post" or self.starts_at_mlp_out)
+        return _join(self.first, self.starts_at_mlp_out, n_layers)
 
     @cached_property
     def starts_at_mlp_out(self) -> bool:
@@ -130,7 +134,7 @@ class Bound:
     def image_columns(self) -> frozenset[str]:
         """Names of the image columns that the runs read."""
         bases = {run.run.base for run in self.runs}
-        sources = (getattr(spec, "source", None) for run in self.runs for spec in run.run.interventions)
+        sources = (source_of(spec) for run in self.runs for spec in run.run.interventions)
         return frozenset(bases | {source for source in sources if isinstance(source, str)})
 
     @cached_property
@@ -146,6 +150,19 @@ class Bound:
     def columns(self) -> frozenset[str]:
         """Names of all columns that the runs read: images, and those that select or choose."""
         return self.image_columns | {name for run in self.runs for name in _selecting_columns(run.run)}
+
+
+def source_of(spec: Intervention) -> str | RunSource | None:
+    """The source that an intervention names; None for one that has none."""
+    if "source" not in _fields(type(spec)):
+        return None
+    source: str | RunSource | None = getattr(spec, "source")  # noqa: B009
+    return source
+
+
+@cache
+def _fields(kind: type[Intervention]) -> frozenset[str]:
+    return frozenset(kind.model_fields)
 
 
 def _selecting_columns(run: Run) -> Iterator[str]:

@@ -14,7 +14,8 @@ from vit_mechinterp.engine.clean import CleanPass, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import Copies, Schedule, clean_read
+from vit_mechinterp.engine.reads import clean_read
+from vit_mechinterp.engine.schedule import Copies, Schedule
 from vit_mechinterp.engine.values import Read, RunOrigin, Values
 from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.model.hooked import HookedViT
@@ -23,6 +24,7 @@ from vit_mechinterp.spec import TensorRef
 __all__ = ["Collected", "chunk_of"]
 
 Tick = Callable[[int], None]
+Earlier = Callable[[str, IntArray], Tensor]
 Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 
@@ -32,6 +34,10 @@ class Collected:
     def __init__(self, bound: Bound) -> None:
         self.outputs: dict[str, list[Tensor]] = {run.name: [] for run in bound.runs}
         self.captures: dict[tuple[str, str], list[tuple[Tensor, list[int] | None]]] = {}
+
+    def outputs_of(self, run: str, examples: IntArray, chunk: int) -> Tensor:
+        """Outputs of a run for some examples of the chunks that are here, of ``chunk`` examples each."""
+        return torch.stack([self.outputs[run][i // chunk][i % chunk] for i in examples.tolist()])
 
     def extend(self, part: Collected) -> None:
         """Add what the next chunk gave."""
@@ -50,8 +56,14 @@ def chunk_of(
     means: Mapping[Read, Tensor],
     tick: Tick,
     passing: CleanPass = clean_pass,
+    earlier: Earlier | None = None,
 ) -> Collected:
-    """Compute everything that one chunk of examples gives; ``passing`` makes its clean values."""
+    """Compute everything that one chunk of examples gives.
+
+    Args:
+        passing: makes its clean values.
+        earlier: outputs of a run for examples of earlier chunks, which rows of this one may be equal to.
+    """
     bound = schedule.bound
     clean = passing(vit, data, schedule, chunk, tick=tick)
     if schedule.mean_reads and not means:
@@ -74,7 +86,12 @@ def chunk_of(
                 captured[key] += pieces
             tick(schedule.wave_blocks(segments))
         for same in copies:
-            outputs.put(same.run, same.examples, outputs.get(same.owner, same.owners))
+            inside = same.owners >= chunk.start
+            if inside.any():
+                outputs.put(same.run, same.examples[inside], outputs.get(same.owner, same.owners[inside]))
+            if not inside.all():
+                assert earlier is not None
+                outputs.put(same.run, same.examples[~inside], earlier(same.owner, same.owners[~inside]))
         for run in stage:
             for read in bound.reads_of[run.name]:
                 values = _joined(read, clean.values.get(clean_read(run, read)), captured, run.name, chunk)

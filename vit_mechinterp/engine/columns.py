@@ -58,7 +58,7 @@ class Columns:
         if not self.columns or self.n == 0:
             raise DataError("The data has no examples.")
 
-    def once(self, key: tuple[str, ...], make: Callable[[], Value]) -> Value:
+    def once(self, key: tuple[object, ...], make: Callable[[], Value]) -> Value:
         """What ``make`` returns, made once per key: many runs select by the same columns."""
         if key not in self._once:
             self._once[key] = make()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from vit_mechinterp.engine.bind import sources_first
-from vit_mechinterp.engine.bound import Bound
-from vit_mechinterp.engine.order import Segment
+from vit_mechinterp.engine.bound import Bound, BoundRun, source_of
+from vit_mechinterp.engine.order import Segment, starts_late
+from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.sharing import Part
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.engine.wave import distinct_rows
 from vit_mechinterp.model.hooked import HookedViT
@@ -56,9 +59,7 @@ def count(vit: HookedViT, schedule: Schedule) -> Counts:
         _add(total, known[len(chunk)])
     total.naive = _naive(schedule.bound, schedule.n_layers) * schedule.n_examples
     total.clean = sum(len(sharing.clean_rows(run.name)) for run in schedule.bound.runs)
-    computed = [own[own >= 0] for own in sharing.classes.values()]
-    rows = np.concatenate(computed) if computed else np.zeros(0)
-    total.rows_again = len(rows) - total.shared - len(np.unique(rows)) if sharing.repeats else 0
+    total.rows_again = sharing.n_edited_rows - total.shared - sharing.n_classes
     if len(chunks) > 1:
         used = [sharing.images_of(r.origin) for r in total.kept if isinstance(r.origin, ColumnOrigin)]
         used += [sharing.images[column] for column in total.outputs]
@@ -73,15 +74,48 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float]) -> 
         _count_clean(own, schedule, chunk, means=True)
     _count_clean(own, schedule, chunk, means=False)
     for stage in schedule.bound.stages:
-        parts, copies = schedule.rows(stage, chunk)
-        own.shared += sum(len(c.examples) for c in copies)
-        for segments in schedule.waves(parts):
-            own.evaluations += schedule.wave_blocks(segments)
-            own.launches += 1
-            own.widest = max(own.widest, sum(len(s.examples) for s in segments))
-            if schedule.spares:
+        rows = _count_rows(own, schedule, stage, chunk)
+        if schedule.spares and _starts_late(schedule, stage):
+            # Rows of one image stand together as far as they fit, which decides how many waves there are.
+            for segments in schedule.waves(schedule.rows(stage, chunk)[0]):
+                own.launches += 1
+                own.widest = max(own.widest, sum(len(s.examples) for s in segments))
                 own.spared += _spared(schedule, segments, shares)
+        else:
+            own.launches += -(-rows // schedule.width)
+            own.widest = max(own.widest, min(rows, schedule.width))
     return own
+
+
+def _count_rows(own: Counts, schedule: Schedule, stage: Sequence[BoundRun], chunk: range) -> int:
+    """Count the rows of one stage and their blocks, whichever waves they pass in; how many are computed."""
+    table = schedule.table(stage)
+    rows = table.computed(chunk)
+    own.shared += len(table.rows(chunk)) - len(rows)
+    blocks = _blocks(schedule, ("blocks", stage[0].name), table.parts)
+    whole = schedule.whole_parts(stage)
+    of_whole = _blocks(schedule, ("blocks of whole", stage[0].name), whole)
+    own.evaluations += int(blocks[table.part_of[rows]].sum()) + len(chunk) * int(of_whole.sum())
+    return len(rows) + len(chunk) * len(whole)
+
+
+def _blocks(schedule: Schedule, name: tuple[str, str], parts: Sequence[Part]) -> IntArray:
+    """Number of blocks that the rows of each part pass through."""
+    n = schedule.n_layers
+
+    def find() -> IntArray:
+        return np.array([n - part.run.join(n).first_block for part in parts], dtype=np.int64)
+
+    return schedule.sharing.once(name, find)
+
+
+def _starts_late(schedule: Schedule, stage: Sequence[BoundRun]) -> bool:
+    """Whether rows of a stage may share a part of the block where they join."""
+    parts, n_layers = schedule.sharing.parts, schedule.n_layers
+    return schedule.sharing.once(
+        ("late", stage[0].name),
+        lambda: any(starts_late(part.run, n_layers) for run in stage for part in parts[run.name]),
+    )
 
 
 def _count_clean(own: Counts, schedule: Schedule, chunk: range, *, means: bool) -> None:
@@ -143,7 +177,7 @@ def _naive(bound: Bound, n_layers: int) -> int:
     cost: dict[str, int] = {}
     for spec in sources_first([run.run for run in bound.runs]):
         edits = by_name[spec.name].edits
-        sources = {getattr(edit.spec, "source", None) for edit in edits} - {None}
+        sources = {source_of(edit.spec) for edit in edits} - {None}
         permuted_or_mean = {(e.source or e.mean) for e in edits if e.spec.op == "ablate"} - {None}
         forwards = 1 + len(permuted_or_mean) + sum(1 for s in sources if isinstance(s, str))
         cost[spec.name] = n_layers * forwards + sum(cost[s.run] for s in sources if isinstance(s, RunSource))

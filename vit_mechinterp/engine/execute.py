@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
+from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import circumstances, provenance_of
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.resume import FinishedChunks
@@ -31,6 +33,7 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import parse_bytes
 from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
+from vit_mechinterp.engine.values import Read
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep, TensorRef
@@ -186,31 +189,48 @@ def _chunks(
     waiting = [chunk for chunk in schedule.chunks if kept is None or not kept.has(chunk)]
     if kept is not None:
         schedule = replace(schedule, width=kept.width())
-    means = kept.means() if kept is not None and schedule.means_come_first else None
-    if not waiting or not schedule.means_come_first:
-        means = {}
     halvings = 0
-    while means is None:
-        batches = ahead(schedule, schedule.chunks, schedule.mean_reads)
-        with memory_may_run_out(), data.ahead(batches, most):
-            means = dataset_means(vit, data, schedule, tick, clean)
-        # Out here a failed forward's frames are gone, and its memory with them.
-        if means is None:
-            schedule, halvings = replace(schedule, width=make_room(schedule.width)), halvings + 1
-        elif kept is not None:
-            kept.add_means(means)
+    means: Mapping[Read, Tensor] | None = {}
+    if waiting and schedule.means_come_first:
+        with nullcontext() if kept is None else kept.computing_means() as means:
+            while means is None:
+                batches = ahead(schedule, schedule.chunks, schedule.mean_reads)
+                with memory_may_run_out(), data.ahead(batches, most):
+                    means = dataset_means(vit, data, schedule, tick, clean)
+                # Out here a failed forward's frames are gone, and its memory with them.
+                if means is None:
+                    schedule = replace(schedule, width=make_room(schedule.width))
+                    halvings += 1
+                elif kept is not None:
+                    kept.add_means(means)
+    assert means is not None
+
+    def earlier(run: str, examples: IntArray) -> Tensor:
+        if kept is not None:
+            return kept.outputs_of(run, examples)
+        return collected.outputs_of(run, examples, schedule.chunk)
+
     while waiting:
-        with memory_may_run_out(), data.ahead(ahead(schedule, list(waiting)), most):
-            while waiting:
+        with (
+            memory_may_run_out(),
+            data.ahead(ahead(schedule, list(waiting)), most),
+            closing(_in_order(waiting) if kept is None else kept.next_of(waiting)) as chunks,
+        ):
+            for chunk in chunks:
+                part = chunk_of(vit, data, schedule, chunk, tensors, means, tick, clean, earlier)
                 if kept is None:
-                    part = chunk_of(vit, data, schedule, waiting[0], tensors, means, tick, clean)
                     collected.extend(part)
-                elif not kept.has(waiting[0]) and not kept.is_done():  # another process may have been here
-                    part = chunk_of(vit, data, schedule, waiting[0], tensors, means, tick, clean)
-                    kept.add(waiting[0], part, schedule.width, halvings)
-                waiting.pop(0)
+                else:
+                    kept.add(chunk, part, schedule.width, halvings)
                 if most is not None:
                     give_back()
         if waiting:
             schedule, halvings = replace(schedule, width=make_room(schedule.width)), halvings + 1
     return collected, halvings
+
+
+def _in_order(waiting: list[range]) -> Generator[range, None, None]:
+    """The first of some chunks, again and again; each is left out once the next is asked for."""
+    while waiting:
+        yield waiting[0]
+        waiting.pop(0)

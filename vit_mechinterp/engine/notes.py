@@ -33,7 +33,10 @@ def notes_on(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str
         if counts.again and not permuted:
             yield f"images that occur in several chunks pass through the model {counts.again} times more"
         if counts.rows_again:
-            yield f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again"
+            yield (
+                f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, "
+                "because their activations are kept or read"
+            )
     if len(bound.stages) > 1:
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
     gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]

@@ -106,7 +106,6 @@ def resolve_tokens(
         SpecError: the model has no such token name or patch.
         DataError: the column is missing or holds something else, or a box leaves no patch.
     """
-    layout = vit.layout.tokens
     if isinstance(tokens, str) and tokens == "all":
         return Positions()
     if isinstance(tokens, TokenColumn):
@@ -121,6 +120,15 @@ def resolve_tokens(
         return data.once(
             ("box", tokens.box, image_column), lambda: _from_boxes(tokens.box, data, vit, image_column, where)
         )
+    if data is not None:
+        # One selection is one object for all runs, so that what it takes to use it is found once.
+        key = "tokens", tokens if isinstance(tokens, str) else tuple(tokens)
+        return data.once(key, lambda: _from_list(tokens, vit, where))
+    return _from_list(tokens, vit, where)
+
+
+def _from_list(tokens: str | tuple[str | int, ...], vit: HookedViT, where: str) -> Positions:
+    layout = vit.layout.tokens
     positions: list[int] = []
     for item in (tokens,) if isinstance(tokens, str) else tokens:
         if isinstance(item, str):

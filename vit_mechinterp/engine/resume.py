@@ -1,8 +1,9 @@
 """Finished chunks kept in a folder as they come, so that a killed experiment goes on where it was.
 
 The folder of an experiment holds, while it runs, ``chunks/experiment.json`` (what is computed, and how it is
-cut into chunks) and one tensor file per finished chunk; once it is done, the results. Files take their names
-when they are complete, and two processes that compute one chunk write the same bits under the same name.
+cut into chunks) and one tensor file per finished chunk; once it is done, the results. Several processes share
+the chunks among themselves: each locks the chunk that it computes. Files take their names when they are
+complete, and two processes that compute one chunk all the same write the same bits under the same name.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.chunk import Collected
+from vit_mechinterp.engine.claims import in_turn, waited_for
 from vit_mechinterp.engine.identity import differences
 from vit_mechinterp.engine.joining import capture_names, join_chunks
+from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensorfiles import checksum, file_checksum, read_tensors, replacing, sweep, writing
@@ -165,6 +170,38 @@ class FinishedChunks:
         except (OSError, ValueError, LookupError, TypeError):
             return False
 
+    def next_of(self, waiting: list[range]) -> Generator[range, None, None]:
+        """Chunks to compute, each locked for us until the next is asked for; those that are finished, here or
+        by another process, leave ``waiting``.
+
+        A chunk comes after the earlier ones whose outputs it reuses. Where all that are left are computed by
+        others, wait for them; what a process leaves behind when it ends comes to us.
+        """
+        return in_turn(waiting, self.has, self._can_begin, self.is_done, self._lock)
+
+    def _lock(self, chunk: range | None) -> Path:
+        return self.path(chunk).with_suffix(".lock")
+
+    def _can_begin(self, chunk: range) -> bool:
+        chunks = self.schedule.chunks
+        return all(self.has(chunks[number]) for number in self.schedule.before(chunk))
+
+    def outputs_of(self, run: str, examples: IntArray) -> Tensor:
+        """Outputs of a run for some examples of finished chunks."""
+        n, size = self._numbers[run], self.schedule.chunk
+        rows = []
+        for number in np.unique(examples // size).tolist():
+            part = self._part(self.schedule.chunks[number])
+            if part is None:
+                raise FileNotFoundError(self.path(self.schedule.chunks[number]))
+            rows.append((number, part[0]["outputs"][n]))
+        found = dict(rows)
+        return torch.stack([found[i // size][i % size] for i in examples.tolist()])
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {run.name: n for n, run in enumerate(self.schedule.bound.runs)}
+
     def has(self, chunk: range) -> bool:
         """Whether a chunk is finished, looked at once; a damaged file is dropped with a warning."""
         if not self._checked.get(chunk, False):
@@ -227,6 +264,11 @@ class FinishedChunks:
             return None
         return {read: found[0][f"mean.{n}"].clone() for n, read in enumerate(self.schedule.mean_reads)}
 
+    def computing_means(self) -> AbstractContextManager[dict[Read, Tensor] | None]:
+        """The dataset means as soon as another process that computes them has, or None if they are ours to
+        compute inside the ``with`` block."""
+        return waited_for(self._lock(None), self.means)
+
     def add_means(self, means: Mapping[Read, Tensor]) -> None:
         """Keep the dataset means, which every chunk reads."""
         tensors = {f"mean.{n}": means[read].cpu() for n, read in enumerate(self.schedule.mean_reads)}
@@ -246,6 +288,7 @@ class FinishedChunks:
             raise
         for chunk in (*self.schedule.chunks, None):
             self.path(chunk).unlink(missing_ok=True)
+            self._lock(chunk).unlink(missing_ok=True)
         return Results.load(self.results)
 
 

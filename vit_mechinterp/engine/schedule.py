@@ -11,12 +11,13 @@ import numpy as np
 from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.order import Segment, in_waves
 from vit_mechinterp.engine.pieces import CleanGroup, Copies, Stop
-from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
 from vit_mechinterp.engine.sharing import Part, Sharing
-from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
-from vit_mechinterp.spec import Site
+from vit_mechinterp.engine.table import StageRows
+from vit_mechinterp.engine.values import ColumnOrigin, Read
 
-__all__ = ["CleanGroup", "Copies", "Schedule", "Segment", "Stop", "join_reads"]
+__all__ = ["CleanGroup", "Copies", "Schedule", "Segment", "Stop"]
 
 
 _NONE: IntArray = np.zeros(0, dtype=np.int64)
@@ -85,41 +86,55 @@ class Schedule:
         return frozenset(clean_read(run, read) for run in runs for read in self.bound.reads_of[run.name])
 
     def rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[list[Part], list[Copies]]:
-        """Rows of one stage that are computed for a chunk, and rows that are copies of these."""
+        """Rows of one stage that are computed for a chunk, and rows that are copies of these, or of rows of
+        earlier chunks."""
         key = stage[0].name, chunk
         if key not in self._known_rows:
             if len(self._known_rows) >= len(self.bound.stages):
                 self._known_rows.clear()  # those of one chunk are asked for again, not those of others
-            self._known_rows[key] = self._rows(stage, chunk)
+            table = self.table(stage)
+            if self.sharing.repeats:
+                self._known_rows[key] = table.computed_parts(chunk), table.copies(chunk)
+            else:
+                parts = (Part(part.run, _within(part.examples, chunk)) for part in self._parts(stage))
+                self._known_rows[key] = [part for part in parts if len(part.examples)], []
         return self._known_rows[key]
 
     @cached_property
     def _known_rows(self) -> dict[tuple[str, range], tuple[list[Part], list[Copies]]]:
         return {}
 
-    def _rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[list[Part], list[Copies]]:
-        parts = [
-            Part(part.run, _within(part.examples, chunk))
-            for run in stage
-            for part in self.sharing.parts[run.name]
-        ]
-        parts = [part for part in parts if len(part.examples)]
-        if not parts or not self.sharing.repeats:
-            return parts, []
-        classes = np.concatenate([self.sharing.classes[p.run.name][p.examples] for p in parts])
-        part_of = np.repeat(np.arange(len(parts)), [len(p.examples) for p in parts])
-        examples = np.concatenate([p.examples for p in parts])
-        _, first, which = np.unique(classes, return_index=True, return_inverse=True)
-        owner = first[which.reshape(-1)]
-        own = owner == np.arange(len(owner))
-        computed = [Part(p.run, examples[own & (part_of == n)]) for n, p in enumerate(parts)]
-        copies = []
-        for n, m in sorted(set(zip(part_of[~own].tolist(), part_of[owner[~own]].tolist(), strict=True))):
-            here = ~own & (part_of == n) & (part_of[owner] == m)
-            copies.append(
-                Copies(parts[n].run.name, examples[here], parts[m].run.name, examples[owner[here]])
-            )
-        return [part for part in computed if len(part.examples)], copies
+    def _parts(self, stage: Sequence[BoundRun]) -> list[Part]:
+        return [part for run in stage for part in self.sharing.parts[run.name]]
+
+    def table(self, stage: Sequence[BoundRun]) -> StageRows:
+        """Rows of one stage in arrays, without those of `whole_parts`."""
+        name = stage[0].name
+        if name not in self._tables:
+            whole = set() if self.sharing.repeats else {id(part) for part in self.whole_parts(stage)}
+            own = tuple(part for part in self._parts(stage) if id(part) not in whole)
+            self._tables[name] = StageRows(self.sharing, own, self.chunk, self._read_runs)
+        return self._tables[name]
+
+    @cached_property
+    def _tables(self) -> dict[str, StageRows]:
+        return {}
+
+    @cached_property
+    def _read_runs(self) -> frozenset[str]:
+        return frozenset(name for name, reads in self.bound.reads_of.items() if reads)
+
+    def whole_parts(self, stage: Sequence[BoundRun]) -> list[Part]:
+        """Parts that hold every example, if no two rows are equal: each chunk computes all of its rows."""
+        if self.sharing.repeats:
+            return []
+        return [part for part in self._parts(stage) if len(part.examples) == self.n_examples]
+
+    def before(self, chunk: range) -> set[int]:
+        """Numbers of the earlier chunks whose outputs are those of rows of this one."""
+        if not self.sharing.repeats or len(self.chunks) == 1:
+            return set()
+        return set().union(*(self.table(stage).before(chunk) for stage in self.bound.stages))
 
     def waves(self, parts: Sequence[Part]) -> Iterator[list[Segment]]:
         """Rows that fit into one growing batch, in the order in which they join."""
@@ -140,38 +155,57 @@ class Schedule:
             if len(examples):
                 wanted.setdefault(read, []).append(everyone if len(examples) == len(everyone) else examples)
 
-        for stage in self.bound.stages:
-            for part in self.rows(stage, chunk)[0]:
-                for read in _clean_sources(part.run, self.n_layers):
-                    want(read, part.examples)
-        for run in self.bound.runs:
-            clean = self.clean_rows(run.name, chunk)
-            for read in self.bound.reads_of[run.name]:
-                as_clean = clean_read(run, read)
-                want(as_clean, clean)
-                for part in self.sharing.parts.get(run.name, ()):
-                    if part.run.is_clean_at(read.site):
-                        want(as_clean, _within(part.examples, chunk))
+        for stage in self.bound.stages if self.sharing.repeats else ():
+            table, groups = self.table(stage), self._reads_of_parts(stage)
+            rows = table.computed(chunk)
+            group_of = groups.of[table.part_of[rows]]
+            for group in np.unique(group_of).tolist():
+                examples = np.unique(table.examples[rows[group_of == group]])
+                for read in groups.reads[group]:
+                    want(read, examples)
+        for read, some in self._always_wanted:
+            want(read, everyone if some is None else _within(some, chunk))
         if not self.means_come_first:
             for read in self.mean_reads:
                 want(read, everyone)
         return {read: _union(examples, everyone) for read, examples in wanted.items()}
+
+    @property
+    def _always_wanted(self) -> list[tuple[Read, IntArray | None]]:
+        """Reads with their examples, apart from those of rows that may be equal to others."""
+
+        def find() -> list[tuple[Read, IntArray | None]]:
+            stages = () if self.sharing.repeats else self.bound.stages
+            parts = [part for stage in stages for part in self._parts(stage)]
+            by_rows = wanted_by_rows(parts, self.n_layers, self.n_examples)
+            return [*by_rows.items(), *wanted_by_runs(self.sharing).items()]
+
+        return self.sharing.once(("wanted", self.n_layers), find)
+
+    def _reads_of_parts(self, stage: Sequence[BoundRun]) -> ReadGroups:
+        """Parts of a stage by what their rows read."""
+        parts = self.table(stage).parts
+        return self.sharing.once(
+            ("reads", stage[0].name, self.n_layers), lambda: ReadGroups.of_parts(parts, self.n_layers)
+        )
 
     def clean_rows(self, run: str, chunk: range) -> IntArray:
         """Examples of a chunk whose row of a run a clean forward answers."""
         if run not in self._partly_clean:
             return _NONE
         own = self.sharing.classes[run][chunk.start : chunk.stop]
-        return chunk.start + np.flatnonzero(own < 0)
+        found: IntArray = chunk.start + np.flatnonzero(own < 0)
+        return found
 
     @cached_property
     def _partly_clean(self) -> frozenset[str]:
-        return frozenset(name for name, own in self.sharing.classes.items() if (own < 0).any())
+        names = (run.name for run in self.bound.runs)
+        return frozenset(name for name in names if len(self.sharing.clean_rows(name)))
 
     def clean_outputs(self, chunk: range) -> dict[str, IntArray]:
         """Examples of a chunk whose clean output somebody wants, by image column."""
         wanted: dict[str, list[IntArray]] = {}
-        for run in self.bound.runs:
+        for run in (run for run in self.bound.runs if run.name in self._partly_clean):
             examples = self.clean_rows(run.name, chunk)
             if len(examples):
                 wanted.setdefault(run.run.base, []).append(examples)
@@ -238,39 +272,14 @@ class Schedule:
             for run in stage:
                 for part in self.sharing.parts[run.name]:
                     reads = (edit.source for edit in part.run.edits)
-                    clean = _clean_sources(part.run, self.n_layers)
+                    clean = clean_sources(part.run, self.n_layers)
                     last.update({read: n for read in (*reads, *clean) if read is not None})
         return last
 
 
-def clean_read(run: BoundRun, read: Read) -> Read:
-    """The same value of a run's clean forward."""
-    if isinstance(read.origin, RunOrigin):
-        return Read(run.origin, read.site, read.positions, read.heads)
-    return read
-
-
-def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
-    """The clean values that a run's rows start from."""
-    join = run.join(n_layers)
-    if run.starts_at_mlp_out:
-        # Exact: the row's residual stream is what the block would have computed from its edited increment.
-        return (
-            Read(run.origin, Site(join.layer, "resid_mid")),
-            Read(run.origin, Site(join.layer, "mlp_out")),
-        )
-    return (Read(run.origin, join.site, Positions()),)
-
-
-def _clean_sources(run: BoundRun, n_layers: int) -> list[Read]:
-    """The clean values that a run's rows start from, and those that its edits read."""
-    reads = [edit.source for edit in run.edits if edit.source is not None]
-    return [*join_reads(run, n_layers), *(r for r in reads if isinstance(r.origin, ColumnOrigin))]
-
-
 def _within(examples: IntArray, chunk: range) -> IntArray:
     """Those of some ascending examples that lie in a chunk."""
-    if int(examples[-1]) == len(examples) - 1:  # all there are up to the last
+    if len(examples) and int(examples[-1]) == len(examples) - 1:  # all there are up to the last
         return examples[chunk.start : chunk.stop]
     start, stop = np.searchsorted(examples, [chunk.start, chunk.stop])
     return examples[start:stop]

@@ -10,24 +10,28 @@ clean forward of its image.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
-from vit_mechinterp.engine.ops import ablate, add_direction, inject_subspace, interchange, operator_of
-from vit_mechinterp.engine.positions import IntArray, Positions
-from vit_mechinterp.engine.values import ColumnOrigin, Read, permutation
-from vit_mechinterp.spec import Ablate, AddDirection, SourcedIntervention, TensorRef
+from vit_mechinterp.engine.ops import add_direction, inject_subspace, operator_of
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.row_keys import RowKeys
+from vit_mechinterp.engine.values import ColumnOrigin, permutation
+from vit_mechinterp.spec import AddDirection, TensorRef
 
 __all__ = ["Part", "Sharing"]
 
 BoolArray = NDArray[np.bool_]
+Found = TypeVar("Found")
+
+_NONE: IntArray = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ class Sharing:
     def n_examples(self) -> int:
         """Number of examples."""
         return len(next(iter(self.images.values())))
+
+    def once(self, key: tuple[object, ...], find: Callable[[], Found]) -> Found:
+        """What ``find`` gives, found once per key: schedules of other chunks and widths share it."""
+        if key not in self._found:
+            self._found[key] = find()
+        found: Found = self._found[key]
+        return found
+
+    @cached_property
+    def _found(self) -> dict[tuple[object, ...], Any]:
+        return {}
 
     def images_of(self, origin: ColumnOrigin) -> IntArray:
         """Number of the image that each example's clean value is made from."""
@@ -101,12 +116,23 @@ class Sharing:
     @cached_property
     def repeats(self) -> bool:
         """Whether any two rows that edits change are of one class."""
-        edited = [own[own >= 0] for own in self.classes.values()]
-        sizes = sum(map(len, edited))
-        return sizes > 0 and len(np.unique(np.concatenate(edited))) < sizes
+        return self.n_classes < self.n_edited_rows
+
+    @property
+    def n_classes(self) -> int:
+        """How many rows that edits change differ."""
+        return self._sorted_out[2]
+
+    @cached_property
+    def n_edited_rows(self) -> int:
+        """How many rows edits change."""
+        return sum(len(part.examples) for parts in self.parts.values() for part in parts)
 
     def clean_rows(self, run: str) -> IntArray:
         """Examples of a run that a clean forward answers."""
+        parts = self.parts.get(run, ())
+        if len(parts) == 1 and len(parts[0].examples) == self.n_examples:
+            return _NONE
         return np.flatnonzero(self.classes[run] < 0)
 
     def means_of(self, column: str) -> str:
@@ -115,7 +141,7 @@ class Sharing:
         return next(name for name, other in self.images.items() if np.array_equal(own, other))
 
     @cached_property
-    def _sorted_out(self) -> tuple[dict[str, tuple[Part, ...]], dict[str, IntArray]]:
+    def _sorted_out(self) -> tuple[dict[str, tuple[Part, ...]], dict[str, IntArray], int]:
         parts: dict[str, tuple[Part, ...]] = {}
         classes = {
             run.name: -1 - self.images[run.run.base] for run in self.bound.runs
@@ -126,8 +152,8 @@ class Sharing:
             for n, run in enumerate(edited):
                 parts[run.name] = (Part(run, everyone),)
                 classes[run.name] = n * self.n_examples + everyone
-            return parts, classes
-        keys = _Keys(self, classes)
+            return parts, classes, len(edited) * self.n_examples
+        keys = RowKeys(self, classes)
         count = 0
         for stage in self.bound.stages:
             groups: defaultdict[Any, list[tuple[Part, list[IntArray]]]] = defaultdict(list)
@@ -141,10 +167,10 @@ class Sharing:
                 parts[run.name] = tuple(own)
             for members in groups.values():
                 count = self._number(members, classes, count)
-        return parts, classes
+        return parts, classes, count
 
     def _variants(
-        self, run: BoundRun, keys: _Keys, everyone: IntArray
+        self, run: BoundRun, keys: RowKeys, everyone: IntArray
     ) -> list[tuple[IntArray, tuple[Edit, ...]]]:
         """Examples by the edits that act on them, without those that none acts on."""
         acting: list[bool | BoolArray] = []
@@ -219,81 +245,3 @@ def _acts(edit: Edit, tensors: Mapping[TensorRef, Tensor] | None) -> bool:
         gate = dict(edit.refs).get("gate")
         return gate is None or bool(tensors[gate].any())
     return True
-
-
-class _Keys:
-    """What rows are compared by: numbers for what varies from example to example, the rest as it is."""
-
-    def __init__(self, sharing: Sharing, classes: Mapping[str, IntArray]) -> None:
-        self.sharing = sharing
-        self.classes = classes
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._arrays: dict[Positions, IntArray] = {}
-
-    def puts_back(self, run: BoundRun, edit: Edit) -> BoolArray | None:
-        """For which examples an edit puts a clean value back where it comes from; None for none at all."""
-        source = edit.source
-        if operator_of(edit.spec) not in (interchange, inject_subspace, ablate):
-            return None
-        if source is None or source.site != edit.site:
-            return None
-        paired = getattr(edit.spec, "source_tokens", None)
-        if self.sharing.imagined and paired not in (None, edit.spec.tokens):
-            return None
-        here, there = self._positions(edit.positions), self._positions(source.positions)
-        if isinstance(here, int) and isinstance(there, int) and here != there:
-            return None
-        same: BoolArray = (self._source(source) == -1 - self.sharing.images[run.run.base]) & (here == there)
-        return same if same.any() else None
-
-    def of(self, part: Part) -> tuple[Any, list[IntArray]]:
-        """The key of a part's rows: what they share, and numbers ``[row]`` for what they may differ in."""
-        rows = part.examples
-        fixed: list[Any] = []
-        varying = [self.sharing.images[part.run.run.base][rows]]
-        for edit in part.run.edits:
-            fixed.append((type(edit.spec), edit.site, edit.spec.heads, self._options(edit)))
-            for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
-                place = None if positions is None else self._positions(positions)
-                fixed.append(place if place is None or isinstance(place, int) else "each")
-                if place is not None and not isinstance(place, int):
-                    varying.append(place[rows])
-            if edit.source is not None:
-                fixed.append(edit.source.site)
-                varying.append(self._source(edit.source)[rows])
-            if edit.mean is not None:
-                assert isinstance(edit.mean.origin, ColumnOrigin)
-                fixed += [self.sharing.means_of(edit.mean.origin.column), edit.mean.positions]
-            if edit.choice is not None:
-                varying.append(edit.choices[rows])
-                fixed.append("choice")
-        return tuple(fixed), varying
-
-    def _source(self, read: Read) -> IntArray:
-        """What each example's source value is that of: a row's class, or a clean image's."""
-        if not isinstance(read.origin, ColumnOrigin):
-            return self.classes[read.origin.run]
-        return -1 - self.sharing.images_of(read.origin)
-
-    def _positions(self, positions: Positions) -> int | IntArray:
-        """A number that stands for the positions: one for all examples, or one for each."""
-        if positions.each is None:
-            return -1 if positions.shared is None else self._number(positions.shared)
-        if positions not in self._arrays:
-            own = [self._number(chosen) for chosen in positions.each]
-            self._arrays[positions] = np.array(own, dtype=np.int64)
-        return self._arrays[positions]
-
-    def _number(self, chosen: tuple[int, ...]) -> int:
-        return self._numbers.setdefault(chosen, len(self._numbers))
-
-    def _options(self, edit: Edit) -> str:
-        """Every field of an intervention that is not resolved into the bound edit."""
-        resolved = set() if self.sharing.imagined else {"site", "tokens", "heads", "keys"}
-        if isinstance(edit.spec, SourcedIntervention) and not self.sharing.imagined:
-            resolved |= {"source", "source_tokens", "source_site"}
-        if edit.choice is not None and not self.sharing.imagined:
-            resolved.add("choose")
-        if isinstance(edit.spec, Ablate) and edit.source is not None:
-            resolved.add("seed")
-        return edit.spec.model_dump_json(exclude=resolved)

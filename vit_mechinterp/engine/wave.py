@@ -20,7 +20,7 @@ from vit_mechinterp.engine.bound import BoundRun, Edit, Join
 from vit_mechinterp.engine.editing import Material, edit_rows
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import join_reads
+from vit_mechinterp.engine.reads import join_reads
 from vit_mechinterp.engine.stacking import Placed, edit_stack, stacked
 from vit_mechinterp.engine.values import Read, contiguous, gather
 from vit_mechinterp.errors import ExecutionError

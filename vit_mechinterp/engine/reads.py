@@ -1,0 +1,100 @@
+"""Who reads which clean values, and of which examples: found once for an experiment, not chunk by chunk."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from vit_mechinterp.engine.bound import BoundRun, Join
+from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.sharing import Part, Sharing
+from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
+from vit_mechinterp.spec import Site
+
+__all__ = ["ReadGroups", "clean_read", "clean_sources", "join_reads", "wanted_by_rows", "wanted_by_runs"]
+
+Wanted = Mapping[Read, IntArray | None]
+"""Reads with the ascending examples that they are wanted of; None for all of them."""
+
+
+def clean_read(run: BoundRun, read: Read) -> Read:
+    """The same value of a run's clean forward."""
+    if isinstance(read.origin, RunOrigin):
+        return Read(run.origin, read.site, read.positions, read.heads)
+    return read
+
+
+def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
+    """The clean values that a run's rows start from."""
+    return _join_reads(run.run.base, run.join(n_layers), run.starts_at_mlp_out)
+
+
+@lru_cache(maxsize=4096)
+def _join_reads(base: str, join: Join, starts_at_mlp_out: bool) -> tuple[Read, ...]:
+    origin = ColumnOrigin(base)
+    if starts_at_mlp_out:
+        # Exact: the row's residual stream is what the block would have computed from its edited increment.
+        return Read(origin, Site(join.layer, "resid_mid")), Read(origin, Site(join.layer, "mlp_out"))
+    return (Read(origin, join.site, Positions()),)
+
+
+def clean_sources(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
+    """The clean values that a run's rows start from, and those that its edits read."""
+    reads = (edit.source for edit in run.edits)
+    return (
+        *join_reads(run, n_layers),
+        *(r for r in reads if r is not None and isinstance(r.origin, ColumnOrigin)),
+    )
+
+
+@dataclass(frozen=True)
+class ReadGroups:
+    """Parts by what their rows read: the group of every part, and the reads of every group."""
+
+    of: IntArray
+    reads: tuple[tuple[Read, ...], ...]
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Part], n_layers: int) -> ReadGroups:
+        """Group some parts."""
+        known: dict[tuple[Read, ...], int] = {}
+        groups = [known.setdefault(clean_sources(part.run, n_layers), len(known)) for part in parts]
+        return cls(np.array(groups, dtype=np.int64), tuple(known))
+
+
+def wanted_by_rows(parts: Sequence[Part], n_layers: int, n_examples: int) -> Wanted:
+    """What the rows of some parts start from and read, if all of them are computed."""
+    wanted: defaultdict[Read, list[IntArray]] = defaultdict(list)
+    for part in parts:
+        for read in clean_sources(part.run, n_layers):
+            wanted[read].append(part.examples)
+    return _merged(wanted, n_examples)
+
+
+def wanted_by_runs(sharing: Sharing) -> Wanted:
+    """Clean values that stand in for a run's, or that its captures show where no edit comes before them."""
+    bound, n = sharing.bound, sharing.n_examples
+    wanted: defaultdict[Read, list[IntArray]] = defaultdict(list)
+    for run in bound.runs:
+        for read in bound.reads_of[run.name]:
+            as_clean = clean_read(run, read)
+            wanted[as_clean].append(sharing.clean_rows(run.name))
+            for part in sharing.parts.get(run.name, ()):
+                if part.run.is_clean_at(read.site):
+                    wanted[as_clean].append(part.examples)
+    return _merged(wanted, n)
+
+
+def _merged(wanted: Mapping[Read, list[IntArray]], n_examples: int) -> Wanted:
+    found: dict[Read, IntArray | None] = {}
+    for read, several in wanted.items():
+        several = [examples for examples in several if len(examples)]
+        if any(len(examples) == n_examples for examples in several):
+            found[read] = None
+        elif several:
+            found[read] = several[0] if len(several) == 1 else np.unique(np.concatenate(several))
+    return found

@@ -1,0 +1,113 @@
+"""What rows are compared by: equal keys, equal rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_mechinterp.engine.bound import BoundRun, Edit
+from vit_mechinterp.engine.ops import ablate, inject_subspace, interchange, operator_of
+from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.spec import Ablate, Intervention, SourcedIntervention, TensorRef
+
+if TYPE_CHECKING:
+    from vit_mechinterp.engine.sharing import Part, Sharing
+
+__all__ = ["RowKeys"]
+
+BoolArray = NDArray[np.bool_]
+
+_PLAIN = (str, bool, int, float, TensorRef)
+"""Types of fields that are compared as they are."""
+
+
+class RowKeys:
+    """What rows are compared by: numbers for what varies from example to example, the rest as it is."""
+
+    def __init__(self, sharing: Sharing, classes: Mapping[str, IntArray]) -> None:
+        self.sharing = sharing
+        self.classes = classes
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._arrays: dict[Positions, IntArray] = {}
+
+    def puts_back(self, run: BoundRun, edit: Edit) -> BoolArray | None:
+        """For which examples an edit puts a clean value back where it comes from; None for none at all."""
+        source = edit.source
+        if operator_of(edit.spec) not in (interchange, inject_subspace, ablate):
+            return None
+        if source is None or source.site != edit.site:
+            return None
+        paired = getattr(edit.spec, "source_tokens", None)
+        if self.sharing.imagined and paired not in (None, edit.spec.tokens):
+            return None
+        here, there = self._positions(edit.positions), self._positions(source.positions)
+        if isinstance(here, int) and isinstance(there, int) and here != there:
+            return None
+        same: BoolArray = (self._source(source) == -1 - self.sharing.images[run.run.base]) & (here == there)
+        return same if same.any() else None
+
+    def of(self, part: Part) -> tuple[Any, list[IntArray]]:
+        """The key of a part's rows: what they share, and numbers ``[row]`` for what they may differ in."""
+        rows = part.examples
+        fixed: list[Any] = []
+        varying = [self.sharing.images[part.run.run.base][rows]]
+        for edit in part.run.edits:
+            fixed.append((type(edit.spec), edit.site, edit.spec.heads, self._options(edit)))
+            for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
+                place = None if positions is None else self._positions(positions)
+                fixed.append(place if place is None or isinstance(place, int) else "each")
+                if place is not None and not isinstance(place, int):
+                    varying.append(place[rows])
+            if edit.source is not None:
+                fixed.append(edit.source.site)
+                varying.append(self._source(edit.source)[rows])
+            if edit.mean is not None:
+                assert isinstance(edit.mean.origin, ColumnOrigin)
+                fixed += [self.sharing.means_of(edit.mean.origin.column), edit.mean.positions]
+            if edit.choice is not None:
+                varying.append(edit.choices[rows])
+                fixed.append("choice")
+        return tuple(fixed), varying
+
+    def _source(self, read: Read) -> IntArray:
+        """What each example's source value is that of: a row's class, or a clean image's."""
+        if not isinstance(read.origin, ColumnOrigin):
+            return self.classes[read.origin.run]
+        return -1 - self.sharing.images_of(read.origin)
+
+    def _positions(self, positions: Positions) -> int | IntArray:
+        """A number that stands for the positions: one for all examples, or one for each."""
+        if positions.each is None:
+            return -1 if positions.shared is None else self._number(positions.shared)
+        if positions not in self._arrays:
+            own = [self._number(chosen) for chosen in positions.each]
+            self._arrays[positions] = np.array(own, dtype=np.int64)
+        return self._arrays[positions]
+
+    def _number(self, chosen: tuple[int, ...]) -> int:
+        return self._numbers.setdefault(chosen, len(self._numbers))
+
+    def _options(self, edit: Edit) -> object:
+        """Every field of an intervention that is not resolved into the bound edit."""
+        resolved = set() if self.sharing.imagined else {"site", "tokens", "heads", "keys"}
+        if isinstance(edit.spec, SourcedIntervention) and not self.sharing.imagined:
+            resolved |= {"source", "source_tokens", "source_site"}
+        if edit.choice is not None and not self.sharing.imagined:
+            resolved.add("choose")
+        if isinstance(edit.spec, Ablate) and edit.source is not None:
+            resolved.add("seed")
+        values = [getattr(edit.spec, name) for name in _fields(type(edit.spec)) if name not in resolved]
+        if all(value is None or type(value) in _PLAIN for value in values):
+            # Numbers are told apart by how they are written, as in a document: 0.0 is not -0.0, 1 not True.
+            return tuple(repr(value) if type(value) in (float, bool) else value for value in values)
+        return edit.spec.model_dump_json(exclude=resolved)
+
+
+@cache
+def _fields(kind: type[Intervention]) -> tuple[str, ...]:
+    return tuple(kind.model_fields)
