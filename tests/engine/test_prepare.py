@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,3 +225,36 @@ def test_what_cannot_be_prepared_is_refused() -> None:
                 SpecError, match=r"examples=.* must name at least one of the 4 examples, 0 to 3"
             ):
                 prepared(examples, tensors)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["temporary", "store"])
+def test_clean_values_beyond_the_budget_are_read_batch_by_batch(tmp_path: Path, given: bool) -> None:
+    """The same gradients, nothing held, nothing computed again, and no folder left behind."""
+    world = world_of(TIMM_REGISTERS, 8)
+    runs = [
+        Run.model_validate(
+            {"name": site, "interventions": [{"site": site, "tokens": ["cls", 2], **FORMULAS["subspace"][0]}]}
+        )
+        for site in ("embed", "blocks.1.resid_post", "blocks.1.mlp_out")
+    ]
+    runs.append(Run(name="mean", interventions=[vmi.Ablate(site="blocks.1.attn.z", method="mean")]))
+    runs.append(Run(name="clean"))
+    tensors = leaves(world.shape("embed")[-1])
+    found, held = [], []
+    for memory in ("1GiB", 4096):
+        folder = tmp_path / str(memory)
+        store = vmi.ActivationStore(folder, host=4096) if given else None
+        with prepare(
+            world.vit, runs, world.columns, tensors, batch_size=3, progress=False, store=store, memory=memory
+        ) as prepared:
+            with Counted(world.module) as count:
+                outputs = [prepared(examples, tensors) for examples in ([7, 0, 3], [3, 5], [1, 2, 4, 6])]
+            assert count.total <= 9 * (3 + 1 + 1 + 2)  # suffixes alone: no image passes through again
+            grads = gradients(torch.cat([out.flatten() for out in outputs]), {k: tensors[k] for k in ("R", "g")})
+            found.append([*outputs, *grads.values()])
+            held.append(prepared.nbytes)
+    for whole, read in zip(*found, strict=True):
+        assert float((whole - read).detach().abs().max()) < 1e-5 * float(whole.detach().abs().max())
+    assert held[0] > 4096
+    assert held[1] == 0
+    assert float(found[0][-1].abs().max()) > 1e-3

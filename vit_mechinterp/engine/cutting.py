@@ -23,7 +23,7 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import TensorRef
 
-__all__ = ["schedule_for"]
+__all__ = ["budget_of", "schedule_for"]
 
 BUDGET = 2 * 1024**3
 """Bytes held beside the model on a CPU, unless something else is asked for."""
@@ -63,7 +63,7 @@ def schedule_for(
     """
     if batch_size != "auto" and not (hasattr(batch_size, "__index__") and batch_size > 0):
         raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
-    budget = _budget(vit) if memory is None else parse_bytes(memory)
+    budget = budget_of(vit) if memory is None else parse_bytes(memory)
     columns = sorted(bound.image_columns)
     if data is None:
         images = {column: np.array([n]) for n, column in enumerate(columns)}
@@ -103,7 +103,8 @@ def _is_large(schedule: Schedule, rows: int) -> bool:
     return rows * schedule.n_layers >= 10_000
 
 
-def _budget(vit: HookedViT) -> int:
+def budget_of(vit: HookedViT) -> int:
+    """Bytes held beside the model, unless something else is asked for."""
     if vit.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(vit.device)
         return int(SHARE * free)

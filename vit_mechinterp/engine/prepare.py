@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,14 +16,19 @@ from tqdm.auto import tqdm
 from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_images, refuse_dropout
-from vit_mechinterp.engine.clean import CleanPass, clean_pass
+from vit_mechinterp.engine.clean import Clean, clean_pass, dataset_means, means_of
+from vit_mechinterp.engine.cutting import budget_of
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.prepared import Prepared
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
+from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.store.clean import StoredClean
+from vit_mechinterp.engine.store.streamed import streamed
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
+from vit_mechinterp.engine.values import Read
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.hooked import HookedViT
@@ -31,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["prepare"]
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def prepare(
@@ -41,8 +52,9 @@ def prepare(
     batch_size: int = 64,
     progress: bool = True,
     store: ActivationStore | None = None,
+    memory: int | str | None = None,
 ) -> Iterator[Prepared]:
-    """Do the clean forwards of an experiment once, and hold what its runs read, with the model frozen.
+    """Do the clean forwards of an experiment once, and keep what its runs read, with the model frozen.
 
     Args:
         vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.
@@ -52,6 +64,9 @@ def prepare(
         batch_size: images per clean forward.
         progress: show a bar if it takes longer than two seconds.
         store: where clean values are read from if they are there, and kept if they are not.
+        memory: most bytes of clean values to hold, or a text such as ``"4GiB"``; 2 GiB on a CPU, 40 % of what
+            is free on a GPU by default. If they are more, they stay in the store, or without one in a
+            temporary folder, and every batch reads its own.
 
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
@@ -72,11 +87,8 @@ def prepare(
     one_image, spares = vit.layout.family.one_image, why_nothing_is_spared(vit.layout) is None
     sharing = Sharing(bound, images, rows=False)
     schedule = Schedule(sharing, vit.layout.n_layers, columns.n, batch_size, one_image, spares)
-    passing: CleanPass = clean_pass
-    if store is not None:
-        passing = StoredClean(store.tiers, vit, columns, schedule, batch_size)
-    ahead = passing.requests if isinstance(passing, StoredClean) else requests_of
-    every = range(columns.n)
+    budget = budget_of(vit) if memory is None else parse_bytes(memory)
+    streams = footprint(vit, schedule).example * columns.n > budget
     parameters = [p for p in vit.module.parameters() if p.requires_grad]
     evaluations = 0
     bar = tqdm(desc="clean forwards", unit="block", unit_scale=True, delay=2.0, disable=not progress)
@@ -90,11 +102,57 @@ def prepare(
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-            with bar, columns.ahead(ahead(schedule, [every])):
-                clean = passing(vit, columns, schedule, every, tick=tick)
-            if store is not None:
-                store.tiers.flush()
-            yield Prepared(vit, columns, schedule, clean, evaluations)
+            with ExitStack() as stack:
+                if streams and store is None:
+                    store = stack.enter_context(_temporary(vit, budget))
+                with bar:
+                    clean, means = _clean(vit, columns, schedule, store, tick, streams=streams)
+                yield Prepared(vit, columns, schedule, clean, means, evaluations)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+
+def _clean(
+    vit: HookedViT,
+    data: Data,
+    schedule: Schedule,
+    store: ActivationStore | None,
+    tick: Callable[[int], None],
+    *,
+    streams: bool,
+) -> tuple[Clean, Mapping[Read, Tensor]]:
+    """Clean values and dataset means; the values are held, or read from the store when they are asked for."""
+    every = range(data.n)
+    if store is None:
+        with data.ahead(requests_of(schedule, [every])):
+            clean = clean_pass(vit, data, schedule, every, tick=tick)
+        return clean, means_of(schedule, clean)
+    passing = StoredClean(store.tiers, vit, data, schedule, schedule.width)
+    with data.ahead(passing.requests(schedule, [every])):
+        if not streams:
+            clean = passing(vit, data, schedule, every, tick=tick)
+            means: Mapping[Read, Tensor] = means_of(schedule, clean)
+        else:
+            for source in passing.sources.values():
+                source.tick = tick
+            clean = streamed(passing, schedule)
+            few = replace(schedule, chunk=min(schedule.width, data.n))
+            means = dataset_means(vit, data, few, tick, passing)
+    store.tiers.flush()
+    for source in passing.sources.values():
+        source.tick = lambda n: None
+    return clean, means
+
+
+@contextmanager
+def _temporary(vit: HookedViT, budget: int) -> Iterator[ActivationStore]:
+    """A store for as long as a preparation lasts, with a budget in memory, the rest on disk."""
+    from vit_mechinterp.engine.store import ActivationStore
+
+    on_gpu = vit.device.type == "cuda"
+    with tempfile.TemporaryDirectory(prefix="vit-mechinterp-") as folder:
+        disk = shutil.disk_usage(folder).free
+        logger.info("Clean values exceed %s; they are kept in %s meanwhile.", in_words(budget), folder)
+        with ActivationStore(folder, gpu=budget if on_gpu else 0, host=budget, disk=disk) as store:
+            yield store

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
-from vit_mechinterp.engine.clean import Clean, means_of
+from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.schedule import Schedule, Segment
 from vit_mechinterp.engine.tensors import resolve_refs
+from vit_mechinterp.engine.values import Read
 from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
@@ -33,17 +34,23 @@ class Prepared:
         n_examples: number of examples held.
         most_source_tokens: tokens in the largest source selection of any run and example; 0 without sources.
         clean_evaluations: (row, block) pairs that the clean forwards took.
-        nbytes: bytes of clean values held.
+        nbytes: bytes of clean values held; those that are read from a store batch by batch are not.
     """
 
     def __init__(
-        self, vit: HookedViT, data: Data, schedule: Schedule, clean: Clean, clean_evaluations: int
+        self,
+        vit: HookedViT,
+        data: Data,
+        schedule: Schedule,
+        clean: Clean,
+        means: Mapping[Read, Tensor],
+        clean_evaluations: int,
     ) -> None:
         self.vit = vit
         self.schedule = schedule
         self._data = data
         self._clean = clean
-        self._means = means_of(schedule, clean)
+        self._means = means
         self._runs = {run.name: run for run in schedule.bound.runs}
         self._source_tokens = {
             run.name: _most_source_tokens(vit, schedule, run) for run in schedule.bound.runs

@@ -35,7 +35,8 @@ class ActivationStore:
     What is asked for a second time, by whichever experiment, is read and not computed. Blocks of examples lie
     in preallocated memory of the GPU, in (page-locked) memory of the host, and on disk as memory-mapped
     safetensors files; where a tier is full, the least recently used blocks leave it. A checksum per example
-    is compared whenever it is read from disk: what is damaged is dropped and computed again. Several
+    is compared when it is first read from a file, and again once the file has changed: what is damaged is
+    dropped and computed again. Several
     processes may share one folder.
 
     Args:

@@ -87,6 +87,15 @@ class StoredClean:
                         seen.add((column, grain))
                         yield column, tuple(grain)
 
+    def values(self, schedule: Schedule, need: Read | str, examples: IntArray) -> Values:
+        """One value of some ascending examples, read on its own (the output of a column by its name)."""
+        form = None if isinstance(need, str) else _stored_form(need)
+        source = self.sources[_column_of(need)]
+        own = source.take({form: _places(schedule, need, examples)})[form]
+        if isinstance(need, str):
+            return Values(own, examples, np.arange(len(examples)))
+        return _values(need, own, examples)
+
     def __call__(
         self,
         vit: HookedViT,

@@ -11,7 +11,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
@@ -28,12 +30,17 @@ _MOST_OPEN = 256
 
 @dataclass
 class Shard:
-    """One block's file, mapped: bytes are read when they are looked at."""
+    """One block's file, mapped: bytes are read when they are looked at.
+
+    ``stamp`` tells the file from another, or a changed one, of its name; ``checked`` says which examples have
+    been compared with their checksums since it was mapped.
+    """
 
     path: Path
-    size: int
+    stamp: tuple[int, int, int]
     values: Tensor
     sums: IntArray
+    checked: NDArray[np.bool_]
 
 
 class DiskTier:
@@ -52,6 +59,7 @@ class DiskTier:
         self.budget = budget
         self.dropped = 0
         self._open: OrderedDict[Path, Shard] = OrderedDict()
+        self._paths: dict[tuple[str, int], Path] = {}
         self._guard = threading.RLock()  # the thread that writes makes room while others read
         folder.mkdir(parents=True, exist_ok=True)
         for own in [folder, *self._entries()]:
@@ -65,7 +73,10 @@ class DiskTier:
 
     def path(self, entry: Entry, block: int) -> Path:
         """The file of a block."""
-        return self._home(entry.key) / f"{block:06d}.safetensors"
+        name = entry.key.name, block
+        if name not in self._paths:
+            self._paths[name] = self._home(entry.key) / f"{block:06d}.safetensors"
+        return self._paths[name]
 
     def rows_of(self, key: Key) -> list[int]:
         """Numbers of images per forward under which the same is stored."""
@@ -165,20 +176,20 @@ class DiskTier:
         path = self.path(entry, block)
         with self._guard:
             try:
-                size = path.stat().st_size
+                stamp = _stamp(path)
             except OSError:
                 self._forget(path)
                 return None
             shard = self._open.get(path)
-            if shard is None or shard.size != size:
-                shard = self._map(path, size, entry, block)
+            if shard is None or shard.stamp != stamp:
+                with suppress(OSError):
+                    os.utime(path)  # counts as used, for every process
+                shard = self._map(path, entry, block)
                 if shard is None:
                     return None
                 self._open[path] = shard
                 while len(self._open) > _MOST_OPEN:
                     self._open.popitem(last=False)
-                with suppress(OSError):
-                    os.utime(path)  # counts as used, for every process
             self._open.move_to_end(path)
             return shard
 
@@ -186,15 +197,16 @@ class DiskTier:
         with self._guard:
             self._open.pop(path, None)
 
-    def _map(self, path: Path, size: int, entry: Entry, block: int) -> Shard | None:
+    def _map(self, path: Path, entry: Entry, block: int) -> Shard | None:
         from safetensors import SafetensorError
 
         try:
+            stamp = _stamp(path)
             tensors, _ = read_tensors(path)
             values, sums = tensors["values"], tensors["checksums"]
             fits = (tuple(values.shape), values.dtype) == (entry.block_shape(block), entry.dtype)
             if fits and len(sums) == len(entry.examples(block)):
-                return Shard(path, size, values, sums.numpy())
+                return Shard(path, stamp, values, sums.numpy(), np.zeros(len(sums), dtype=np.bool_))
             reason = f"it holds {values.dtype} of shape {tuple(values.shape)}"
         except FileNotFoundError:
             return None
@@ -204,15 +216,17 @@ class DiskTier:
         return None
 
     def sound(self, shard: Shard, entry: Entry, block: int, examples: IntArray) -> bool:
-        """Whether some examples of a file are what was written; a damaged file is dropped with a warning."""
+        """Whether some examples of a file are what was written, each compared once while the file stays as it
+        is; a damaged file is dropped with a warning."""
         first_example = entry.examples(block).start
         first = entry.span(entry.examples(block)).start
-        for i in examples.tolist():
+        for i in examples[~shard.checked[examples - first_example]].tolist():
             span = entry.span(range(i, i + 1))
             found = checksum(shard.values[span.start - first : span.stop - first])
             if found != shard.sums[i - first_example]:
                 self.discard(shard.path, f"the checksum of example {i} differs")
                 return False
+            shard.checked[i - first_example] = True
         return True
 
     def discard(self, path: Path, reason: str) -> None:
@@ -227,3 +241,8 @@ class DiskTier:
             self._open.clear()
         for _, _, path in self._files():
             path.unlink(missing_ok=True)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    file = path.stat()
+    return file.st_ino, file.st_size, file.st_mtime_ns

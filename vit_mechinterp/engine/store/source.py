@@ -175,8 +175,12 @@ class Source:
         return found
 
     def _empty(self, entry: Entry, examples: IntArray) -> Tensor:
-        items = int(entry.counts(examples).sum())
-        return torch.empty(items, *entry.shape, dtype=entry.dtype, device=self.vit.device)
+        shape = int(entry.counts(examples).sum()), *entry.shape
+        if self.vit.device.type != "cpu":
+            return torch.empty(shape, dtype=entry.dtype, device=self.vit.device)
+        # numpy asks for large pages, of which the first touch costs far less.
+        pages = np.empty(int(np.prod(shape, dtype=np.int64)) * entry.dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(pages).view(entry.dtype).view(shape)
 
     def _whole(self, read: Wanted) -> Wanted:
         """The whole activation that a value is a part of."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_PENDING = 2
 """Blocks that wait to be written at most."""
+_LARGE = 4096
+"""Bytes of an item from which on it is worth a copy of its own."""
 
 
 class Tiers:
@@ -197,47 +200,53 @@ class Tiers:
         with self.lock:
             numbers = examples // entry.block
             order = np.argsort(numbers, kind="stable")
-            ends = np.cumsum(entry.counts(examples))
+            counts = entry.counts(examples)
+            begins = np.cumsum(counts) - counts
             absent: list[IntArray] = []
             for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-                here = examples[where]
-                items = self._items(entry, int(numbers[where[0]]), here, out.device)
-                if items is None:
+                here, places = examples[where], where
+                if entry.starts is not None:
+                    own = counts[where]
+                    places = np.arange(int(own.sum())) + np.repeat(begins[where] - np.cumsum(own) + own, own)
+                if not self._copy_out(entry, int(numbers[where[0]]), here, out, places):
                     absent.append(here)
-                    continue
-                counts = entry.counts(here)
-                places = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-                places = places + np.repeat(ends[where] - counts, counts)
-                span = contiguous(places) if len(places) else slice(0, 0)
-                out[torch.as_tensor(places, device=out.device) if span is None else span] = items
             return np.concatenate(absent) if absent else examples[:0]
 
-    def _items(self, entry: Entry, number: int, examples: IntArray, device: torch.device) -> Tensor | None:
-        """The items of some examples of one block, from the fastest tier that has them."""
-        name, own = (entry.key.name, number), entry.examples(number)
+    def _copy_out(
+        self, entry: Entry, number: int, examples: IntArray, out: Tensor, places: IntArray
+    ) -> bool:
+        """Put the items of some examples of one block into places of ``out``, from the fastest tier that has
+        them; False if none has."""
+        name, own, device = (entry.key.name, number), entry.examples(number), out.device
         local = examples - own.start
-        items = entry.items(examples) - entry.span(own).start
+        items = local if entry.starts is None else entry.items(examples) - entry.span(own).start
         many = 2 * len(examples) >= len(own)
         gpu = self._gpu(device)
         if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
-            return _pick(block.tensor, items)
+            _copy(block.tensor, items, out, places)
+            return True
         block = self.host.get(name) or self._assembling.get(name)
         if block is None or not block.have[local].all():
             block = self._load(entry, number, evict=many)
         if block is None:
-            return self._pick_elsewhere(entry, number, examples, items, device)
+            source = self._elsewhere(entry, number, examples)
+            if source is not None:
+                _copy(source, items, out, places)
+            return source is not None
         block.settle()
         if gpu is not None and (higher := gpu.make(entry, number, evict=many)) is not None:
             higher.tensor.copy_(block.tensor, non_blocking=True)
             higher.have[:] = block.have
             block.copies(torch.cuda.current_stream(device))
-            return _pick(higher.tensor, items)
-        found = _pick(block.tensor, items)
-        if device.type == "cuda":
+            _copy(higher.tensor, items, out, places)
+        elif device.type == "cuda":
+            found = _pick(block.tensor, items)
             pinned = found if found.is_pinned() else found.pin_memory()
-            found = pinned.to(device, non_blocking=True)
+            _copy(pinned.to(device, non_blocking=True), np.arange(len(items)), out, places)
             block.copies(torch.cuda.current_stream(device))
-        return found
+        else:
+            _copy(block.tensor, items, out, places)
+        return True
 
     def _load(self, entry: Entry, number: int, *, evict: bool) -> Block | None:
         """Move a block from disk into the host's memory, every example of it checked."""
@@ -256,18 +265,16 @@ class Tiers:
         block.saved = True
         return block
 
-    def _pick_elsewhere(
-        self, entry: Entry, number: int, examples: IntArray, items: IntArray, device: torch.device
-    ) -> Tensor | None:
-        """Items straight from the disk, or from a GPU where no host memory was given."""
+    def _elsewhere(self, entry: Entry, number: int, examples: IntArray) -> Tensor | None:
+        """A block straight from the disk, or on a GPU where no host memory was given."""
         name, local = (entry.key.name, number), examples - entry.examples(number).start
         for tier in self.gpus.values():
             if tier.has(name, local) and (block := tier.get(name)) is not None:
-                return _pick(block.tensor, items).to(device)
+                return block.tensor
         shard = None if self.disk is None else self.disk.open(entry, number)
         if shard is None or self.disk is None or not self.disk.sound(shard, entry, number, examples):
             return None
-        return _pick(shard.values, items).to(device)
+        return shard.values
 
     def usage(self) -> dict[str, int]:
         """Bytes held by tier."""
@@ -297,3 +304,24 @@ def _pick(tensor: Tensor, items: IntArray) -> Tensor:
         return tensor[:0]
     span = contiguous(items)
     return tensor[span] if span is not None else tensor[torch.as_tensor(items, device=tensor.device)]
+
+
+def _copy(source: Tensor, items: IntArray, out: Tensor, places: IntArray) -> None:
+    """Put items of a block into places of ``out``."""
+    if not len(items):
+        return
+    if source.device == out.device and source.device.type == "cpu" and source[0].nbytes >= _LARGE:
+        # One copy each, where gathering and scattering would make two.
+        rows, given = _bytes(out), _bytes(source)
+        for place, item in zip(places.tolist(), items.tolist(), strict=True):
+            rows[place] = given[item]
+        return
+    target = contiguous(places)
+    found = _pick(source, items).to(out.device)
+    out[torch.as_tensor(places, device=out.device) if target is None else target] = found
+
+
+def _bytes(items: Tensor) -> NDArray[np.uint8]:
+    """The bytes of every item, ``[item, byte]``, where they are."""
+    found: NDArray[np.uint8] = items.view(len(items), -1).view(torch.uint8).numpy()
+    return found

@@ -1,0 +1,50 @@
+"""Clean values that stay in a store and are read batch by batch, so that few are in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_mechinterp.engine.clean import Clean
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.store.clean import StoredClean
+from vit_mechinterp.engine.values import Read, Values
+
+__all__ = ["StreamedValues", "streamed"]
+
+
+class StreamedValues(Values):
+    """What one read gives, read from the store for the examples that are asked for."""
+
+    def __init__(self, stored: StoredClean, schedule: Schedule, need: Read | str) -> None:
+        super().__init__(torch.empty(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        self._stored = stored
+        self._schedule = schedule
+        self._need = need
+
+    def whole(self, examples: IntArray | Sequence[int]) -> Tensor:
+        """Whole activations of some examples, ``[row, ...]``."""
+        return self._read(examples).whole(examples)
+
+    def rows(self, examples: IntArray | Sequence[int], *, tokens: bool = True) -> Tensor:
+        """Selected tokens of some examples as ``[m, *features]``, row by row."""
+        return self._read(examples).rows(examples, tokens=tokens)
+
+    def _read(self, examples: IntArray | Sequence[int]) -> Values:
+        chosen = np.unique(np.asarray(examples, dtype=np.int64))
+        return self._stored.values(self._schedule, self._need, chosen)
+
+
+def streamed(stored: StoredClean, schedule: Schedule) -> Clean:
+    """Everything that a schedule needs, computed and kept by the store, to be read from there."""
+    for source in stored.sources.values():
+        source.fill()
+    values, outputs = schedule.clean_needs(range(schedule.n_examples))
+    return Clean(
+        {read: StreamedValues(stored, schedule, read) for read in values},
+        {column: StreamedValues(stored, schedule, column) for column in outputs},
+    )
