@@ -6,7 +6,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import timm
 import torch
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor
 from transformer_lens import ActivationCache, patching
 from transformer_lens.tools.analysis import interchange
@@ -14,7 +16,8 @@ from transformer_lens.tools.analysis import interchange
 import vit_mechinterp as vmi
 from tests.bridges.test_backends import state_of
 from tests.engine.world import World, world_of
-from tests.model.zoo import GatedAttention, plain
+from tests.model import zoo
+from tests.model.zoo import GatedAttention, Variant, plain
 from tests.tiny_models import (
     HF_CLIP,
     HF_DINOV2,
@@ -26,10 +29,12 @@ from tests.tiny_models import (
     Tiny,
     stirred,
 )
+from tests.zoo.transformers_models import build
 from vit_mechinterp import InjectSubspace, Interchange, Run
 from vit_mechinterp.bridges.transformer_lens import hooked
 from vit_mechinterp.errors import SpecError
 
+VARIANTS = {variant.name: variant for variant in zoo.VARIANTS}
 ALL = pytest.mark.parametrize("tiny", [*MAIN, TIMM_POOLED], ids=lambda tiny: tiny.name)
 
 
@@ -102,14 +107,67 @@ def test_logits_are_attributed_to_the_parts_of_the_token_that_the_head_reads(tin
     assert float(parts.abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("tiny", [HF_DINOV2, TIMM_POOLED], ids=lambda tiny: tiny.name)
-def test_heads_without_directions_say_why(tiny: Tiny) -> None:
-    model = hooked(world_of(tiny).vit)
-    _, cache = model.run_with_cache(world_of(tiny).columns["base"])
-    with pytest.raises(SpecError, match=r"Classes have no directions here: the head of .* does not read one token"):
+POOLED = VARIANTS["mae"], VARIANTS["aimv2"], VARIANTS["CLIPForImageClassification"]
+
+
+@pytest.mark.parametrize("tiny", [HF_DINOV2, TIMM_POOLED, *POOLED], ids=lambda tiny: tiny.name)
+def test_heads_that_read_several_tokens_have_directions_at_each(tiny: Tiny | Variant) -> None:
+    vit = vmi.wrap(tiny.module())
+    model, images = hooked(vit), torch.randn(2, *vit.layout.tokens.input_shape)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(images)
+        parts = cache.decompose_resid()
+        found = cache.logit_attrs(parts, tokens=2, incorrect_tokens=0)
+        assert found.shape == parts.shape[:-1]
+        # Without a stream, what is left are the constants: the head, on the norm's bias.
+        silent = model.readout.head(getattr(model.readout.norm, "bias", torch.zeros(vit.layout.d_model)).repeat(len(model.readout.shares)))
+        close(found.sum(0).sum(-1) + silent[2] - silent[0], logits[:, 2] - logits[:, 0])
+        assert float(found.abs().max()) > 1e-2
+        close(cache.logit_attrs(cache.decompose_resid(pos_slice=(1, 4)), 2, 0, pos_slice=(1, 4)), found[:, :, 1:4])
+        each = cache.logit_attrs(parts, torch.tensor([2, 2]), torch.tensor([0, 0]))
+        close(each, found)
+        close(cache.logit_attrs(parts, 2, 0, batch_slice=1), found[:, 1])
+    if len(model.readout.shares) == 2:
+        with pytest.raises(SpecError, match="reads the first token and the patches' mean side by side"):
+            model.tokens_to_residual_directions(0)
+    else:
+        assert model.tokens_to_residual_directions(0).shape == (vit.layout.d_model,)
+
+
+def test_heads_without_directions_say_why() -> None:
+    vit = vmi.wrap(VARIANTS["siglip"].module())
+    model = hooked(vit)
+    _, cache = model.run_with_cache(torch.randn(2, *vit.layout.tokens.input_shape))
+    with pytest.raises(SpecError, match=r"Classes have no directions here: the head of .* does not read a token, or a mean"):
         cache.logit_attrs(cache.decompose_resid(), tokens=0)
     with pytest.raises(SpecError, match="Classes have no directions here"):
         _ = model.W_U
+    close(cache.accumulated_resid(apply_ln=True)[-1], cache["ln_final.hook_normalized"])
+
+
+def test_what_a_model_lacks_is_said_by_the_cache() -> None:
+    torch.manual_seed(0)
+    beside = plain(block_fn=ParallelThingsBlock)()
+    model = hooked(vmi.wrap(stirred(beside).eval()))
+    _, cache = model.run_with_cache(torch.randn(2, 3, 32, 32))
+    with pytest.raises(SpecError, match=r"no hook point 'blocks\.0\.attn\.hook_z': the block runs several attention modules"):
+        cache.stack_head_results()
+    with pytest.raises(KeyError, match=r"blocks\.1\.hook_mlp_out is not in this cache: run_with_cache was told to leave it out"):
+        model.run_with_cache(torch.randn(2, 3, 32, 32), names_filter="hook_embed")[1]["mlp_out", -1]
+
+    cait = timm.create_model("cait_xxs24_224", img_size=64, embed_dim=24, depth=1, num_heads=3, num_classes=5)
+    model = hooked(vmi.wrap(cait.eval()))
+    _, cache = model.run_with_cache(torch.randn(1, 3, 64, 64))
+    with pytest.raises(SpecError, match=r"No norm behind the blocks of Cait is known.*apply_ln=False"):
+        cache.accumulated_resid(apply_ln=True)
+
+
+def test_a_stream_that_changes_between_blocks_is_not_taken_apart() -> None:
+    vit = vmi.wrap(build("YolosForObjectDetection"))
+    _, cache = hooked(vit).run_with_cache(torch.randn(1, *vit.layout.tokens.input_shape))
+    with pytest.raises(SpecError, match="YolosForObjectDetection adds to the residual stream in front of block 1"):
+        cache.decompose_resid()
+    assert len(cache.decompose_resid(layer=0)) == 1
 
 
 @pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_VIT], ids=lambda tiny: tiny.name)
@@ -159,8 +217,8 @@ def test_what_cannot_be_edited_or_does_not_exist_says_so() -> None:
     model = hooked(world.vit)
     with pytest.raises(SpecError, match=r"blocks\.0\.ln1\.hook_scale was edited, and it can be read only"):
         model.run_with_hooks(world.columns["base"], fwd_hooks=[("blocks.0.ln1.hook_scale", lambda scale, hook: scale * 2)])
-    with pytest.raises(SpecError, match=r"no hook point 'blocks\.0\.attn\.hook_q': write blocks\.0\.attn\.hook_rot_q"):
-        model.run_with_hooks(world.columns["base"], fwd_hooks=[("blocks.0.attn.hook_q", lambda q, hook: q)])
+    with pytest.raises(SpecError, match=r"no hook point 'blocks\.0\.hook_resid_pst'\. Close matches: blocks\.0\.hook_resid_post"):
+        model.run_with_hooks(world.columns["base"], fwd_hooks=[("blocks.0.hook_resid_pst", lambda q, hook: q)])
     with pytest.raises(SpecError, match="A ViT takes images, not text"):
         model.to_tokens("a cat")
     assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model, model.cfg.d_head) == (3, 3, 24, 8)

@@ -3,102 +3,54 @@
 Hook points carry TransformerLens's names and are passed on the native forward, so an edit at any of them
 means what its name says, and nothing of the model is rewritten, converted or changed.
 
-Names are those of a decoder, with three notes. ``hook_embed`` is the input of block 0, positions included, so
-that the pieces of `decompose_resid` add up. Queries and keys are seen as they enter the dot product, which is
-``hook_rot_q`` and ``hook_rot_k``. ``ln*.hook_normalized`` is the native norm's output, weight and bias
-included, and ``hook_scale`` what it divides by, which can be read only.
+Names are those of a decoder, with notes. ``hook_embed`` is the input of block 0, positions included, so that
+the pieces of `decompose_resid` add up. Queries and keys are seen as they enter the dot product, which is
+``hook_rot_q`` and ``hook_rot_k``, and also ``hook_q`` and ``hook_k`` where they are projected and no more.
+``ln*.hook_normalized`` is the native norm's output, weight and bias included, and ``hook_scale`` what it
+divides by, which can be read only. Sweeps over positions need an ``index_df``: TransformerLens would take the
+width of the images for the number of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import ActivationCache
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.utilities import Slice
 
+from vit_mechinterp.bridges.readouts import Readout, final_norm, readout_of
+from vit_mechinterp.bridges.transformer_lens_cache import ViTCache
+from vit_mechinterp.bridges.transformer_lens_parts import (
+    BLOCK_HOOKS,
+    PER_HEAD,
+    PLAIN_HOOKS,
+    SCALES,
+    AttentionPart,
+    NormPart,
+    is_rms,
+    scale_of,
+)
 from vit_mechinterp.bridges.weights import (
     AttentionWeights,
-    Readout,
-    attention_weights,
+    gaps_of,
     module_at,
     output_weights,
-    readout_of,
+    plain_layers,
 )
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["TransformerLensViT", "hooked"]
 
-_BLOCK_HOOKS = {
-    "hook_resid_pre": "resid_pre",
-    "ln1.hook_normalized": "ln1",
-    "attn.hook_rot_q": "attn.q",
-    "attn.hook_rot_k": "attn.k",
-    "attn.hook_v": "attn.v",
-    "attn.hook_attn_scores": "attn.scores",
-    "attn.hook_pattern": "attn.pattern",
-    "attn.hook_z": "attn.z",
-    "attn.hook_result": "attn.result",
-    "hook_attn_out": "attn_out",
-    "hook_resid_mid": "resid_mid",
-    "ln2.hook_normalized": "ln2",
-    "mlp.hook_pre": "mlp.pre",
-    "mlp.hook_pre_linear": "mlp.pre_linear",
-    "mlp.hook_post": "mlp.post",
-    "hook_mlp_out": "mlp_out",
-    "hook_resid_post": "resid_post",
-}
-_SCALES = {"ln1.hook_scale": "resid_pre", "ln2.hook_scale": "resid_mid"}
-
-
 def hooked(vit: HookedViT) -> TransformerLensViT:
     """A model that TransformerLens's tools take; see the module's notes."""
     return TransformerLensViT(vit)
-
-
-class _Attention(nn.Module):
-    """Hook points of one block's attention, and its weights in TransformerLens's shapes."""
-
-    def __init__(self, vit: HookedViT, layer: int) -> None:
-        super().__init__()
-        self._vit, self._layer = vit, layer
-
-    @cached_property
-    def weights(self) -> AttentionWeights:
-        """All projections; checked against the block's values when first asked for."""
-        return attention_weights(self._vit, self._layer)
-
-    @cached_property
-    def output(self) -> tuple[Tensor, Tensor]:
-        """``W_O`` and ``b_O``; checked against the block's increment when first asked for."""
-        return output_weights(self._vit, self._layer)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("W_O", "b_O"):
-            return self.output[name == "b_O"]
-        if name in AttentionWeights.__dataclass_fields__:
-            return getattr(self.weights, name)
-        return super().__getattr__(name)
-
-
-class _Norm(nn.Module):
-    """Hook points of one norm; called, it is the native norm."""
-
-    def __init__(self, native: nn.Module | None) -> None:
-        super().__init__()
-        self._native = [native]  # in a list, so that it is no submodule
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self._native[0] is not None
-        y: Tensor = self._native[0](x)
-        return y
 
 
 class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, its types would be half there
@@ -111,26 +63,28 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
     def __init__(self, vit: HookedViT) -> None:
         super().__init__()
         self._vit = vit
+        self.gaps = gaps_of(vit)
+        """Blocks in front of which the model adds something to the stream."""
         layout, sites = vit.layout, vit.sites()
         self.site_of: dict[str, str] = {}
         """Our name of every hook point that has one."""
-        self._scale_of: dict[str, tuple[str, float]] = {}
+        self._scale_of: dict[str, tuple[str, nn.Module]] = {}
         self.blocks = nn.ModuleList()
         if "embed" in sites:
             self.hook_embed = HookPoint()
             self.site_of["hook_embed"] = "embed"
+        plain = plain_layers(vit)
         for layer in range(layout.n_layers):
-            self.blocks.append(self._block(layer))
+            self.blocks.append(self._block(layer, plain=layer in plain))
         self.readout: Readout | str = readout_of(vit)
-        final = None if isinstance(self.readout, str) else self.readout.norm
-        self.ln_final = _Norm(final)
+        final = final_norm(vit, self.readout)
+        self.ln_final = NormPart(final, type(vit.module).__name__)
         if "ln_final" in sites:
             self.ln_final.hook_normalized = HookPoint()
             self.site_of["ln_final.hook_normalized"] = "ln_final"
         if final is not None:
             self.ln_final.hook_scale = HookPoint()
-            last = f"blocks.{layout.n_layers - 1}.resid_post"
-            self._scale_of["ln_final.hook_scale"] = (last, float(getattr(final, "eps", 1e-6) or 0))
+            self._scale_of["ln_final.hook_scale"] = (f"blocks.{layout.n_layers - 1}.resid_post", final)
         self.cfg = self._config(final)
         self.setup()
         super().train(False)
@@ -140,36 +94,36 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
         except SpecError:  # what TransformerLens would compute from z is no result here, so results are kept
             self.cfg.use_attn_result = True
 
-    def _block(self, layer: int) -> nn.Module:
-        block = nn.Module()
-        block.attn = _Attention(self._vit, layer)
+    def _block(self, layer: int, *, plain: bool) -> nn.Module:
+        block, model = nn.Module(), type(self._vit.module).__name__
+        block.attn = AttentionPart(self._vit, layer)
         block.mlp = nn.Module()
-        block.ln1, block.ln2 = _Norm(None), _Norm(None)
-        for hook, site in _BLOCK_HOOKS.items():
+        block.ln1, block.ln2 = NormPart(None, model), NormPart(None, model)
+        for hook, site in {**(PLAIN_HOOKS if plain else {}), **BLOCK_HOOKS}.items():
             name = f"blocks.{layer}.{site}"
             if name in self._vit.layout.absent:
                 continue
             *path, last = hook.split(".")
             setattr(block.get_submodule(".".join(path)), last, HookPoint())
             self.site_of[f"blocks.{layer}.{hook}"] = name
-        for hook, site in _SCALES.items():
+        for hook, site in SCALES.items():
             norm, name = hook.split(".")[0], f"blocks.{layer}.{site}"
             native = module_at(self._vit, f"blocks.{layer}.{norm}")
             if native is not None and name not in self._vit.layout.absent:
                 holder: Any = block.get_submodule(norm)
                 holder.hook_scale = HookPoint()
                 holder._native = [native]
-                self._scale_of[f"blocks.{layer}.{hook}"] = (name, float(getattr(native, "eps", 1e-6) or 0))
+                self._scale_of[f"blocks.{layer}.{hook}"] = (name, native)
         return block
 
     def _config(self, final: nn.Module | None) -> Any:
         layout, sites = self._vit.layout, self._vit.sites()
-        norm = final or module_at(self._vit, "blocks.0.ln1")
-        rms = norm is not None and "RMS" in type(norm).__name__.upper()
+        norm = module_at(self._vit, "blocks.0.ln1") or final
+        rms = is_rms(norm)
         d_mlp = sites.get("blocks.0.mlp.post")
         keys = sites.get("blocks.0.attn.k")
         n_keys = layout.n_heads if keys is None else keys.shape[1]
-        return TransformerLensConfig(
+        config = TransformerLensConfig(
             d_model=layout.d_model,
             d_head=layout.d_head,
             n_layers=layout.n_layers,
@@ -185,6 +139,9 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
             device=str(self._vit.device),
             dtype=self._vit.dtype,
         )
+        config.model_name = self._vit.source or type(self._vit.module).__name__
+        config.final_rms = is_rms(final)
+        return config
 
     @property
     def original_model(self) -> nn.Module:
@@ -212,19 +169,20 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
             if not (point._forward_hooks or point._backward_hooks or point._backward_pre_hooks):
                 continue
             if name in self._scale_of:
-                site, eps = self._scale_of[name]
-                visitors.setdefault(site, []).append(self._scale(point, name, eps))
+                site, norm = self._scale_of[name]
+                visitors.setdefault(site, []).append(self._scale(point, name, norm))
             else:
                 visitors.setdefault(self.site_of[name], []).insert(0, point)
         with self._vit.hooks({site: _one_after_another(own) for site, own in visitors.items()}):
             return self._vit(images)
 
-    def _scale(self, point: HookPoint, name: str, eps: float) -> Callable[[Tensor], Tensor]:
-        centred = self.cfg.normalization_type == "LN"
+    def _scale(self, point: HookPoint, name: str, norm: nn.Module) -> Callable[[Tensor], Tensor]:
+        final = self.readout if name.startswith("ln_final") and isinstance(self.readout, Readout) else None
 
         def show(stream: Tensor) -> Tensor:
-            x = stream - stream.mean(dim=-1, keepdim=True) if centred else stream
-            scale = (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
+            pooled = final is not None and final.behind  # then one scale serves all tokens
+            scale = scale_of(norm, final.pooled(stream) if final is not None and pooled else stream)
+            scale = scale.expand(*stream.shape[:-1], 1).clone()
             before = scale.clone()
             if not torch.equal(point(scale), before):
                 raise SpecError(
@@ -237,12 +195,13 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
 
     def _enable_hook_with_name(self, name: str, hook: Callable[..., Any], dir: Any) -> None:
         if name not in self.hook_dict:
-            raise SpecError(self._no_hook(name))
+            raise SpecError(self.no_hook(name))
         super()._enable_hook_with_name(name, hook, dir)
 
-    def _no_hook(self, name: str) -> str:
+    def no_hook(self, name: str) -> str:
+        """Why there is no hook point of that name."""
         parts = name.split(".")
-        if len(parts) > 2 and parts[0] == "blocks" and (site := _BLOCK_HOOKS.get(".".join(parts[2:]))):
+        if len(parts) > 2 and parts[0] == "blocks" and (site := BLOCK_HOOKS.get(".".join(parts[2:]))):
             reason = self._vit.layout.absent.get(f"blocks.{parts[1]}.{site}")
             if reason:
                 return f"There is no hook point {name!r}: {reason}."
@@ -259,10 +218,13 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
         """
         if kwargs.get("names_filter") is None and not self.cfg.use_attn_result:
             kwargs["names_filter"] = lambda name: not name.endswith("hook_result")
+        tokens = Slice.unwrap(kwargs.pop("pos_slice", None))
         output, cache = super().run_with_cache(*args, **kwargs)
+        for name, value in cache.items():  # here, since TransformerLens takes hook_rot_q's heads for tokens
+            cache[name] = tokens.apply(value, dim=-3 if name.endswith(PER_HEAD) else -2)
         if not return_cache_object:
             return output, cache
-        return output, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+        return output, ViTCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
     def __getattr__(self, name: str) -> Any:
         if name in AttentionWeights.__dataclass_fields__:
@@ -271,28 +233,39 @@ class TransformerLensViT(HookedRootModule):  # type: ignore[misc]  # followed, i
 
     @property
     def W_U(self) -> Tensor:
-        """The head's weight ``[d_model, class]``."""
-        return self._readout().head.weight.T
+        """The head's weight ``[d_model, class]`` (``[2 * d_model, class]`` where it reads two things)."""
+        return self.linear_readout().head.weight.T
 
     @property
     def b_U(self) -> Tensor:
         """The head's bias ``[class]``."""
-        head = self._readout().head
+        head = self.linear_readout().head
         return torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*classes d_model"]:
-        """The direction of a class's logit in the stream of the token that the head reads, behind the last
-        norm's centring and scaling: the head's row times the norm's weight.
+        """What a unit of the stream, centred and divided by the last norm's scale, adds to a class's logit:
+        the head's row times the norm's weight, at the token, or at each of the tokens, that the head reads.
 
         Raises:
-            SpecError: the head does not read one token through one linear layer.
+            SpecError: the head is not linear behind a norm of one token or of tokens' mean, or tokens have
+                different directions.
         """
-        readout = self._readout()
-        weight: Any = readout.norm.weight
-        directions: Tensor = (readout.head.weight * weight)[torch.as_tensor(tokens, device=weight.device)]
-        return directions
+        readout = self.linear_readout()
+        if len(readout.shares) > 1:
+            raise SpecError(
+                "The head reads the first token and the patches' mean side by side, so a class has a "
+                "direction for each: linear_readout().directions(classes) has them by token, and "
+                "logit_attrs uses them."
+            )
+        classes = torch.as_tensor(tokens, device=readout.head.weight.device)
+        return readout.directions(classes)[..., int(readout.shares[0].argmax()), :]
 
-    def _readout(self) -> Readout:
+    def linear_readout(self) -> Readout:
+        """The head and what it reads.
+
+        Raises:
+            SpecError: it is not linear behind a norm of one token or of tokens' mean.
+        """
         if isinstance(self.readout, str):
             raise SpecError(
                 f"Classes have no directions here: {self.readout}. Attribute with gradients or by patching "

@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_mechinterp.bridges.agreement import difference, size, tolerance_of
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.ports import Port, is_missing, lookup
 
-__all__ = ["AttentionWeights", "Readout", "attention_weights", "module_at", "output_weights", "readout_of"]
+__all__ = [
+    "AttentionWeights",
+    "attention_weights",
+    "gaps_of",
+    "module_at",
+    "output_weights",
+    "plain_layers",
+    "random_images",
+]
 
-_AGREE = 1e-4
-_AGREE_HALF = 5e-2
-"""Of a value's scale, by the model's precision."""
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 
 
@@ -33,15 +39,6 @@ class AttentionWeights:
     b_V: Tensor
     W_O: Tensor
     b_O: Tensor
-
-
-@dataclass(frozen=True)
-class Readout:
-    """A linear head behind a norm of one token: ``logits = head(norm(resid_post[:, token]))``."""
-
-    norm: nn.Module
-    head: nn.Linear
-    token: int
 
 
 def attention_weights(vit: HookedViT, layer: int) -> AttentionWeights:
@@ -97,13 +94,15 @@ def output_weights(vit: HookedViT, layer: int) -> tuple[Tensor, Tensor]:
 def _check_increment(vit: HookedViT, layer: int, W_O: Tensor, b_O: Tensor, where: str) -> None:
     """A gate or a norm may lie between the heads' output and the projection."""
     names = [f"blocks.{layer}.attn.z", f"blocks.{layer}.attn_out"]
-    _, cache = vit.run(_random(vit), capture=vit.expand(names))
+    _, cache = vit.run(random_images(vit), capture=vit.expand(names))
     z, expected = (cache[name] for name in names)
     found = torch.einsum("bthd,hdm->btm", z, W_O) + b_O
-    if float((found - expected).abs().max()) > _agree(vit) * float(expected.abs().max()):
+    if difference(found, expected) > tolerance_of(vit) * size(expected):
+        absent = vit.layout.absent.get(f"blocks.{layer}.attn.result")
+        instead = "Read attn.result (hook_result) instead." if absent is None else f"There is none: {absent}."
         raise SpecError(
             f"In {where} the heads' output does not enter the output projection as it is (a gate or a norm "
-            "lies between), so attn.z times W_O is no head's result. Read attn.result (hook_result) instead."
+            f"lies between), so attn.z times W_O is no head's result. {instead}"
         )
 
 
@@ -134,11 +133,11 @@ def _projections(attention: Any) -> list[tuple[Tensor, Tensor | None]] | None:
 @torch.no_grad()
 def _check_values(vit: HookedViT, layer: int, weights: AttentionWeights, where: str) -> None:
     """Values come from the norm's output alone, on every family; queries and keys may be rotated."""
-    _, cache = vit.run(_random(vit), capture=[f"blocks.{layer}.ln1", f"blocks.{layer}.attn.v"])
+    _, cache = vit.run(random_images(vit), capture=[f"blocks.{layer}.ln1", f"blocks.{layer}.attn.v"])
     found = torch.einsum("btm,hmd->bthd", cache[f"blocks.{layer}.ln1"], weights.W_V) + weights.b_V
     expected = cache[f"blocks.{layer}.attn.v"]
     fits = found.shape == expected.shape
-    if not fits or float((found - expected).abs().max()) > _agree(vit) * float(expected.abs().max()):
+    if not fits or difference(found, expected) > tolerance_of(vit) * size(expected):
         raise SpecError(
             f"The linear layers found in {where} do not make the block's values from its norm's output, so "
             "they are no W_Q, W_K and W_V."
@@ -146,36 +145,54 @@ def _check_values(vit: HookedViT, layer: int, weights: AttentionWeights, where: 
 
 
 @torch.no_grad()
-def readout_of(vit: HookedViT) -> Readout | str:
-    """The model's linear head, or the reason why there is none that reads one token.
+def plain_layers(vit: HookedViT) -> list[int]:
+    """Layers whose queries and keys enter the dot product as they are projected: not rotated, not normed."""
+    layout = vit.layout
+    sites = ("ln1", "attn.q", "attn.k")
+    layers = range(layout.n_layers)
+    names = [f"blocks.{layer}.{site}" for layer in layers for site in sites]
+    streams: dict[str, Tensor] = {}
+    agree: dict[int, list[bool]] = {}
 
-    It is held against the output of random images.
-    """
-    model = type(vit.module).__name__
-    port = vit.layout.ports.get("pooled")
-    head = lookup(vit.module, port.path) if isinstance(port, Port) and port.side == "input" else None
-    if not isinstance(head, nn.Linear):
-        return f"{model} has no head that is one linear layer; its output is {vit.layout.output}"
-    last = f"blocks.{vit.layout.n_layers - 1}.resid_post"
-    output, cache = vit.run(_random(vit), capture=[last])
-    inside = vit.layout.blocks_path + "."
-    norms = [m for path, m in vit.module.named_modules() if _is_norm(m, head) and not path.startswith(inside)]
-    for norm in norms if output.ndim == 2 else ():
-        for token in range(len(vit.layout.tokens.prefix)):
-            found = head(norm(cache[last][:, token]))
-            if float((found - output).abs().max()) <= _agree(vit) * float(output.abs().max()):
-                return Readout(norm, head, token)
-    return (
-        f"the head of {model} does not read one token behind one norm (it pools several, or does more), so a "
-        "class has no direction in the residual stream of a token"
-    )
+    def look(name: str) -> Any:
+        layer = int(name.split(".")[1])
+
+        def at(value: Tensor) -> None:
+            if name.endswith("ln1"):
+                streams["ln1"] = value
+            elif (parts := projections[layer]) is not None and "ln1" in streams:
+                weight, bias = parts[name.endswith("k")]
+                value = value.flatten(2)
+                fits = weight.shape == (value.shape[-1], streams["ln1"].shape[-1])
+                found = nn.functional.linear(streams["ln1"], weight, bias) if fits else torch.inf * value
+                near = difference(found, value) <= tolerance_of(vit) * size(value)
+                agree.setdefault(layer, []).append(near)
+
+        return at
+
+    projections = {n: _projections(lookup(vit.module, layout.attention_path(n))) for n in layers}
+    with vit.hooks({name: look(name) for name in names if name not in layout.absent}):
+        vit(random_images(vit))
+    return [layer for layer, found in agree.items() if found == [True, True]]
 
 
-def _is_norm(module: nn.Module, head: nn.Linear) -> bool:
-    weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and (
-        tuple(weight.shape) == (head.in_features,)
-    )
+@torch.no_grad()
+def gaps_of(vit: HookedViT) -> list[int]:
+    """Blocks that are not given what the block before them returned."""
+    found: list[int] = []
+    left: list[Tensor] = []
+
+    def compare(layer: int, value: Tensor) -> None:
+        if left and not torch.equal(left.pop(), value):
+            found.append(layer)
+
+    hooks: dict[str, Any] = {}
+    for layer in range(vit.layout.n_layers):
+        hooks[f"blocks.{layer}.resid_pre"] = lambda value, layer=layer: compare(layer, value)
+        hooks[f"blocks.{layer}.resid_post"] = lambda value: left.append(value.clone())
+    with vit.hooks({name: hook for name, hook in hooks.items() if name not in vit.layout.absent}):
+        vit(random_images(vit))
+    return found
 
 
 def module_at(vit: HookedViT, site: str) -> nn.Module | None:
@@ -186,11 +203,8 @@ def module_at(vit: HookedViT, site: str) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def _agree(vit: HookedViT) -> float:
-    return _AGREE if torch.finfo(vit.dtype).bits >= 32 else _AGREE_HALF
-
-
-def _random(vit: HookedViT) -> Tensor:
+def random_images(vit: HookedViT) -> Tensor:
+    """Random images to try a model on."""
     draw = torch.Generator().manual_seed(0)
     rows = 1 if vit.layout.family.one_image is not None else 2
     return torch.randn(rows, *vit.layout.tokens.input_shape, generator=draw).to(vit.device, vit.dtype)
