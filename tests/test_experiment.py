@@ -113,8 +113,12 @@ def assert_same_bits(one: vmi.Results, other: vmi.Results) -> None:
 def test_command_line_and_python_give_the_same_bits(
     folder: Path, by_hand: vmi.Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", str(folder / "experiment.yaml"), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    options = ["--store", str(tmp_path / "store"), "--memory", "1GiB"]
+    assert main(["run", str(folder / "experiment.yaml"), "--out", str(tmp_path / "out"), "--quiet", *options]) == 0
     out = capsys.readouterr().out
+    assert list((tmp_path / "store").glob("*/*/*.safetensors"))
+    assert main(["plan", str(folder / "experiment.yaml"), "--memory", "1 kB"]) == 2
+    assert "memory='1 kB' is too little" in capsys.readouterr().err
     labels = torch.tensor(by_hand.labels["label"])
     assert out.startswith("Share of the 5 examples whose prediction equals the column:")
     for run in by_hand.run_names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,7 +28,15 @@ def plan(arguments: argparse.Namespace) -> int:
 
     experiment = read_experiment(arguments.experiment)
     data = None if arguments.per_example else load_data(experiment)
-    print(plan(load_model(experiment), experiment, data, batch_size=experiment.batch_size))
+    print(
+        plan(
+            load_model(experiment),
+            experiment,
+            data,
+            batch_size=experiment.batch_size,
+            memory=arguments.memory,
+        )
+    )
     return 0
 
 
@@ -35,7 +44,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Run an experiment and save its results."""
     from vit_mechinterp.experiment import run_experiment
 
-    results = run_experiment(arguments.experiment, arguments.out, progress=not arguments.quiet)
+    with ExitStack() as stack:
+        store = None
+        if arguments.store is not None:
+            from vit_mechinterp.engine import ActivationStore
+
+            store = stack.enter_context(ActivationStore(arguments.store))
+        results = run_experiment(
+            arguments.experiment,
+            arguments.out,
+            progress=not arguments.quiet,
+            memory=arguments.memory,
+            store=store,
+        )
     print(_summary(results))
     print(f"{results!r} in {arguments.out}")
     return 0
