@@ -12,21 +12,23 @@ import vit_mechinterp as vmi
 from tests.engine.world import world_of
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, Tiny
 from vit_mechinterp import Ablate, AddDirection, InjectSubspace, Interchange, Run
+from vit_mechinterp.bridges.pyvene import intervenable
 from vit_mechinterp.bridges.pyvene_configs import from_config, to_config
 from vit_mechinterp.bridges.pyvene_rotations import to_rotation, to_subspace
+from vit_mechinterp.bridges.restoring import as_it_came
 from vit_mechinterp.errors import SpecError
 
 MOVED: dict[str, Any] = {"tokens": {"column": "here"}, "source": "source", "source_tokens": {"column": "there"}}
 
 
-def turned(kind: Any, **options: Any) -> Any:
+def turned(kind: Any, width: int = 6, **options: Any) -> Any:
     """A trained intervention of pyvene's: parameters drawn anew."""
     torch.manual_seed(0)
-    intervention = kind(embed_dim=6, **options)
+    intervention = kind(embed_dim=width, **options)
     with torch.no_grad():
         for name, parameter in intervention.named_parameters():
             if name.endswith(("masks", "mask")):
-                parameter.copy_(torch.randn(6) * float(intervention.temperature))
+                parameter.copy_(torch.randn(width) * float(intervention.temperature))
             if name == "intervention_boundaries":
                 parameter.fill_(0.6)
     return intervention
@@ -55,6 +57,64 @@ def test_their_rotations_are_our_subspaces_and_ours_theirs(kind: Any, options: d
     torch.testing.assert_close(base + (g * ((source - base) @ R)) @ R.T, expected)
     again = to_rotation(**ours)
     torch.testing.assert_close(again(base.clone(), source.clone()).detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+KINDS = [
+    (pv.RotatedSpaceIntervention, {"keep_last_dim": True}, 3),
+    (pv.LowRankRotatedSpaceIntervention, {"low_rank_dimension": 2, "keep_last_dim": True}, 3),
+    (pv.BoundlessRotatedSpaceIntervention, {}, 1),
+    (pv.SigmoidMaskRotatedSpaceIntervention, {}, 1),
+    (pv.SigmoidMaskIntervention, {}, 1),
+]
+
+
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_VIT], ids=lambda tiny: tiny.name)
+@pytest.mark.parametrize(("kind", "options", "n_tokens"), KINDS, ids=[kind.__name__ for kind, *_ in KINDS])
+def test_a_trained_rotation_does_the_same_there_and_here(tiny: Tiny, kind: Any, options: dict[str, Any], n_tokens: int) -> None:
+    world = world_of(tiny)
+    vit, block = world.vit, "blocks[1]" if tiny is TIMM_PLAIN else "vit.layers[1]"
+    theirs = turned(kind, width=world.module_width, **options)
+    if kind is pv.RotatedSpaceIntervention:
+        theirs.set_interchange_dim(4)
+    config = pv.IntervenableConfig([{"component": f"{block}.output", "unit": "pos", "intervention": theirs}])
+    data = {**world.columns, "at": world.columns["here"][:, :n_tokens], "of": world.columns["there"][:, :n_tokens]}
+    there, here = ([(data[c] + len(tiny.prefix)).tolist()] for c in ("of", "at"))
+    with as_it_came(vit.module), torch.no_grad():
+        images = ({"images": data["base"]}, [{"images": data["source"]}])
+        _, native = intervenable(vit, config)(*images, {"sources->base": (there, here)})
+    expected = vit.layout.outcome(native)
+    assert float((expected - world.oracle.clean("base")[0]).abs().max()) > 1e-3 * world.scale
+
+    run, tensors = from_config(vit, config, "r", {"column": "at"}, source_tokens={"column": "of"})
+    assert float((vmi.execute(vit, run, data, tensors).logits[0] - expected).abs().max()) < 1e-5 * world.scale
+    again = to_config(vit, run, data, tensors)(vit, data)
+    assert float((again - expected).abs().max()) < 1e-5 * world.scale
+
+
+def config_of(**fields: Any) -> Any:
+    return pv.IntervenableConfig([{"component": "blocks[1].output", "unit": "pos", **fields}])
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (config_of(component="block[1].output"), r"'block\[1\]\.output' is no site of .* Close matches: blocks\.1\.output"),
+        (config_of(unit="h.pos"), r"unit='h\.pos' and subspace_partition=None have no words in a run"),
+        (config_of(intervention_type=pv.LowRankRotatedSpaceIntervention), "given by its type alone"),
+        (config_of(intervention=pv.CollectIntervention()), "CollectIntervention is no interchange"),
+        (pv.IntervenableConfig([{"component": "blocks[1].output"}], mode="serial"), "runs of a serial configuration"),
+    ],
+)
+def test_what_a_run_cannot_say_is_refused_with_the_reason(config: Any, why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        from_config(world_of(TIMM_PLAIN).vit, config)
+
+
+def test_types_without_parameters_are_read() -> None:
+    vit = world_of(TIMM_PLAIN).vit
+    (zero,) = from_config(vit, config_of(intervention_type=pv.ZeroIntervention))[0].interventions
+    (swap,) = from_config(vit, pv.IntervenableConfig([{"component": "blocks[1].output"}]))[0].interventions
+    assert (zero, swap) == (Ablate(site="blocks.1.resid_post"), Interchange(site="blocks.1.resid_post", source="source"))
 
 
 def test_what_is_no_subspace_is_refused() -> None:

@@ -24,7 +24,7 @@ from vit_mechinterp.engine.bound import Edit
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.values import ColumnOrigin
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Ablate, AddDirection, InjectSubspace, Interchange, Intervention, Run
 
@@ -150,25 +150,36 @@ def from_config(
 
     Args:
         vit: the model whose components it names.
-        config: an `IntervenableConfig` of interventions given as instances.
+        config: an `IntervenableConfig` of interventions given as instances, or as types without parameters.
         name: the run's name.
         tokens: the tokens of every representation, as our specs select them, or a list of one each.
         source: the column of source images.
         source_tokens: where the source's differ; one selector, or a list of one each.
 
     Raises:
-        SpecError: a component is no site of the model, or an intervention is none of ours.
+        SpecError: a component is no site of the model, an intervention is none of ours, or the configuration
+            selects other units than tokens, parts of a space, or runs its sources one after another.
     """
+    if config.mode != "parallel":
+        raise SpecError(f"mode={config.mode!r}: runs of a serial configuration read each other; name them.")
     places = _places(vit)
     specs: list[Intervention] = []
     tensors: dict[str, Tensor] = {}
     for n, representation in enumerate(config.representations):
         component = representation.component.replace("[", ".").replace("]", "")
         if component not in places:
-            raise SpecError(f"{representation.component!r} is no site of {type(vit.module).__name__}.")
+            raise SpecError(
+                f"{representation.component!r} is no site of {type(vit.module).__name__}."
+                f"{suggest(component, places)} Components are a module's path with .input or .output."
+            )
+        if representation.unit != "pos" or representation.subspace_partition is not None:
+            raise SpecError(
+                f"{representation.component}: unit={representation.unit!r} and subspace_partition="
+                f"{representation.subspace_partition!r} have no words in a run. The unit is 'pos'."
+            )
         fields: dict[str, Any] = {"site": places[component], "tokens": _nth(tokens, n)}
         sourced = {**fields, "source": source, "source_tokens": _nth(source_tokens, n)}
-        theirs = representation.intervention
+        theirs = _instance(config, n)
         if isinstance(theirs, pv.VanillaIntervention):
             specs.append(Interchange.model_validate(sourced))
         elif isinstance(theirs, pv.ZeroIntervention):
@@ -181,6 +192,20 @@ def from_config(
             tensors |= {f"{field}_{n}": tensor for field, tensor in subspace.items()}
             specs.append(InjectSubspace.model_validate({**sourced, **{f: f"{f}_{n}" for f in subspace}}))
     return Run(name=name, interventions=tuple(specs)), tensors
+
+
+def _instance(config: Any, n: int) -> Any:
+    """The intervention of a representation; one without parameters may be given by its type."""
+    one, types = config.representations[n], config.intervention_types
+    if one.intervention is not None:
+        return one.intervention
+    kind = types[n] if isinstance(types, Sequence) else types
+    if kind not in (pv.VanillaIntervention, pv.ZeroIntervention):
+        raise SpecError(
+            f"{one.component}: {kind.__name__} is given by its type alone, without what it was trained to. "
+            "Pass the instance: {'component': ..., 'intervention': model.interventions[key]}."
+        )
+    return kind()
 
 
 def _nth(value: Any, n: int) -> Any:

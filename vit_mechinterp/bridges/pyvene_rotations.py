@@ -65,8 +65,8 @@ def to_rotation(basis: Float[Tensor, "d r"], gate: Float[Tensor, " r"] | None = 
 
     Without a gate it is a `LowRankRotatedSpaceIntervention`; with one a
     `SigmoidMaskRotatedSpaceIntervention`, whose rotation is the basis and any complement of it, and whose
-    mask is closed on the complement. Token by token, as here (``keep_last_dim``); their masks take one token
-    per example.
+    mask is closed on the complement. The first works token by token, as here (``keep_last_dim``); their masks
+    cannot, and take one token per example, ``[example, d]``.
 
     Raises:
         SpecError: the basis is no ``[d, r]``, or the gate is no ``[r]``.
@@ -83,7 +83,7 @@ def to_rotation(basis: Float[Tensor, "d r"], gate: Float[Tensor, " r"] | None = 
     rest = torch.randn(d, d - r, generator=torch.Generator().manual_seed(0))
     filled = torch.cat([basis.float().cpu(), rest], dim=1)
     whole, sizes = torch.linalg.qr(filled)
-    masked = pv.SigmoidMaskRotatedSpaceIntervention(embed_dim=d, keep_last_dim=True)
+    masked = pv.SigmoidMaskRotatedSpaceIntervention(embed_dim=d)
     masked.rotate_layer.weight = whole * sizes.diagonal().sign()  # QR may turn a column around
     opened = torch.full((d,), -1e4)
     opened[:r] = torch.logit(gate.float(), eps=1e-7).clamp(-1e4, 1e4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,9 +63,9 @@ class Readout:
 
     def directions(self, classes: Tensor) -> Float[Tensor, "*classes token d_model"]:
         """What a unit of each token's stream, centred and divided by the norm's scale, adds to a logit."""
-        weight = self.norm.weight.to(self.head.weight)
-        rows = self.head.weight[classes].reshape(*classes.shape, len(self.shares), -1) * weight
-        return torch.einsum("pt,...pd->...td", self.shares.to(rows), rows)
+        weight: Any = self.norm.weight
+        rows = self.head.weight[classes].reshape(*classes.shape, len(self.shares), -1)
+        return torch.einsum("pt,...pd->...td", self.shares.to(rows), rows * weight.to(rows))
 
 
 @torch.no_grad()
