@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+import vit_mechinterp as vmi
+from tests import tiny_models
 from vit_mechinterp import circuits
 from vit_mechinterp.cli import main
 from vit_mechinterp.commands.circuit import CIRCUITS
+from vit_mechinterp.commands.circuit_settings import read_settings
 from vit_mechinterp.commands.image_data import image_data
 from vit_mechinterp.errors import DataError
 
@@ -80,6 +85,11 @@ def test_every_circuit_runs_from_words(name: str, folder: Path, tmp_path: Path, 
     assert f"In {out}: " in printed
     assert "table.csv" in printed
     assert len(pd.read_parquet(out / "table.parquet")) > 0
+    page = (out / "index.html").read_text()
+    assert result["title"] in page
+    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == len(result["figures"])
+    if "folder" in entry.options:
+        assert list((out / "finished").glob("*.safetensors")), "what is finished is kept"
 
 
 def test_the_list_has_every_public_circuit_on_images(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,9 +156,97 @@ def test_two_files_are_a_pair_of_one_size(tmp_path: Path) -> None:
     picture(0, (40, 32)).save(tmp_path / "a.png")
     picture(1, (64, 64)).save(tmp_path / "b.png")
     files = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    clean, other = image_data(files, pairs=True)
+    with pytest.raises(DataError, match=r"a.png has 40 x 32 pixels and .*b.png 64 x 64, .* --set data.fit=true"):
+        image_data(files, pairs=True)
+    clean, other = image_data(files, pairs=True, options={"fit": True})
     assert clean.size == other.size == (40, 32)
     assert [image.size for image in image_data(files, pairs=False)] == [(40, 32), (64, 64)]
     assert isinstance(image_data(["photographs"], pairs=True), tuple)
     with pytest.raises(DataError, match=r"'nowhere' is no image file or folder here"):
         image_data(["nowhere"], pairs=False)
+
+
+def test_the_first_few_of_a_labelled_folder_have_every_label(folder: Path) -> None:
+    few = image_data([str(folder)], pairs=False, n=3)
+    assert few["label"] == [0, 0, 1]
+    assert [np.asarray(image).sum() for image in few["image"]] == [np.asarray(picture(s)).sum() for s in (1, 3, 0)]
+
+
+def test_damaged_images_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = folder / "cat" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    words = ["circuit", "attention", "--model", MODEL, "--data", str(folder), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(words) == 2
+    assert f"{damaged} cannot be decoded" in capsys.readouterr().err
+    # A dataset is not looked through beforehand; the example is named when its turn comes.
+    from datasets import Dataset, Features
+    from datasets import Image as Encoded
+
+    paths = [str(folder / "cat" / f"{number}.png") for number in (1, 3)]
+    data = Dataset.from_dict({"base": paths}, features=Features({"base": Encoded()}))
+    with pytest.raises(DataError, match=r"Column 'base', example 1: the image cannot be decoded"):
+        circuits.attention(vmi.wrap(tiny_models.TIMM_PLAIN.module()), data, progress=False)
+
+
+def test_options_of_the_wrong_kind_are_named_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["circuit", "logit_lens", "--model", "no/model", "--data", "x", "--out", "y"]
+    assert main([*given, "--set", "layers=three"]) == 2
+    assert "circuit logit_lens: layers takes Sequence[int] | Literal['all'], not 'three'" in capsys.readouterr().err
+    assert main([*given, "--set", "resamples=few"]) == 2
+    assert "resamples takes int, not 'few'" in capsys.readouterr().err
+    entry = CIRCUITS["activation_patching"]
+    read, data = read_settings(["sites=resid_pre", "layers=[1]", "data.n=3"], "activation_patching", entry)
+    assert read == {"sites": ["resid_pre"], "layers": [1]}
+    assert data == {"n": 3}
+
+
+def test_results_become_one_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (2, 10):
+        words = ["circuit", "attention", "--model", MODEL, "--data", str(folder), "-n", "2", "--quiet"]
+        assert main([*words, "--out", str(tmp_path / "all" / f"run {number}")]) == 0
+    capsys.readouterr()
+    assert main(["page", str(tmp_path / "page.html"), str(tmp_path / "all"), "--title", "Two runs"]) == 0
+    assert capsys.readouterr().out == f"The page: {tmp_path / 'page.html'}\n"
+    page = (tmp_path / "page.html").read_text()
+    assert "<h1>Two runs</h1>" in page
+    titles = [page.index(f"<h2>Attention (run {number})</h2>") for number in (2, 10)]
+    assert titles == sorted(titles)
+    figures = list((tmp_path / "all").glob("*/*.png"))
+    assert page.count("data:image/png;base64,") == len(figures) > 4
+    assert page.count('<a download="attention.csv"') == 2
+    assert main(["page", str(tmp_path / "page.html"), str(folder)]) == 2
+    assert "holds no result of a circuit, neither itself nor in its folders" in capsys.readouterr().err
+
+
+def test_a_killed_command_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    """Killed without notice, between two writes: what was written is not computed again."""
+    data = [str(folder / "cat" / "1.png"), str(folder / "dog" / "2.png")]
+    words = ["circuit", "activation_patching", "--model", MODEL, "--data", *data, "--out", str(tmp_path / "out")]
+    words += ["--set", "sites=resid_pre", "--quiet"]
+    code = (
+        "import os, sys\n"
+        "from vit_mechinterp.circuits import cells\n"
+        "from vit_mechinterp.cli import main\n"
+        "cells.runs_at_once = lambda vit, n: 9\n"
+        "execute, calls = cells.execute, []\n"
+        "def dies(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 4: os.kill(os.getpid(), 9)\n"
+        "    return execute(*args, **kwargs)\n"
+        "cells.execute = dies\n"
+        "main(sys.argv[1:])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, *words], check=False)
+    assert killed.returncode == -9
+    kept = list((tmp_path / "out" / "finished").glob("*.safetensors"))
+    assert len(kept) == 2
+    assert not (tmp_path / "out" / "result.json").exists()
+    times = [path.stat().st_mtime_ns for path in kept]
+    assert main(words) == 0
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    table = pd.read_parquet(tmp_path / "out" / "table.parquet")
+    fresh = circuits.activation_patching(
+        vmi.wrap(tiny_models.TIMM_PLAIN.module()), tuple(map(Path, data)), sites=["resid_pre"], progress=False
+    ).table
+    np.testing.assert_allclose(table["change"], fresh["change"], atol=1e-5)
+    assert np.abs(fresh["change"]).max() > 1e-3

@@ -1,5 +1,5 @@
-"""The command line: ``vit-mechinterp demo | reproduce | models | check | parity | sites | circuit | plan |
-run | train | schema``.
+"""The command line: ``vit-mechinterp demo | reproduce | models | check | parity | sites | circuit |
+page | plan | run | train | schema``.
 
 Commands import what they need when they run, so that ``--help`` is immediate. An error of this package is one
 message on stderr and exit code 2; ``--debug`` shows where it came from.
@@ -70,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     papers.epilog, papers.formatter_class = reproduce.epilog(), argparse.RawDescriptionHelpFormatter
     papers.add_argument("paper", metavar="PAPER", help="a name from the list below")
     papers.add_argument("--out", type=Path, required=True, help="folder to write into")
-    papers.add_argument("--scale", default="tiny", help="tiny (a minute or two) or small (%(default)s)")
+    papers.add_argument("--scale", default="tiny", help="tiny (minutes), small, or for lepori2024 paper (%(default)s)")
     only = papers.add_argument("--only", action="append", default=[], metavar="FIGURE")
     only.help = "one figure alone; can be repeated"
-    papers.add_argument("--model", help="a model string in place of the shipped model")
+    papers.add_argument("--model", help="a model string (lepori2024: a folder of trainings) in place of the shipped")
     sets = "digits, or from the hub cifar10, cifar100, svhn, imagenet"
     papers.add_argument("--data", help=f"images for jelassi2022: {sets}")
 
@@ -122,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "a folder for datasets.load_from_disk, or FILE.parquet"
     made.add_argument("--out", type=Path, help=text)
     made.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    paged = add("page", circuit.page, "put saved results of analyses on one page")
+    paged.add_argument("out", type=Path, metavar="OUT", help="the page, as FILE.html or a folder")
+    text = "a folder that circuit --out wrote, or a folder of such folders; can be repeated"
+    paged.add_argument("results", type=Path, nargs="+", metavar="RESULT", help=text)
+    paged.add_argument("--title", default="", help="heading of the page")
 
     plan = add("plan", analyses.plan, "print what an experiment would compute, without computing it")
     plan.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["captions_of", "drawing", "patch_grid"]
+__all__ = ["captions_of", "drawing", "patch_grid", "patch_words"]
 
 
 def patch_grid(values: Any, layout: TokenLayout) -> Any:
@@ -23,6 +23,12 @@ def patch_grid(values: Any, layout: TokenLayout) -> Any:
     first = len(layout.prefix)
     rows, columns = layout.grid[-2:]
     return np.asarray(values, dtype=float)[first : first + rows * columns].reshape(rows, columns)
+
+
+def patch_words(words: Sequence[str], layout: TokenLayout) -> list[list[str]]:
+    """Return the words of the patches among those of all tokens, as rows of the (first) frame."""
+    first, (rows, columns) = len(layout.prefix), layout.grid[-2:]
+    return [list(words[first + row * columns : first + (row + 1) * columns]) for row in range(rows)]
 
 
 def captions_of(table: pd.DataFrame, n: int, label: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_mechinterp.circuits.attribution_figures import patch_grid
+from vit_mechinterp.circuits.attribution_figures import patch_grid, patch_words
 from vit_mechinterp.circuits.cells import BatchSize
 from vit_mechinterp.circuits.images import image_column, model_view
 from vit_mechinterp.circuits.logit_attribution import classes_of
@@ -86,8 +86,8 @@ def logit_lens(
         Table: rows of the kind ``image``, one per layer and ``quantity`` (``logit``, ``probability``,
         ``rank`` of the answer, ``agreement`` with the model's own prediction, ``KL`` to its own output in
         nats): mean and interval over images. Rows of the kind ``token`` (one image): ``layer, token``, the
-        answer's ``logit`` and ``probability`` as ``value``, and ``top``, the class that is read there. The
-        last layer is the model itself.
+        answer's ``logit`` and ``probability`` as ``value``, and ``top``, the class that is read there, with
+        its ``top_probability``. The last layer is the model itself.
 
     Raises:
         SpecError: a class or layer is out of range, or a model without classes was given no directions.
@@ -223,7 +223,9 @@ def _token_rows(
         first + token if isinstance(token, int) else (layout.positions(token) or [0])[0] for _, token in every
     ]
     top = [labels[k] for k in logits.argmax(1).tolist()]
+    best = logits.double().softmax(1).max(1).values.numpy()
     place = {"kind": "token", "layer": [layer for layer, _ in every], "token": at, "top": top}
+    place["top_probability"] = best
     values = {"logit": logits[:, answer], "probability": logits.double().softmax(1)[:, answer]}
     frames = [
         pd.DataFrame({**place, "quantity": name, "value": numbers.double().numpy()})
@@ -252,6 +254,9 @@ def _captions(n: int, patches: bool, shown: str) -> dict[str, str]:
     captions = {"layers": f"The answer's probability, and agreement with the model, layer by layer. {mean}."}
     if patches:
         captions["patches"] = f"Probability of {shown!r} that is read from every patch alone. One image."
+        captions["words"] = (
+            "The class that is read from every patch alone, the stronger coloured the likelier. One image."
+        )
     return captions
 
 
@@ -260,6 +265,7 @@ def _drawing(
 ) -> Callable[[CircuitResult], dict[str, Figure]]:
     def draw(result: CircuitResult) -> dict[str, Figure]:
         from vit_mechinterp.figures import Curve, curves, position_maps
+        from vit_mechinterp.figures.words import word_maps
 
         table = result.table
         image = table[table["kind"] == "image"]
@@ -270,8 +276,7 @@ def _drawing(
             low, high = ([], []) if bool((ends != ends).any()) else ends.T.tolist()
             lines[what] = Curve(rows["layer"].tolist(), rows["value"].tolist(), low, high)
         figures = {}
-        if image["layer"].nunique() > 1:
-            figures["layers"] = curves(lines, x_label="read after layer", label="share")
+        figures["layers"] = curves(lines, x_label="read after layer", label="share")
         tokens = table[(table["kind"] == "token") & (table["quantity"] == "probability")]
         if len(tokens):
             maps = {}
@@ -281,6 +286,13 @@ def _drawing(
             # The middle of the colours is chance.
             limits = (round(2 / n_classes - 1, 2), 1.0)
             figures["patches"] = position_maps(pictures, maps, limits=limits, label=f"probability of {shown}")
+            words, strengths = {}, {}
+            for layer, rows in tokens.groupby("layer"):
+                read = rows.set_index("token").reindex(range(layout.n_tokens))
+                certain = read["top_probability"].to_numpy(dtype=float)
+                strengths[f"layer {layer}"] = patch_grid(certain, layout)
+                words[f"layer {layer}"] = patch_words(read["top"].tolist(), layout)
+            figures["words"] = word_maps(next(iter(pictures.values())), words, strengths)
         return figures
 
     return draw

@@ -40,6 +40,7 @@ class CircuitResult:
         captions: figure name to what the figure shows.
         draw: makes the figures from the result, so that a figure never holds a number the table lacks.
         tensors: learned tensors (rotations, gates, probes), for reuse by name in a later spec.
+        pictures: figures as PNG files by name, of a result that was loaded; drawn ones come first.
     """
 
     name: str
@@ -51,6 +52,7 @@ class CircuitResult:
     captions: Mapping[str, str] = field(default_factory=dict)
     draw: Draw | None = field(default=None, repr=False)
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    pictures: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _check_file_name(self.name, "circuit")
@@ -77,12 +79,14 @@ class CircuitResult:
         folder.mkdir(parents=True, exist_ok=True)
         self.table.to_parquet(folder / "table.parquet", index=False)
         self.table.to_csv(folder / "table.csv", index=False)
+        figures = self.figures()
         result = {
             "name": self.name,
             "title": self.title,
             "description": self.description,
             "summary": self.summary,
             "captions": self.captions,
+            "figures": list(dict.fromkeys([*figures, *self.pictures])),
         }
         _write_json(folder / "result.json", result)
         _write_json(folder / "provenance.json", self.provenance)
@@ -91,8 +95,11 @@ class CircuitResult:
 
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
             save_file(whole, folder / "tensors.safetensors")
-        for name, figure in self.figures().items():
+        for name, figure in figures.items():
             save_figure(figure, folder / name)
+        for name in set(self.pictures) - set(figures):
+            _check_file_name(name, "figure")
+            (folder / f"{name}.png").write_bytes(self.pictures[name])
         return folder
 
     @classmethod
@@ -101,7 +108,8 @@ class CircuitResult:
 
         Args:
             folder: a folder written by `save`.
-            draw: the circuit's own drawing function, to draw the figures anew; `save` left drawn ones there.
+            draw: the circuit's own drawing function, to draw the figures anew; without it the result has
+                those that `save` left there, as `pictures`.
 
         Raises:
             DataError: a file is missing or unreadable.
@@ -123,6 +131,7 @@ class CircuitResult:
                 provenance=_read_json(folder / "provenance.json"),
                 draw=draw,
                 tensors=tensors,
+                pictures={} if draw is not None else _pictures(folder, result),
             )
         except DataError:
             raise
@@ -131,6 +140,13 @@ class CircuitResult:
                 f"{folder} does not hold a readable circuit result ({type(error).__name__}: {error}). "
                 "Save the result again."
             ) from error
+
+
+def _pictures(folder: Path, result: Mapping[str, Any]) -> dict[str, bytes]:
+    """The figures that `save` left in a folder, in their order; those that have been taken away are not."""
+    names = result.get("figures", sorted(path.stem for path in folder.glob("*.png")))
+    files = {name: folder / f"{name}.png" for name in names}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
 
 def provenance(*sources: Mapping[str, Any], **facts: Any) -> dict[str, Any]:

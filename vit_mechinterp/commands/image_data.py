@@ -28,11 +28,11 @@ def image_data(
         pairs: whether two files are a pair (clean, corrupted) instead of two images.
         n: how many of the first examples to take.
         options: for the stimuli or ``load_dataset`` (``split``, ...); ``split`` also names the split of a
-        saved
-            dataset.
+            saved dataset. ``fit=True`` scales and crops the second of two files to the size of the first.
 
     Raises:
-        DataError: there is no such file, folder or dataset, or it holds no images.
+        DataError: there is no such file, folder or dataset, it holds no images or one that cannot be decoded,
+            or two files of a pair differ in size.
     """
     options = dict(options or {})
     paths = [Path(entry) for entry in given]
@@ -40,14 +40,15 @@ def image_data(
         from vit_mechinterp.circuits.images import sample_photographs
 
         both = list(sample_photographs().values())
-        return _first_of(_paired(both) if pairs else both, n)
+        return _first_of((both[0], both[1]) if pairs else both, n)
     if len(given) > 1 or paths[0].is_file():
         from vit_mechinterp.circuits.images import open_image
 
         opened = [open_image(path) for path in paths]
-        return _first_of(_paired(opened) if pairs and len(opened) == 2 else opened, n)
+        pair = pairs and len(opened) == 2
+        return _first_of(_paired(opened, given, fit=bool(options.get("fit"))) if pair else opened, n)
     if paths[0].is_dir():
-        data = _folder(paths[0], options)
+        data = _folder(paths[0], options, n)
     elif given[0].startswith("stimuli/"):
         from vit_mechinterp.stimuli import build
 
@@ -59,15 +60,21 @@ def image_data(
     return _first_of(_with_images(data, given[0]), n)
 
 
-def _paired(images: list[Any]) -> tuple[Any, Any]:
-    """Bring two images to one size, so that one position means one place, and make them a pair."""
+def _paired(images: list[Any], names: Sequence[str], *, fit: bool) -> tuple[Any, Any]:
+    """Make two images a pair; one position of the model must mean one place in both."""
     from PIL import ImageOps
 
     clean, other = images
+    if other.size != clean.size and not fit:
+        raise DataError(
+            f"{names[0]} has {clean.size[0]} x {clean.size[1]} pixels and {names[1]} {other.size[0]} x "
+            f"{other.size[1]}, so one position of the model means two places. Bring both to one size first, "
+            "or let the second be scaled and cropped: --set data.fit=true."
+        )
     return clean, other if other.size == clean.size else ImageOps.fit(other, clean.size)
 
 
-def _folder(folder: Path, options: Mapping[str, Any]) -> Dataset:
+def _folder(folder: Path, options: Mapping[str, Any], n: int | None) -> Dataset:
     if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         from datasets import load_from_disk
 
@@ -83,16 +90,38 @@ def _folder(folder: Path, options: Mapping[str, Any]) -> Dataset:
     from datasets import ClassLabel, Dataset, Features, Image
 
     if files:
-        return Dataset.from_dict(
-            {"image": [str(path) for path in files]}, features=Features({"image": Image()})
+        chosen = _decodable(files[:n])
+        return Dataset.from_dict({"image": chosen}, features=Features({"image": Image()}))
+    pictures = [(path, index) for index, own in enumerate(labelled.values()) for path in own]
+    if n is not None:
+        # The first few of every label, not of the first label alone.
+        turns = sorted(
+            (turn, label, path)
+            for label, own in enumerate(labelled.values())
+            for turn, path in enumerate(own)
         )
-    columns = {
-        "image": [str(path) for own in labelled.values() for path in own],
-        "label": [index for index, own in enumerate(labelled.values()) for _ in own],
-    }
+        pictures = sorted(((path, label) for _, label, path in turns[:n]), key=lambda entry: entry[1])
+    columns = {"image": _decodable([path for path, _ in pictures]), "label": [index for _, index in pictures]}
     return Dataset.from_dict(
         columns, features=Features({"image": Image(), "label": ClassLabel(names=list(labelled))})
     )
+
+
+def _decodable(files: Sequence[Path]) -> list[str]:
+    """Return the paths; DataError names the first file that cannot be decoded, before any work is done."""
+    import PIL.Image
+    from tqdm.auto import tqdm
+
+    for path in tqdm(files, desc="looking at images", delay=2.0, leave=False):
+        try:
+            with PIL.Image.open(path) as image:
+                image.draft("RGB", (64, 64))  # JPEGs are decoded at a fraction of their size
+                image.load()
+        except Exception as error:  # decoders raise types of their own
+            raise DataError(
+                f"{path} cannot be decoded ({error}). Repair it, or take it out of the folder."
+            ) from None
+    return [str(path) for path in files]
 
 
 def _images_in(folder: Path) -> list[Path]:

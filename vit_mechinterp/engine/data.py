@@ -87,7 +87,7 @@ class Data(Columns):
         return batch.pin_memory() if self.vit.device.type == "cuda" else batch
 
     def _batch(self, column: str, examples: Sequence[int]) -> Tensor:
-        entries = list(self.values(column, examples))
+        entries = [self._entry(column, example) for example in examples]
         pictures = list(map(is_picture, entries))
         if all(pictures):
             batch = self.vit.preprocess(entries)
@@ -103,6 +103,15 @@ class Data(Columns):
             self._tensor(column, examples[odd], entries[odd])
             raise DataError(_mixed(column))
         return torch.stack([self._tensor(column, i, e) for i, e in zip(examples, entries, strict=True)])
+
+    def _entry(self, column: str, example: int) -> Any:
+        """One entry, decoded if it is an encoded image."""
+        try:
+            return next(self.values(column, [example]))
+        except (OSError, SyntaxError) as error:  # what PIL raises for damaged files
+            raise DataError(
+                f"Column {column!r}, example {example}: the image cannot be decoded ({error})."
+            ) from error
 
     def check_images(self, column: str) -> None:
         """Preprocess one image, and look at every entry that costs nothing to look at.

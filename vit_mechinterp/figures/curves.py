@@ -75,7 +75,15 @@ def curves(
     for name, height in (references or {}).items():
         axes.axhline(height, color=MUTED, linewidth=1.1, linestyle=(0, (1, 1.6)), zorder=1)
         ends.append((name, height, MUTED))
-    axes.set_xlim(min(min(line.x) for line in lines.values()), max(max(line.x) for line in lines.values()))
+    first, last = (end(end(line.x) for line in lines.values()) for end in (min, max))
+    if first == last:
+        # One place alone: a dot in the middle, with its interval as a bar.
+        first, last = first - 1, last + 1
+        axes.set_xticks([(first + last) / 2])
+        shown = [line for line in lines.values() if not line.control]
+        for line, color in zip(shown, PALETTE * 4, strict=False):
+            axes.vlines(line.x, line.low, line.high, color=color, linewidth=1.6, zorder=2)
+    axes.set_xlim(first, last)
     axes.set_xlabel(x_label)
     axes.set_ylabel(label)
     axes.set_title(title)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["node_matrix"]
 
 _MOST_LABELS = 40
+_GROWING = "Blues"
 
 
 @styled
@@ -57,7 +58,9 @@ def node_matrix(
     high, wide = (_extent(n) for n in table.shape)
     figure = new_figure(1.3 + 0.07 * longest + wide, 1.1 + 0.05 * max(map(len, columns)) + high)
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps[COOLWARM].with_extremes(bad="#f4f5f7")
+    # Values of both signs part in the middle; shares from 0 to 1 only grow.
+    map_name = COOLWARM if limits[0] < 0 else _GROWING
+    colours = matplotlib.colormaps[map_name].with_extremes(bad="#f4f5f7")
     image = axes.imshow(
         np.ma.masked_invalid(table), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto"
     )

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 __all__ = [
     "COOLWARM",
+    "DPI",
     "INK",
     "MUTED",
     "PALETTE",
@@ -39,6 +40,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 COOLWARM = "coolwarm"
 INK = "#22262e"
 MUTED = "#7a818c"
+DPI = 200
+"""Pixels per inch of figures in files."""
 
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so figures look the same everywhere
@@ -96,7 +99,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 @styled
-def png_bytes(figure: Figure, dpi: int = 200) -> bytes:
+def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
     """Return the figure as a PNG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vit_mechinterp.report.collected import collect
 from vit_mechinterp.report.page import ComposedRun, Example, Page
 
-__all__ = ["ComposedRun", "Example", "Page"]
+__all__ = ["ComposedRun", "Example", "Page", "collect"]

@@ -126,13 +126,19 @@ class Page:
 def _section(result: CircuitResult) -> dict[str, Any]:
     return {
         "result": result,
-        "figures": [
-            _figure(figure, name, result.captions.get(name, "")) for name, figure in result.figures().items()
-        ],
+        "figures": _figures(result),
         "table": _table(result.table),
         "csv": _data_uri(result.table.to_csv(index=False).encode(), "text/csv"),
         "provenance": json.dumps(result.provenance, indent=2, ensure_ascii=False, default=str),
     }
+
+
+def _figures(result: CircuitResult) -> list[dict[str, Any]]:
+    """A result's figures, drawn, or as the files that a loaded result has."""
+    drawn = result.figures()
+    shown = [_figure(figure, name, result.captions.get(name, "")) for name, figure in drawn.items()]
+    left = [name for name in result.pictures if name not in drawn]
+    return shown + [_picture(result.pictures[name], name, result.captions.get(name, "")) for name in left]
 
 
 def _composed(run: ComposedRun) -> dict[str, Any]:
@@ -147,13 +153,18 @@ def _composed(run: ComposedRun) -> dict[str, Any]:
 def _figure(figure: Figure, name: str, caption: str) -> dict[str, Any]:
     from vit_mechinterp.figures.style import png_bytes
 
-    return {
-        "name": name,
-        "source": _data_uri(png_bytes(figure), "image/png"),
-        "width": round(figure.get_figwidth() * 100),
-        "height": round(figure.get_figheight() * 100),
-        "caption": caption,
-    }
+    return _picture(png_bytes(figure), name, caption)
+
+
+def _picture(png: bytes, name: str, caption: str) -> dict[str, Any]:
+    from PIL import Image
+
+    from vit_mechinterp.figures.style import DPI
+
+    with Image.open(io.BytesIO(png)) as image:
+        width, height = (round(side / DPI * 100) for side in image.size)
+    source = _data_uri(png, "image/png")
+    return {"name": name, "source": source, "width": width, "height": height, "caption": caption}
 
 
 def _gallery(examples: Sequence[Example]) -> dict[str, Any] | None:
