@@ -13,6 +13,7 @@ from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.das import das, das_by_attribute
 from vit_mechinterp.circuits.dictionary_files import load_dictionary
 from vit_mechinterp.circuits.directions import mean_directions
+from vit_mechinterp.circuits.disentanglement_generalization import disentanglement_generalization
 from vit_mechinterp.circuits.edge_attribution import edge_attribution
 from vit_mechinterp.circuits.embedding_matching import embedding_matching
 from vit_mechinterp.circuits.equivalence_walks import equivalence_walks
@@ -30,6 +31,7 @@ from vit_mechinterp.circuits.metrics import (
     Rank,
     Similarity,
 )
+from vit_mechinterp.circuits.novel_representations import novel_representations
 from vit_mechinterp.circuits.patch_association import patch_association
 from vit_mechinterp.circuits.path_patching import edge_patching, path_patching
 from vit_mechinterp.circuits.positional_comparison import positional_comparison
@@ -59,6 +61,7 @@ __all__ = [
     "cumulative_ablation",
     "das",
     "das_by_attribute",
+    "disentanglement_generalization",
     "edge_attribution",
     "edge_patching",
     "embedding_matching",
@@ -71,6 +74,7 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "mean_directions",
+    "novel_representations",
     "patch_association",
     "path_patching",
     "positional_comparison",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,9 +21,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, suggest
 
-__all__ = ["GatedRotations", "Training", "gate_name", "rotation_name", "temperature"]
+__all__ = [
+    "GatedRotations",
+    "Permutation",
+    "Schedule",
+    "Training",
+    "gate_name",
+    "learning_rate_factor",
+    "rotation_name",
+    "temperature",
+]
+
+Permutation = Literal["batch", "example"]
+Schedule = Literal["exact", "authors"]
 
 LOWEST_TEMPERATURE = 1 / 200
 
@@ -39,6 +52,9 @@ class Training:
         sparsity: weight of the sum of each gate in the loss.
         permute_sources: pair the tokens of source and base in another random order in every batch, so that a
             subspace cannot rest on where in an object a token lies.
+        permutation: one such order for each ``"batch"``, as published, or for each ``"example"``.
+        schedule: ``"exact"``, or ``"authors"`` for the published code's rounding (see `temperature` and
+            `learning_rate_factor`).
         seed: of the first rotations, the batches and the orders.
     """
 
@@ -48,6 +64,8 @@ class Training:
     mask_learning_rate: float = 1e-2
     sparsity: float = 1e-3
     permute_sources: bool = True
+    permutation: Permutation = "batch"
+    schedule: Schedule = "exact"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +75,10 @@ class Training:
         for name in ("learning_rate", "mask_learning_rate", "sparsity", "seed"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}={getattr(self, name)} is negative; it must be 0 or more.")
+        for name, known in (("permutation", get_args(Permutation)), ("schedule", get_args(Schedule))):
+            if (value := getattr(self, name)) not in known:
+                near = suggest(value, known)
+                raise SpecError(f"{name}={value!r} is not known. Choose one of: {', '.join(known)}.{near}")
 
 
 def rotation_name(layer: int) -> str:
@@ -69,11 +91,34 @@ def gate_name(layer: int) -> str:
     return f"gate_{layer}"
 
 
-def temperature(epoch: int, epochs: int) -> float:
+def temperature(epoch: int, epochs: int, schedule: Schedule = "exact") -> float:
     """The gates' temperature T: 1 in the first epoch, 1/200 in the last, falling geometrically in between
     (Lepori et al. 2024); in a training of one epoch, 1.
+
+    With ``"authors"``, 1/T and T are rounded to bfloat16, as in the published code.
     """
-    return float(LOWEST_TEMPERATURE ** (epoch / (epochs - 1))) if epochs > 1 else 1.0
+    if epochs < 2:
+        return 1.0
+    heat = float(LOWEST_TEMPERATURE ** (epoch / (epochs - 1)))
+    if schedule == "exact":
+        return heat
+    inverse = (1 / LOWEST_TEMPERATURE) ** (torch.tensor(epoch) / (epochs - 1))
+    return float(1 / inverse.to(torch.bfloat16))
+
+
+def learning_rate_factor(step: int, steps: int, schedule: Schedule = "exact") -> float:
+    """The learning rate's factor: linear warm-up over a tenth of the steps, then linear decay to zero.
+
+    With ``"authors"`` the warm-up begins at zero, so that the first step moves nothing, as with
+    ``get_linear_schedule_with_warmup`` of transformers.
+    """
+    if schedule == "authors":
+        rise = 0.1 * steps
+        return step / max(1.0, rise) if step < rise else max(0.0, (steps - step) / max(1.0, steps - rise))
+    warmup = max(1, round(0.1 * steps))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 class GatedRotations(nn.Module):

@@ -11,8 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
+from vit_mechinterp.circuits.alignment import Permutation, Schedule
+from vit_mechinterp.circuits.backdrop import backdrop_of
+from vit_mechinterp.circuits.das_controls import CONTROLS, Control
+from vit_mechinterp.circuits.das_data import splits_of
+from vit_mechinterp.circuits.das_questions import Options, Question, interchange_run
 from vit_mechinterp.circuits.das_result import assemble
-from vit_mechinterp.circuits.das_search import CONTROLS, Control, Question, answer, interchange_run
+from vit_mechinterp.circuits.das_search import answer
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.spec import TokenBox, Tokens
@@ -67,11 +72,14 @@ def das(
     mask_learning_rate: float = 1e-2,
     sparsity: float = 1e-3,
     permute_sources: bool = True,
+    permutation: Permutation = "batch",
+    schedule: Schedule = "exact",
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     layers_at_once: int | None = None,
     rows_at_once: int | None = None,
     store: ActivationStore | None = None,
+    stages: CircuitResult | None = None,
     progress: bool = True,
 ) -> CircuitResult:
     """Find, layer by layer, the subspace that carries one attribute of an object, and measure by held-out
@@ -86,52 +94,63 @@ def das(
     model is frozen: clean forwards are made once, and all layers and seeds are trained in the same growing
     batches, each as if alone.
 
-    The defaults are the published settings. Two details differ from the published code without moving any
-    optimum: the rotation is parametrised by the Cayley map instead of the matrix exponential, and the
-    temperatures are not rounded to bfloat16. (Its penalty, summed over the object's tied tokens and divided
-    by their number, is the sum of the one gate.)
+    The defaults are the published settings, one rotation and gate for all tokens of the object among them.
+    Three details differ from the published code without moving any optimum: the rotation is parametrised by
+    the Cayley map instead of the matrix exponential, the temperatures are not rounded to bfloat16, and the
+    warm-up's first step is not empty (``schedule="authors"`` gives both of the latter). Its penalty, summed
+    over the object's tied tokens and divided by their number, is the sum of the one gate.
 
     Args:
         vit: the model; nothing of it changes.
         train: counterfactual pairs to train on (a ``datasets.Dataset`` or a mapping of columns), such as
             `vit_mechinterp.stimuli.counterfactuals` makes.
-        test: held-out pairs to measure on.
+        test: held-out pairs to measure on, or several such sets by the name of the split: ``{"iid": ...,
+            "compositional": ...}``. Figures and summary show the first.
         attribute: what the pairs exchange ("shape", "color"); a name for the table and the figure.
         layers: blocks to analyse; all of them if left out. Each is trained as if alone (up to rounding).
         site: the site within each block, a name without its layer.
         tokens: the edited object's tokens in the base image, a selector such as ``{"box": "edited_box"}`` or
             ``{"column": "edited_tokens"}``.
         source_tokens: the source object's tokens in the source image.
-        control: ``"wrong_object"`` takes ``control_tokens`` in place of ``source_tokens``, in training as in
-            measuring: what can be reached with an object that lacks the wanted attribute.
+        control: search without the thing that is searched for, in training as in measuring.
+            ``"wrong_object"`` takes ``control_tokens`` in place of ``source_tokens``; ``"random_patch"``
+            takes random patches of both images outside all objects (the columns of boxes, or of tokens, say
+            where these are), and ``"random_patch_anywhere"`` any patches, as published;
+            ``"random_weights"`` searches the same architecture with fresh weights.
         control_tokens: the other object's tokens in the source image.
         base, source: image columns.
         label: the column of classes that the intervention should lead to.
-        epochs, batch_size, learning_rate, mask_learning_rate, sparsity, permute_sources, seed: see
-            `Training`; ``**TINY`` suits small models.
+        epochs, batch_size, learning_rate, mask_learning_rate, sparsity, permute_sources, permutation,
+            schedule, seed: see `Training`; ``**TINY`` suits small models. The seed also draws random patches
+            and fresh weights.
         seeds: train once from each of these, in place of ``seed``.
         layers_at_once: train the layers in groups of this many, which bounds the clean values held at the
             cost of one clean pass for each group; all at once if left out.
         rows_at_once: most (training, example) pairs in one forward; a step of more takes several. Chosen by
             device and memory if left out, and halved if memory runs out.
         store: where clean values are read from if they are there, and kept if they are not.
+        stages: a result of `attention_stages` on this model, whose global scores colour the layers of the
+            figures.
         progress: show bars if it takes longer than two seconds.
 
     Returns:
-        A table of one row per seed and layer: ``attribute``, ``control`` ("none" or its name), ``seed``,
-        ``layer``, ``site``, ``accuracy`` (fraction of held-out items whose predicted class is the
-        counterfactual label), ``rank`` (open dimensions of the gate), ``loss`` (held-out cross-entropy),
-        ``train_loss`` (last epoch, penalty included), ``no_effect`` (accuracy if nothing were changed) and
-        ``n`` (held-out items). ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]``
-        (zeros and ones), ready as ``basis`` and ``gate`` of an `InjectSubspace`; with ``seeds``,
-        ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.
+        A table of one row per seed, split and layer: ``attribute``, ``control`` ("none" or its name),
+        ``seed``, ``layer``, ``site``, ``split`` ("test" if there is one), ``accuracy`` (fraction of held-out
+        items whose predicted class is the counterfactual label) with ``accuracy_low`` and ``accuracy_high``
+        (95 % bootstrap interval over items), ``rank`` (open dimensions of the gate), ``loss`` (held-out
+        cross-entropy), ``train_loss`` (last epoch, penalty included), ``no_effect`` (accuracy if nothing were
+        changed) and ``n`` (held-out items); for `rmts_counterfactuals`, also the accuracy of each variant
+        (``accuracy_same_sample``, ...). Figures: ``das_by_layer``; ``das_controls`` with several controls,
+        ``das_splits`` with several splits, ``das_variants`` where there are any.
+        ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]`` (zeros and ones), ready
+        as ``basis`` and ``gate`` of an `InjectSubspace`, and as the subspaces of `novel_representations`;
+        with ``seeds``, ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.
 
     Raises:
-        SpecError, DataError: before the first forward, if anything does not fit.
+        SpecError, DataError, UnsupportedModelError: before the first forward, if anything does not fit.
     """
-    found = answer(
-        vit,
-        [Question(attribute, control, train, test)],
+    heat = backdrop_of(stages, vit)
+    options = Options(
         layers=layers,
         site=site,
         tokens=tokens,
@@ -146,6 +165,8 @@ def das(
         mask_learning_rate=mask_learning_rate,
         sparsity=sparsity,
         permute_sources=permute_sources,
+        permutation=permutation,
+        schedule=schedule,
         seed=seed,
         seeds=seeds,
         layers_at_once=layers_at_once,
@@ -153,7 +174,8 @@ def das(
         store=store,
         progress=progress,
     )
-    return assemble(found.table, found.tensors, found.records[0], found.chance)
+    found = answer(vit, [Question(attribute, control, train, splits_of(test))], options)
+    return assemble(found.table, found.tensors, found.records[0], found.chance, heat)
 
 
 def das_by_attribute(
@@ -170,7 +192,8 @@ def das_by_attribute(
 
     Args:
         vit: the model.
-        data: attribute to its training and held-out pairs: ``{"shape": (train, test), "color": ...}``.
+        data: attribute to its training and held-out pairs: ``{"shape": (train, test), "color": ...}``; each
+            ``test`` may be several sets by the name of the split.
         controls: what to run for each attribute; None is the search itself.
         settings: further arguments of `das`, the same for all.
 
@@ -187,19 +210,22 @@ def das_by_attribute(
         raise SpecError("There is nothing to search: give at least one attribute and one entry of controls.")
     if unknown := sorted(set(settings) - set(_SHARED)):
         raise TypeError(f"das_by_attribute takes no {', '.join(unknown)}. It takes {', '.join(_SHARED)}.")
+    parted = {attribute: (train, splits_of(test)) for attribute, (train, test) in data.items()}
     questions = [
-        Question(attribute, control, *pairs, prefix=f"{attribute}.{f'{control}.' if control else ''}")
-        for attribute, pairs in data.items()
+        Question(attribute, control, train, tests, f"{attribute}.{f'{control}.' if control else ''}")
+        for attribute, (train, tests) in parted.items()
         for control in controls
     ]
-    found = answer(vit, questions, **{name: settings.get(name, _SHARED[name]) for name in _SHARED})
+    heat = backdrop_of(settings.get("stages"), vit)
+    given = {name: settings.get(name, default) for name, default in _SHARED.items() if name != "stages"}
+    found = answer(vit, questions, Options(**given))
     searches = {
         f"{own.attribute}, {own.control or 'none'}": record["training"]
         for own, record in zip(questions, found.records, strict=True)
     }
-    record = provenance(*found.records, searches=searches)
+    record = provenance(*found.records, searches=searches, model=vit.fingerprint())
     del record["training"]
-    return assemble(found.table, found.tensors, record, found.chance)
+    return assemble(found.table, found.tensors, record, found.chance, heat)
 
 
 _SHARED: Final[Mapping[str, Any]] = {

@@ -12,44 +12,30 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from vit_mechinterp.circuits.alignment import GatedRotations, Training, gate_name, rotation_name, temperature
+from vit_mechinterp.circuits.alignment import (
+    GatedRotations,
+    Training,
+    gate_name,
+    learning_rate_factor,
+    rotation_name,
+    temperature,
+)
+from vit_mechinterp.circuits.subspace_batches import Search, Trainee
 from vit_mechinterp.engine import Batch, Prepared, prepare, run_together
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.gradient_width import gradient_width
-from vit_mechinterp.spec import Run
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine import ActivationStore
     from vit_mechinterp.model import HookedViT
 
 __all__ = ["Search", "Trained", "train_subspaces"]
-
-
-@dataclass(frozen=True)
-class Search:
-    """Subspaces to be trained on one dataset from one seed, one at each of several layers.
-
-    Attributes:
-        runs: by layer, a run whose one intervention names the layer's tensors (``prefix`` and then
-            `rotation_name`, `gate_name`). Names of runs differ between searches on one dataset.
-        data: the training examples; searches on the same object share its clean forwards.
-        labels: the class that each example should get under the intervention.
-        seed: of the first rotations, the batches and the orders.
-        prefix: what the tensors' names begin with.
-    """
-
-    runs: Mapping[int, Run]
-    data: Any
-    labels: Int[Tensor, " example"]
-    seed: int = 0
-    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +112,7 @@ def train_subspaces(
                     runs = [run for s in own if s.data is search.data for run in s.runs.values()]
                     context = prepare(vit, runs, search.data, first, progress=progress, store=store)
                     prepared[id(search.data)] = stack.enter_context(context)
-            trainees = [_Trainee(search, prepared[id(search.data)]) for search in own]
+            trainees = [Trainee(search, prepared[id(search.data)]) for search in own]
             rows = gradient_width(list(prepared.values())) if rows_at_once is None else rows_at_once
             losses, steps = _descend(trainees, modules, training, rows, name, progress)
             with torch.no_grad():
@@ -144,25 +130,6 @@ def train_subspaces(
     return [found[k] for k in range(len(searches))]
 
 
-class _Trainee:
-    """One search while it is trained: its random numbers are those of the search alone."""
-
-    def __init__(self, search: Search, prepared: Prepared) -> None:
-        self.labels = search.labels
-        self.prepared = prepared
-        self.runs = tuple(run.name for run in search.runs.values())
-        self.random = np.random.default_rng((search.seed, 0))
-        self._tokens = prepared.source_tokens(self.runs)
-
-    def batches(self, size: int, permute: bool) -> Iterator[Batch]:
-        """The batches of one epoch."""
-        order = self.random.permutation(self.prepared.n_examples)
-        for start in range(0, len(order), size):
-            examples = order[start : start + size].tolist()
-            pairing = self.random.permutation(self._tokens).tolist()
-            yield Batch(self.prepared, examples, self.runs, pairing if permute else None)
-
-
 @dataclass(frozen=True)
 class _Part:
     """Rows of one entry: the entry's number, its layer's place in the search, the rows, and their labels."""
@@ -175,7 +142,7 @@ class _Part:
 
 
 def _descend(
-    trainees: Sequence[_Trainee],
+    trainees: Sequence[Trainee],
     modules: GatedRotations,
     training: Training,
     rows: int,
@@ -193,7 +160,9 @@ def _descend(
             {"params": [mask], "lr": training.mask_learning_rate},
         ]
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps, training.schedule)
+    )
     losses = torch.zeros(len(modules.layers), device=mask.device)
     with (
         torch.enable_grad(),
@@ -201,21 +170,21 @@ def _descend(
     ):
         for epoch in range(training.epochs):
             losses.zero_()
-            heat = temperature(epoch, training.epochs)
-            streams = [own.batches(training.batch_size, training.permute_sources) for own in trainees]
+            heat = temperature(epoch, training.epochs, training.schedule)
+            streams = [own.batches(training) for own in trainees]
             for batches in zip(*streams, strict=True):
                 optimizer.zero_grad()
                 loss, rows = _backward(batches, trainees, modules, heat, training.sparsity, rows)
                 optimizer.step()
                 schedule.step()
-                losses += loss * (len(batches[0].examples) / n)
+                losses += loss * (sum(len(batch.examples) for batch in batches[0]) / n)
                 bar.update()
     return losses.cpu(), steps
 
 
 def _backward(
-    batches: Sequence[Batch],
-    trainees: Sequence[_Trainee],
+    batches: Sequence[Sequence[Batch]],
+    trainees: Sequence[Trainee],
     modules: GatedRotations,
     heat: float,
     sparsity: float,
@@ -235,7 +204,7 @@ def _backward(
             loss = _gradients(batches, trainees, leaves, rows)
         if loss is not None:
             break
-        rows = make_room(min(rows, sum(batch.rows for batch in batches)))
+        rows = make_room(min(rows, sum(batch.rows for own in batches for batch in own)))
     reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
     torch.autograd.backward(
         [gates, *(named[key] for key in reached)],
@@ -245,7 +214,7 @@ def _backward(
 
 
 def _gradients(
-    batches: Sequence[Batch], trainees: Sequence[_Trainee], leaves: Mapping[str, Tensor], rows: int
+    batches: Sequence[Sequence[Batch]], trainees: Sequence[Trainee], leaves: Mapping[str, Tensor], rows: int
 ) -> Float[Tensor, " entry"]:
     """Leave the gradients of all cross-entropies in the leaves; the cross-entropy of every entry."""
     device = next(iter(leaves.values())).device
@@ -263,16 +232,19 @@ def _gradients(
     return loss
 
 
-def _forwards(batches: Sequence[Batch], trainees: Sequence[_Trainee], rows: int) -> Iterator[list[_Part]]:
+def _forwards(
+    batches: Sequence[Sequence[Batch]], trainees: Sequence[Trainee], rows: int
+) -> Iterator[list[_Part]]:
     """The rows of one step by forward: whole runs as far as they fit, those of one layer side by side."""
     parts: list[_Part] = []
     first = 0
-    for batch, own in zip(batches, trainees, strict=True):
-        for piece in batch.cut(rows):
+    for together, own in zip(batches, trainees, strict=True):
+        n = sum(len(batch.examples) for batch in together)
+        for piece in (piece for batch in together for piece in batch.cut(rows)):
             assert piece.runs is not None
             place = own.runs.index(piece.runs[0])
             labels = own.labels[list(piece.examples)]
-            parts.append(_Part(first + place, place, piece, labels, 1 / len(batch.examples)))
+            parts.append(_Part(first + place, place, piece, labels, 1 / n))
         first += len(own.runs)
     taken: list[_Part] = []
     free = rows
@@ -288,11 +260,3 @@ def _forwards(batches: Sequence[Batch], trainees: Sequence[_Trainee], rows: int)
 def _names(search: Search) -> list[str]:
     """Names of a search's tensors."""
     return [search.prefix + of(layer) for of in (rotation_name, gate_name) for layer in search.runs]
-
-
-def _rate(step: int, steps: int) -> float:
-    """The learning rate's factor: linear warm-up over a tenth of the steps, then linear decay to zero."""
-    warmup = max(1, round(0.1 * steps))
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return max(0.0, (steps - step) / max(1, steps - warmup))

@@ -126,6 +126,7 @@ def das_by_layer(
     control_name: str = "wrong object",
     chance: float = 0.5,
     no_effect: float | Mapping[str, float] | None = None,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     backdrop: Sequence[float] | None = None,
     title: str = "",
     label: str = "interchange accuracy",
@@ -139,6 +140,7 @@ def das_by_layer(
         chance: accuracy of guessing.
         no_effect: accuracy if the intervention changed nothing, about one minus the base accuracy; one value
             for all, or attribute to its own, drawn in its colour where they differ.
+        bands: attribute to the lower and upper ends ``[layer]`` of its intervals, drawn as a tint.
         backdrop: values in 0..1 ``[layer]`` that tint the background of every layer.
         title: above the axes.
         label: what the y axis measures.
@@ -147,7 +149,7 @@ def das_by_layer(
         DataError: the lengths differ, or a control has no attribute to belong to.
     """
     controls = controls or {}
-    own = set(controls) | (set(no_effect) if isinstance(no_effect, Mapping) else set())
+    own = set(controls) | set(bands or ()) | (set(no_effect) if isinstance(no_effect, Mapping) else set())
     if orphans := sorted(own - set(accuracy)):
         raise DataError(f"There are controls for {orphans}, but accuracies only for {sorted(accuracy)}.")
     n_layers = _common_length({**accuracy, **{f"{name} control": line for name, line in controls.items()}})
@@ -159,6 +161,8 @@ def das_by_layer(
     ends: list[tuple[str, float, str]] = []
     for (name, line), color in zip(accuracy.items(), PALETTE, strict=False):
         axes.plot(line, marker="o", color=color, zorder=3)
+        if bands and name in bands:
+            axes.fill_between(range(n_layers), *bands[name], color=color, alpha=0.16, linewidth=0, zorder=2)
         star_at_peak(axes, line, color)
         ends.append((name, float(line[-1]), color))
         if name in controls:
