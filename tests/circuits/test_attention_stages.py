@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vit_mechinterp as vmi
 from vit_mechinterp.circuits import attention_shares as shares_module
-from vit_mechinterp.circuits.attention_parts import part_tokens
+from vit_mechinterp.circuits.attention_kinds import kinds_of
+from vit_mechinterp.circuits.attention_parts import TokenSets, part_tokens
 from vit_mechinterp.circuits.attention_shares import attention_shares, measure_shares
 from vit_mechinterp.circuits.attention_stages import attention_stages, layer_heat, peak_heads
 from vit_mechinterp.engine.data import Data
@@ -182,6 +183,26 @@ def test_with_a_display_pair_the_background_leaves_out_four_objects() -> None:
     assert len(stars) == 5
     assert all(f"({kind}), largest" in " ".join(result.summary) for kind in ("WO", "WP", "BP", "BG"))
     assert result.captions["stages"].count("display pair") == 1
+
+
+def test_kinds_of_a_synthetic_pattern_add_up_to_one() -> None:
+    # CLS, then four objects of one, two, one and one tokens, then two background patches.
+    members = [[1], [2, 3], [4], [5]]
+    masks = torch.zeros(1, 6, 8, dtype=torch.bool)
+    for row, own in enumerate([*members, [6, 7], [0]]):
+        masks[0, row, own] = True
+    tokens = TokenSets(masks[:, :4], 2, masks, ("cls",))
+    pattern = torch.softmax(3 * torch.randn(1, 5, 8, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    kinds = kinds_of(attention_shares(pattern, tokens.queries, masks), tokens)
+    for number in (0, 1):  # per object: itself, the other one, the display pair, background, CLS
+        rows = pattern[0, :, members[number]]
+        parts = [kinds[kind][0, :, number] for kind in ("WO", "WP", "BG", "CLS")]
+        display = rows[:, :, [4, 5]].sum(-1).mean(-1)
+        assert torch.allclose(sum(parts) + display, torch.ones(5), atol=1e-6)
+    # From the pair as a whole, BP is the mean over its three tokens.
+    assert torch.allclose(kinds["BP"][0, :, 0], pattern[0][:, 1:4, 4:6].sum(-1).mean(-1), atol=1e-6)
+    assert torch.allclose(kinds["BP"][0, :, 1], pattern[0][:, 4:6, 1:4].sum(-1).mean(-1), atol=1e-6)
+    assert kinds["within_pair"].shape[-1] == 4
 
 
 def test_patches_that_objects_share_count_with_neither() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vit_mechinterp.circuits.attention_example import ExampleAttention
 from vit_mechinterp.circuits.attention_kinds import KIND_NAMES, WithinObject, column_of
+from vit_mechinterp.circuits.attention_parts import OVERLAP
 from vit_mechinterp.circuits.result import CircuitResult
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def findings(
 def captions(table: pd.DataFrame, wo_mode: WithinObject, shown: int | None) -> dict[str, str]:
     """Say what each figure shows; ``shown`` is the example drawn, None if none is."""
     has_display = "BP" in table
-    beyond = "attention to CLS and to the display pair" if has_display else "attention to CLS"
+    others = {"CLS": True, "the display pair": has_display, "shared patches": OVERLAP in table}
+    beyond = "attention to " + " and to ".join(name for name, there in others.items() if there)
     meaning = "measured directly" if wo_mode == "direct" else "the complement 1 − WP − BG"
     alone = (
         "; as published it leaves out attention to the display pair, so a head with little else seems local"
