@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_our_lines_run(section: str) -> None:
     ours = lines(section)
     assert len(ours) == 10
     names: dict[str, Any] = {}
-    (setup,) = code(PAGE)
+    setup = code(PAGE)[0]
     exec(compile(setup, "setup", "exec"), names)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -44,9 +45,19 @@ def test_our_lines_run(section: str) -> None:
         assert "timm.vit" in printed.getvalue()
         assert names["g"].shape == (4, 17, 24)
         assert float(names["g"].abs().max()) > 0
-        changed = [names["edited"], names["swapped"].logits[0]]
+        changed = [names["edited"], names["swapped"].logits[0], names["requested"].logits[0]]
     else:
         assert names["run"].interventions == (names["swap"],)
         torch.testing.assert_close(names["tensors"]["basis"], names["basis"])
         changed = [names["swapped"].logits[0], names["both"].logits[0]]
     assert all(float((output - clean).detach().abs().max()) > 1e-4 for output in changed)
+
+
+def test_the_trace_runs_from_a_file(tmp_path: Path) -> None:
+    """nnsight reads the body of a trace as source."""
+    setup, trace = code(PAGE)
+    vit = "vit = vmi.wrap(module)"
+    check = "assert torch.equal(h, vit.run(images, capture=['blocks.1.resid_post'])[1]['blocks.1.resid_post'])"
+    script = tmp_path / "script.py"
+    script.write_text("\n".join([setup, vit, trace, check]), encoding="utf-8")
+    runpy.run_path(str(script))
