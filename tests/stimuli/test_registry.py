@@ -72,7 +72,7 @@ def test_third_parties_register_their_own(monkeypatch: pytest.MonkeyPatch) -> No
 def test_importing_stimuli_loads_no_dataset_library() -> None:
     code = (
         "import sys, vit_mechinterp.stimuli; "
-        "sys.stdout.write(','.join(sorted({'datasets', 'pandas', 'PIL', 'timm', 'transformers'} & set(sys.modules))))"
+        "sys.stdout.write(','.join(sorted({'datasets', 'mitsuba', 'pandas', 'PIL', 'timm', 'transformers'} & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""

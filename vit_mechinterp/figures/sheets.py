@@ -54,7 +54,8 @@ def image_rows(rows: Sequence[SheetRow], *, side: float = 1.0) -> Figure:
         for what, given in (("captions", row.captions), ("boxes", row.boxes)):
             if given and len(given) != len(row.images):
                 raise DataError(
-                    f"The row {row.label!r} has {len(row.images)} images but {len(given)} {what}; give one each."
+                    f"The row {row.label!r} has {len(row.images)} images but {len(given)} {what}; give one "
+                    "each."
                 )
     margin, apart, extra = 0.09, 0.05, 0.3
     left = 0.15 + 0.085 * max(len(row.label) for row in rows)
@@ -70,7 +71,8 @@ def image_rows(rows: Sequence[SheetRow], *, side: float = 1.0) -> Figure:
     top = height
     for row, tall in zip(rows, heights, strict=True):
         if row.heading:
-            figure.text(0.08 / width, (top - 0.2) / height, row.heading, fontweight="bold", fontsize=10, color=INK)
+            place = (0.08 / width, (top - 0.2) / height)
+            figure.text(*place, row.heading, fontweight="bold", fontsize=10, color=INK)
         up = top - (0.3 if row.heading else 0.0) - side
         figure.text((left - 0.08) / width, (up + side / 2) / height, row.label, ha="right", va="center")
         x = left
@@ -89,8 +91,9 @@ def image_rows(rows: Sequence[SheetRow], *, side: float = 1.0) -> Figure:
             for box, color in zip(row.boxes[index] if row.boxes else (), PALETTE, strict=False):
                 x0, y0, x1, y1 = box
                 # Pixel centres are at whole numbers, so a half-open box starts half a pixel earlier.
+                corner, width_of, height_of = (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0
                 axes.add_patch(
-                    Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.2)
+                    Rectangle(corner, width_of, height_of, fill=False, edgecolor=color, linewidth=1.2)
                 )
             if row.captions:
                 axes.set_xlabel(row.captions[index], fontsize=7.5, labelpad=2)

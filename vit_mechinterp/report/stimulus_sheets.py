@@ -1,4 +1,4 @@
-"""Sheets of the stimuli of Lepori et al. (2024): what their Figs. 1, 7, 8 and 9 show, made by this package."""
+"""Sheets of the stimuli of Lepori et al. (2024): what their Figs. 1, 7, 8 and 9 show, as made here."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def stimulus_sheets(
         split, seed: of the images that are shown.
 
     Returns:
-        Table, one row per image of a figure: ``figure, task, label, example`` (its place in the dataset of the
-        task, split and seed), ``objects``. Figures: ``tasks`` (Fig. 1), ``objects`` (Fig. 7: shapes and
+        Table, one row per image of a figure: ``figure, task, label, example`` (its place in the dataset of
+        the task, split and seed), ``objects``. Figures: ``tasks`` (Fig. 1), ``objects`` (Fig. 7: shapes and
         colours with those that are out of distribution), ``stimuli`` (Fig. 8) and ``realistic`` (Fig. 9, the
         shipped photographs).
 
@@ -48,7 +48,7 @@ def stimulus_sheets(
         raise SpecError(f"n={n}: a row shows 1 to 12 images.")
     from vit_mechinterp.stimuli import discrimination, realistic_discrimination, rmts
 
-    # In the order of the generators every kind of different pair, and every relation, is among the first ones.
+    # Every kind of different pair, and of relation, is among the first images that a generator makes.
     count = max(12, 4 * n)
     sizes: dict[str, Any] = {"canvas": canvas, "patch": patch, "cell": cell}
     data = {
@@ -75,18 +75,19 @@ def stimulus_sheets(
 
 
 _DESCRIPTION = (
-    "The stimuli of the two tasks, made by this package after the paper's description. Objects carry Gaussian "
-    "noise around their colour, drawn anew for every object, so two objects that are the same are not the same "
-    "pixels. Shapes are this project's own; colours, sizes, places and balance are the paper's.\n\n"
-    "The photographs are path-traced from meshes that this project builds: 16 objects in random places, turns, "
-    "sizes and poses on a table, with random textures of table and wall, lights and camera. The paper's own "
-    "models and renderer are not known."
+    "The stimuli of the two tasks, made by this package after the paper's description. Objects carry "
+    "Gaussian noise around their colour, drawn anew for every object, so two objects that are the same are "
+    "not the same pixels. Shapes are this project's own; colours, sizes, places and balance are the "
+    "paper's.\n\n"
+    "The photographs are path-traced from meshes that this project builds: 16 objects in random places, "
+    "turns, sizes and poses on a table, with random textures of table and wall, lights and camera. The "
+    "paper's own models and renderer are not known."
 )
 
 _CAPTIONS = {
     "tasks": (
-        "The two tasks (the paper's Fig. 1). Discrimination: are the two objects the same? Relational match to "
-        "sample: does the pair elsewhere in the image show the same relation as the display pair in its "
+        "The two tasks (the paper's Fig. 1). Discrimination: are the two objects the same? Relational match "
+        "to sample: does the pair elsewhere in the image show the same relation as the display pair in its "
         "upper left corner?"
     ),
     "objects": (
@@ -94,12 +95,12 @@ _CAPTIONS = {
         "are out of distribution: no training shows them."
     ),
     "stimuli": (
-        "More stimuli of both tasks (the paper's Fig. 8), different above, same below. Different objects differ "
-        "in both attributes, in shape alone, or in colour alone, in turn."
+        "More stimuli of both tasks (the paper's Fig. 8), different above, same below. Different objects "
+        "differ in both attributes, in shape alone, or in colour alone, in turn."
     ),
     "realistic": (
-        "The realistic discrimination task (the paper's Figs. 9 and 10), different above, same below; the last "
-        "row shows what is known of the images above it: masks and boxes of what is seen of either object."
+        "The realistic discrimination task (the paper's Figs. 9 and 10), different above, same below; the "
+        "last row shows what is known of the images above it: masks and boxes of what is seen of either."
     ),
 }
 
@@ -107,7 +108,8 @@ _CAPTIONS = {
 def _chosen(data: Mapping[str, Dataset], n: int) -> list[tuple[str, str, int, int]]:
     """Which images are shown: (figure, task, label, place in the dataset)."""
     shown = []
-    for figure, tasks, count in (("tasks", _TASKS, 2), ("stimuli", _TASKS, n), ("realistic", ("realistic",), n)):
+    sheets = (("tasks", tuple(_TASKS), 2), ("stimuli", tuple(_TASKS), n), ("realistic", ("realistic",), n))
+    for figure, tasks, count in sheets:
         for task in tasks:
             labels = data[task]["label"]
             for label in (0, 1):
@@ -179,7 +181,11 @@ def _draw(
     ]
     known = picked("realistic", "realistic", 1)
     photographs.append(
-        SheetRow("masks, boxes", [_masked(row) for row in known], boxes=[(row["box_1"], row["box_2"]) for row in known])
+        SheetRow(
+            "masks, boxes",
+            [_masked(row) for row in known],
+            boxes=[(row["box_1"], row["box_2"]) for row in known],
+        )
     )
     return {
         "tasks": image_rows(tasks, side=1.45),

@@ -1,7 +1,8 @@
 """Images whose structure is known: what each shows, where, and which patches cover it.
 
 `discrimination`, `rmts`, `counterfactuals`, `rmts_counterfactuals` and `object_exchanges` make datasets, and
-`realistic_discrimination` one of photographs; the generators make the same images as tensors, at training speed; `build` makes them by name.
+`realistic_discrimination` one of photographs; the generators make the same images as tensors, at training
+speed; `build` makes datasets by name.
 `spatially_structured` makes no images but patches, disjoint sets of which carry a label.
 Everything is the same in every process for the same options and seed.
 """

@@ -141,5 +141,5 @@ def object_gallery(
 
 
 def shape_gallery(cell: int = 32, *, color: int = 4, seed: int = 0) -> list[Image.Image]:
-    """Draw every shape of training once, by id, in one colour: 16 PIL images as `object_gallery` makes them."""
+    """Draw every shape of training once, by id, in one colour: 16 images as `object_gallery` makes them."""
     return object_gallery([(shape, color) for shape in range(N_SHAPES)], cell, seed=seed)

@@ -4,6 +4,11 @@ From shapes to images, one file a step: `mesh` and `solids` (geometry), `turned`
 parts), `objects` (all sixteen, and how they rest), `noise`, `patterns` and `rooms` (textures), `scenes` (what
 an image shows, drawn at random), `renderer` (Mitsuba), `images` (what is measured, kept in a folder) and
 `discrimination` (the dataset). Nothing but `renderer` needs Mitsuba.
+
+The shipped images, ``packaged.parquet``, are what this command writes (``--set folder=DIR`` keeps each image
+as it comes, so that an interrupted call goes on)::
+
+    vit-mechinterp stimuli realistic-discrimination --n 192 --set source=render --out packaged.parquet
 """
 
 from __future__ import annotations

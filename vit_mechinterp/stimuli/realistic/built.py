@@ -93,7 +93,8 @@ def cactus() -> list[Part]:
         path = curve([(0.08 * side, 0, low), (0.22 * side, 0, low + 0.01), (0.27 * side, 0, low + 0.1),
                       (0.27 * side, 0, high)], 8)  # fmt: skip
         pieces += [tube(path, 0.065, 32), ball(0.065, 32).moved((0.27 * side, 0, high))]
-    flower = [ball(0.035, 16).moved((0.045 * np.cos(a), 0.045 * np.sin(a), 1.09)) for a in np.arange(5) * 1.2566]
+    petals = [(0.045 * np.cos(angle), 0.045 * np.sin(angle)) for angle in np.arange(5) * 1.2566]
+    flower = [ball(0.035, 16).moved((x, y, 1.09)) for x, y in petals]
     green = Surface("#ffffff", "matte", pattern="ribs", repeat=(9.0, 1.0))
     return [
         Part(join(pieces), green),

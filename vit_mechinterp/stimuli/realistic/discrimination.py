@@ -80,8 +80,8 @@ def realistic_discrimination(
     settings = Settings(check_split(split), seed, canvas, samples)
     if canvas < 32 or samples < 1 or seed < 0:
         raise SpecError(
-            f"canvas={canvas}, samples={samples}, seed={seed}: a canvas has 32 px or more, a pixel one sample or "
-            "more, and a seed is not negative."
+            f"canvas={canvas}, samples={samples}, seed={seed}: a canvas has 32 px or more, a pixel one "
+            "sample or more, and a seed is not negative."
         )
     if source not in ("auto", "packaged", "render"):
         raise SpecError(f"source={source!r}: choose 'auto', 'packaged' or 'render'.")
@@ -91,8 +91,9 @@ def realistic_discrimination(
             return _packaged().select(range(n))
         if source == "packaged":
             raise SpecError(
-                f"The package ships the first {PACKAGED_IMAGES} images of split 'test' with seed 0, canvas 160 and "
-                f"samples 49; asked for: n={n}, {settings}. Ask for these, or render with source='render'."
+                f"The package ships the first {PACKAGED_IMAGES} images of split 'test' with seed 0, canvas "
+                f"160 and samples 49; asked for: n={n}, {settings}. Ask for these, or render with "
+                "source='render'."
             )
     return _rendered(settings, n, None if folder is None else Path(folder), progress)
 
@@ -139,6 +140,6 @@ def _packaged() -> Dataset:
         return Dataset(InMemoryTable(pyarrow.parquet.read_table(_PACKAGED)))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"The images that the package ships cannot be read from {_PACKAGED} ({error}). Install the package "
-            "again, or render with source='render'."
+            f"The images that the package ships cannot be read from {_PACKAGED} ({error}). Install the "
+            "package again, or render with source='render'."
         ) from error

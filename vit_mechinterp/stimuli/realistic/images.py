@@ -16,7 +16,7 @@ from vit_mechinterp.errors import DataError, ExecutionError
 from vit_mechinterp.stimuli.realistic.renderer import coverage, photograph
 from vit_mechinterp.stimuli.realistic.scenes import Scene, sample_scene
 
-__all__ = ["LEAST_VISIBLE", "Example", "Settings", "examples"]
+__all__ = ["LEAST_VISIBLE", "Example", "Settings", "examples", "render_example"]
 
 LEAST_VISIBLE = 0.5
 """Every object shows at least this share of what it would show without the other one."""
@@ -89,8 +89,8 @@ def render_example(settings: Settings, index: int) -> Example:
                 _facts(scene, masks, visible),
             )
     raise ExecutionError(
-        f"Image {index} (seed {settings.seed}, split {settings.split!r}): in {_ATTEMPTS} scenes the two objects "
-        f"were never both visible at {settings.canvas} px. Use another seed or a larger canvas."
+        f"Image {index} (seed {settings.seed}, split {settings.split!r}): in {_ATTEMPTS} scenes the two "
+        f"objects were never both visible at {settings.canvas} px. Use another seed or a larger canvas."
     )
 
 
@@ -135,7 +135,8 @@ def _claim(folder: Path, settings: Settings) -> None:
         raise DataError(f"{path} is not valid JSON ({error}); use another folder.") from error
     if found != wanted:
         raise DataError(
-            f"The folder {folder} holds images of other settings: {found}, wanted {wanted}. Use another folder."
+            f"The folder {folder} holds images of other settings: {found}, wanted {wanted}. Use another "
+            "folder."
         )
 
 

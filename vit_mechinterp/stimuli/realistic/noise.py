@@ -48,7 +48,8 @@ def _interpolated(lattice: Floats, size: int) -> Floats:
     left = at.astype(int)
     t = (at - left)[:, None]
     t = t * t * (3 - 2 * t)
-    return lattice[left % n] * (1 - t) + lattice[(left + 1) % n] * t
+    field: Floats = lattice[left % n] * (1 - t) + lattice[(left + 1) % n] * t
+    return field
 
 
 def stretch(field: Floats) -> Floats:

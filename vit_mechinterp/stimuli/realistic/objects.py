@@ -62,7 +62,8 @@ _SIZES = {"die": 0.75, "bowl": 0.85, "vase": 0.9, "mug": 0.85}
 @lru_cache(maxsize=len(_BUILDERS))
 def object_parts(name: str) -> tuple[Part, ...]:
     """Return the parts of an object, upright, at a size of one: the larger of its height and the diameter of
-    what it covers of the table is 1 (a little less for bulky objects); it stands on z = 0, centred on the z axis.
+    what it covers of the table is 1 (a little less for bulky objects); it stands on z = 0, centred on the z
+    axis.
     """
     parts = _BUILDERS[name]()
     points = np.concatenate([part.mesh.vertices for part in parts])

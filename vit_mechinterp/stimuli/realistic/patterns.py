@@ -64,7 +64,7 @@ def _linen(stream: Stream) -> Floats:
 
 def _oak(stream: Stream) -> Floats:
     """Wood with its grain along the first axis."""
-    x, y = grid(_SIZE)
+    _, y = grid(_SIZE)
     bend = clouds(stream, _SIZE, (3, 2), octaves=3)
     rings = 0.5 + 0.5 * np.sin(2 * np.pi * (7 * y + 2.5 * bend))
     fibre = clouds(stream, _SIZE, (64, 3), octaves=3)
@@ -77,7 +77,7 @@ def _ribs(stream: Stream) -> Floats:
     rib = 0.5 + 0.5 * np.cos(2 * np.pi * 2 * x)
     skin = blend(rgb("#1d4a24"), rgb("#5f9e4c"), rib * (0.8 + 0.2 * clouds(stream, _SIZE, (8, 8))))
     thorn = (rib > 0.9) & ((y * 14) % 1 < 0.3)
-    return blend(skin, rgb("#e8e3b5"), 0.85 * thorn)
+    return blend(skin, rgb("#e8e3b5"), np.asarray(0.85 * thorn, dtype=np.float64))
 
 
 PATTERNS: dict[str, Callable[[Stream], Floats]] = {

@@ -100,12 +100,11 @@ def _seen_index(mi: Any, camera: Camera, size: int, meshes: dict[str, Any]) -> N
 
 
 def _loaded(mi: Any, described: dict[str, Any]) -> Any:
-    # Things that are described together are made in an order that differs from call to call, and with the order
-    # of the lights differs the noise; what is made beforehand keeps its place.
-    made = {
-        name: mi.load_dict(value) if isinstance(value, dict) and name not in ("sensor", "integrator") else value
-        for name, value in described.items()
-    }
+    # Things that are described together are made in an order that differs from call to call, and with the
+    # order of the lights differs the noise; what is made beforehand keeps its place.
+    apart = [name for name, value in described.items() if isinstance(value, dict)]
+    made = {name: mi.load_dict(described[name]) for name in apart if name not in ("sensor", "integrator")}
+    made = described | made
     return mi.load_dict(made, parallel=False)
 
 
@@ -183,7 +182,8 @@ def _object(mi: Any, scene: Scene, number: int) -> dict[str, Any]:
 def _coordinates(part: Part) -> Floats | None:
     if part.surface.pattern is None:
         return None
-    return part.mesh.texture_coordinates(part.surface.mapping) * np.asarray(part.surface.repeat)
+    coordinates: Floats = part.mesh.texture_coordinates(part.surface.mapping) * part.surface.repeat
+    return coordinates
 
 
 def _bsdf(mi: Any, surface: Surface) -> dict[str, Any]:
@@ -194,9 +194,13 @@ def _bsdf(mi: Any, surface: Surface) -> dict[str, Any]:
         return {"type": "diffuse", "reflectance": color}
     if surface.material == "plastic":
         return {
-            "type": "roughplastic", "diffuse_reflectance": color, "alpha": surface.roughness, "nonlinear": True
+            "type": "roughplastic", "diffuse_reflectance": color, "alpha": surface.roughness,
+            "nonlinear": True,
         }  # fmt: skip
-    return {"type": "roughconductor", "material": "none", "specular_reflectance": color, "alpha": surface.roughness}
+    return {
+        "type": "roughconductor", "material": "none", "specular_reflectance": color,
+        "alpha": surface.roughness,
+    }  # fmt: skip
 
 
 def _bitmap(mi: Any, pixels: NDArray[np.uint8], repeat: list[float] | None = None) -> dict[str, Any]:

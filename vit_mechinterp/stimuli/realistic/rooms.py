@@ -176,7 +176,8 @@ def room_light(stream: Stream) -> NDArray[np.float32]:
     """
     height, width = 64, 128
     up = np.linspace(1, -1, height)[:, None, None]
-    ceiling, floor = _color(stream, low=0.5, high=0.9, vivid=0.2), _color(stream, low=0.1, high=0.35, vivid=0.4)
+    ceiling = _color(stream, low=0.5, high=0.9, vivid=0.2)
+    floor = _color(stream, low=0.1, high=0.35, vivid=0.4)
     image = np.broadcast_to(floor + (ceiling - floor) * (up + 1) / 2, (height, width, 3)) * 0.3
     image = image.copy()
     for _ in range(2 + int(stream.below(3, 1)[0])):

@@ -28,14 +28,16 @@ def curve(points: Sequence[tuple[float, ...]], steps: int = 8) -> Floats:
 def circle(n: int, radius: float = 1.0) -> Floats:
     """Return n points of a circle, counter-clockwise ``[n, 2]``."""
     angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
-    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    points: Floats = radius * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    return points
 
 
 def star_outline(points: int, outer: float, inner: float) -> Floats:
-    """Return the outline of a star with a point on the positive y axis, counter-clockwise ``[2 points, 2]``."""
+    """Return the outline of a star, a point on the positive y axis, counter-clockwise ``[2 points, 2]``."""
     angle = np.pi / 2 + np.arange(2 * points) * np.pi / points
     radius = np.where(np.arange(2 * points) % 2 == 0, outer, inner)
-    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    outline: Floats = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    return outline
 
 
 def _rings(rings: Floats, *, around: bool = False) -> Mesh:
@@ -92,10 +94,8 @@ def tube(path: Floats, radius: float | Floats, n: int = 20, *, closed: bool = Fa
     point to point.
     """
     radii = np.broadcast_to(np.asarray(radius, dtype=float), len(path))
-    if closed:
-        ahead = np.roll(path, -1, axis=0) - np.roll(path, 1, axis=0)
-    else:
-        ahead = np.gradient(path, axis=0)
+    around = np.roll(path, -1, axis=0) - np.roll(path, 1, axis=0)
+    ahead: Floats = around if closed else np.gradient(path, axis=0)
     ahead = ahead / np.linalg.norm(ahead, axis=1, keepdims=True)
     side = np.cross(ahead[0], np.eye(3)[np.abs(ahead[0]).argmin()])
     sides = []
@@ -162,4 +162,5 @@ def _inset(outline: Floats, distance: float) -> Floats:
     normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
     before = np.roll(normal, 1, axis=0)
     both = 1 + np.einsum("ni,ni->n", before, normal)
-    return outline + distance * (before + normal) / np.maximum(both, 0.25)[:, None]
+    moved: Floats = outline + distance * (before + normal) / np.maximum(both, 0.25)[:, None]
+    return moved
