@@ -1,5 +1,5 @@
 """The command line: ``vit-mechinterp demo | reproduce | models | check | parity | sites | circuit |
-page | plan | run | train | schema``.
+page | stimuli | plan | run | train | schema``.
 
 Commands import what they need when they run, so that ``--help`` is immediate. An error of this package is one
 message on stderr and exit code 2; ``--debug`` shows where it came from.
