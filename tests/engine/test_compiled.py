@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,32 @@ def test_compiled_blocks_serve_growing_batches(tiny: Tiny) -> None:
     calls = backend.calls
     world.check(DOCUMENTS, world.vit.uncompile() and world.execute(DOCUMENTS))
     assert backend.calls == calls
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
+def test_the_default_backend_gives_what_eager_blocks_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and gradients of blocks compiled by inductor, in growing batches of several widths."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    world = World(TIMM_PLAIN, 4)
+    world.vit.sites()
+    edit = {"op": "inject_subspace", "site": "blocks.0.resid_post", "basis": "R", "source": "source"}
+    run = Run.model_validate({"name": "r", "interventions": [edit]})
+    basis = world.tensors[f"basis.{world.vit.layout.d_model}"]
+    eager, found = world.execute(DOCUMENTS, batch_size=7), []
+    for compiled in (False, True):
+        if compiled:
+            world.vit.compile()
+        tensors = {"R": basis.clone().requires_grad_()}
+        with prepare(world.vit, run, world.columns, tensors, progress=False) as prepared:
+            prepared([0, 2], tensors).square().sum().backward()
+        found.append(tensors["R"].grad)
+    for batch_size in (20, 7, 3):
+        results = world.execute(DOCUMENTS, batch_size=batch_size)
+        world.check(DOCUMENTS, results)
+        assert float((results.logits - eager.logits).abs().max()) < 1e-5 * world.scale
+    assert not torch.equal(results.logits, eager.logits)  # other kernels did run
+    assert float((found[0] - found[1]).abs().max()) < 1e-4 * float(found[0].abs().max())
 
 
 def test_hooks_inside_a_block_still_see_what_passes() -> None:

@@ -1,0 +1,103 @@
+"""No (row, block) pair is computed that need not be: a count that knows nothing of the engine gives the same number."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+import vit_mechinterp as vmi
+from tests.engine.test_sharing import repeating
+from tests.engine.world import Counted, World
+from tests.tiny_models import N_LAYERS
+from vit_mechinterp import Run
+
+Document = dict[str, Any]
+
+SITES = ("resid_pre", "attn.q", "attn.z", "resid_mid", "mlp.post", "mlp_out", "resid_post")
+BEHIND = ("mlp_out", "resid_post")
+"""Sites whose edits leave nothing of their block to be computed."""
+
+
+def drawn(draw: random.Random, n_layers: int) -> list[Document]:
+    """Runs of one to three interventions at random sites; some are equal, some do nothing."""
+    documents = []
+    for n in range(draw.randint(2, 7)):
+        edits: list[Document] = []
+        for _ in range(draw.randint(1, 3)):
+            site = f"blocks.{draw.randrange(n_layers)}.{draw.choice(SITES)}"
+            source = draw.choice(["source", "source", "base"])
+            edits.append({"op": "interchange", "site": site, "source": source, "tokens": draw.choice([[1], ["cls", 2]])})
+        documents.append({"name": f"r{n}", "interventions": edits})
+    return documents
+
+
+def needed(world: World, documents: list[Document], n_layers: int) -> int:
+    """Blocks of every distinct row behind its first edit that changes something, and of every distinct image as far as
+    a row starts from it or an edit reads it."""
+    images = {
+        (column, i): world.columns[column][i].numpy().tobytes()
+        for column in ("base", "source")
+        for i in range(len(world.columns["base"]))
+    }
+    rows: dict[Any, int] = {}
+    clean: dict[bytes, int] = {}
+
+    def until(image: bytes, blocks: int) -> None:
+        clean[image] = max(clean.get(image, 0), blocks)
+
+    for document in documents:
+        for i in range(len(world.columns["base"])):
+            own = images["base", i]
+            acting: list[tuple[int, int, str, bytes]] = []
+            # In forward order; the order of a list counts at one and the same site only.
+            edits = sorted(document["interventions"], key=lambda e: (layer_of(e), SITES.index(name_of(e))))
+            for edit in edits:
+                given = images[edit["source"], i]
+                # An image's own value changes nothing unless something before it did.
+                if given != own or acting:
+                    acting.append((layer_of(edit), SITES.index(name_of(edit)), str(edit["tokens"]), given))
+            if not acting:
+                until(own, n_layers)
+                continue
+            layer, name = acting[0][0], SITES[acting[0][1]]
+            first = layer + (name in BEHIND)
+            until(own, first)
+            for at, place, _, given in acting:
+                until(given, at if SITES[place] == "resid_pre" else at + 1)
+            rows[own, tuple(acting)] = n_layers - first
+    return sum(rows.values()) + sum(clean.values())
+
+
+def layer_of(edit: Document) -> int:
+    return int(edit["site"].split(".")[1])
+
+
+def name_of(edit: Document) -> str:
+    return str(edit["site"].split(".", 2)[2])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_pair_is_computed_that_need_not_be(seed: int) -> None:
+    world = repeating()
+    draw = random.Random(seed)
+    documents = drawn(draw, N_LAYERS)
+    floor = needed(world, documents, N_LAYERS)
+    runs = [Run.model_validate(document) for document in documents]
+    whole = vmi.plan(world.vit, runs, world.columns)
+    assert whole.block_evaluations == floor < whole.naive_block_evaluations
+    with Counted(world.module) as count:
+        results = world.execute(documents)
+    assert count.total == floor
+    world.check(documents, results, effect=None)
+    # In chunks what is computed more is said, and what is said is what is computed.
+    memory = world.memory(documents, 2, 3)
+    cut = vmi.plan(world.vit, runs, world.columns, batch_size=3, memory=memory)
+    with Counted(world.module) as count:
+        results = world.execute(documents, batch_size=3, memory=memory)
+    world.check(documents, results, effect=None)
+    assert count.total == cut.block_evaluations >= floor
+    assert cut.chunk == 2
+    if cut.block_evaluations > floor:
+        assert "images that occur in several chunks pass through the model" in str(cut)
