@@ -18,6 +18,9 @@ from vit_mechinterp.figures import png_bytes
 
 COOKBOOK = DOCS / "cookbook.md"
 
+_SMALL = 130_000
+"""Bytes of a picture that may keep all its colours."""
+
 _BLOCK = re.compile(r"```python\n(?P<code>.*?)```|!\[[^\]]*\]\((?P<picture>cookbook/[^)]+)\)", flags=re.DOTALL)
 
 
@@ -49,10 +52,14 @@ def pictures(document: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _small(png: bytes) -> bytes:
-    """The same picture with 128 colours."""
+    """The same picture in fewer bytes; photographs have 256 colours, so that colour bars stay smooth."""
     with Image.open(io.BytesIO(png)) as image:
+        plain, buffer = image.convert("RGB"), io.BytesIO()
+        plain.save(buffer, format="png", optimize=True)
+        if len(buffer.getvalue()) < _SMALL:
+            return buffer.getvalue()
         buffer = io.BytesIO()
-        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+        plain.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

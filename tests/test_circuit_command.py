@@ -55,7 +55,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, entry in CIRCUITS.items() if entry.images != "objects"])
+@pytest.mark.parametrize("name", [name for name, entry in CIRCUITS.items() if entry.images not in ("objects", "training", "result")])
 def test_every_circuit_runs_from_words(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry, out = CIRCUITS[name], tmp_path / "out"
     settings = [s for s in SMALL.get(name, []) if s.split("=")[0] in entry.options]
@@ -92,14 +92,30 @@ def test_every_circuit_runs_from_words(name: str, folder: Path, tmp_path: Path, 
         assert list((out / "finished").glob("*.safetensors")), "what is finished is kept"
 
 
+def test_training_holds_out_a_quarter_or_takes_two_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vmi.stimuli.counterfactuals("shape", n=8, canvas=32, progress=False).save_to_disk(tmp_path / "pairs")
+    seen = []
+
+    def das(vit, train, test, *, epochs: int = 20, progress: bool = True):
+        seen.append((len(train), len(test), epochs))
+        return circuits.CircuitResult("das", pd.DataFrame({"a": [1]}))
+
+    monkeypatch.setattr(sys.modules["vit_mechinterp.circuits.das"], "das", das)
+    words = ["circuit", "das", "--model", MODEL, "--out", str(tmp_path / "out"), "--set", "epochs=1", "--quiet", "--data"]
+    assert main([*words, str(tmp_path / "pairs")]) == 0
+    assert main([*words, str(tmp_path / "pairs"), str(tmp_path / "pairs")]) == 0
+    assert seen == [(6, 2, 1), (8, 8, 1)]
+
+
 def test_the_list_has_every_public_circuit_on_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["circuit", "--list"]) == 0
     printed = capsys.readouterr().out
     public = {
         name for name in circuits.__all__ if name.islower() and "vit" in inspect.signature(getattr(circuits, name)).parameters
     }
-    # These take two sets of pairs, or another circuit's result, or are no circuits.
-    assert public - set(CIRCUITS) == {"das", "das_by_attribute", "equivalence_walks", "image_pairs", "patch_association"}
+    # These take pairs by attribute, or are no circuits.
+    others = {"das_by_attribute", "novel_representations", "image_pairs", "patch_association"}
+    assert public - set(CIRCUITS) <= others
     for name, entry in CIRCUITS.items():
         assert f"\n{name} " in f"\n{printed}"
         assert next(iter(inspect.signature(entry.function).parameters)) == "vit"

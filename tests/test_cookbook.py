@@ -26,8 +26,9 @@ def test_recipes_are_short_and_everyday_circuits_are_all_there() -> None:
         assert len([line for line in code.splitlines() if line.strip()]) < 15
         assert max(map(len, code.splitlines())) <= 120
     shown = set(re.findall(r"circuits\.(\w+)\(", DOCUMENT))
-    # Those of two papers on structure and on equivalence have documents of their own.
-    others = {"attention_stages", "interchange_sweep", "local_lipschitz", "embedding_matching"}
+    # Those of papers on relations, structure and equivalence have documents of their own.
+    others = {"attention_stages", "attention_walkthrough", "interchange_sweep", "das", "probe_intervention"}
+    others |= {"local_lipschitz", "embedding_matching", "equivalence_walks"}
     missing = set(CIRCUITS) - shown - others
     assert missing == {"edge_patching"}
     assert "`edge_patching`" in DOCUMENT

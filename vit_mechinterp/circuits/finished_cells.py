@@ -133,7 +133,7 @@ class FinishedRuns:
 
     def keys(self, runs: Sequence[Run]) -> dict[str, str]:
         """Run to what its numbers are found by."""
-        found = {}
+        found: dict[str, str] = {}
         for group in _together(runs):
             own = digest([self._key, [run.model_dump(mode="json") for run in group]])
             found |= {run.name: digest([own, run.name]) for run in group}

@@ -224,7 +224,7 @@ def _token_rows(
     ]
     top = [labels[k] for k in logits.argmax(1).tolist()]
     best = logits.double().softmax(1).max(1).values.numpy()
-    place = {"kind": "token", "layer": [layer for layer, _ in every], "token": at, "top": top}
+    place: dict[str, Any] = {"kind": "token", "layer": [layer for layer, _ in every], "token": at, "top": top}
     place["top_probability"] = best
     values = {"logit": logits[:, answer], "probability": logits.double().softmax(1)[:, answer]}
     frames = [

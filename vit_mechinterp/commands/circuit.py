@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vit_mechinterp.commands.circuit_list import CIRCUITS, NEEDS, Entry
 from vit_mechinterp.commands.circuit_settings import read_directions, read_metric, read_settings
-from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.errors import DataError, SpecError, suggest
 
 if TYPE_CHECKING:
     from vit_mechinterp.circuits.result import CircuitResult
@@ -85,12 +85,36 @@ def _run(
 
     vit = opened(arguments.model, arguments.pretrained, arguments.allow_pickle)
     pairs = entry.images == "pairs" and "corruption" not in settings
-    data = image_data(arguments.data, pairs=pairs, n=arguments.n, options=for_data)
+    given, how = arguments.data, {"n": arguments.n, "options": for_data}
+    if entry.images == "result":
+        data = [_matched(given, arguments.name)]
+    elif entry.images == "training":
+        data = [image_data([part], pairs=False, **how) for part in given]
+        data = data if len(data) > 1 else _held_out(data[0])
+    else:
+        data = [image_data(given, pairs=pairs, **how)]
     if "other" in settings and isinstance(settings["other"], str):
         settings["other"] = opened(settings["other"], arguments.pretrained, arguments.allow_pickle)
     if "directions" in settings:
         settings["directions"] = read_directions(settings["directions"], entry, vit)
-    return entry.function(vit, data, **settings)
+    return entry.function(vit, *data, **settings)
+
+
+def _matched(given: Sequence[str], name: str) -> CircuitResult:
+    """The result that a circuit goes on from."""
+    from vit_mechinterp.circuits.result import CircuitResult
+
+    if len(given) != 1:
+        raise SpecError(f"circuit {name} takes {NEEDS['result']}, not {len(given)} paths.")
+    return CircuitResult.load(given[0])
+
+
+def _held_out(data: Any) -> list[Any]:
+    """Part a dataset into three quarters to train on and the rest to measure on."""
+    cut = len(data) * 3 // 4
+    if not 0 < cut < len(data):
+        raise DataError(f"{len(data)} examples cannot be parted to train and to measure on. Give more.")
+    return [data.select(range(cut)), data.select(range(cut, len(data)))]
 
 
 def _signature(entry: Entry) -> str:

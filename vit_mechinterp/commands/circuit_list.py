@@ -21,7 +21,7 @@ class Entry:
     """
 
     home: str
-    images: Literal["images", "pairs", "labels", "objects"]
+    images: Literal["images", "pairs", "labels", "objects", "training", "result"]
     text: str
     more: str | None = None
 
@@ -33,7 +33,8 @@ class Entry:
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         """What it takes beside the model and the images."""
-        own = list(inspect.signature(self.function).parameters.values())[2:]
+        taken = 3 if self.images == "training" else 2
+        own = list(inspect.signature(self.function).parameters.values())[taken:]
         if self.more is not None:
             own += list(inspect.signature(self._at(self.more)).parameters.values())[2:]
         plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -59,6 +60,9 @@ CIRCUITS: dict[str, Entry] = {
     "attention_stages": Entry(
         "attention_stages:attention_stages", "objects", "attention within and between objects"
     ),
+    "attention_walkthrough": Entry(
+        "attention_walkthrough:attention_walkthrough", "objects", "single heads on one image, each for a role"
+    ),
     "attribution_patching": Entry(
         "attribution_patching:attribution_patching",
         "pairs",
@@ -67,6 +71,7 @@ CIRCUITS: dict[str, Entry] = {
     "cumulative_ablation": Entry(
         "cumulative_ablation:cumulative_ablation", "images", "what is left as more and more heads go"
     ),
+    "das": Entry("das:das", "training", "subspaces that carry an attribute of an object, found by training"),
     "edge_attribution": Entry(
         "edge_attribution:edge_attribution", "pairs", "edges between parts to first order, with the error"
     ),
@@ -78,6 +83,9 @@ CIRCUITS: dict[str, Entry] = {
     ),
     "embedding_matching": Entry(
         "embedding_matching:embedding_matching", "pairs", "images with the embedding of another"
+    ),
+    "equivalence_walks": Entry(
+        "equivalence_walks:equivalence_walks", "result", "walks that keep an embedding, from matched images"
     ),
     "faithfulness": Entry("faithfulness:faithfulness", "images", "whether a set of heads is the circuit"),
     "interchange_sweep": Entry(
@@ -94,6 +102,9 @@ CIRCUITS: dict[str, Entry] = {
     "logit_lens": Entry("logit_lens:logit_lens", "images", "what the model would answer after each layer"),
     "mean_directions": Entry("directions:mean_directions", "labels", "directions between groups of images"),
     "path_patching": Entry("path_patching:path_patching", "pairs", "direct effects from parts to parts"),
+    "probe_intervention": Entry(
+        "probe_intervention:probe_intervention", "objects", "whether a probe's direction moves the answer"
+    ),
     "probing": Entry("probing:probing", "labels", "what a linear probe can read where"),
     "representation_similarity": Entry(
         "representation_similarity:representation_similarity",
@@ -112,5 +123,7 @@ NEEDS = {
     "pairs": "pairs of images: two files, columns base and source, or --set corruption=blur",
     "labels": "images with a column of labels",
     "objects": "images with columns of objects, such as those of stimuli/discrimination_counterfactuals",
+    "training": "as objects, the last quarter held out; or two datasets, to train and to measure on",
+    "result": "the folder of embedding_matching's result",
 }
 """What each kind of images is, in words."""

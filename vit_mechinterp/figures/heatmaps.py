@@ -119,6 +119,7 @@ def _write_numbers(
         if np.isfinite(value):
             red, green, blue, _ = colours(float((value - low) / (high - low)))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+            value = round(float(value), 2) + 0.0  # no minus before a zero
             text = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.1f}"
             axes.text(
                 layer, row, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "#2b2f36"
