@@ -261,7 +261,8 @@ def test_bad_input_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> 
     refused(DataError, "4 tokens in the images to train on and 8 in those to measure on", test={**columns, **taller})
     stages = attention_stages(vit, columns, progress=False, example=None)
     other = dataclasses.replace(stages, provenance={**stages.provenance, "model": "another"})
-    refused(SpecError, "attention_stages on another model", stages=other)
+    refused(DataError, "the attention stages were measured on another model", stages=other)
+    refused(SpecError, "comes from a result of attention_stages, not of 'das'", stages=dataclasses.replace(stages, name="das"))
     headless = vmi.wrap(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=1).eval())
     with pytest.raises(SpecError, match="one logit for each of the classes 0 and 1"):
         probe_intervention(headless, columns)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
-from vit_mechinterp.circuits.attention_kinds import layer_heat
+from vit_mechinterp.circuits.backdrop import backdrop_of
 from vit_mechinterp.circuits.linear_probes import LinearProbes, ProbeTraining, train_probes
 from vit_mechinterp.circuits.object_pairs import (
     ObjectPair,
@@ -116,15 +116,16 @@ def probe_intervention(
         are several strengths.
 
     Raises:
-        SpecError: a site or a strength does not fit, or ``stages`` is of another model.
-        DataError: a column is missing or holds something else, all pairs have one relation, or their tokens
-            do not pair up. Both are raised before the first forward on an image.
+        SpecError: a site or a strength does not fit, or ``stages`` is the result of another circuit.
+        DataError: a column is missing or holds something else, all pairs have one relation, their tokens do
+            not pair up, or ``stages`` is of another model. Both are raised before the first forward on an
+            image.
     """
     refuse_dropout(vit)
     training = ProbeTraining(epochs, batch_size, learning_rate, weight_decay, seed)
     _check_alphas(alphas)
     places = pair_sites(vit, site, intervene_at, layers)
-    heat = None if stages is None else _heat(stages, vit)
+    backdrop = backdrop_of(stages, vit)
     if test is None:
         train, test = _parted(train, vit, held_out)
     known = default_pairs(Data(train, vit), _CIRCUIT) if pairs is None else dict(pairs)
@@ -169,7 +170,7 @@ def probe_intervention(
         {key: (results[run.name].argmax(dim=-1) == 1 - labels).numpy() for key, run in edits.items()},
         (results[read[0].name].argmax(dim=-1) == 1 - labels).numpy(),
         lengths,
-        heat,
+        backdrop,
         resamples=resamples,
         seed=seed,
     )
@@ -262,16 +263,6 @@ def _check_outputs(vit: HookedViT) -> None:
             f"{_CIRCUIT} needs an answer to turn round: one logit for each of the classes 0 and 1. "
             f"{type(vit.module).__name__} gives {vit.layout.output} of shape {shape} per example."
         )
-
-
-def _heat(stages: CircuitResult, vit: HookedViT) -> dict[int, float]:
-    heat = layer_heat(stages)
-    if stages.provenance.get("model") != vit.fingerprint():
-        raise SpecError(
-            "stages is a result of attention_stages on another model (or on other weights). Measure them on "
-            "this one."
-        )
-    return dict(enumerate(heat))
 
 
 def _parted(data: Any, vit: HookedViT, held_out: float) -> tuple[Any, Any]:

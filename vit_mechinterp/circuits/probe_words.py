@@ -29,7 +29,7 @@ def measured_table(
     turned: Mapping[tuple[str, int, float, str], Bool[np.ndarray, " image"]],
     before: Bool[np.ndarray, " image"],
     lengths: Mapping[int, float],
-    heat: Mapping[int, float] | None,
+    heat: Sequence[float] | None,
     *,
     resamples: int,
     seed: int,
@@ -43,7 +43,7 @@ def measured_table(
         turned: pair, layer, strength and quantity to where the answer is ``1 - label``.
         before: where it is so without an intervention.
         lengths: layer to the length of its probe's rows, as a multiple of the activations'.
-        heat: layer to its global score.
+        heat: global score of every layer of the model.
         resamples, seed: of the bootstrap.
     """
     import pandas as pd
