@@ -26,6 +26,10 @@ The same runs on this package's engine and on four other ways to carry them out:
 from the engine's, as a share of the outputs' scale, or a refusal with its reason below. *Effect* is the least
 change that the run makes to any example's output: a run that changes nothing would agree with everything.
 
+What an intervention makes of a value is written once for these ways (`bridges/meaning.py`), apart from the engine; how
+values are reached is each package's own. TransformerLens gets its hook points from this package; its own bridge of
+ViTs is compared in the tests, hook point by hook point and by interchanges.
+
 The models are tiny, with random weights. `vit-mechinterp parity MODEL` prints the table for any model, and
 exits with 1 if something differs. `python -m tests.bridges.parity_document` writes this page, and a test holds
 it against what is computed.

@@ -32,7 +32,7 @@ from tests.tiny_models import (
 from tests.zoo.transformers_models import build
 from vit_mechinterp import InjectSubspace, Interchange, Run
 from vit_mechinterp.bridges.transformer_lens import hooked
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import ExecutionError, SpecError
 
 VARIANTS = {variant.name: variant for variant in zoo.VARIANTS}
 ALL = pytest.mark.parametrize("tiny", [*MAIN, TIMM_POOLED], ids=lambda tiny: tiny.name)
@@ -210,6 +210,14 @@ def test_gradients_pass_the_hook_points() -> None:
     stream = world.oracle.clean("base")[1]["blocks.1.resid_post"]
     assert gradients[0].shape == stream.shape
     assert float(gradients[0].abs().max()) > 0
+
+
+def test_a_model_that_drops_at_random_is_refused() -> None:
+    vit = vmi.wrap(TIMM_PLAIN.module().train())
+    hooked(vit)
+    vit.module.head_drop.p = 0.5
+    with pytest.raises(ExecutionError, match="drop"):
+        hooked(vit)
 
 
 def test_what_cannot_be_edited_or_does_not_exist_says_so() -> None:

@@ -36,20 +36,23 @@ from vit_mechinterp.bridges.transformer_lens_parts import (
     is_rms,
     scale_of,
 )
-from vit_mechinterp.bridges.weights import (
-    AttentionWeights,
-    gaps_of,
-    module_at,
-    output_weights,
-    plain_layers,
-)
+from vit_mechinterp.bridges.weights import AttentionWeights, gaps_of, module_at, output_weights, plain_layers
+from vit_mechinterp.engine.checks import refuse_dropout
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["TransformerLensViT", "hooked"]
 
+
 def hooked(vit: HookedViT) -> TransformerLensViT:
-    """A model that TransformerLens's tools take; see the module's notes."""
+    """A model that TransformerLens's tools take; see the module's notes.
+
+    A few forwards of random images show what its head reads, and where queries are projected and no more.
+
+    Raises:
+        ExecutionError: the model is in train mode with dropout.
+    """
+    refuse_dropout(vit)
     return TransformerLensViT(vit)
 
 
