@@ -183,7 +183,13 @@ def test_models_are_compared_on_held_out_images() -> None:
         with torch.no_grad():
             right = own(images.test).argmax(-1) == images.test_labels
         assert row["test_accuracy"] == pytest.approx(float(right.float().mean()))
+        # The interval of a share of n independent images is near the normal one.
+        half = 1.96 * (row["test_accuracy"] * (1 - row["test_accuracy"]) / 360) ** 0.5
+        assert row["test_low"] == pytest.approx(row["test_accuracy"] - half, abs=0.01)
+        assert row["test_high"] == pytest.approx(row["test_accuracy"] + half, abs=0.01)
+    with pytest.raises(SpecError, match="no model of the kind 'ViT'"):
+        positional_comparison({"ViT": []}, images)
     assert result.table["test_accuracy"].min() > 0.15
     assert set(result.figures()) == {"accuracy"}
-    with pytest.raises(SpecError, match=r"no image set 'digit'.*Close matches: digits"):
+    with pytest.raises(SpecError, match=r"no image set or folder 'digit'.*Close matches: digits"):
         image_set("digit")

@@ -25,6 +25,8 @@ __all__ = ["association_phases"]
 
 _GENERALISES = 0.01
 """Test error at and below which the model is said to generalise."""
+_FIRST = 20
+"""Steps at the start that are recorded one by one: the feature is learned in them."""
 
 
 def association_phases(
@@ -49,15 +51,14 @@ def association_phases(
         learning_rate: of the value vector.
         attention_rate: of the attention logits. With the value vector's own rate (0.1) the order of attention
             is found as well, but in these steps it stays too flat to be of use in transfer.
-        record_every: steps between rows of the table.
+        record_every: steps between rows of the table, after the first twenty, which have a row each.
         feature: seed of the feature vector.
         seed: seeds the examples and the initial weights.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
         Table, one row per recorded step: ``train_loss``, ``test_error``, ``cosine`` (of the value vector and
-            the
-        feature), ``agreement``, ``exact``, ``corrected`` (see `association`), ``own_set`` (mean attention
+        the feature), ``agreement``, ``exact``, ``corrected`` (see `association`), ``own_set`` (mean attention
         within the own set). Tensors: ``logits`` of the attention and ``value`` at the end, and the attention
         at the start, when the model first generalises, and at the end (``attention_start``, ...). Figures:
         ``phases`` and ``attention``.
@@ -77,6 +78,7 @@ def association_phases(
         learning_rate=learning_rate,
         attention_rate=attention_rate,
         record_every=record_every,
+        record_first=_FIRST,
         progress=progress,
     )
     attention = torch.stack(trace.attention)
@@ -120,16 +122,18 @@ def association_phases(
         ),
         summary=summary,
         title="Phases of learning",
-        description=_description(structure, generalises, associates, table),
+        description=_description(
+            structure, (learning_rate, attention_rate), generalises, associates, table
+        ),
         captions={
             "phases": (
                 "Test error, cosine of the value vector and the feature, and patch association (agreement "
-                "with "
-                "the sets, corrected for chance) over training."
+                "with the sets, corrected for chance) over one training; the axis is linear up to step 10 "
+                "and logarithmic from there on."
             ),
             "attention": (
                 "Attention between positions, patches ordered by their sets: before training, when the model "
-                "first generalises, and at the end. Lines part the sets."
+                "first generalises, and at the end. Lines part the sets; logits on the diagonal are held."
             ),
         },
         draw=partial(_draw, sets=structure.sets, moments=(generalises, associates)),
@@ -158,15 +162,19 @@ def _summary(
 
 
 def _description(
-    structure: SpatialStructure, generalises: int | None, associates: int | None, table: pd.DataFrame
+    structure: SpatialStructure,
+    rates: tuple[float, float],
+    generalises: int | None,
+    associates: int | None,
+    table: pd.DataFrame,
 ) -> str:
     said = (
         f"{structure.n_patches} patches of {structure.dimension} numbers lie in disjoint sets of "
         f"{structure.size}; the patches of one set, another one in every example, carry the label, and all "
-        f"others "
-        f"carry a distracting feature with probability {structure.rate:.3f}. The model is one layer whose "
-        "attention depends on positions alone, trained by gradient descent on the labels; nobody tells it "
-        "the sets."
+        f"others carry a distracting feature with probability {structure.rate:.3f}. The model is one layer "
+        "whose attention depends on positions alone, trained by gradient descent on the labels (rate "
+        f"{rates[0]:g} for the value vector, {rates[1]:g} for the attention logits, whose gradients are far "
+        "smaller); nobody tells it the sets."
     )
     last = table.iloc[-1]
     if generalises is None:
@@ -178,17 +186,14 @@ def _description(
         elif associates > generalises:
             found += (
                 f"; only later, from step {associates} on, are the largest entries of every row of its "
-                f"attention "
-                "exactly the patch's own set. The model generalises before it knows the structure, and "
-                "learns the "
-                "structure all the same."
+                "attention exactly the patch's own set. The model generalises before it knows the structure, "
+                "and learns the structure all the same."
             )
         else:
             found += f", and from step {associates} on every row's largest entries are exactly the own set."
     own = (
         "The data's and the model's definitions follow third-party accounts of Jelassi et al. (2022); the "
-        "scores are "
-        "this project's own."
+        "scores and the learning rates are this project's own."
     )
     return f"{said}\n\n{found}\n\n{own}"
 

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
 from vit_mechinterp.circuits.association import association, neighbourhoods
 from vit_mechinterp.circuits.patch_association import encoding_similarity
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import bootstrap_interval
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model import wrap
-from vit_mechinterp.training.classifier import ClassifierSettings, accuracy, small_vit, train_classifier
+from vit_mechinterp.training.classifier import ClassifierSettings, answers, small_vit, train_classifier
 from vit_mechinterp.training.image_sets import ImageSet
 
 if TYPE_CHECKING:
@@ -61,8 +63,9 @@ def positional_comparison(
 
     Returns:
         Table, one row per kind and seed: ``test_accuracy``, ``train_accuracy`` and ``association``, how well
-            the
-        encodings of patches find their neighbours, corrected for chance. Figure: ``accuracy``.
+        the encodings of patches find their neighbours, corrected for chance; and ``test_low``, ``test_high``,
+        ``train_low``, ``train_high``: the 95 % bootstrap interval over images of the *kind's* mean over
+        seeds. Figure: ``accuracy``.
 
     Raises:
         SpecError: there is no model.
@@ -70,7 +73,21 @@ def positional_comparison(
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
+    right: dict[str, dict[str, Any]] = {}
     for kind, own in models.items():
+        if not own:
+            raise SpecError(f"There is no model of the kind {kind!r} to compare.")
+        right[kind] = {
+            name: np.stack([answers(module, x, y).numpy() for module in own]).astype(float)
+            for name, x, y in (
+                ("test", images.test, images.test_labels),
+                ("train", images.train, images.train_labels),
+            )
+        }
+        ends: dict[str, float] = {}
+        for name, values in right[kind].items():
+            low, high = bootstrap_interval(values.mean(axis=0)[None])
+            ends |= {f"{name}_low": float(low[0]), f"{name}_high": float(high[0])}
         for number, module in enumerate(own):
             vit = wrap(module)
             members = neighbourhoods(vit.layout.tokens.grid)
@@ -79,9 +96,10 @@ def positional_comparison(
                 {
                     "kind": kind,
                     "seed": number,
-                    "test_accuracy": accuracy(module, images.test, images.test_labels),
-                    "train_accuracy": accuracy(module, images.train, images.train_labels),
+                    "test_accuracy": float(right[kind]["test"][number].mean()),
+                    "train_accuracy": float(right[kind]["train"][number].mean()),
                     "association": float(found.get("corrected", float("nan"))),
+                    **ends,
                 }
             )
     if not rows:
@@ -90,6 +108,13 @@ def positional_comparison(
     means = table.groupby("kind", sort=False)["test_accuracy"].mean()
     n_seeds = len(table) // len(means)
     said = ", ".join(f"{kind} {float(value):.1%}" for kind, value in means.items())
+    first, *_, second = [*right, next(iter(right))] if len(right) == 1 else list(right)
+    paired = right[second]["test"].mean(axis=0) - right[first]["test"].mean(axis=0)
+    least, most = (float(end[0]) for end in bootstrap_interval(paired[None]))
+    said += (
+        f"; {second} less {first} {100 * paired.mean():+.1f} points, 95 % bootstrap interval over the images "
+        f"{100 * least:+.1f} to {100 * most:+.1f}"
+    )
     return CircuitResult(
         name="positional_comparison",
         table=table,
@@ -98,21 +123,25 @@ def positional_comparison(
         ),
         summary={
             **{f"test accuracy, {kind}": float(value) for kind, value in means.items()},
+            f"{second} less {first}": float(paired.mean()),
+            "its interval": f"{least:+.3f} to {most:+.3f}",
             "held-out images": len(images.test),
             "seeds": n_seeds,
         },
         title=f"Positional attention on real images: {images.name}",
         description=(
             "A small ViT and the same with queries and keys made from positions alone start from equal "
-            "weights and are "
-            f"trained alike on {len(images.train):,} images. On {len(images.test):,} held-out images: {said} "
-            f"({'mean of ' + str(n_seeds) + ' seeds' if n_seeds > 1 else 'one seed'}).\n\nThis says that "
-            f"attention "
-            "need not look at content here, not that the two would stay equal at scale. Size, training and "
-            "data are "
-            "this project's own; the paper's numbers are for larger models and sets."
+            f"weights and are trained alike on {len(images.train):,} images. On {len(images.test):,} "
+            f"held-out images: {said} "
+            f"({'mean of ' + str(n_seeds) + ' seeds' if n_seeds > 1 else 'one seed'})."
+            "\n\nThis says how far attention can do without content here, not that it would be so at scale. "
+            "Size, training and data are this project's own; the paper's numbers are for larger models and "
+            "sets."
         ),
-        captions={"accuracy": "Accuracy on training and held-out images; means over seeds and their range."},
+        captions={
+            "accuracy": "Accuracy on training and held-out images; means over seeds with 95 % bootstrap "
+            "intervals over images (other seeds would differ too)."
+        },
         draw=_draw,
     )
 
@@ -121,10 +150,11 @@ def _draw(result: CircuitResult) -> dict[str, Figure]:
     from vit_mechinterp.figures import dots_by_row
 
     groups = {}
-    for name, column in (("held out", "test_accuracy"), ("training", "train_accuracy")):
-        own = result.table.groupby("kind", sort=False)[column].agg(["mean", "min", "max"])
+    for name, column in (("held out", "test"), ("training", "train")):
+        numbers = [f"{column}_{number}" for number in ("accuracy", "low", "high")]
+        own = result.table.groupby("kind", sort=False)[numbers]
         groups[name] = {
-            str(kind): (float(row["mean"]), float(row["min"]), float(row["max"]))
-            for kind, row in own.iterrows()
+            str(kind): (float(row.iloc[0]), float(row.iloc[1]), float(row.iloc[2]))
+            for kind, row in own.mean().iterrows()
         }
     return {"accuracy": dots_by_row(groups, label="accuracy", limits=None)}

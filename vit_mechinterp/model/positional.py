@@ -88,8 +88,8 @@ def positional_attention(module: Module) -> Module:
         raise UnsupportedModelError(
             f"{type(module).__name__} has {len(rows)} positional encodings for {vit.layout.tokens.n_tokens} "
             f"tokens, and none for some of its prefix tokens ({prefix}), whose queries and keys would have "
-            "nothing to read. Create it with encodings for all tokens (timm: no_embed_class=False) or without "
-            "class token and registers."
+            "nothing to read. Create it with encodings for all tokens (timm: no_embed_class=False) or "
+            "without class token and registers."
         )
     table = _own(converted, rows)
     for number in range(vit.layout.n_layers):

@@ -22,7 +22,7 @@ _MATCHING, _PHOTOS = "embedding_matching", "embedding_matching_photographs"
 _LIPSCHITZ, _WALKS = "local_lipschitz", "equivalence_walks"
 
 _SIZES: Final[dict[str, dict[str, Any]]] = {
-    "tiny": {"pairs": 4, "max_steps": 300, "images": 3, "directions": 2, "sites": 3},
+    "tiny": {"pairs": 4, "max_steps": 200, "images": 3, "directions": 2, "sites": 3},
     "small": {"pairs": 16, "max_steps": 600, "images": 12, "directions": 4, "sites": 6},
 }
 
@@ -43,7 +43,9 @@ def _run(asked: Asked) -> Iterator[CircuitResult]:
         matching = embedding_matching(
             vit, _opposites(rows, sizes["pairs"]), max_steps=sizes["max_steps"], progress=asked.progress
         )
-        yield replace(matching, title="Matched stimuli")
+        yield replace(
+            matching, title="Matched stimuli", description=f"{matching.description} {_met(matching)}"
+        )
     if asked.wants(_PHOTOS):
         found = embedding_matching(
             vit, _photographs(), max_steps=sizes["max_steps"], progress=asked.progress
@@ -52,11 +54,12 @@ def _run(asked: Asked) -> Iterator[CircuitResult]:
             "These are crops of the two photographs that scikit-learn ships."
             if asked.model
             else "These are crops of the two photographs that scikit-learn ships. The model has seen no "
-            "photographs: "
-            "its answers mean nothing here, but its embedding is a function of photographs like any other."
+            "photographs: its answers mean nothing here, but its embedding is a function of photographs like "
+            "any other. Their embeddings are alike from the start, so the distance says more than the cosine."
         )
         yield replace(
-            found, name=_PHOTOS, title="Matched photographs", description=f"{found.description}\n\n{about}"
+            found, name=_PHOTOS, title="Matched photographs",
+            description=f"{found.description} {_met(found)}\n\n{about}",
         )
     if asked.wants(_LIPSCHITZ):
         yield local_lipschitz(
@@ -73,11 +76,7 @@ def _run(asked: Asked) -> Iterator[CircuitResult]:
 
 def _straightness(matching: CircuitResult, walks: CircuitResult) -> str:
     """What the lines say, and of how many pairs."""
-    matched, pairs = matching.summary["matched"], matching.summary["pairs"]
-    said = (
-        f"{matched} of {pairs} pairs met the stopping rule within the steps; the other matches end near "
-        "their target's embedding, not at it."
-    )
+    said = _met(matching)
     departure = walks.summary.get("largest departure, match to target")
     if isinstance(departure, float):
         said += f" From match to target the embedding departs by up to {departure:.2f} of its own length"
@@ -88,6 +87,19 @@ def _straightness(matching: CircuitResult, walks: CircuitResult) -> str:
             else ": these straight lines nearly stay in one equivalence set."
         )
     return said
+
+
+def _met(matching: CircuitResult) -> str:
+    """How many pairs met the stopping rule, and how near the others came."""
+    last = matching.table[matching.table["final"]]
+    start = matching.table[matching.table["step"] == 0].set_index("pair")["squared_distance"]
+    share = last.set_index("pair")["squared_distance"] / start
+    met = int(last["matched"].sum())
+    said = f"{met} of {len(last)} pairs met the stopping rule within the steps"
+    if met < len(last):
+        left = float(share[~last.set_index("pair")["matched"]].max()) ** 0.5
+        said += f"; the others end near their target's embedding, at most {left:.0%} of the way off"
+    return said + "."
 
 
 def _opposites(rows: Any, n: int) -> dict[str, list[Any]]:
@@ -136,20 +148,13 @@ REPRODUCTION = Reproduction(
     title="Which images does a vision transformer take for the same?",
     introduction=(
         "After Salman, Shams and Liu, Intriguing equivalence structures of the embedding space of vision "
-        "transformers "
-        "(2024). An image is changed by gradient descent until its embedding is that of another image; "
-        "directions in "
-        "which the embedding moves fast, and such in which it does not move, are found with products of its "
-        "Jacobian; "
-        "and walks along them tell how far each of them holds.\n\nWhat is known of the paper here is its "
-        "abstract and "
-        "accounts of others: the objective of the matching and plain gradient descent are the paper's. Step "
-        "sizes, "
-        "stopping rules, the Lipschitz estimator, its directions and scales, and the walks are this "
-        "project's own, and "
-        "nothing on this page is a number of the paper's. The model is small and was trained on stimuli; "
-        "another can be "
-        "named."
+        "transformers (2024). An image is changed by gradient descent until its embedding is that of another "
+        "image; directions in which the embedding moves fast, and such in which it does not move, are found "
+        "with products of its Jacobian; and walks along them tell how far each of them holds.\n\nWhat is "
+        "known of the paper here is its abstract and accounts of others: the objective of the matching and "
+        "gradient descent are the paper's. Step sizes, stopping rules, the Lipschitz estimator, its "
+        "directions and scales, and the walks are this project's own, and nothing on this page is a number "
+        "of the paper's. The model is small and was trained on stimuli; another can be named."
     ),
     figures={
         "matched_pairs": (_MATCHING, "pairs"),
@@ -160,6 +165,7 @@ REPRODUCTION = Reproduction(
         "lipschitz_by_layer": (_LIPSCHITZ, "layers"),
         "spectra": (_LIPSCHITZ, "spectra"),
         "walks": (_WALKS, "drift"),
+        "reach": (_WALKS, "reach"),
         "lines": (_WALKS, "lines"),
     },
     run=_run,

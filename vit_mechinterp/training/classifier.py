@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from vit_mechinterp.model.positional import positional_attention
 from vit_mechinterp.training.image_sets import ImageSet
 
-__all__ = ["ClassifierSettings", "accuracy", "small_vit", "train_classifier"]
+__all__ = ["ClassifierSettings", "answers", "small_vit", "train_classifier"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ def train_classifier(
 
 
 @torch.no_grad()
-def accuracy(module: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
-    """Return the share of images that are classified rightly."""
-    right = [
-        int((module(images[i : i + batch_size]).argmax(-1) == labels[i : i + batch_size]).sum())
-        for i in range(0, len(images), batch_size)
-    ]
-    return sum(right) / len(images)
+def answers(
+    module: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256
+) -> Bool[Tensor, " image"]:
+    """Return which images are classified rightly."""
+    parts = [module(part).argmax(-1) for part in torch.split(images, batch_size)]
+    right: Tensor = torch.cat(parts).cpu() == labels.cpu()
+    return right

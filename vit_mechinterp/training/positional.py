@@ -124,6 +124,7 @@ def fit(
     learning_rate: float = 0.1,
     attention_rate: float | None = None,
     record_every: int = 10,
+    record_first: int = 0,
     progress: bool = False,
 ) -> TrainingTrace:
     """Train by full-batch gradient descent on the logistic loss ``mean log(1 + exp(-y F))``.
@@ -137,6 +138,7 @@ def fit(
         attention_rate: of the attention logits, whose gradients are much smaller; None for the same, 0 to
             keep them (and their diagonal) as they are.
         record_every: steps between entries of the trace; 0 for the last step alone.
+        record_first: steps at the start that have an entry each, since much happens in them.
         progress: show a bar if it takes longer than two seconds.
     """
     rate = learning_rate if attention_rate is None else attention_rate
@@ -147,7 +149,7 @@ def fit(
     trace = TrainingTrace()
     for step in tqdm(range(steps + 1), desc="gradient descent", delay=2, disable=not progress):
         loss = functional.softplus(-train.label * model(train.patches)).mean()
-        if step == steps or (record_every and step % record_every == 0):
+        if step == steps or step < record_first or (record_every and step % record_every == 0):
             trace.steps.append(step)
             trace.train_loss.append(float(loss.detach()))
             trace.test_error.append(test_error(model, test))
