@@ -24,7 +24,7 @@ MODULES: dict[str, Any] = {"jelassi2022": jelassi2022, "salman2024": salman2024}
 
 
 @pytest.mark.papers
-@pytest.mark.parametrize("name", list(PAPERS))
+@pytest.mark.parametrize("name", list(MODULES))
 def test_a_paper_leaves_a_page_with_every_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODULES[name]._SIZES, "tiny", SMALL[name])
     reproduction = MODULES[name].REPRODUCTION
@@ -52,7 +52,7 @@ def test_one_figure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["jelassi"], "There is no paper 'jelassi'. Papers: jelassi2022, salman2024. Close matches: jelassi2022."),
+        (["jelassi"], "There is no paper 'jelassi'. Papers: jelassi2022, lepori2024, salman2024. Close matches: jelassi2022."),
         (["salman2024", "--only", "spectrum"], "There is no figure 'spectrum'. Figures: matched_pairs,"),
         (["salman2024", "--scale", "huge"], "There is no scale 'huge'. Scales: tiny, small."),
     ],

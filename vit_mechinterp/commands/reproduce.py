@@ -1,4 +1,4 @@
-"""``reproduce``: the methods of a paper, run at small scale, as one page."""
+"""``reproduce``: the methods of a paper as one page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ __all__ = ["PAPERS", "epilog", "reproduce"]
 
 PAPERS = {
     "jelassi2022": "Jelassi, Sander, Li: Vision Transformers provably learn spatial structure",
+    "lepori2024": "Lepori, Tartaglini, Vong, Serre, Lake, Pavlick: Beyond the Doors of Perception",
     "salman2024": "Salman, Shams, Liu: Intriguing equivalence structures of the embedding space of ViTs",
 }
 """Name to title. ``vit_mechinterp.report.NAME`` holds the paper's ``REPRODUCTION``."""

@@ -174,7 +174,8 @@ def _showing(result: CircuitResult, names: Iterable[str]) -> CircuitResult:
         return {name: figure for name, figure in drawn.items() if name in kept}
 
     captions = {name: text for name, text in result.captions.items() if name in kept}
-    return replace(result, draw=draw, captions=captions)
+    pictures = {name: png for name, png in result.pictures.items() if name in kept}
+    return replace(result, draw=draw, captions=captions, pictures=pictures)
 
 
 def _plain(question: Mapping[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vit_mechinterp.circuits.result import CircuitResult
@@ -22,24 +22,34 @@ class Claim:
         claim: the statement, in our words.
         published: its number, or "".
         here: what was measured, in words and numbers.
-        holds: whether that agrees; None where it cannot be told.
+        rule: what counts as agreement.
+        holds: whether it is met; None where it cannot be told.
     """
 
     figure: str
     claim: str
     published: str
     here: str
+    rule: str
     holds: bool | None
 
 
-def agreement(claims: Sequence[Claim], scale: str) -> CircuitResult:
-    """Put the claims into one table; it has no figure."""
+def agreement(
+    claims: Sequence[Claim], scale: str, left_out: Mapping[str, str] | None = None
+) -> CircuitResult:
+    """Put the claims into one table; it has no figure.
+
+    Args:
+        claims: what was compared.
+        scale: at which scale.
+        left_out: sections that were not made, and why.
+    """
     import pandas as pd
 
     verdicts = {True: "agrees", False: "does not agree", None: "cannot be told"}
     table = pd.DataFrame(
-        [(own.figure, own.claim, own.published, own.here, verdicts[own.holds]) for own in claims],
-        columns=["figure", "the paper", "its number", "here", "verdict"],
+        [(own.figure, own.claim, own.published, own.here, own.rule, verdicts[own.holds]) for own in claims],
+        columns=["figure", "the paper", "its number", "here", "agrees if", "verdict"],
     )
     counts = {word: int((table["verdict"] == word).sum()) for word in verdicts.values()}
     different = [own for own in claims if own.holds is False]
@@ -49,6 +59,13 @@ def agreement(claims: Sequence[Claim], scale: str) -> CircuitResult:
     )
     if different:
         said += " What does not agree: " + " ".join(f"{own.figure}: {own.here}." for own in different)
+    if left_out:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        said += "\n\nNot shown at this scale: " + "; ".join(
+            f"{', '.join(names)} ({reason})" for reason, names in reasons.items()
+        ) + "."
     return CircuitResult(
         name=AGREEMENT,
         title="What agrees with the paper, and what does not",

@@ -48,5 +48,5 @@ def best(**where: Any) -> tuple[float, str]:
     rows = published(**where)
     if rows.empty:
         raise LookupError(f"No published number has {where}.")
-    top = rows.loc[rows["value"].idxmax()]
+    top = rows.iloc[int(rows["value"].argmax())]
     return float(top["value"]), str(top["layer"])
