@@ -145,7 +145,10 @@ def test_every_cell_equals_probes_trained_alone_and_additions_by_hand(site, inte
     strong = result.table[result.table["alpha"] == 300]
     assert (strong["value"] - strong["no_effect"]).abs().max() > 0.1
     ways = strong.pivot_table(index=["layer", "pair"], columns="quantity", values="value")
-    assert (ways["success"] - ways["control"]).abs().max() > 0.05  # the two rows do not do the same
+    lead = ways["success"] - ways["control"]
+    assert lead.abs().max() > 0.05  # the two rows do not do the same
+    together = lead.xs("all", level="pair")
+    assert np.isclose(result.summary[f"largest lead over the control, alpha 300, layer {together.idxmax()}"], together.max())
     assert (result.table["site"].str.endswith(site)).all()
     assert (result.table["intervention_site"].str.endswith(intervene_at or site)).all()
     # Both pairs, one plan: a clean forward of every image is shared by everything.

@@ -112,17 +112,22 @@ def findings(table: pd.DataFrame) -> tuple[dict[str, float | int | str], str]:
         top = own.iloc[int(own["value"].argmax())]
         layer = top["layer"]
         controls = rows[(rows["quantity"] == CONTROL) & (rows["alpha"] == alpha)]
-        control = float(controls[controls["layer"] == layer]["value"].iloc[0])
+        by_layer = controls.set_index("layer")["value"]
+        control = float(by_layer[layer])
+        lead = own.set_index("layer")["value"] - by_layer
+        ahead = int(lead.index[int(lead.argmax())])
         last = own[own["layer"] == own["layer"].max()].iloc[0]
         read = float(probe[probe["layer"] == last["layer"]]["value"].iloc[0])
         summary[f"best success, alpha {alpha:g}, layer {layer}"] = float(top["value"])
         summary[f"control there, alpha {alpha:g}"] = control
+        summary[f"largest lead over the control, alpha {alpha:g}, layer {ahead}"] = float(lead[ahead])
         clear = float(top["value_low"]) > no_effect
         said.append(
             f"Alpha {alpha:g}: adding the opposite relation leads to the opposite answer most often in layer "
             f"{layer}, on {top['value']:.0%} of the images (control {control:.0%}"
-            f"{'' if clear else '; within the noise of no effect'}); in the last layer, {last['layer']}, on "
-            f"{last['value']:.0%}, where the probe reads {read:.0%}."
+            f"{'' if clear else '; within the noise of no effect'}); its lead over the control is largest in "
+            f"layer {ahead} ({lead[ahead]:+.0%}). In the last layer, {last['layer']}, the opposite answer is "
+            f"given to {last['value']:.0%}, and the probe reads {read:.0%}."
         )
     return summary, " ".join(said)
 
@@ -131,8 +136,9 @@ _DESCRIPTION = (
     "At every layer a linear probe reads from {site}, at the tokens of both objects of a pair one after the "
     "other, whether they are the same. Then alpha times the probe's row for the opposite relation is added "
     "{at} at the tokens of one pair, and the rest of the model runs on. It succeeds if the model then gives "
-    "the opposite of the right answer. The control adds the row of the pair's own relation. Where a relation "
-    "can be read but does not turn the answer, the model no longer goes on from it, or never did."
+    "the opposite of the right answer. The control adds the row of the pair's own relation; where it turns "
+    "answers too, the direction only disturbs the model. Where a relation can be read but does not turn the "
+    "answer, the model no longer goes on from it, or never did."
 )
 
 
