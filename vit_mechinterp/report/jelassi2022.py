@@ -100,9 +100,9 @@ REPRODUCTION = Reproduction(
         "without knowing the sets, and learns them all the same (patch association), which makes it learn "
         "new tasks of the same structure from few examples.\n\nWhat is known of the paper here is its "
         "abstract and accounts of others. The data, the one-layer model, its power and slope and its start "
-        "follow such an account; the association scores, the learning rates, the downstream task, the positional "
-        "attention of ordinary models and all sizes are this project's own. Nothing on this page is a number "
-        "of the paper's."
+        "follow such an account; the association scores, the learning rates, the downstream task, the "
+        "positional attention of ordinary models and all sizes are this project's own. Nothing on this page "
+        "is a number of the paper's."
     ),
     figures={
         "phases": (_PHASES, "phases"),
