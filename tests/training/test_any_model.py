@@ -220,6 +220,25 @@ def test_the_heads_seed_decides_it_and_nothing_else_moves(tmp_path: Path) -> Non
     assert other == ["visual_projection.weight"]
 
 
+def test_positions_can_be_drawn_anew_as_the_authors_do(tmp_path: Path) -> None:
+    dinov2().save_pretrained(tmp_path / "own")
+    config = settings(f"hf/{tmp_path}/own", fresh_positions=True)
+    first = build_vit(config)
+    own, ours = (
+        vit.module.state_dict() for vit in (vmi.load(f"hf/{tmp_path}/own"), first)
+    )
+    assert own["embeddings.position_embeddings"].shape == (1, 37, 16)
+    assert ours["dinov2.embeddings.position_embeddings"].shape == (1, 17, 16)
+    assert torch.equal(own["embeddings.cls_token"], ours["dinov2.embeddings.cls_token"])
+    result = train(config, tmp_path / "run", progress=False)
+    again = vmi.load(f"hf/{result.folder}")
+    images = DiscriminationGenerator("test", canvas=32, patch=8, cell=8, normalization=normalization_of(again))
+    assert evaluate(again, images, 16) == result.test["test"]
+    bare_vit().save_pretrained(tmp_path / "fixed")
+    with pytest.raises(SpecError, match=r"ViTForImageClassification does not\. Leave it out"):
+        build_vit(settings(f"hf/{tmp_path}/fixed", fresh_positions=True))
+
+
 def test_models_that_do_not_fit_are_named_before_the_first_step(tmp_path: Path) -> None:
     clip().save_pretrained(tmp_path / "own")
     with pytest.raises(SpecError, match=r"sees images of 32 x 32 px as .*; the stimuli are 64 px wide"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +153,12 @@ def test_probes_have_the_authors_names_too() -> None:
     assert TrainingConfig(auxiliary_probe="control").auxiliary_probe == "object-identity"
     with pytest.raises(SpecError, match=r"no probes 'shape'.*Close matches: shape-color"):
         make_probes("shape", 8, tokens_per_object=4, n_pairs=1)
+
+
+def test_the_loop_of_the_document_runs() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    loop = next(block for block in re.findall(r"```python\n(.*?)```", document, re.S) if "pipeline_loss" in block)
+    names: dict[str, Any] = {}
+    exec(loop, names)
+    assert float(names["loss"].detach()) > 0
+    assert names["probes"].shape.weight.grad.abs().sum() > 0

@@ -220,6 +220,20 @@ def test_resuming_with_other_settings_is_refused(trained: Path) -> None:
         train(tiny(steps=40, seed=2), trained, resume=True, progress=False)
 
 
+def test_a_record_that_lacks_later_settings_is_read_and_resumed(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "earlier")
+    path = tmp_path / "earlier" / "training.json"
+    document = json.loads(path.read_text())
+    test = document.pop("test")
+    for name in ("pretrained", "schedule", "train_images", "precision", "test_splits", "auxiliary_probe"):
+        del document["config"][name]
+    path.write_text(json.dumps(document))
+    result = train(tiny(), tmp_path / "earlier", resume=True, progress=False)
+    assert result.test == test
+
+
 def test_resuming_from_nothing_or_from_a_damaged_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TensorFileError, match=r"cannot resume: .*state.safetensors is missing or damaged"):
         train(tiny(), tmp_path / "empty", resume=True, progress=False)

@@ -9,6 +9,7 @@ from vit_mechinterp.circuits.attention import attention
 from vit_mechinterp.circuits.attention_stages import attention_stages
 from vit_mechinterp.circuits.attention_walkthrough import attention_walkthrough
 from vit_mechinterp.circuits.attribution_patching import attribution_patching
+from vit_mechinterp.circuits.behaviour import behaviour
 from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.das import das, das_by_attribute
 from vit_mechinterp.circuits.dictionary_files import load_dictionary
@@ -18,6 +19,7 @@ from vit_mechinterp.circuits.edge_attribution import edge_attribution
 from vit_mechinterp.circuits.embedding_matching import embedding_matching
 from vit_mechinterp.circuits.equivalence_walks import equivalence_walks
 from vit_mechinterp.circuits.faithfulness import faithfulness
+from vit_mechinterp.circuits.generalization import accuracy_by_split, generalization
 from vit_mechinterp.circuits.images import image_pairs, sample_photographs
 from vit_mechinterp.circuits.interchange_sweep import interchange_sweep
 from vit_mechinterp.circuits.local_lipschitz import local_lipschitz
@@ -52,12 +54,14 @@ __all__ = [
     "Rank",
     "Similarity",
     "ablation_sweep",
+    "accuracy_by_split",
     "activation_patching",
     "association_phases",
     "attention",
     "attention_stages",
     "attention_walkthrough",
     "attribution_patching",
+    "behaviour",
     "cumulative_ablation",
     "das",
     "das_by_attribute",
@@ -67,6 +71,7 @@ __all__ = [
     "embedding_matching",
     "equivalence_walks",
     "faithfulness",
+    "generalization",
     "image_pairs",
     "interchange_sweep",
     "load_dictionary",

@@ -64,6 +64,11 @@ class TrainingConfig(BaseModel):
     model_options: dict[str, JsonValue] = Field(
         default_factory=dict, description="options of load for a model given by its string"
     )
+    fresh_positions: bool = Field(
+        False,
+        description="draw new position embeddings for the canvas where the model would interpolate its own; "
+        "what the authors' code does to DINOv2",
+    )
     preset: str | None = Field(None, description="the preset that these settings were taken from")
     initial: str | None = Field(
         None, description="model to start from, as load takes it, of the same sizes; None: as `model` says"

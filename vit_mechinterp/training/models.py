@@ -46,6 +46,8 @@ def build_vit(config: TrainingConfig) -> HookedViT:
             vit = _on_canvas(config.model, config)
             require_grid(vit, config)
             vit = with_two_way_head(vit)
+            if config.fresh_positions:
+                vit = _with_fresh_positions(vit, config)
         else:
             import timm
 
@@ -78,6 +80,25 @@ def _on_canvas(name: str, config: TrainingConfig) -> HookedViT:
         case "torchvision" if not config.pretrained:
             return load(name, pretrained=False, **options, image_size=config.canvas)
     return vit
+
+
+def _with_fresh_positions(vit: HookedViT, config: TrainingConfig) -> HookedViT:
+    """Give the model position embeddings for the canvas's tokens, drawn anew."""
+    module: Any = vit.module
+    tokens = vit.layout.tokens
+    owners = [part for part in module.modules() if hasattr(part, "position_embeddings")]
+    table = owners[0].position_embeddings if len(owners) == 1 else None
+    if not isinstance(table, nn.Parameter) or not vit.layout.family.any_size(module):
+        raise SpecError(
+            f"fresh_positions is for models that interpolate a table of position embeddings, as DINOv2 of "
+            f"transformers does; {type(module).__name__} does not. Leave it out."
+        )
+    count = tokens.n_tokens - tokens.prefix.count("registers")
+    fresh = torch.empty(1, count, table.shape[-1], dtype=table.dtype)
+    std = float(getattr(module.config, "initializer_range", 0.02))
+    owners[0].position_embeddings = nn.Parameter(nn.init.trunc_normal_(fresh, std=std))
+    module.config.image_size = config.canvas
+    return wrap(module, image_size=config.canvas, source=vit.source)
 
 
 def require_grid(vit: HookedViT, config: TrainingConfig) -> None:

@@ -7,7 +7,8 @@ not at hand. Nothing is known of how long and how fast the models from scratch w
 batches of 128 are in one of the authors' sweeps, the one-cycle schedule and its peak are this project's own.
 
 DINOv2 interpolates its positions to the canvas. The authors' code draws new ones instead (its option
-``ignore_mismatched_sizes`` drops positions that were made for other sizes); that is not repeated here.
+``ignore_mismatched_sizes`` drops positions that were made for other sizes), which is had with
+``fresh_positions=True``.
 """
 
 from __future__ import annotations
