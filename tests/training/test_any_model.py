@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vit_mechinterp as vmi
-from tests.training.test_training import tiny
+from tests.training.test_training import lines_of, tiny
 from vit_mechinterp.errors import SpecError, UnsupportedModelError
 from vit_mechinterp.stimuli import DiscriminationGenerator, discrimination
 from vit_mechinterp.stimuli.render import Normalization
@@ -207,6 +207,27 @@ def test_a_training_with_a_head_is_resumed_exactly(tmp_path: Path) -> None:
         whole, cut = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
         assert whole.keys() == cut.keys()
         assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+
+
+def test_every_loss_goes_down_in_a_transformers_model(tmp_path: Path) -> None:
+    bare_vit().save_pretrained(tmp_path / "own")
+    config = settings(
+        f"hf/{tmp_path}/own", auxiliary_weight=1.0, steps=16, learning_rate=1e-2, validate_every=16,
+        train_images=8, pipeline=[{"attention": "within_object", "layers": [0]}], cell=16,
+    )  # fmt: skip
+    train(config, tmp_path / "run", progress=False)
+    lines = [line for line in lines_of(tmp_path / "run") if "task_loss" in line]
+    for name in ("probe_shape", "probe_color", "pipeline_loss"):
+        assert lines[-1][name] < lines[0][name] - 0.02
+
+
+@pytest.mark.parametrize(("probe", "name"), [("cls", "probe_relation"), ("control", "probe_identity")])
+def test_other_probes_are_trained_with_the_model(probe: str, name: str, tmp_path: Path) -> None:
+    config = tiny(task="rmts", auxiliary_probe=probe, steps=12, validate_every=12, log_every=1, train_images=8)
+    train(config, tmp_path / "run", progress=False)
+    lines = [line for line in lines_of(tmp_path / "run") if name in line]
+    assert lines[-1][name] < lines[0][name]
+    assert f"{name}_accuracy" in lines[0]
 
 
 def test_the_heads_seed_decides_it_and_nothing_else_moves(tmp_path: Path) -> None:

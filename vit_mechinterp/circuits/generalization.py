@@ -40,6 +40,7 @@ SPLIT_NAMES: Mapping[str, str] = {
 """What tables and figures call the splits."""
 
 Model = HookedViT | Training
+Bounds = tuple[float, float]
 Models = Model | Sequence[Model] | Mapping[int, Model]
 
 
@@ -96,7 +97,7 @@ def generalization(
     _check(models, splits)
     named = dict(pretraining or {})
     rows: list[dict[str, Any]] = []
-    origins: list[Mapping[str, Any]] = []
+    sources: dict[str, str] = {}
     for condition, given in models.items():
         by_seed: dict[str, dict[int, tuple[float, int]]] = {}
         facts: dict[str, Any] = {}
@@ -110,8 +111,8 @@ def generalization(
                 "combinations": config.combinations,
                 "pretraining": named.get(condition, words or "unknown"),
             }
-            found, origin = _measured(model, config, splits, n, realistic, recorded, device, progress)
-            origins.append({"models": {f"{condition}, seed {own_seed}": origin}})
+            found, source = _measured(model, config, splits, n, realistic, recorded, device, progress)
+            sources[f"{condition}, seed {own_seed}"] = source
             for split, value in found.items():
                 by_seed.setdefault(split, {})[own_seed] = value
         for split, values in by_seed.items():
@@ -120,10 +121,7 @@ def generalization(
     return CircuitResult(
         name="generalization",
         table=table,
-        provenance=provenance(
-            models={name: value for origin in origins for name, value in origin["models"].items()},
-            splits=list(splits), n=n, seed=seed,
-        ),
+        provenance=provenance(models=sources, splits=list(splits), n=n, seed=seed),
         summary=_summary(table),
         title="Generalisation",
         description=_description(table),
@@ -132,7 +130,7 @@ def generalization(
             "accuracy": "Accuracy with 95 % intervals, the same numbers; the dotted line is chance.",
         },
         draw=_draw,
-    )  # fmt: skip
+    )
 
 
 def accuracy_by_split(result: CircuitResult) -> pd.DataFrame:
@@ -234,13 +232,7 @@ def _rows(values: Mapping[int, tuple[float, int]], seed: int) -> Iterator[dict[s
 
 
 def _row(
-    seed: str,
-    accuracy: float,
-    bounds: tuple[float, float],
-    interval: str,
-    n_seeds: int,
-    n_images: int,
-    alone: list[tuple[float, float]],
+    seed: str, accuracy: float, bounds: Bounds, interval: str, n_seeds: int, n_images: int, alone: list[Bounds]
 ) -> dict[str, Any]:
     return {
         "seed": seed,
