@@ -93,7 +93,7 @@ def test_every_circuit_runs_from_words(name: str, folder: Path, tmp_path: Path, 
 
 
 def test_training_holds_out_a_quarter_or_takes_two_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vmi.stimuli.counterfactuals("shape", n=8, canvas=32, progress=False).save_to_disk(tmp_path / "pairs")
+    vmi.stimuli.counterfactuals("shape", n=8, canvas=64, progress=False).save_to_disk(tmp_path / "pairs")
     seen = []
 
     def das(vit, train, test, *, epochs: int = 20, progress: bool = True):

@@ -242,7 +242,7 @@ def _draw(result: CircuitResult, label: str) -> dict[str, Figure]:
             figures[f"{method}_{kind}"] = condition_map(
                 wide.to_numpy(dtype=float),
                 lines,
-                title=method,
+                title=f"{method} ablation",
                 label=f"change of {label}",
                 limits=(-bound, bound),
             )
