@@ -118,8 +118,7 @@ class Reproduced:
             lines.append(result.title)
             width = max(map(len, result.summary), default=0)
             for name, value in result.summary.items():
-                shown = f"{value:.3f}" if isinstance(value, float) else str(value)
-                lines.append(f"  {name:{width}}  {shown:>10}")
+                lines.append(f"  {name:{width}}  {_shown(value):>10}")
         return "\n".join([*lines, "", f"The page: {self.page}"])
 
 
@@ -176,6 +175,12 @@ def _showing(result: CircuitResult, names: Iterable[str]) -> CircuitResult:
     captions = {name: text for name, text in result.captions.items() if name in kept}
     pictures = {name: png for name, png in result.pictures.items() if name in kept}
     return replace(result, draw=draw, captions=captions, pictures=pictures)
+
+
+def _shown(value: float | int | str) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.2g}"
 
 
 def _plain(question: Mapping[str, Any]) -> Any:
