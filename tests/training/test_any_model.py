@@ -89,7 +89,8 @@ def siglip() -> nn.Module:
 
 def settings(model: str, **changes: Any) -> TrainingConfig:
     short = {"steps": 2, "validate_every": 1, "validation_images": 8, "test_images": 16, "log_every": 1}
-    return tiny(model=model, auxiliary_weight=0.0, test_splits=["test"], **{**short, **changes})
+    usual = {"auxiliary_weight": 0.0, "test_splits": ["test"]}
+    return tiny(model=model, **{**short, **usual, **changes})
 
 
 HF: dict[str, Callable[[], nn.Module]] = {

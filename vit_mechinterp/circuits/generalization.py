@@ -232,14 +232,14 @@ def _rows(values: Mapping[int, tuple[float, int]], seed: int) -> Iterator[dict[s
 
 
 def _row(
-    seed: str, accuracy: float, bounds: Bounds, interval: str, n_seeds: int, n_images: int, alone: list[Bounds]
+    seed: str, accuracy: float, bounds: Bounds, over: str, n_seeds: int, n_images: int, alone: list[Bounds]
 ) -> dict[str, Any]:
     return {
         "seed": seed,
         "accuracy": accuracy,
         "accuracy_low": bounds[0],
         "accuracy_high": bounds[1],
-        "interval": interval,
+        "interval": over,
         "chance": verdict(bounds, alone),
         "n_seeds": n_seeds,
         "n_images": n_images,
