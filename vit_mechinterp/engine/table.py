@@ -79,7 +79,8 @@ class StageRows:
     def computed(self, chunk: range) -> IntArray:
         """Rows of a chunk that are computed in it."""
         rows = self.rows(chunk)
-        return rows[self.owners[rows] == rows]
+        own: IntArray = rows[self.owners[rows] == rows]
+        return own
 
     def computed_parts(self, chunk: range) -> list[Part]:
         """The same, part by part."""

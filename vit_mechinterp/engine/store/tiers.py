@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_PENDING = 2
 """Blocks that wait to be written at most."""
+_AT_WORK = 32 * 1024**2
+"""Bytes of the host's budget that are left for the batch at work and for images that wait."""
 _LARGE = 4096
 """Bytes of an item from which on it is worth a copy of its own."""
 
@@ -45,8 +47,8 @@ class Tiers:
     def __init__(self, folder: Path | None, gpu: int, host: int, disk: int) -> None:
         self.gpu_budget = gpu
         self.gpus: dict[torch.device, MemoryTier] = {}
-        # A little is left for the batch at work.
-        self.host = MemoryTier(host - host // 16, torch.device("cpu"), pinned=torch.cuda.is_available())
+        at_work = max(host // 16, _AT_WORK if host >= 4 * _AT_WORK else 0)
+        self.host = MemoryTier(host - at_work, torch.device("cpu"), pinned=torch.cuda.is_available())
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
         self.lock = threading.RLock()
         self._counting = threading.Lock()  # of busy blocks; whoever holds the other lock may wait for a write
