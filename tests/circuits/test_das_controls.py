@@ -229,7 +229,9 @@ def test_variants_of_pairs_have_accuracies_of_their_own(vit: vmi.HookedViT, trai
     for value, word in ((0, "different"), (1, "same")):
         for name in ("sample", "display"):
             own = (relation == value) & torch.tensor([each == name for each in pair])
-            assert row[f"accuracy_{word}_{name}"] == hits[own].mean().item()
+            column = f"accuracy_{word}_{name}"
+            assert row[column] == hits[own].mean().item()
+            assert row[f"{column}_low"] <= row[column] <= row[f"{column}_high"]
     assert "das_variants" in result.figures()
     assert "accuracy_same_sample" not in das(vit, train, test, layers=[0], **QUICK).table
 

@@ -140,8 +140,8 @@ def das(
         (95 % bootstrap interval over items), ``rank`` (open dimensions of the gate), ``loss`` (held-out
         cross-entropy), ``train_loss`` (last epoch, penalty included), ``no_effect`` (accuracy if nothing were
         changed) and ``n`` (held-out items); for `rmts_counterfactuals`, also the accuracy of each variant
-        (``accuracy_same_sample``, ...). Figures: ``das_by_layer``; ``das_controls`` with several controls,
-        ``das_splits`` with several splits, ``das_variants`` where there are any.
+        with its interval (``accuracy_same_sample``, ...). Figures: ``das_by_layer``; ``das_controls`` with
+        several controls, ``das_splits`` with several splits, ``das_variants`` where there are any.
         ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]`` (zeros and ones), ready
         as ``basis`` and ``gate`` of an `InjectSubspace`, and as the subspaces of `novel_representations`;
         with ``seeds``, ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.

@@ -78,7 +78,7 @@ def captions(table: pd.DataFrame, stages: bool) -> dict[str, str]:
         ),
         "das_variants": (
             "Interchange accuracy by the relation of the edited pair before the edit, and by which pair is "
-            f"edited.{tint}"
+            f"edited. {band}{tint}"
         ),
     }
     return {name: found[name] for name in names}

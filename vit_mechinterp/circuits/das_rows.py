@@ -49,23 +49,23 @@ def rows_of(
     """
     names = [*(run.name for run in runs.values()), "clean"]
     hits = torch.stack([results[name].argmax(dim=-1) == labels for name in names]).double()
-    accuracy = {
-        key: list(values)
-        for key, values in interval_columns(hits.numpy(), name="accuracy", seed=seed).items()
-    }
+    groups = {"accuracy": torch.ones(len(labels), dtype=torch.bool)}
+    groups |= {f"accuracy_{name}": own for name, own in variants.items()}
+    accuracies: dict[str, Any] = {}
+    for name, own in groups.items():
+        accuracies |= interval_columns(hits[:, own].numpy(), name=name, seed=seed)
     return [
         {
             **facts,
             "layer": layer,
             "site": run.interventions[0].site,
             "split": split,
-            **{key: float(values[row]) for key, values in accuracy.items()},
+            **{key: float(values[row]) for key, values in accuracies.items()},
             "rank": int(tensors[prefix + gate_name(layer)].sum()),
             "loss": float(torch.nn.functional.cross_entropy(results[run.name], labels)),
             "train_loss": losses[layer],
             "no_effect": float(hits[-1].mean()),
             "n": len(labels),
-            **{f"accuracy_{name}": float(hits[row, own].mean()) for name, own in variants.items()},
         }
         for row, (layer, run) in enumerate(runs.items())
     ]

@@ -125,6 +125,8 @@ def _disentanglement(
         if result.name != "das":
             continue
         table = result.table[result.table["control"] == NO_CONTROL]
+        if "split" not in table:
+            raise DataError(f"{where}: the search's table has no column 'split'. Run das again.")
         known = list(dict.fromkeys(table["split"]))
         split = das_split or next(iter(known), "")
         if split not in known:
