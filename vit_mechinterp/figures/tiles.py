@@ -81,7 +81,9 @@ def attention_tiles(
             axes.imshow(0.3 * grey + 0.7 * colours(share)[..., :3][over])
             axes.set_xlabel(f"{values.max():.2f}", fontsize=6.5, color=MUTED, labelpad=1.5)
             if row == 0:
-                axes.set_title(f"{heads[column - 1]}", fontsize=8, pad=3, fontweight="normal", loc="center")
+                # Many heads leave room for their numbers alone.
+                name = f"head {heads[column - 1]}" if len(heads) <= 12 else f"{heads[column - 1]}"
+                axes.set_title(name, fontsize=8, pad=3, fontweight="normal", loc="center")
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), _COLOURS), ax=list(panels[:, -1]), fraction=0.12, pad=0.12,
         aspect=14 * len(layers),
