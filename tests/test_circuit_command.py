@@ -89,7 +89,7 @@ def test_every_circuit_runs_from_words(name: str, folder: Path, tmp_path: Path, 
     assert result["title"] in page
     assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == len(result["figures"])
     if "folder" in entry.options:
-        assert list((out / "finished").glob("*.safetensors")), "what is finished is kept"
+        assert list((out / "finished").glob("**/*.safetensors")), "what is finished is kept"
 
 
 def test_training_holds_out_a_quarter_or_takes_two_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

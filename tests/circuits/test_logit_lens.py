@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +98,20 @@ def test_bad_input_is_named_first() -> None:
         logit_lens(vit, images, answer=5)
     with pytest.raises(SpecError, match=r"this model gives 6 features"):
         logit_lens(vmi.wrap(HF_CLIP.module()), images)
+
+
+def test_what_has_been_read_is_kept(tmp_path: Path) -> None:
+    vit, data = vmi.wrap(TIMM_PLAIN.module()), {"base": TIMM_PLAIN.images(2)}
+    options = {"folder": tmp_path, "progress": False}
+    first = logit_lens(vit, data, **options)
+    forwards = []
+    handle = vit.module.blocks[0].register_forward_hook(lambda *_: forwards.append(1))
+    again = logit_lens(vit, data, **options)
+    few = len(forwards)
+    handle.remove()
+    assert first.table.equals(again.table)
+    handle = vit.module.blocks[0].register_forward_hook(lambda *_: forwards.append(1))
+    other = logit_lens(vit, {"base": TIMM_PLAIN.images(2, seed=5)}, **options)
+    handle.remove()
+    assert len(forwards) - few > few, "other images are read anew"
+    assert not other.table.equals(first.table)

@@ -21,13 +21,14 @@ from vit_mechinterp.circuits.bound_metric import BoundMetric, bind_metric, check
 from vit_mechinterp.circuits.finished_cells import FinishedRuns, pieces, runs_at_once
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.engine import execute
+from vit_mechinterp.engine.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run
 from vit_mechinterp.spec.digest import digest
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BatchSize", "Measured", "compared", "grouped", "measure"]
+__all__ = ["BatchSize", "Measured", "compared", "grouped", "kept_in", "measure"]
 
 _GROUP_BYTES = 128 * 1024**2
 """Bytes of outputs held at once."""
@@ -154,6 +155,15 @@ def _warn_of_nan(values: Mapping[str, Tensor]) -> None:
             len(values),
             odd[0],
         )
+
+
+def kept_in(folder: str | Path | None, vit: HookedViT, data: Any, runs: Sequence[Run]) -> Path | None:
+    """Return where within a folder the outputs of some runs are kept, for ``execute(out=)``."""
+    if folder is None:
+        return None
+    columns = Data(data, vit)
+    specs = [run.model_dump(mode="json") for run in runs]
+    return Path(folder) / digest([vit.fingerprint(), columns.fingerprint(columns.columns), specs])[:32]
 
 
 def grouped(runs: Sequence[Run], n_examples: int, n_outputs: int) -> list[list[Run]]:

@@ -8,7 +8,8 @@ of a text encoder (CLIP) layers and patches are read in words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_mechinterp.circuits.attribution_figures import patch_grid, patch_words
-from vit_mechinterp.circuits.cells import BatchSize
+from vit_mechinterp.circuits.cells import BatchSize, kept_in
 from vit_mechinterp.circuits.images import image_column, model_view
 from vit_mechinterp.circuits.logit_attribution import classes_of
+from vit_mechinterp.circuits.logit_lens_figures import captions_of, drawing
 from vit_mechinterp.circuits.metrics import Classes, Probability
 from vit_mechinterp.circuits.patching_cells import chosen_layers
 from vit_mechinterp.circuits.reading import (
@@ -33,14 +34,11 @@ from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.engine import execute
 from vit_mechinterp.errors import UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.layout import TokenLayout
 from vit_mechinterp.model.tail import last_stream
 from vit_mechinterp.spec import Interchange, Run
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
-    from PIL.Image import Image
 
 __all__ = ["logit_lens"]
 
@@ -61,6 +59,7 @@ def logit_lens(
     example: int = 0,
     resamples: int = 2000,
     seed: int = 0,
+    folder: str | Path | None = None,
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> CircuitResult:
@@ -79,6 +78,7 @@ def logit_lens(
         base: the image column.
         example: the image whose patches are read.
         resamples, seed: of the bootstrap over images.
+        folder: keeps what has been read, so that the same call goes on where it was stopped.
         batch_size: most rows in one forward, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
 
@@ -100,7 +100,8 @@ def logit_lens(
     numbers, left_out = _readable(vit, chosen_layers(vit, layers))
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
 
-    results = execute(vit, [_lens(vit, layer, base) for layer in numbers], data, **how)
+    runs = [_lens(vit, layer, base) for layer in numbers]
+    results = execute(vit, runs, data, out=kept_in(folder, vit, data, runs), **how)
     logits = _logits(results.logits, along, scale)
     final = execute(vit, [Run(name="clean", base=base)], data, **how)
     own = _logits(final.logits[0], along, scale)
@@ -109,10 +110,11 @@ def logit_lens(
     origins = [results.provenance, final.provenance]
     if patches:
         one = {base: columns.images(base, [example]).cpu()}
-        rows, origin = _token_rows(vit, one, numbers, base, along, scale, int(classes[example]), labels, how)
+        shown = int(classes[example])
+        rows, origin = _token_rows(vit, one, numbers, base, along, scale, shown, labels, folder, how)
         table = _joined(table, rows)
         origins.append(origin)
-    shown = labels[int(classes[example])]
+    word = labels[int(classes[example])]
     last = table[(table["kind"] == "image") & (table["layer"] == numbers[-1])].set_index("quantity")["value"]
     agreement = table[(table["kind"] == "image") & (table["quantity"] == "agreement")]
     since = [layer for layer in numbers if (agreement["value"][agreement["layer"] >= layer] > 0.5).all()]
@@ -135,8 +137,8 @@ def logit_lens(
         ),
         summary=summary,
         description=_DESCRIPTION + (f"\n\nLeft out: {missing}." if missing else ""),
-        captions=_captions(columns.n, patches, shown),
-        draw=_drawing({"image": model_view(vit, data, base, example)}, vit.layout.tokens, shown, n_classes),
+        captions=captions_of(columns.n, patches, word),
+        draw=drawing({"image": model_view(vit, data, base, example)}, vit.layout.tokens, word, n_classes),
     )
 
 
@@ -199,7 +201,7 @@ def _image_rows(
 
 def _token_rows(
     vit: HookedViT, one: Any, layers: Sequence[int], base: str, along: Tensor | None, scale: float,
-    answer: int, labels: Sequence[str], how: dict[str, Any],
+    answer: int, labels: Sequence[str], folder: str | Path | None, how: dict[str, Any],
 ) -> tuple[pd.DataFrame, Any]:  # fmt: skip
     """Read every token of one image at every layer: special tokens by their name's first, then patches."""
     import pandas as pd
@@ -214,7 +216,8 @@ def _token_rows(
     origin: Any = {}
     for start in range(0, len(every), _TOKENS_AT_ONCE):
         some = every[start : start + _TOKENS_AT_ONCE]
-        results = execute(vit, [_lens(vit, layer, base, token) for layer, token in some], one, **how)
+        runs = [_lens(vit, layer, base, token) for layer, token in some]
+        results = execute(vit, runs, one, out=kept_in(folder, vit, one, runs), **how)
         found.append(_logits(results.logits[:, 0], along, scale))
         origin = results.provenance
     logits = torch.cat(found)
@@ -247,52 +250,3 @@ _DESCRIPTION = (
     "as if every token of the stream were that patch's. Early layers need not use the last layer's code: a "
     "class that is read there is there, one that is not may still be there in another form."
 )
-
-
-def _captions(n: int, patches: bool, shown: str) -> dict[str, str]:
-    mean = "One image" if n == 1 else f"Mean over {n} images"
-    captions = {"layers": f"The answer's probability, and agreement with the model, layer by layer. {mean}."}
-    if patches:
-        captions["patches"] = f"Probability of {shown!r} that is read from every patch alone. One image."
-        captions["words"] = (
-            "The class that is read from every patch alone, the stronger coloured the likelier. One image."
-        )
-    return captions
-
-
-def _drawing(
-    pictures: dict[str, Image], layout: TokenLayout, shown: str, n_classes: int
-) -> Callable[[CircuitResult], dict[str, Figure]]:
-    def draw(result: CircuitResult) -> dict[str, Figure]:
-        from vit_mechinterp.figures import Curve, curves, position_maps
-        from vit_mechinterp.figures.words import word_maps
-
-        table = result.table
-        image = table[table["kind"] == "image"]
-        lines = {}
-        for name, what in {"probability": "answer's probability", "agreement": "same prediction"}.items():
-            rows = image[image["quantity"] == name]
-            ends = rows[["value_low", "value_high"]].to_numpy(dtype=float)
-            low, high = ([], []) if bool((ends != ends).any()) else ends.T.tolist()
-            lines[what] = Curve(rows["layer"].tolist(), rows["value"].tolist(), low, high)
-        figures = {}
-        figures["layers"] = curves(lines, x_label="read after layer", label="share")
-        tokens = table[(table["kind"] == "token") & (table["quantity"] == "probability")]
-        if len(tokens):
-            maps = {}
-            for layer, rows in tokens.groupby("layer"):
-                values = rows.set_index("token")["value"].reindex(range(layout.n_tokens))
-                maps[f"layer {layer}"] = patch_grid(values.to_numpy(dtype=float), layout)
-            # The middle of the colours is chance.
-            limits = (round(2 / n_classes - 1, 2), 1.0)
-            figures["patches"] = position_maps(pictures, maps, limits=limits, label=f"probability of {shown}")
-            words, strengths = {}, {}
-            for layer, rows in tokens.groupby("layer"):
-                read = rows.set_index("token").reindex(range(layout.n_tokens))
-                certain = read["top_probability"].to_numpy(dtype=float)
-                strengths[f"layer {layer}"] = patch_grid(certain, layout)
-                words[f"layer {layer}"] = patch_words(read["top"].tolist(), layout)
-            figures["words"] = word_maps(next(iter(pictures.values())), words, strengths)
-        return figures
-
-    return draw
