@@ -97,8 +97,8 @@ def test_fewer_images_are_the_first_ones(shipped: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "packaged", "seed": 1}, r"first 128 images of split 'test' with seed 0.*source='render'"),
-        ({"source": "packaged", "n": 129}, r"asked for: n=129"),
+        ({"source": "packaged", "seed": 1}, r"first 192 images of split 'test' with seed 0.*source='render'"),
+        ({"source": "packaged", "n": 193}, r"asked for: n=193"),
         ({"split": "tests"}, r"no split 'tests'.*Close matches: test"),
         ({"canvas": 16}, r"canvas=16.*32 px or more"),
         ({"samples": 0}, r"samples=0"),

@@ -65,10 +65,10 @@ def image_rows(rows: Sequence[SheetRow], *, side: float = 1.0) -> Figure:
     heights = [
         side + margin + (0.3 if row.heading else 0) + 0.16 * _lines(row.captions) for row in rows
     ]
-    height = sum(heights) + 0.08
+    height = sum(heights) + 0.1
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
-    top = height
+    top = height - 0.04
     for row, tall in zip(rows, heights, strict=True):
         if row.heading:
             place = (0.08 / width, (top - 0.2) / height)

@@ -100,7 +100,7 @@ _CAPTIONS = {
     ),
     "realistic": (
         "The realistic discrimination task (the paper's Figs. 9 and 10), different above, same below; the "
-        "last row shows what is known of the images above it: masks and boxes of what is seen of either."
+        "last row shows what is known of the images above it: the mask and box of either object."
     ),
 }
 

@@ -8,7 +8,7 @@ an image shows, drawn at random), `renderer` (Mitsuba), `images` (what is measur
 The shipped images, ``packaged.parquet``, are what this command writes (``--set folder=DIR`` keeps each image
 as it comes, so that an interrupted call goes on)::
 
-    vit-mechinterp stimuli realistic-discrimination --n 128 --set source=render --out packaged.parquet
+    vit-mechinterp stimuli realistic-discrimination --n 192 --set source=render --out packaged.parquet
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ __all__ = ["PACKAGED_IMAGES", "realistic_discrimination"]
 
 Source = Literal["auto", "packaged", "render"]
 
-PACKAGED_IMAGES = 128
+PACKAGED_IMAGES = 192
 """How many images are shipped: the first ones of split "test", seed 0, at 160 px and 49 samples."""
 
 _PACKAGED = Path(__file__).with_name("packaged.parquet")
@@ -62,7 +62,7 @@ def realistic_discrimination(
         canvas: side of the images in pixels, 32 or more.
         samples: light paths a pixel, best a square; more paths leave less noise, at a cost in proportion.
         source: ``"render"`` renders with Mitsuba 3 (``pip install 'vit-mechinterp[realistic]'``);
-            ``"packaged"`` reads the images that the package ships (the first 128 of split "test", seed 0, 160
+            ``"packaged"`` reads the images that the package ships (the first 192 of split "test", seed 0, 160
             px, 49 samples) and refuses what they do not hold; ``"auto"`` reads them where they are what is
             asked for, and renders otherwise.
         folder: where rendered images are kept one by one, so that an interrupted call goes on where it was;
