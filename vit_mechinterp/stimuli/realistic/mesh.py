@@ -87,8 +87,8 @@ class Mesh:
         return normals.reshape(-1, 3, 3)
 
     def texture_coordinates(self, mapping: TextureMapping) -> Floats:
-        """Return u and v per corner ``[faces, 3, 2]``: around the z axis and up (u once around, v from 0 at the
-        foot to 1 at the top), or by position on the faces of a box (the two axes across the normal).
+        """Return u and v per corner ``[faces, 3, 2]``: around the z axis and up (u once around, v from 0 at
+        the foot to 1 at the top), or by position on the faces of a box (two axes across the normal).
         """
         corners = self.corners()
         if mapping == "cylinder":
