@@ -70,10 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     papers.epilog, papers.formatter_class = reproduce.epilog(), argparse.RawDescriptionHelpFormatter
     papers.add_argument("paper", metavar="PAPER", help="a name from the list below")
     papers.add_argument("--out", type=Path, required=True, help="folder to write into")
-    papers.add_argument("--scale", default="tiny", help="tiny (minutes), small, or for lepori2024 paper (%(default)s)")
+    text = "tiny (minutes), small, or for lepori2024 paper (%(default)s)"
+    papers.add_argument("--scale", default="tiny", help=text)
     only = papers.add_argument("--only", action="append", default=[], metavar="FIGURE")
     only.help = "one figure alone; can be repeated"
-    papers.add_argument("--model", help="a model string (lepori2024: a folder of trainings) in place of the shipped")
+    text = "a model string (lepori2024: a folder of trainings) in place of the shipped models"
+    papers.add_argument("--model", help=text)
     sets = "digits, or from the hub cifar10, cifar100, svhn, imagenet"
     papers.add_argument("--data", help=f"images for jelassi2022: {sets}")
 
@@ -138,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, required=True, help="folder for the results")
     text = "folder where clean activations are kept: another experiment on the same data reads them"
     run.add_argument("--store", type=Path, metavar="FOLDER", help=text)
+    text = "most memory beside the model, such as 4GiB (by default 2GiB; on a GPU 40 %% of what is free)"
     for sub in (plan, run):
-        text = "most memory to hold beside the model, such as 4GiB (by default 2GiB; on a GPU 40 %% of the free)"
         sub.add_argument("--memory", metavar="SIZE", help=text)
 
     train = add("train", training.train, "train a ViT on the discrimination task or on RMTS")

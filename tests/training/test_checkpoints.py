@@ -12,9 +12,10 @@ import vit_mechinterp
 from vit_mechinterp.model import load
 from vit_mechinterp.stimuli import DiscriminationGenerator, discrimination
 from vit_mechinterp.training import TrainingConfig, evaluate
+from vit_mechinterp.training.images import evaluation_images
 
 CHECKPOINTS = Path(vit_mechinterp.__file__).parent / "checkpoints"
-NAMES = ("discrimination-disentangled", "discrimination-plain")
+NAMES = tuple(sorted(path.name for path in CHECKPOINTS.iterdir()))
 N = 192
 
 
@@ -23,7 +24,9 @@ def test_a_checkpoint_says_how_it_was_made(name: str) -> None:
     folder = CHECKPOINTS / name
     document = json.loads((folder / "training.json").read_text())
     config = TrainingConfig.model_validate(document["config"])
-    assert (config.auxiliary_weight > 0) == (name == "discrimination-disentangled")
+    assert name.startswith(config.task)
+    assert (config.auxiliary_weight > 0) == ("disentangled" in name or "both" in name)
+    assert bool(config.pipeline) == ("pipeline" in name or "both" in name)
     assert document["command"].startswith("vit-mechinterp train ")
     assert document["progress"]["step"] == config.steps
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -41,7 +44,7 @@ def test_a_checkpoint_is_as_accurate_as_recorded(name: str) -> None:
     recorded = document["test"]["test"]["accuracy"]
     config = TrainingConfig.model_validate(document["config"])
     vit = load(f"vmi/{name}")
-    images = DiscriminationGenerator("test", seed=config.seed, canvas=config.canvas)
+    images = evaluation_images(config, "test")
     accuracy = evaluate(vit.module, images, N)["accuracy"]
     spread = (recorded * (1 - recorded) / N) ** 0.5
     assert abs(accuracy - recorded) < 4 * spread

@@ -271,12 +271,12 @@ _CLAIMS: Mapping[str, Any] = {
     "accuracy_rmts": _accuracy("rmts"),
     "attention_discrimination": _stages("attention_discrimination", "Fig. 2", ("WO", "WP", "BG")),
     "attention_discrimination_scratch": _scratch,
-    "attention_rmts": _stages("attention_rmts", "Fig. 2", ("WO", "WP", "BP", "BG")),
+    "attention_rmts": _stages("attention_rmts", "Fig. 2 (RMTS)", ("WO", "WP", "BP", "BG")),
     "attention_realistic_discrimination": _stages(
         "attention_realistic_discrimination", "Fig. 10", ("WO", "WP", "BG")
     ),
     "das_discrimination": _das("discrimination", "Fig. 3"),
-    "das_rmts": _das("rmts", "Fig. 3"),
+    "das_rmts": _das("rmts", "Fig. 3 (RMTS)"),
     "novel_discrimination": _novel("discrimination", "Fig. 4"),
     "novel_rmts": _novel("rmts", "Fig. 29"),
     "probe_rmts": _probe,
