@@ -128,7 +128,7 @@ def test_random_weights_are_searched_as_a_model_of_their_own(
     assert "random-weights control searches the same architecture" in result.description
 
 
-@pytest.mark.parametrize("recipe", [TIMM_PLAIN, TIMM_REGISTERS, "hf-vit", "hf-clip"], ids=str)
+@pytest.mark.parametrize("recipe", [TIMM_PLAIN, TIMM_REGISTERS, "hf-vit", "hf-clip"], ids=["timm-plain", "timm-registers", "hf-vit", "hf-clip"])
 def test_fresh_weights_are_the_same_architecture_drawn_anew(recipe: Any) -> None:
     builders: dict[str, Callable[[], nn.Module]] = {"hf-vit": _vit, "hf-clip": _clip}
     model = recipe if isinstance(recipe, Tiny) else Tiny(recipe, builders[recipe], ("cls",), (4, 4), 8, 3, 8)
