@@ -39,7 +39,7 @@ def test_a_shipped_model_is_measured_as_it_is_stored(tmp_path: Path) -> None:
     assert "with the disentanglement loss at `blocks.0.resid_post`" in card
     assert "    vit-mechinterp train --out run\n" in card
     assert f"{test['ood-color']['accuracy']:.4f}" in card
-    with pytest.raises(DataError, match="shipped exists. Remove it"):
+    with pytest.raises(DataError, match=r"shipped exists\. Remove it"):
         ship(tmp_path / "run", out)
 
 
@@ -49,6 +49,6 @@ def test_an_unfinished_training_is_not_shipped(tmp_path: Path) -> None:
     document = json.loads((run / "training.json").read_text())
     del document["test"]
     (run / "training.json").write_text(json.dumps(document))
-    with pytest.raises(DataError, match="run is not finished. Resume it: vit-mechinterp train --out"):
+    with pytest.raises(DataError, match=r"run is not finished\. Resume it: vit-mechinterp train --out"):
         ship(run, tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()
