@@ -207,15 +207,20 @@ def _points(task: str) -> Any:
         table = results[f"points_{task}"].table
         for split, rows in table.groupby("split", sort=False):
             first = rows.iloc[0]
-            interval = f"[{first['pearson_low']:.2f}, {first['pearson_high']:.2f}]"
-            without = f"{rows['pearson_without'].min():.2f} to {rows['pearson_without'].max():.2f}"
+            found = f"r = {first['pearson']:.2f} over {first['n_models']} models"
+            if first["n_models"] > 3:
+                found += (
+                    f" [{first['pearson_low']:.2f}, {first['pearson_high']:.2f}]; "
+                    f"{rows['pearson_without'].min():.2f} to {rows['pearson_without'].max():.2f} without one "
+                    "of them"
+                )
+            else:
+                found += ", too few for an interval"
             yield Claim(
                 "Fig. 6",
                 f"models whose attributes come apart are right more often ({split})",
                 "",
-                f"r = {first['pearson']:.2f} {interval} over {first['n_models']} models; {without} "
-                "without one "
-                "of them",
+                found,
                 "the interval lies above 0; where it contains 0, it cannot be told",
                 bool(first["pearson"] > 0) if first["pearson_low"] > 0 or first["pearson_high"] < 0 else None,
             )
