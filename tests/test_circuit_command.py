@@ -216,6 +216,12 @@ def test_options_of_the_wrong_kind_are_named_before_anything_is_loaded(capsys: p
     assert data == {"n": 3}
 
 
+@pytest.mark.parametrize(("word", "wanted"), [("logits", ["logits"]), ("[logits, embed]", ["logits", "embed"])])
+def test_a_word_where_several_may_stand_is_one_of_them(word: str, wanted: list[str]) -> None:
+    read, _ = read_settings([f"receivers={word}"], "path_patching", CIRCUITS["path_patching"])
+    assert read == {"receivers": wanted}
+
+
 def test_results_become_one_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (2, 10):
         words = ["circuit", "attention", "--model", MODEL, "--data", str(folder), "-n", "2", "--quiet"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vit_mechinterp.commands.circuit_list import Entry
 from vit_mechinterp.errors import SpecError, suggest
@@ -96,6 +96,14 @@ def read_metric(given: Any) -> Any:
         ) from None
 
 
+class _Annotated:
+    """One annotation on its own, for `typing.get_type_hints`: among all of a function's, some may be of names
+    that only type checkers import."""
+
+    def __init__(self, annotations: dict[str, Any]) -> None:
+        self.__annotations__ = annotations
+
+
 def _fitted(circuit: str, option: inspect.Parameter, value: Any, function: Callable[..., Any]) -> Any:
     """Return a value that the option takes: itself, or a list of it where several may stand.
 
@@ -107,10 +115,14 @@ def _fitted(circuit: str, option: inspect.Parameter, value: Any, function: Calla
 
     if option.name in _READ_LATER:
         return value
-    several = option.annotation.startswith(("Iterable[", "Sequence["))
+    if option.annotation.startswith("Iterable[") and isinstance(value, str):
+        value = [value]  # a word is one of several, though it is an iterable of letters
+    several = option.annotation.startswith("Sequence[")
     unchecked = [value] if several and isinstance(value, str) and value not in option.annotation else value
     try:
-        kind = eval(option.annotation, inspect.unwrap(function).__globals__)  # noqa: S307 - our own annotations
+        kept = _Annotated({option.name: option.annotation})
+        names = inspect.unwrap(function).__globals__
+        (kind,) = get_type_hints(kept, names, include_extras=True).values()
         adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
         for tried in (value, [value]):
             try:
