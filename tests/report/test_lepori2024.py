@@ -158,6 +158,15 @@ def test_verdicts_follow_the_numbers() -> None:
     assert good[0].published == "0.936 in layer 2 (logged for CLIP B/16); 0.007 in the last"
 
 
+@pytest.mark.parametrize(("local", "holds"), [(0, True), (2, True), (3, False), (7, False)])
+def test_hardly_any_head_is_one_in_ten(local: int, holds: bool) -> None:
+    name = "attention_discrimination_scratch"
+    table = pd.DataFrame({"WO_direct": [0.9] * local + [0.1] * (24 - local)})
+    (claim,) = verdicts({name: CircuitResult(name=name, table=table)})
+    assert claim.holds is holds
+    assert claim.here.startswith(f"{local} of 24 heads")
+
+
 def test_what_does_not_agree_is_said_in_words() -> None:
     claims = [
         Claim("Fig. 3", "one", "0.9", "0.8 here", "above 0.7", True),

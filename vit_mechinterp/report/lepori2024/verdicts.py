@@ -63,20 +63,18 @@ def _stages(name: str, figure: str, order: tuple[str, ...]) -> Any:
 
 def _scratch(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
     name = "attention_discrimination"
-    if name not in results:
-        return
-    local = {
-        part: int((results[part].table["WO_direct"] > 0.5).sum()) for part in (name, f"{name}_scratch")
-    }
-    ours, plain = local.values()
+    shares = {part: results[part].table["WO_direct"] for part in (f"{name}_scratch", name) if part in results}
+    local = {part: int((share > 0.5).sum()) for part, share in shares.items()}
+    plain, heads = local[f"{name}_scratch"], len(shares[f"{name}_scratch"])
+    beside = f", {local[name]} in the model of the other sections" if name in local else ""
     yield Claim(
         "Fig. 2",
         "a model trained from scratch has hardly any head that attends within objects",
         "",
-        f"{plain} heads give more than half of an object's attention to itself without auxiliary loss, "
-        f"{ours} in the model of the other sections",
-        "there are fewer",
-        plain < ours,
+        f"{plain} of {heads} heads give more than half of an object's attention to itself without auxiliary "
+        f"loss{beside}",
+        "at most one head in ten does",
+        plain <= heads / 10,
     )
 
 
