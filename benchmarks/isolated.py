@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,8 @@ def arguments(options: Any) -> list[str]:
     return [str(word) for word in words]
 
 
-def part(module: str, words: Sequence[str], environment: Mapping[str, str] | None = None) -> list[Row]:
+def part(module: str, words: Sequence[str]) -> list[Row]:
     """Run ``python -m MODULE WORDS --json FILE`` and return the rows that it found.
-
-    Args:
-        environment: variables to set beside those of this process.
 
     Raises:
         RuntimeError: it failed; the message holds the end of what it printed.
@@ -51,7 +47,6 @@ def part(module: str, words: Sequence[str], environment: Mapping[str, str] | Non
         done = subprocess.run(  # noqa: S603
             command,
             cwd=Path(__file__).parents[1],
-            env=os.environ | dict(environment or {}),
             capture_output=True,
             text=True,
             check=False,

@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,6 @@ STREAMED = Geometry(64, 4, 4, 256, image=96, patch=16)
 """Images of 110 kB, and 38 kB of block outputs for each."""
 
 HELD = 1.1
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "": {},
-    ", freed memory returned at once": {"MALLOC_MMAP_THRESHOLD_": "65536"},
-}
-"""What the process's allocator is told."""
-
 BATCH = 32
 
 
@@ -280,15 +273,7 @@ def main(argv: list[str] | None = None) -> Report:
         words += [] if chosen.threads is None else ["--threads", str(chosen.threads)]
         words += [] if chosen.scale == "full" else [f"--{chosen.scale}"]
         for way in ("experiment", "capture"):
-            for name, environment in ALLOCATORS.items():
-                if chosen.torch_device.type == "cpu" or not environment:
-                    found = isolated.part("benchmarks.store", [*words, "--way", way], environment)
-                    report.rows += [replace(row, name=row.name + name) for row in found]
-        report.note(
-            "glibc keeps much of what is freed for later, which counts as held by the process; with a "
-            "threshold of 64 KiB it returns larger pieces at once, so that row shows what the engine "
-            "itself holds."
-        )
+            report.rows += isolated.part("benchmarks.store", [*words, "--way", way])
     else:
         report.note("Memory held is not measured: this system does not say what a process holds.")
     report.note(

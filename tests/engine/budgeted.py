@@ -87,7 +87,12 @@ def main(folder: Path, what: str) -> dict[str, Any]:
         results = vmi.execute(vit, runs, data, memory=BUDGET, out=own, progress=False)
         assert results.captures["swap"]["blocks.2.mlp.post"].shape[0] == n
 
-    work = {"capture": captured, "execute": executed}[what]
+    def swept(n: int, own: Path) -> None:
+        swap = vmi.Interchange(site="blocks.0.resid_post", source="source", tokens=[0, 1])
+        runs = [vmi.Run(name=f"layer{layer}", interventions=[swap.at(layer=layer)]) for layer in range(3)]
+        vmi.execute(vit, runs, {"base": Lazy(n, 1), "source": Lazy(n, 2)}, memory=BUDGET, progress=False)
+
+    work = {"capture": captured, "execute": executed, "sweep": swept}[what]
     work(24, folder / "warm")
     risen = peak_of(lambda: work(N, folder / "whole"))
     return {"risen": risen / BUDGET, "pixels": N * 3 * SIDE * SIDE * 4 / BUDGET, "activations": N * held / BUDGET}

@@ -157,13 +157,17 @@ def _forward(
         instrument.stop(stop[0], before=stop[1])
     with torch.no_grad(), instrument.installed():
         with suppress(StopForward):
-            parts = [data.images(column, examples) for column, examples in batch.by_column()]
-            output = vit(parts[0] if len(parts) == 1 else torch.cat(parts))
+            output = vit(_images(data, batch))
             for own in results.values():
                 entries, rows = own.members(batch.images)
                 if len(entries):
                     own.take(None, output, entries, rows)
         instrument.verify()
+
+
+def _images(data: Data, batch: CleanGroup) -> Tensor:
+    parts = [data.images(column, examples) for column, examples in batch.by_column()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def means_of(schedule: Schedule, clean: Clean) -> dict[Read, Tensor]:

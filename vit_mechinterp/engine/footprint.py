@@ -15,6 +15,11 @@ from vit_mechinterp.model.hooked import HookedViT
 __all__ = ["Footprint", "footprint"]
 
 
+_IMAGES = 4
+"""Images for each row of a clean forward: on its own and in the batch, for this batch and for the next one,
+which is made meanwhile."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes that an experiment's computation takes at most.
@@ -59,15 +64,15 @@ def _read_size(vit: HookedViT, read: Read) -> int:
 
 
 def _row_size(vit: HookedViT, bound: Bound) -> int:
-    """Numbers that one row takes at most: its image, what a block makes of it, and copies that joining and
-    editing make."""
+    """Numbers that one row takes at most: its image and those made ahead, what a block makes of it, and
+    copies that joining and editing make."""
     tokens, d_model, heads = vit.layout.tokens.n_tokens, vit.layout.d_model, vit.layout.n_heads
     sites = vit.sites()
     hidden = [i.shape[-1] for name, i in sites.items() if name.endswith(("mlp.pre", "mlp.pre_linear"))]
     visited = [edit.site for run in bound.runs for edit in run.edits]
     visited += [read.site for own in bound.reads_of.values() for read in own]
     visited += [e.source.site for run in bound.runs for e in run.edits if e.source is not None]
-    size = math.prod(vit.layout.tokens.input_shape)
+    size = _IMAGES * math.prod(vit.layout.tokens.input_shape)
     size += tokens * (14 * d_model + 3 * max(hidden, default=4 * d_model))
     if any(site.is_attention_matrix for site in visited):
         size += 5 * heads * tokens * tokens
