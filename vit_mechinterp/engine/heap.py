@@ -18,7 +18,7 @@ __all__ = ["give_back", "thrifty"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of ``mallopt``."""
 _LARGE = 128 * 2**10
-"""In `thrifty` blocks of at least so many bytes are returned as soon as they are freed; where glibc begins."""
+"""Blocks of so many bytes are returned as soon as they are freed, in `thrifty`: where glibc begins."""
 _LARGEST = 32 * 2**20
 """Up to here glibc raises that limit by itself in a process that frees large blocks."""
 
