@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.sharing import Part
 from vit_mechinterp.spec import BLOCK_SITES
 
-__all__ = ["Segment", "in_waves", "starts_late"]
+__all__ = ["Segment", "filled", "in_waves", "starts_late"]
 
 EARLY = BLOCK_SITES.index("ln1")
 """The last place in a block up to which nothing worth sparing has been computed."""
+
+
+class Rows(Protocol):
+    """Rows of one run: one for each of some ascending examples."""
+
+    @property
+    def run(self) -> BoundRun: ...
+
+    @property
+    def examples(self) -> IntArray: ...
+
+
+Own = TypeVar("Own", bound=Rows)
 
 
 @dataclass(frozen=True)
@@ -35,45 +48,54 @@ def starts_late(run: BoundRun, n_layers: int) -> bool:
     return BLOCK_SITES.index(first.name) > EARLY
 
 
-def in_waves(parts: Sequence[Part], width: int, n_layers: int, *, spares: bool) -> Iterator[list[Segment]]:
-    """Fill waves of at most ``width`` rows, in the order in which the rows join.
+def in_waves(parts: Sequence[Rows], width: int, n_layers: int, *, spares: bool) -> Iterator[list[Segment]]:
+    """The waves of `filled`, as segments."""
+    for wave in filled(parts, width, n_layers, spares=spares):
+        yield [Segment(part.run, tuple(examples.tolist())) for part, examples in wave]
+
+
+def filled(
+    parts: Sequence[Own], width: int, n_layers: int, *, spares: bool
+) -> Iterator[list[tuple[Own, IntArray]]]:
+    """Fill waves of at most ``width`` rows, in the order in which the rows join; each part with the examples
+    that a wave holds of it.
 
     Where a part of the joining block can be spared, all rows of an example stand together in one wave, as far
     as they fit; elsewhere rows of one run do, which makes for the fewest edits.
     """
-    wave: list[tuple[BoundRun, IntArray]] = []
+    wave: list[tuple[Own, IntArray]] = []
     free = width
     for pieces in _pieces(parts, width, n_layers, spares=spares):
         size = sum(len(examples) for _, examples in pieces)
         if len(pieces) > 1 and size > free and wave:
-            yield _segments(wave)
+            yield _merged(wave)
             wave, free = [], width
-        for run, examples in pieces:
+        for part, examples in pieces:
             rest = examples
             while len(rest):
                 taken, rest = rest[:free], rest[free:]
-                wave.append((run, taken))
+                wave.append((part, taken))
                 free -= len(taken)
                 if free == 0:
-                    yield _segments(wave)
+                    yield _merged(wave)
                     wave, free = [], width
     if wave:
-        yield _segments(wave)
+        yield _merged(wave)
 
 
 def _pieces(
-    parts: Sequence[Part], width: int, n_layers: int, *, spares: bool
-) -> Iterator[list[tuple[BoundRun, IntArray]]]:
+    parts: Sequence[Own], width: int, n_layers: int, *, spares: bool
+) -> Iterator[list[tuple[Own, IntArray]]]:
     """Rows in order; those of one list belong together."""
 
-    def place(part: Part) -> tuple[int, bool, bool]:
+    def place(part: Own) -> tuple[int, bool, bool]:
         join = part.run.join(n_layers)
         return join.layer, join.behind, spares and starts_late(part.run, n_layers)
 
     for (_, _, late), group in groupby(sorted(parts, key=place), key=place):
         members = list(group)
         if not late or len(members) == 1:
-            yield from ([(part.run, part.examples)] for part in members)
+            yield from ([(part, part.examples)] for part in members)
             continue
         examples = np.unique(np.concatenate([part.examples for part in members]))
         together = max(1, width // len(members))
@@ -83,19 +105,16 @@ def _pieces(
             for part in members:
                 low, high = np.searchsorted(part.examples, [first, last + 1])
                 if high > low:
-                    tile.append((part.run, part.examples[low:high]))
+                    tile.append((part, part.examples[low:high]))
             yield tile
 
 
-def _segments(wave: Sequence[tuple[BoundRun, IntArray]]) -> list[Segment]:
-    """Rows of one run that follow one another make one segment."""
-    segments: list[Segment] = []
-    previous: BoundRun | None = None
-    for run, examples in wave:
-        own = tuple(examples.tolist())
-        if previous is run:
-            segments[-1] = Segment(run, segments[-1].examples + own)
+def _merged(wave: Sequence[tuple[Own, IntArray]]) -> list[tuple[Own, IntArray]]:
+    """Rows of one part that follow one another stand together."""
+    merged: list[tuple[Own, IntArray]] = []
+    for part, examples in wave:
+        if merged and merged[-1][0] is part:
+            merged[-1] = part, np.concatenate([merged[-1][1], examples])
         else:
-            segments.append(Segment(run, own))
-        previous = run
-    return segments
+            merged.append((part, examples))
+    return merged

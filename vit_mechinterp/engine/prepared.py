@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,12 @@ from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
+from vit_mechinterp.engine.order import Segment, filled
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import provenance_of
-from vit_mechinterp.engine.schedule import Schedule, Segment
+from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import resolve_refs
+from vit_mechinterp.engine.throughput import likely_width
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.errors import SpecError, suggest
@@ -81,8 +84,8 @@ class Prepared:
     ) -> Float[Tensor, "run example *output"]:
         """Outputs of every run on some examples, in the ambient grad mode.
 
-        Gradients flow to ``tensors`` and stop at the interventions: the clean part is constant. All rows pass
-        through the model in one growing batch; see `run_together` for batches of several preparations.
+        Gradients flow to ``tensors`` and stop at the interventions: the clean part is constant. See
+        `run_together` for batches of several preparations.
 
         Args:
             examples: which examples, in any order.
@@ -179,10 +182,11 @@ class Batch:
 def run_together(
     batches: Sequence[Batch], tensors: Mapping[str, Tensor]
 ) -> list[Float[Tensor, "run example *output"]]:
-    """Outputs of several batches in one growing batch, in the ambient grad mode.
+    """Outputs of several batches in common growing batches, in the ambient grad mode.
 
     The batches may belong to several preparations of one model, on different data. Rows join at the block of
-    their first intervention; forward and backward pass through the blocks behind it alone.
+    their first intervention; forward and backward pass through the blocks behind it alone. On a GPU all rows
+    share one growing batch; on a CPU, where very wide ones are slower, as few as `likely_width` allows.
 
     Args:
         batches: what to run.
@@ -201,28 +205,45 @@ def run_together(
         raise SpecError("Batches that run together are of one model; these were prepared on several.")
     runs_of = [batch.checked() for batch in batches]
     images = _images([batch.prepared for batch in batches])
-    placed: list[tuple[int, Segment, Material]] = []
+    placed: list[_Rows] = []
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
         material = batch.prepared.material(runs, tensors)
         material = replace(material, source_order=batch.source_order, images=images[n])
         for run in runs:
             if run.edits:
-                placed.append((n, Segment(run, tuple(batch.examples)), material))
+                placed.append(_Rows(n, run, np.sort(np.asarray(batch.examples)), material))
             else:
                 outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
-    if placed:
-        placed.sort(key=lambda one: one[1].run.join(vit.layout.n_layers))
-        with vit.lock:
-            result = run_wave(
-                vit,
-                [segment for _, segment, _ in placed],
-                [material for _, _, material in placed],
-                spares=batches[0].prepared.schedule.spares,
-            )
-        for (n, segment, _), output in zip(placed, result.outputs, strict=True):
-            outputs[n, segment.run.name] = output
+    pieces: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+    spares = batches[0].prepared.schedule.spares
+    with vit.lock:
+        for wave in filled(placed, _width(vit, placed), vit.layout.n_layers, spares=spares):
+            segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
+            result = run_wave(vit, segments, [rows.material for rows, _ in wave], spares=spares)
+            for (rows, _), output in zip(wave, result.outputs, strict=True):
+                pieces[rows.batch, rows.run.name].append(output)
+    for (n, name), own in pieces.items():
+        place = np.argsort(np.argsort(batches[n].examples, kind="stable"))
+        outputs[n, name] = torch.cat(own)[torch.as_tensor(place, device=own[0].device)]
     return [torch.stack([outputs[n, run.name] for run in runs]) for n, runs in enumerate(runs_of)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of one run of a batch: its number, the run, ascending examples, and what they read."""
+
+    batch: int
+    run: BoundRun
+    examples: IntArray
+    material: Material
+
+
+def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:
+    """Rows per growing batch: on a CPU what it is quickest with, elsewhere all of them."""
+    if vit.device.type == "cpu":
+        return likely_width(vit)
+    return max(1, sum(len(rows.examples) for rows in placed))
 
 
 def _images(preparations: Sequence[Prepared]) -> list[Mapping[str, IntArray]]:

@@ -185,7 +185,7 @@ class _Spared:
         if self.module not in _FIT:
             # Once per module: whatever its place in the block, it must see equal values.
             off = float((_rows(few, self.rows.index) - given).detach().abs().max())
-            (_FIT if off <= 1e-4 * float(given.abs().max()) else _UNFIT).add(self.module)
+            (_FIT if off <= 1e-4 * float(given.detach().abs().max()) else _UNFIT).add(self.module)
             if self.module in _UNFIT:
                 return self.native(*args, **kwargs)
         args = tuple(few if value is given else value for value in args)
