@@ -92,12 +92,12 @@ class BoundRun:
         """The run's name."""
         return self.run.name
 
-    @cached_property
+    @property
     def first(self) -> Site | None:
         """The site of the first edit; None for a clean run."""
         return self.edits[0].site if self.edits else None
 
-    @cached_property
+    @property
     def origin(self) -> ColumnOrigin:
         """Where the run's clean values come from."""
         return ColumnOrigin(self.run.base)
@@ -111,7 +111,7 @@ class BoundRun:
         assert self.first is not None
         return _join(self.first, self.starts_at_mlp_out, n_layers)
 
-    @cached_property
+    @property
     def starts_at_mlp_out(self) -> bool:
         """Whether the run's rows join behind a block with an MLP increment of their own."""
         first = self.first

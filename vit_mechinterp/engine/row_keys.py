@@ -52,25 +52,24 @@ class RowKeys:
         return same if same.any() else None
 
     def of(self, part: Part) -> tuple[Any, list[IntArray]]:
-        """The key of a part's rows: what they share, and numbers ``[row]`` for what they may differ in."""
-        rows = part.examples
+        """The key of a part's rows: what they share, and numbers ``[example]`` for what they may differ in."""
         fixed: list[Any] = []
-        varying = [self.sharing.images[part.run.run.base][rows]]
+        varying = [self.sharing.images[part.run.run.base]]
         for edit in part.run.edits:
             fixed.append((type(edit.spec), edit.site, edit.spec.heads, self._options(edit)))
             for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
                 place = None if positions is None else self._positions(positions)
                 fixed.append(place if place is None or isinstance(place, int) else "each")
                 if place is not None and not isinstance(place, int):
-                    varying.append(place[rows])
+                    varying.append(place)
             if edit.source is not None:
                 fixed.append(edit.source.site)
-                varying.append(self._source(edit.source)[rows])
+                varying.append(self._source(edit.source))
             if edit.mean is not None:
                 assert isinstance(edit.mean.origin, ColumnOrigin)
                 fixed += [self.sharing.means_of(edit.mean.origin.column), edit.mean.positions]
             if edit.choice is not None:
-                varying.append(edit.choices[rows])
+                varying.append(edit.choices)
                 fixed.append("choice")
         return tuple(fixed), varying
 

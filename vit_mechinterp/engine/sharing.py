@@ -143,9 +143,8 @@ class Sharing:
     @cached_property
     def _sorted_out(self) -> tuple[dict[str, tuple[Part, ...]], dict[str, IntArray], int]:
         parts: dict[str, tuple[Part, ...]] = {}
-        classes = {
-            run.name: -1 - self.images[run.run.base] for run in self.bound.runs
-        }  # until edits say otherwise
+        clean = {column: -1 - images for column, images in self.images.items()}
+        classes = {run.name: clean[run.run.base] for run in self.bound.runs}  # until edits say otherwise
         everyone = np.arange(self.n_examples)
         if not self.rows:
             edited = [run for stage in self.bound.stages for run in stage]
@@ -205,18 +204,26 @@ class Sharing:
         """Give classes to rows whose edits differ at most in what varies from example to example."""
         if len(members) == 1 and self._all_distinct(members[0][0]):
             part = members[0][0]
-            classes[part.run.name] = classes[part.run.name].copy()
-            classes[part.run.name][part.examples] = count + np.arange(len(part.examples))
+            self._put(classes, part, count + np.arange(len(part.examples)))
             return count + len(part.examples)
-        rows = np.concatenate([np.stack(varying, axis=1) for _, varying in members])
+        rows = np.concatenate(
+            [np.stack([numbers[part.examples] for numbers in varying], axis=1) for part, varying in members]
+        )
         distinct, which = np.unique(rows, axis=0, return_inverse=True)
         start = 0
         for part, _ in members:
-            name, stop = part.run.name, start + len(part.examples)
-            classes[name] = classes[name].copy()
-            classes[name][part.examples] = count + which.reshape(-1)[start:stop]
+            stop = start + len(part.examples)
+            self._put(classes, part, count + which.reshape(-1)[start:stop])
             start = stop
         return count + len(distinct)
+
+    def _put(self, classes: dict[str, IntArray], part: Part, numbers: IntArray) -> None:
+        """Give a part's rows their classes; arrays may be shared by runs, and are not written into."""
+        if len(numbers) < self.n_examples:
+            own = classes[part.run.name].copy()
+            own[part.examples] = numbers
+            numbers = own
+        classes[part.run.name] = numbers
 
     def _all_distinct(self, part: Part) -> bool:
         column = part.run.run.base
