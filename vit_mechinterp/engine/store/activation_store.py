@@ -16,6 +16,7 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
+from vit_mechinterp.engine.heap import thrifty
 from vit_mechinterp.engine.store.source import Source, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.store.view import StoredActivations
@@ -115,7 +116,8 @@ class ActivationStore:
             source.tick = lambda n: _count(bar, n)
             if batch_size == "auto":
                 source.adopt_rows(max(rows, columns.n))
-            _fill(source)
+            with thrifty():
+                _fill(source)
         source.tick = lambda n: None
         self.tiers.flush()
         self._warn_of_loss(source)

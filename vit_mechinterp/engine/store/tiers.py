@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 _MOST_PENDING = 2
 """Blocks that wait to be written at most."""
 _AT_WORK = 32 * 1024**2
-"""Bytes of the host's budget that are left for the batch at work and for images that wait."""
+"""Bytes of the host's budget that are left for the batch at work and for images that wait; of a small budget
+a third, of a large one a sixteenth."""
 _LARGE = 4096
 """Bytes of an item from which on it is worth a copy of its own."""
 
@@ -47,7 +48,7 @@ class Tiers:
     def __init__(self, folder: Path | None, gpu: int, host: int, disk: int) -> None:
         self.gpu_budget = gpu
         self.gpus: dict[torch.device, MemoryTier] = {}
-        at_work = max(host // 16, _AT_WORK if host >= 4 * _AT_WORK else 0)
+        at_work = max(host // 16, min(host // 3, _AT_WORK))
         self.host = MemoryTier(host - at_work, torch.device("cpu"), pinned=torch.cuda.is_available())
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
         self.lock = threading.RLock()
