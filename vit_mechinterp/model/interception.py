@@ -160,7 +160,8 @@ class Interception(TorchFunctionMode):
         if grouped:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        scores = query @ key.transpose(-2, -1)
+        scores.mul_(1 / math.sqrt(query.shape[-1]) if scale is None else scale)  # in place: they are large
         if is_causal:
             causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~causal, -math.inf)

@@ -73,7 +73,7 @@ def _forward(
     dropout = attention.dropout if attention.training else 0.0
     pattern: Tensor | None = None
     if need_weights:
-        scores = torch.matmul(q, k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))
+        scores = torch.matmul(q, k.transpose(-2, -1)).mul_(1 / math.sqrt(q.shape[-1]))
         pattern = torch.softmax(scores if mask is None else scores + mask, dim=-1)
         z = torch.matmul(F.dropout(pattern, dropout) if dropout else pattern, v)
         pattern = pattern.mean(dim=1) if average_attn_weights else pattern
