@@ -173,14 +173,14 @@ def test_the_error_is_that_against_exact_patching() -> None:
 
 
 def test_frozen_parameters_and_small_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vit_mechinterp.circuits.gradients as gradients
+    import vit_mechinterp.circuits.kept_readings as kept_readings
 
     module = TIMM_PLAIN.module()
     data = {"base": TIMM_PLAIN.images(5, 1), "source": TIMM_PLAIN.images(5, 2)}
     wanted = attribution_patching(vmi.wrap(module), data, metric="probability", sample=0).table
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    monkeypatch.setattr(gradients, "_AT_ONCE", 2)
+    monkeypatch.setattr(kept_readings, "_AT_ONCE", 2)
     found = attribution_patching(vmi.wrap(module), data, metric="probability", sample=0).table
     np.testing.assert_allclose(found["change"], wanted["change"], atol=1e-6)
     assert all(parameter.grad is None for parameter in module.parameters())

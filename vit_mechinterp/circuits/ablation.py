@@ -97,7 +97,7 @@ def ablation_sweep(
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no part is named"
         raise UnsupportedSiteError(f"There is nothing to ablate: {reasons}.")
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, **how)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     columns = own_neurons.with_other_images(data) if neurons and "resample" in chosen else data
     runs = [part.run(method, base, seed) for method in chosen for part in found]
     measured = measure(

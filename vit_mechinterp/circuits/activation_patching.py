@@ -123,7 +123,7 @@ def activation_patching(
     n = Data(data, vit).n
     if not 0 <= example < n:
         raise SpecError(f"example={example} is out of range; there are {n} pairs.")
-    bound, origin, clean = compared(vit, data, metric, base=base, source=source, **how)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     runs = [cell.run(way, base, source) for cell in cells for way in directions]
     groups = grouped(runs, n, clean[0].numel())
     measured = measure(vit, groups, data, bound, folder=folder, **how)

@@ -7,6 +7,7 @@ say that.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from vit_mechinterp.circuits.attention_measures import head_measures, relevance,
 from vit_mechinterp.circuits.bound_metric import bind_metric, check_metric
 from vit_mechinterp.circuits.gradients import check_gradient, gradients_at
 from vit_mechinterp.circuits.images import image_column, model_view
+from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.reading import (
-    batches,
     interval_columns,
     merged_reasons,
     outputs_shape,
@@ -54,6 +55,7 @@ def attention(
     example: int = 0,
     resamples: int = 2000,
     seed: int = 0,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> CircuitResult:
     """Read every attention pattern.
@@ -69,6 +71,7 @@ def attention(
         base: the image column.
         example: the image that the maps show.
         resamples, seed: of the bootstrap over images.
+        folder: keeps what has been read, so that the same call goes on where it was stopped.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
@@ -95,23 +98,33 @@ def attention(
     if gradient and whole:
         classes = vit.layout.output == "logits" and len(outputs_shape(vit)) == 1
         checked = check_metric(metric or (_top_logit if classes else _norm), vit, data)
+    one_shape = len({vit.sites()[site].shape for site in sites}) == 1
+
+    @torch.no_grad()
+    def read(examples: list[int]) -> dict[str, Tensor]:
+        cache = _patterns(vit, columns.images(base, examples), sites)
+        found = {
+            f"{layer} {name}": values
+            for layer, site in zip(layers, sites, strict=True)
+            for name, values in head_measures(cache[site], vit.layout.tokens).items()
+        }
+        if one_shape:
+            found["alike"] = similarity(torch.cat([cache[site] for site in sites], dim=1)).sum(0)
+        return found
+
     measured: dict[tuple[str, int], list[Tensor]] = {}
     alike: list[Tensor] = []
-    patterns: list[Tensor] = []
-    for examples, x in batches(vit, columns, base, progress=progress, what="attention"):
-        with torch.no_grad():
-            _, cache = vit.run(x, capture=sites)
-        for layer, site in zip(layers, sites, strict=True):
-            for name, values in head_measures(cache[site], vit.layout.tokens).items():
-                measured.setdefault((name, layer), []).append(values.cpu())
-        if len({cache[site].shape for site in sites}) == 1:
-            alike.append(similarity(torch.cat([cache[site] for site in sites], dim=1)).sum(0).cpu())
-        if example in examples:
-            at = examples.index(example)
-            patterns = [cache[site][at : at + 1] for site in sites]
+    with KeptReadings(folder, vit, columns, [base], reading="attention", sites=sites) as kept:
+        for _, found in in_batches(vit, columns.n, read, kept, progress=progress, what="attention"):
+            alike += [found.pop("alike")] if one_shape else []
+            for key, values in found.items():
+                layer, name = key.split(" ", 1)
+                measured.setdefault((name, int(layer)), []).append(values.cpu())
+    cache = _patterns(vit, columns.images(base, [example]), sites)
+    patterns = [cache[site] for site in sites]
     rows = [_head_rows(measured, resamples, seed), _control_rows(vit)]
     if alike:
-        rows.append(_similarity_rows(torch.stack(alike).sum(0) / columns.n, layers))
+        rows.append(_similarity_rows(torch.stack(alike).sum(0).cpu() / columns.n, layers))
     rows.append(_map_rows(patterns, layers, queries))
     if whole:
         rows.append(_rollout_rows("rollout", rollout(patterns), queries))
@@ -159,6 +172,12 @@ def _patterned(vit: HookedViT) -> tuple[list[int], dict[str, str]]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in merged.items())
         raise UnsupportedSiteError(f"{type(vit.module).__name__} has no pattern to read: {reasons}.")
     return found, merged
+
+
+@torch.no_grad()
+def _patterns(vit: HookedViT, x: Float[Tensor, "batch *image"], sites: Sequence[str]) -> Mapping[str, Tensor]:
+    _, cache = vit.run(x, capture=sites)
+    return cache
 
 
 def _queries(vit: HookedViT, query: Any) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
 from vit_mechinterp.circuits.corruptions import Corruption
 from vit_mechinterp.circuits.effects import gap_problem
-from vit_mechinterp.circuits.gradients import Method, linearised
+from vit_mechinterp.circuits.gradients import Method, Pulled, linearised
 from vit_mechinterp.circuits.images import image_pairs, model_view
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.patching_cells import (
@@ -81,7 +81,8 @@ def attribution_patching(
             ``"all"`` for every cell, 0 for none.
         resamples: resamples of the bootstrap and of the permutation test over pairs.
         seed: seeds both, and the sample.
-        folder: keeps finished cells of the exact sample, so that the same call goes on where it was stopped.
+        folder: keeps finished predictions and cells of the exact sample, so that the same call goes on where
+            it was stopped.
         batch_size: most rows in one forward of the exact sample, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
 
@@ -107,21 +108,21 @@ def attribution_patching(
     cells = token_cells(vit, [p for p in places if p[0] in by_token], cut, None)
     cells += head_cells(vit, [p for p in places if p[0] in by_head])
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=source, **how)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     assert bound.other is not None
     ends = (bound.clean, bound.other) if direction == "noising" else (bound.other, bound.clean)
     into, there = (base, source) if direction == "noising" else (source, base)
 
     own = list(dict.fromkeys(cell.site for cell in cells))
-    predicted = torch.zeros(len(cells), n, dtype=torch.float64)
-    for part in linearised(
-        vit, data, bound, clean, read=own, kept=own, into=into, origin=there, method=method, steps=steps,
-        progress=progress,
-    ):  # fmt: skip
-        products = {site: part.change[site].double() * part.gradients[site].double() for site in own}
-        for index, cell in enumerate(cells):
-            predicted[index, part.examples] = _summed(vit, cell, products[cell.site]).cpu()
 
+    def products(part: Pulled) -> Tensor:
+        each = {site: part.change[site].double() * part.gradients[site].double() for site in own}
+        return torch.stack([_summed(vit, cell, each[cell.site]) for cell in cells])
+
+    predicted = linearised(
+        vit, data, bound, clean, products, read=own, kept=own, into=into, origin=there, method=method,
+        steps=steps, cells=cells, folder=folder, progress=progress,
+    )  # fmt: skip
     table = patching_table(cells, [direction], ends[0] + predicted, bound, example, resamples, seed)
     checked = chosen_sample(predicted.mean(dim=1).numpy(), sample, seed)
     table["exact"] = np.nan

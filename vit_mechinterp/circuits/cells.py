@@ -62,6 +62,7 @@ def compared(
     *,
     base: str = "base",
     source: str | None = "source",
+    folder: str | Path | None = None,
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> tuple[BoundMetric, dict[str, Any], Float[Tensor, "example *output"]]:
@@ -73,6 +74,7 @@ def compared(
         metric: see `check_metric`.
         base: the column of clean images.
         source: the column of images that they are compared with; None without.
+        folder: keeps the outputs, so that the same call finds them there, to the bit.
         batch_size: most rows in one forward, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
     """
@@ -80,7 +82,8 @@ def compared(
     runs = [Run(name="clean", base=base)]
     if source is not None:
         runs.append(Run(name="corrupted", base=source))
-    results = execute(vit, runs, data, batch_size=batch_size, progress=progress)
+    out = kept_in(folder, vit, data, runs)
+    results = execute(vit, runs, data, batch_size=batch_size, progress=progress, out=out)
     other = None if source is None else results["corrupted"]
     bound = bind_metric(checked, vit, data, results["clean"], other)
     return bound, dict(results.provenance), results["clean"]

@@ -84,7 +84,7 @@ def cumulative_ablation(
     heads = every if order == "effect" else check_heads(vit, order)
     counts = _counts(len(heads), step)
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, **how)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     size = clean[0].numel()
     provenances: list[Mapping[str, Any]] = [origin]
     if order == "effect":

@@ -7,6 +7,7 @@ Half of the images makes it, the other half says how well it separates the group
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def mean_directions(
     tokens: Any = "all",
     base: str = "base",
     seed: int = 0,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> CircuitResult:
     """Return the direction between two groups of images at every site.
@@ -53,6 +55,7 @@ def mean_directions(
         tokens: the tokens whose mean activation is taken.
         base: the image column.
         seed: of the split into halves and of the control labels.
+        folder: keeps what has been read, so that the same call goes on where it was stopped.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
@@ -80,7 +83,7 @@ def mean_directions(
             "way; each group needs four or more, to be cut into halves, and the labels must differ."
         )
     chosen, left_out = readable_sites(vit, sites)
-    features = features_at(vit, columns, base, chosen, tokens, progress=progress)
+    features = features_at(vit, columns, base, chosen, tokens, folder=folder, progress=progress)
     keep = np.flatnonzero(positive | negative)
     y = positive[keep]
     half = _halves(y, seed)

@@ -26,7 +26,7 @@ from vit_mechinterp.circuits.attribution_patching import (
 from vit_mechinterp.circuits.cells import BatchSize, compared, measure
 from vit_mechinterp.circuits.corruptions import Corruption
 from vit_mechinterp.circuits.effects import effect_columns, gap_problem
-from vit_mechinterp.circuits.gradients import Method, Pull, gradients_at, linearised
+from vit_mechinterp.circuits.gradients import Method, Pull, Pulled, gradients_at, linearised
 from vit_mechinterp.circuits.images import image_pairs
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.nodes import (
@@ -81,7 +81,8 @@ def edge_attribution(
         sample: edges that are also patched exactly, see `attribution_patching`.
         resamples: resamples of the bootstrap and of the permutation test over pairs.
         seed: seeds both, and the sample.
-        folder: keeps finished edges of the exact sample, so that the same call goes on where it was stopped.
+        folder: keeps finished predictions and edges of the exact sample, so that the same call goes on where
+            it was stopped.
         batch_size: most rows in one forward of the exact sample, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
 
@@ -121,18 +122,20 @@ def edge_attribution(
             "recomputed."
         )
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, first, clean = compared(vit, data, metric, base=base, source=source, **how)
-    predicted = torch.zeros(len(edges), Data(data, vit).n, dtype=torch.float64)
+    bound, first, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     streams = {receiver: _stream(vit, receiver) for receiver in readers}
     kept = list(dict.fromkeys([*streams.values(), *(r.site for r in readers if r.site != LOGITS)]))
-    for part in linearised(
-        vit, data, bound, clean, read=list(dict.fromkeys(writes.values())), kept=kept,
-        pull=_pull(readers, streams), into=into, origin=origin, method=method, steps=steps, progress=progress,
-    ):  # fmt: skip
+
+    def products(part: Pulled) -> Tensor:
         sent = {s: _written(s, part.change[site]).flatten(1).double() for s, site in writes.items()}
-        read = {r: slope.flatten(1).double() for r, slope in part.gradients.items()}
-        for index, (sender, receiver) in enumerate(edges):
-            predicted[index, part.examples] = (sent[sender] * read[receiver]).sum(dim=1).cpu()
+        received = {r: slope.flatten(1).double() for r, slope in part.gradients.items()}
+        return torch.stack([(sent[s] * received[r]).sum(dim=1) for s, r in edges])
+
+    predicted = linearised(
+        vit, data, bound, clean, products, read=list(dict.fromkeys(writes.values())), kept=kept,
+        pull=_pull(readers, streams), into=into, origin=origin, method=method, steps=steps,
+        cells=[[s.site, s.head, r.site, r.head] for s, r in edges], folder=folder, progress=progress,
+    )  # fmt: skip
 
     ends = (bound.clean, bound.other) if direction == "noising" else (bound.other, bound.clean)
     assert ends[0] is not None

@@ -91,7 +91,7 @@ def faithfulness(
         raise SpecError(f"The set holds all {len(every)} heads, so there is nothing to compare it with.")
     sets = _sets(every, circuit, subsets, random_sets, seed)
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, **how)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     runs = [
         ablate_heads(f"{kind} {k}", set(every) - set(left), method, base, seed)
         for k, (kind, left) in enumerate(sets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vit_mechinterp.circuits.reading import batches, merged_reasons
+from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
+from vit_mechinterp.circuits.reading import merged_reasons
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.positions import resolve_tokens
 from vit_mechinterp.errors import DataError, SpecError, UnsupportedSiteError, suggest
@@ -62,6 +64,7 @@ def features_at(
     sites: Sequence[str],
     tokens: Any = "all",
     *,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Float[Tensor, "example feature"]]:
     """Return one vector per image and site: the mean over the chosen tokens, heads side by side.
@@ -72,6 +75,7 @@ def features_at(
         column: the image column.
         sites: canonical site names without an axis of keys.
         tokens: a selector in any form that a spec takes; sites without tokens ignore it.
+        folder: keeps what has been read, so that the same call goes on where it was stopped.
         progress: show a bar if it takes longer than two seconds.
 
     Raises:
@@ -82,23 +86,31 @@ def features_at(
             raise SpecError(f"{site} is a matrix of tokens by tokens, no feature vector.")
     chosen = resolve_tokens(parse_tokens(tokens), vit, columns, column, "features, tokens")
     n_tokens = vit.layout.tokens.n_tokens
-    found: dict[str, list[Tensor]] = {site: [] for site in sites}
-    for examples, x in batches(vit, columns, column, progress=progress, what="features"):
-        with torch.no_grad():
-            _, cache = vit.run(x, capture=sites)
+
+    @torch.no_grad()
+    def read(examples: list[int]) -> dict[str, Tensor]:
+        _, cache = vit.run(columns.images(column, examples), capture=sites)
         weights = torch.zeros(len(examples), n_tokens)
         for row, example in enumerate(examples):
             picked = chosen.of(example)
             weights[row, list(range(n_tokens)) if picked is None else list(picked)] = 1
         weights = weights / weights.sum(1, keepdim=True)
+        found = {}
         for site in sites:
             value = cache[site].float()
             if Site.parse(site).has_tokens:
                 if value.shape[1] != n_tokens:
                     raise SpecError(f"{site} has {value.shape[1]} tokens, not the {n_tokens} of the stream.")
                 value = torch.einsum("bt,bt...->b...", weights.to(value), value)
-            found[site].append(value.flatten(1).cpu())
-    return {site: torch.cat(values) for site, values in found.items()}
+            found[site] = value.flatten(1).cpu()
+        return found
+
+    selected = [chosen.shared, chosen.each]
+    with KeptReadings(folder, vit, columns, [column], reading="features", sites=sites, at=selected) as kept:
+        every = [
+            found for _, found in in_batches(vit, columns.n, read, kept, progress=progress, what="features")
+        ]
+    return {site: torch.cat([found[site] for found in every]) for site in sites}
 
 
 def labels_of(columns: Data, column: str) -> tuple[Int[np.ndarray, " example"], list[str]]:

@@ -6,9 +6,6 @@ run with all that it reads. So the same call finds them however the work is cut,
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from vit_mechinterp.circuits.bound_metric import BoundMetric
+from vit_mechinterp.circuits.kept_tensors import KeptTensors
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.tensors import digest_of
-from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run, RunSource, TensorRef
 from vit_mechinterp.spec.digest import digest
 
 __all__ = ["FinishedRuns", "pieces", "runs_at_once"]
-
-logger = logging.getLogger(__name__)
 
 _FLOPS = {"cpu": 1e12}
 """Arithmetic between two writes to disk: half a minute of one core; elsewhere `_FLOPS_OF_DEVICES`."""
@@ -81,7 +76,7 @@ def _read_by(run: Run) -> list[str]:
 
 
 class FinishedRuns:
-    """Numbers of finished runs in a folder: one file per piece, which takes its name when it is complete.
+    """Numbers of finished runs in a folder, one file per piece.
 
     Args:
         folder: where; made if need be.
@@ -99,7 +94,7 @@ class FinishedRuns:
         metric: BoundMetric,
         tensors: Mapping[str, Tensor] | None,
     ) -> None:
-        self.folder = Path(folder)
+        self._kept = KeptTensors(folder)
         columns = Data(data, vit)
         self._key = digest(
             {
@@ -111,25 +106,6 @@ class FinishedRuns:
                 "tensors": digest_of({TensorRef(name=name): own for name, own in (tensors or {}).items()}),
             }
         )
-        self._values: dict[str, Tensor] = {}
-        self._records: dict[str, dict[str, Any]] = {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ExecutionError(f"Finished runs cannot be kept in {folder}: {error}.") from None
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                record = json.loads((file.metadata() or {}).get("record", "{}"))
-                for key in list(file.keys()):
-                    self._values[key], self._records[key] = file.get_tensor(key), record
-        except (OSError, SafetensorError, ValueError) as error:
-            logger.warning("%s holds no finished runs, and is left as it is: %s", path, error)
 
     def keys(self, runs: Sequence[Run]) -> dict[str, str]:
         """Run to what its numbers are found by."""
@@ -141,11 +117,11 @@ class FinishedRuns:
 
     def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """Numbers of those runs that are finished."""
-        return {name: self._values[key] for name, key in keys.items() if key in self._values}
+        return {name: self._kept.load(key)["values"] for name, key in keys.items() if key in self._kept}
 
     def record(self, key: str) -> dict[str, Any]:
         """The provenance of a finished run."""
-        return self._records[key]
+        return self._kept.record(key)
 
     def save(self, keys: Mapping[str, str], values: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep the numbers of finished runs.
@@ -153,17 +129,4 @@ class FinishedRuns:
         Raises:
             ExecutionError: nothing can be written.
         """
-        from safetensors.torch import save_file
-
-        held = {key: values[name].contiguous() for name, key in keys.items()}
-        path = self.folder / f"{digest(sorted(held))[:32]}.safetensors"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            save_file(held, partial, metadata={"record": json.dumps(record)})
-            partial.replace(path)
-        except OSError as error:
-            raise ExecutionError(
-                f"Finished runs cannot be written into {self.folder}: {error}. Choose another folder, or "
-                "make room; what is finished there stays."
-            ) from error
-
+        self._kept.save({key: {"values": values[name]} for name, key in keys.items()}, record)

@@ -7,16 +7,17 @@ a circuit Hanna et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vit_mechinterp.circuits.bound_metric import BoundMetric
+from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -27,9 +28,6 @@ Method: TypeAlias = Literal["gradient", "integrated"]
 
 Pull: TypeAlias = Callable[[Mapping[str, Tensor], Tensor], Mapping[Any, Tensor]]
 """From kept activations and the summed metric to gradients, by whatever key."""
-
-_AT_ONCE = 8
-"""Images whose activations and graph are held at once."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,7 @@ def linearised(
     data: Any,
     metric: BoundMetric,
     outputs: Float[Tensor, "example *output"],
+    reduce: Callable[[Pulled], Float[Tensor, "cell batch"]],
     *,
     read: Sequence[str],
     kept: Sequence[str],
@@ -103,15 +102,18 @@ def linearised(
     origin: str = "source",
     method: Method = "gradient",
     steps: int = 8,
+    cells: Sequence[Any] = (),
+    folder: str | Path | None = None,
     progress: bool = True,
-) -> Iterator[Pulled]:
-    """Go through the examples, a few at a time, and pull gradients at one image or on the way between both.
+) -> Float[Tensor, "cell example"]:
+    """Pull gradients at one image of every pair or on the way between both, and reduce them to numbers.
 
     Args:
         vit: the model.
         data: both images of every example.
         metric: what is differentiated.
         outputs: outputs of all examples, to complete a batch by: a metric sees all examples at once.
+        reduce: makes numbers ``[cell, batch]`` of what was pulled for a few examples.
         read: sites whose change between the images is wanted.
         kept: sites whose activations the gradient is pulled at.
         pull: pulls gradients from the kept activations and the summed metric.
@@ -120,6 +122,8 @@ def linearised(
         method: ``"gradient"`` takes it at ``into``, ``"integrated"`` at the middles of ``steps`` equal pieces
             of the line between the embeddings of both.
         steps: number of pieces.
+        cells: what the numbers are of, as `KeptReadings` takes what decides them.
+        folder: keeps the numbers, so that the same call goes on where it was stopped.
         progress: show a bar if it takes longer than two seconds.
 
     Raises:
@@ -131,12 +135,9 @@ def linearised(
         raise SpecError(f"steps={steps} must be a positive number.")
     check_gradient(metric, outputs)
     columns = Data(data, vit)
-    # A model that takes one image at a time cannot be asked for more.
-    width = 1 if getattr(vit.layout.family, "one_image", None) is not None else _AT_ONCE
     points = [(step + 0.5) / steps for step in range(steps)] if method == "integrated" else [None]
-    spans = [range(i, min(i + width, columns.n)) for i in range(0, columns.n, width)]
-    for span in tqdm(spans, desc="gradients", unit="batch", delay=2.0, disable=not progress):
-        examples = list(span)
+
+    def numbers(examples: list[int]) -> dict[str, Tensor]:
         change = differences(vit, data, list(dict.fromkeys(["embed", *read])), into, origin, examples)
         sums: dict[Any, Tensor] = {}
         pixels = columns.images(into, examples)
@@ -144,7 +145,17 @@ def linearised(
             shift = None if point is None else point * change["embed"]
             for key, slope in _pulled(vit, pixels, shift, metric, outputs, examples, kept, pull).items():
                 sums[key] = sums[key] + slope if key in sums else slope
-        yield Pulled(examples, change, {key: total / len(points) for key, total in sums.items()})
+        pulled = Pulled(examples, change, {key: total / len(points) for key, total in sums.items()})
+        return {"numbers": reduce(pulled)}
+
+    decided: dict[str, Any] = {
+        "cells": list(cells), "into": into, "points": points,
+        # A function has no digest; its numbers tell metrics apart, and it sees the outputs of all examples.
+        "metric": [metric.name, metric.description, metric.clean, metric.other], "outputs": outputs,
+    }  # fmt: skip
+    with KeptReadings(folder, vit, columns, [into, origin], reading="gradients", **decided) as store:
+        batches = in_batches(vit, columns.n, numbers, store, progress=progress, what="gradients")
+        return torch.cat([found["numbers"].cpu() for _, found in batches], dim=1)
 
 
 def _pulled(

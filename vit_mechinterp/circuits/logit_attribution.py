@@ -9,6 +9,7 @@ effects are seen: what a part does through later layers counts for those.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.attribution_figures import captions_of, drawing
 from vit_mechinterp.circuits.images import image_column, model_view
+from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.logit_parts import Parts, logit_parts, part_sites
 from vit_mechinterp.circuits.metrics import Classes, LogitDifference, Probability
 from vit_mechinterp.circuits.reading import (
-    batches,
     class_names,
     directed,
     interval_columns,
@@ -57,6 +58,7 @@ def logit_attribution(
     example: int = 0,
     resamples: int = 2000,
     seed: int = 0,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> CircuitResult:
     """Cut a logit, or the difference of two, into what every part adds to it directly.
@@ -75,6 +77,7 @@ def logit_attribution(
         base: the image column.
         example: the image that the maps show.
         resamples, seed: of the bootstrap over images.
+        folder: keeps what has been read, so that the same call goes on where it was stopped.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
@@ -102,7 +105,9 @@ def logit_attribution(
     values: list[Tensor] = []
     constants: list[Tensor] = []
     classes: list[int] = []
-    for examples, x in batches(vit, columns, base, at_once=4, progress=progress, what="attribution"):
+
+    def read(examples: list[int]) -> dict[str, Tensor]:
+        x = columns.images(base, examples)
         with torch.no_grad():
             outputs = _outputs(vit(x), along)
         own = classes_of(answer, columns, examples, outputs)
@@ -110,10 +115,19 @@ def logit_attribution(
         readout = linear_readout(vit, x, _picked(own, other, along))
         cut = logit_parts(vit, x, readout, sites)
         _require_sum(cut, vit)
-        found.append(cut)
-        values.append(readout.value)
-        constants.append(readout.constant)
-        classes += own.tolist()
+        named = {"value": readout.value, "constant": readout.constant, "classes": own}
+        return named | cut.tensors()
+
+    compared = [columns.integers(c) if isinstance(c, str) else c for c in (answer, against)]
+    decided: dict[str, Any] = {"parts": list(parts), "classes": compared, "directions": along}
+    with KeptReadings(folder, vit, columns, [base], reading="logit attribution", **decided) as kept:
+        for _, tensors in in_batches(
+            vit, columns.n, read, kept, at_once=4, progress=progress, what="attribution"
+        ):
+            values.append(tensors.pop("value"))
+            constants.append(tensors.pop("constant"))
+            classes += tensors.pop("classes").tolist()
+            found.append(Parts.of(tensors))
     value, constant = torch.cat(values), torch.cat(constants)
     table = _table(found, constant, sites.first, top_neurons, parts, example, resamples, seed)
     residual = max(float((cut.residual.abs() / cut.size).max()) for cut in found)
@@ -224,7 +238,7 @@ def _table(
             bias = torch.cat([cut.components["attn_out", layer] for cut in found]) - stacked.sum(1)
             add(bias, "head", "bias", layer=layer)
     for layer in sorted(_cut_by_source(found)):
-        stacked = torch.cat([cut.sources[layer].sum(1) for cut in found])
+        stacked = torch.cat([cut.sources[layer] for cut in found])
         for token in range(stacked.shape[1]):
             add(stacked[:, token], "source", "source", layer=layer, token=token)
     if "tokens" in kinds:

@@ -103,7 +103,8 @@ def logit_lens(
     runs = [_lens(vit, layer, base) for layer in numbers]
     results = execute(vit, runs, data, out=kept_in(folder, vit, data, runs), **how)
     logits = _logits(results.logits, along, scale)
-    final = execute(vit, [Run(name="clean", base=base)], data, **how)
+    clean = [Run(name="clean", base=base)]
+    final = execute(vit, clean, data, out=kept_in(folder, vit, data, clean), **how)
     own = _logits(final.logits[0], along, scale)
     classes = classes_of(answer, columns, list(range(columns.n)), own)
     table = _image_rows(numbers, logits, own, classes, resamples, seed)

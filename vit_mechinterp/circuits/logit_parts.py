@@ -23,6 +23,9 @@ from vit_mechinterp.model.tail import LinearReadout
 __all__ = ["PartSites", "Parts", "logit_parts", "part_sites"]
 
 
+_BY_LAYER = ("heads", "sources", "neurons")
+
+
 @dataclass(frozen=True)
 class PartSites:
     """Which layers and increments are read.
@@ -50,7 +53,7 @@ class Parts:
         components: name to ``[batch]``; with ``constant`` they sum to the value.
         tokens: the same sum by position of the last stream, ``[batch, token]``.
         heads: ``[batch, head]``.
-        sources: what a layer's heads bring from each token, ``[batch, head, token]``.
+        sources: what a layer's heads bring from each token, ``[batch, token]``.
         neurons: ``[batch, neuron]``.
         residual: value minus the sum of the components and the constant, ``[batch]``: rounding.
         size: sum of the sizes of the components, ``[batch]``.
@@ -59,10 +62,31 @@ class Parts:
     components: dict[tuple[str, int], Float[Tensor, " batch"]]
     tokens: Float[Tensor, "batch token"]
     heads: dict[int, Float[Tensor, "batch head"]]
-    sources: dict[int, Float[Tensor, "batch head token"]]
+    sources: dict[int, Float[Tensor, "batch token"]]
     neurons: dict[int, Float[Tensor, "batch neuron"]]
     residual: Float[Tensor, " batch"]
     size: Float[Tensor, " batch"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, as `of` takes it."""
+        named = {f"components/{layer}/{part}": value for (part, layer), value in self.components.items()}
+        for kind in _BY_LAYER:
+            named |= {f"{kind}/{layer}": value for layer, value in getattr(self, kind).items()}
+        return named | {kind: getattr(self, kind) for kind in ("tokens", "residual", "size")}
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> Parts:
+        """Put together what `tensors` took apart."""
+        whole: dict[str, Any] = {"components": {}, **{kind: {} for kind in _BY_LAYER}}
+        for name, value in named.items():
+            kind, *place = name.split("/")
+            if kind == "components":
+                whole[kind][place[1], int(place[0])] = value
+            elif place:
+                whole[kind][int(place[0])] = value
+            else:
+                whole[kind] = value
+        return cls(**whole)
 
 
 def part_sites(vit: HookedViT, kinds: Sequence[str]) -> PartSites:
@@ -163,7 +187,7 @@ def logit_parts(
                     brought = _by_source(pull.double(), read["pattern"].double(), read["v"].double())
                     # Where z is more than the pattern times the values (gates, mixed heads), it has no parts.
                     if bool((brought.sum(2) - heads[layer]).abs().max() < 1e-3 * heads[layer].abs().max()):
-                        sources[layer] = brought
+                        sources[layer] = brought.sum(1)
             if site == "mlp_out" and layer in sites.neurons:
                 post = cache[f"blocks.{layer}.mlp.post"]
                 (pull,) = torch.autograd.grad(total, post, retain_graph=True)

@@ -118,7 +118,7 @@ def path_patching(
         raise SpecError("None of the senders writes before one of the receivers reads, so there is no path.")
     branches = other_writers(vit, Data(data, vit).images(base, [0]))
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, first, clean = compared(vit, data, metric, base=base, source=source, **how)
+    bound, first, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     freeze = mlps == "frozen"
     groups = _groups(vit, writers, readers, into, origin, freeze, totals, tokens, clean.numel())
     measured = measure(vit, groups, data, bound, folder=folder, **how)

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from vit_mechinterp.circuits.features import features_at, labels_of, readable_sites
 from vit_mechinterp.circuits.images import image_column
+from vit_mechinterp.circuits.kept_readings import KeptReadings
 from vit_mechinterp.circuits.reading import interval_columns, read_from, reading_data
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.errors import DataError, SpecError
@@ -45,6 +50,7 @@ def probing(
     base: str = "base",
     resamples: int = 2000,
     seed: int = 0,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> CircuitResult:
     """Probe sites for a label.
@@ -63,6 +69,7 @@ def probing(
         base: the image column.
         resamples: of the bootstrap over images.
         seed: of the folds, the control labels and the bootstrap.
+        folder: keeps what has been read, so that the same call goes on where it was stopped.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
@@ -87,20 +94,31 @@ def probing(
         raise SpecError(f"strength={strength} and controls={controls} must be positive.")
     drawn = [_controls(columns, labels, control_by, seed + index) for index in range(controls)]
     chosen, left_out = readable_sites(vit, sites)
-    features = features_at(vit, columns, base, chosen, tokens, progress=progress)
+    features = features_at(vit, columns, base, chosen, tokens, folder=folder, progress=progress)
     rows, hits, control_hits, tensors = [], [], [], {}
-    for site in chosen:
+
+    def fit(site: str) -> dict[str, Tensor]:
         x = features[site].double().numpy()
         right, training = _cross_validated(x, labels, folds, strength, seed)
-        hits.append(right)
         by_chance = [_cross_validated(x, y, folds, strength, seed)[0] for y in drawn]
-        control_hits.append(np.mean(by_chance, axis=0))
-        rows.append(
-            {"site": Site.parse(site).name, "layer": Site.parse(site).layer, "training_accuracy": training}
-        )
         weight, bias = _fitted(x, labels, strength)
-        tensors[f"{site}.weight"] = torch.from_numpy(weight).float()
-        tensors[f"{site}.bias"] = torch.from_numpy(bias).float()
+        found = {"right": right, "by chance": np.mean(by_chance, axis=0), "training": np.array(training)}
+        return {name: torch.from_numpy(values) for name, values in found.items()} | {
+            "weight": torch.from_numpy(weight).float(),
+            "bias": torch.from_numpy(bias).float(),
+        }
+
+    shown = tqdm(chosen, desc="probes", unit="site", delay=2.0, disable=not progress)
+    # The features themselves are what decides a fit, wherever they come from.
+    decided: dict[str, Any] = {"labels": labels, "drawn": drawn, "folds": folds, "strength": strength}
+    with KeptReadings(folder, vit, columns, [base], reading="probes", seed=seed, **decided) as kept:
+        for site in shown:
+            fitted = kept.once([site, features[site]], partial(fit, site))
+            hits.append(fitted["right"].numpy())
+            control_hits.append(fitted["by chance"].numpy())
+            place = {"site": Site.parse(site).name, "layer": Site.parse(site).layer}
+            rows.append({**place, "training_accuracy": float(fitted["training"])})
+            tensors[f"{site}.weight"], tensors[f"{site}.bias"] = fitted["weight"], fitted["bias"]
     table = _table(rows, np.stack(hits), np.stack(control_hits), counts.max() / len(labels), resamples, seed)
     top = table.iloc[int(table["accuracy"].argmax())]
     used = [base, label, *([control_by] if control_by else [])]

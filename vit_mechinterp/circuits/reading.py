@@ -1,17 +1,14 @@
-"""What circuits share that only read: batches of images, the outputs' directions, and means with
-intervals.
-"""
+"""What circuits share that only read: their images, the outputs' directions, and means with intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vit_mechinterp.circuits.result import provenance
 from vit_mechinterp.circuits.statistics import bootstrap_interval
@@ -22,7 +19,6 @@ from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = [
-    "batches",
     "class_names",
     "directed",
     "interval_columns",
@@ -31,8 +27,6 @@ __all__ = [
     "read_from",
     "reading_data",
 ]
-
-_AT_ONCE = 8
 
 
 def reading_data(vit: HookedViT, data: Any, column: str, example: int = 0) -> Data:
@@ -47,23 +41,6 @@ def reading_data(vit: HookedViT, data: Any, column: str, example: int = 0) -> Da
     if not 0 <= example < columns.n:
         raise SpecError(f"example={example} is out of range; there are {columns.n} images.")
     return columns
-
-
-def batches(
-    vit: HookedViT,
-    columns: Data,
-    column: str,
-    *,
-    at_once: int = _AT_ONCE,
-    progress: bool = True,
-    what: str = "images",
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Go through a column: a few examples at a time, and their images as the model takes them."""
-    if getattr(vit.layout.family, "one_image", None) is not None:
-        at_once = 1
-    spans = [range(i, min(i + at_once, columns.n)) for i in range(0, columns.n, at_once)]
-    for span in tqdm(spans, desc=what, unit="batch", delay=2.0, disable=not progress):
-        yield list(span), columns.images(column, list(span))
 
 
 def outputs_shape(vit: HookedViT) -> tuple[int, ...]:

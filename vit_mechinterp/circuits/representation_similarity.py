@@ -8,6 +8,7 @@ images.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def representation_similarity(
     tokens: Any = "all",
     base: str = "base",
     seed: int = 0,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> CircuitResult:
     """Compare every site with every other one, of one model or between two.
@@ -53,6 +55,7 @@ def representation_similarity(
         tokens: the tokens whose mean activation is compared.
         base: the image column.
         seed: of the control, which puts one side's images in random order.
+        folder: keeps what has been read, so that the same call goes on where it was stopped.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
@@ -79,10 +82,11 @@ def representation_similarity(
             )
         there, lacking = readable_sites(other, sites)
         left_out |= {f"other model: {name}": reason for name, reason in lacking.items()}
-    rows_features = _arrays(features_at(vit, columns, base, here, tokens, progress=progress))
+    how: dict[str, Any] = {"folder": folder, "progress": progress}
+    rows_features = _arrays(features_at(vit, columns, base, here, tokens, **how))
     column_features = rows_features
     if other is not None:
-        column_features = _arrays(features_at(other, there_columns, base, there, tokens, progress=progress))
+        column_features = _arrays(features_at(other, there_columns, base, there, tokens, **how))
     order = np.random.default_rng(seed).permutation(columns.n)
     import pandas as pd
 

@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from vit_mechinterp.circuits.dictionary import Dictionary
 from vit_mechinterp.circuits.dictionary_files import load_dictionary
 from vit_mechinterp.circuits.effects import effect_columns
 from vit_mechinterp.circuits.images import image_column, model_view
+from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.metrics import MetricLike
-from vit_mechinterp.circuits.reading import batches, reading_data
+from vit_mechinterp.circuits.reading import reading_data
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.engine.positions import resolve_tokens
 from vit_mechinterp.errors import SpecError
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["sparse_autoencoder"]
+
+_AT_ONCE = 8
+"""Images of a forward."""
+_TOGETHER = 64
+"""Images whose features are kept together: sums, and the few images where each is largest."""
 
 
 def sparse_autoencoder(
@@ -66,7 +72,8 @@ def sparse_autoencoder(
         metric: what to measure; by default the lead of the predicted class.
         base: the image column.
         resamples, seed: of the bootstrap and the permutation test over images.
-        folder: keeps finished edits, so that the same call goes on where it was stopped.
+        folder: keeps what has been read and finished edits, so that the same call goes on where it was
+            stopped.
         batch_size: most rows in one forward, or ``"auto"``.
         progress: show a bar if it takes longer than two seconds.
 
@@ -90,13 +97,26 @@ def sparse_autoencoder(
     data = image_column(images, vit, column=base)
     columns = reading_data(vit, data, base)
     chosen = resolve_tokens(parse_tokens(tokens), vit, columns, base, "features, tokens")
-    read = _Read(dictionary)
-    for examples, x in batches(vit, columns, base, progress=progress, what="features"):
-        with torch.no_grad():
-            _, cache = vit.run(x, capture=[name])
-        for row, example in enumerate(examples):
-            positions = chosen.of(example)
-            read.add(cache[name][row].float(), None if positions is None else list(positions))
+    read = _Read(dictionary, top_images)
+
+    @torch.no_grad()
+    def of(examples: list[int]) -> dict[str, torch.Tensor]:
+        part = _Read(dictionary, top_images)
+        for first in range(0, len(examples), _AT_ONCE):
+            some = examples[first : first + _AT_ONCE]
+            _, cache = vit.run(columns.images(base, some), capture=[name])
+            for h, example in zip(cache[name].float(), some, strict=True):
+                positions = chosen.of(example)
+                part.add(h, example, None if positions is None else list(positions))
+        return part.tensors()
+
+    weights = {key: value for key, value in vars(dictionary).items() if key != "source"}
+    decided = {"site": name, "at": [chosen.shared, chosen.each], "top": top_images, "dictionary": weights}
+    with KeptReadings(folder, vit, columns, [base], reading="dictionary", **decided) as kept:
+        for _, found in in_batches(
+            vit, columns.n, of, kept, at_once=_TOGETHER, progress=progress, what="features"
+        ):
+            read.merge(found)
     numbers = list(features) if features is not None else read.largest(top)
     edits = [("ablate", 0.0)] + ([] if set_to is None else [("set", float(set_to))])
     runs = [
@@ -108,7 +128,7 @@ def sparse_autoencoder(
         for number in numbers
     ]  # fmt: skip
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, **how)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     measured = measure(
         vit, grouped(runs, columns.n, clean[0].numel()), data, bound, tensors=dictionary.tensors(),
         folder=folder, **how
@@ -151,20 +171,25 @@ def sparse_autoencoder(
 
 
 class _Read:
-    """What was read of every feature, image by image."""
+    """What was read of every feature: sums over tokens, and the images where it is largest.
 
-    def __init__(self, dictionary: Dictionary) -> None:
-        self.dictionary = dictionary
-        self.total = torch.zeros(dictionary.n_features, dtype=torch.float64)
-        self.active = torch.zeros(dictionary.n_features, dtype=torch.float64)
-        self.largest_by_image: list[torch.Tensor] = []
-        self.places: list[torch.Tensor] = []
-        self.n_tokens = 0
-        self.off = 0.0
-        self.sums = torch.zeros(dictionary.width, dtype=torch.float64)
-        self.squares = 0.0
+    Args:
+        dictionary: the dictionary.
+        most: images to remember of each feature.
+    """
 
-    def add(self, h: torch.Tensor, positions: list[int] | None) -> None:
+    def __init__(self, dictionary: Dictionary, most: int) -> None:
+        self.dictionary, self.most = dictionary, max(1, most)
+        n, wide = dictionary.n_features, torch.float64
+        self.total, self.active = torch.zeros(n, dtype=wide), torch.zeros(n, dtype=wide)
+        # Rows are images, the one with the largest activation first, and of equal ones the earlier.
+        self.largest_by_image = torch.zeros(0, n)
+        self.images, self.places = torch.zeros(0, n, dtype=torch.int32), torch.zeros(0, n, dtype=torch.int32)
+        self.n_tokens = torch.zeros(1, dtype=wide)
+        self.off, self.squares = torch.zeros(1, dtype=wide), torch.zeros(1, dtype=wide)
+        self.sums = torch.zeros(dictionary.width, dtype=wide)
+
+    def add(self, h: torch.Tensor, image: int, positions: list[int] | None) -> None:
         """Read one image's activations ``[token, d]`` at some positions."""
         at = torch.arange(len(h)) if positions is None else torch.tensor(positions)
         h = h[at.to(h.device)]
@@ -172,34 +197,62 @@ class _Read:
         rebuilt = self.dictionary.rebuild(h)
         self.total += found.double().sum(0).cpu()
         self.active += (found > 0).double().sum(0).cpu()
-        peak = found.max(dim=0)
-        self.largest_by_image.append(peak.values.cpu())
-        self.places.append(at[peak.indices.cpu()])
         self.n_tokens += len(h)
-        self.off += float((h - rebuilt).double().square().sum())
+        self.off += (h - rebuilt).double().square().sum().cpu()
         self.sums += h.double().sum(0).cpu()
-        self.squares += float(h.double().square().sum())
+        self.squares += h.double().square().sum().cpu()
+        peak = found.max(dim=0)
+        places = at[peak.indices.cpu()].int()
+        self._rank(peak.values.cpu()[None], torch.full_like(places, image)[None], places[None])
+
+    def _rank(self, values: torch.Tensor, images: torch.Tensor, places: torch.Tensor) -> None:
+        """Remember further images if they are among those with the largest activations."""
+        values = torch.cat([self.largest_by_image, values])
+        order = values.argsort(dim=0, descending=True, stable=True)[: self.most]
+        self.largest_by_image = values.gather(0, order)
+        self.images = torch.cat([self.images, images]).gather(0, order)
+        self.places = torch.cat([self.places, places]).gather(0, order)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything by name, as `merge` takes it."""
+        return {name: getattr(self, name) for name in (*_SUMS, *_RANKED)}
+
+    def merge(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Add what was read of later images."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + found[name])
+        self._rank(*(found[name] for name in _RANKED))
 
     def largest(self, n: int) -> list[int]:
         """The features with the largest mean."""
         return [int(number) for number in self.total.topk(min(n, len(self.total))).indices]
 
     def peaks(self, feature: int) -> list[tuple[int, float, int]]:
-        """(image, activation, position) where the feature is largest in each image, the largest first."""
-        every = [
-            (image, float(values[feature]), int(self.places[image][feature]))
-            for image, values in enumerate(self.largest_by_image)
-        ]
-        return sorted(every, key=lambda entry: -entry[1])
+        """(image, activation, position) where the feature is largest, the largest first."""
+        columns = (self.images[:, feature], self.largest_by_image[:, feature], self.places[:, feature])
+        images, values, places = (column.tolist() for column in columns)
+        return list(zip(images, values, places, strict=True))
+
+    def mean(self, feature: int) -> float:
+        """Mean activation over tokens."""
+        return float(self.total[feature] / self.n_tokens)
+
+    def frequency(self, feature: int) -> float:
+        """Share of tokens where the feature is active."""
+        return float(self.active[feature] / self.n_tokens)
 
     def explained(self) -> float:
         """Share of the activations' variance that the dictionary rebuilds."""
-        variance = self.squares - float(self.sums.square().sum()) / self.n_tokens
-        return 1 - self.off / variance if variance > 0 else float("nan")
+        variance = float(self.squares - self.sums.square().sum() / self.n_tokens)
+        return 1 - float(self.off) / variance if variance > 0 else float("nan")
 
     def density(self) -> float:
         """Mean number of active features per token."""
-        return float(self.active.sum()) / self.n_tokens
+        return float(self.active.sum() / self.n_tokens)
+
+
+_SUMS = ("total", "active", "n_tokens", "off", "squares", "sums")
+_RANKED = ("largest_by_image", "images", "places")
 
 
 def _table(
@@ -211,9 +264,9 @@ def _table(
         {
             "edit": edit,
             "feature": number,
-            "mean_activation": float(read.total[number]) / read.n_tokens,
+            "mean_activation": read.mean(number),
             "max_activation": read.peaks(number)[0][1],
-            "frequency": float(read.active[number]) / read.n_tokens,
+            "frequency": read.frequency(number),
         }
         for edit in edits
         for number in numbers

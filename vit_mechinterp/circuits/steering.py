@@ -87,7 +87,7 @@ def steering(
             )
     data = image_column(images, vit, column=base)
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, **how)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     tensors: dict[str, Tensor] = {}
     rows: list[tuple[str, str, float, Run]] = []
     generator = torch.Generator().manual_seed(seed)
