@@ -108,7 +108,7 @@ def activation_patching(
     if direction not in ("denoising", "noising", "both"):
         raise SpecError(f"direction={direction!r} is not known. Choose 'denoising', 'noising' or 'both'.")
     directions = ("denoising", "noising") if direction == "both" else (direction,)
-    data = image_pairs(images, vit, corruption=corruption, base=base, source=source)
+    data = image_pairs(images, vit, corruption=corruption, base=base, source=source, progress=progress)
     numbers = chosen_layers(vit, layers)
     by_token, by_head = [block_site(s) for s in sites], [block_site(s) for s in heads]
     places, left_out = lacking(vit, [*by_token, *by_head], numbers)

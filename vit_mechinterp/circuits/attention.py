@@ -87,7 +87,7 @@ def attention(
         UnsupportedSiteError: no layer has a pattern; SpecError: the query or the metric does not fit.
     """
     data = image_column(images, vit, column=base)
-    columns = reading_data(vit, data, base, example)
+    columns = reading_data(vit, data, base, example, progress=progress)
     layers, left_out = _patterned(vit)
     queries = _queries(vit, query)
     sites = [f"blocks.{layer}.attn.pattern" for layer in layers]

@@ -97,7 +97,7 @@ def attribution_patching(
     if direction not in ("denoising", "noising"):
         raise SpecError(f"direction={direction!r} is not known. Choose 'denoising' or 'noising'.")
     check_sample(sample)
-    data = image_pairs(images, vit, corruption=corruption, base=base, source=source)
+    data = image_pairs(images, vit, corruption=corruption, base=base, source=source, progress=progress)
     n = Data(data, vit).n
     if not 0 <= example < n:
         raise SpecError(f"example={example} is out of range; there are {n} pairs.")

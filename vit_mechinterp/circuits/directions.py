@@ -69,7 +69,7 @@ def mean_directions(
         DataError: there is no such column or label, or a group has fewer than four images.
     """
     data = image_column(images, vit, column=base)
-    columns = reading_data(vit, data, base)
+    columns = reading_data(vit, data, base, progress=progress)
     numbers, names = labels_of(columns, label)
     one = _label(names, to, len(names) - 1, label)
     other = None

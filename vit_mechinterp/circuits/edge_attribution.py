@@ -99,7 +99,7 @@ def edge_attribution(
     if direction not in ("noising", "denoising"):
         raise SpecError(f"direction={direction!r} is not known. Choose 'noising' or 'denoising'.")
     check_sample(sample)
-    data = image_pairs(images, vit, corruption=corruption, base=base, source=source)
+    data = image_pairs(images, vit, corruption=corruption, base=base, source=source, progress=progress)
     into, origin = (base, source) if direction == "noising" else (source, base)
     writers, left_out = senders_of(vit, senders, embed=True)
     readers, also = receivers_of(vit, receivers)

@@ -18,6 +18,7 @@ from vit_mechinterp.errors import DataError
 from vit_mechinterp.model.hooked import HookedViT
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from PIL.Image import Image
 
 __all__ = ["image_column", "image_pairs", "model_view", "open_image", "sample_photographs"]
@@ -34,6 +35,7 @@ def image_pairs(
     corruption: str | Corruption | None = None,
     base: str = "base",
     source: str = "source",
+    progress: bool = True,
 ) -> Any:
     """Return columns of pairs: clean images in ``base``, images to compare them with in ``source``.
 
@@ -52,17 +54,18 @@ def image_pairs(
             ``"grey"``, ``"flat"``, ``"another"`` (the next image), or a value of
             `vit_mechinterp.circuits.corruptions`.
         base, source: names of the columns.
+        progress: show a bar where looking at the images takes longer than two seconds.
 
     Returns:
         A mapping of columns, or the dataset itself where it has both columns.
 
     Raises:
-        DataError: the images are none of these, or the images of a pair differ in size, so that one position
-            means two places.
+        DataError: the images are none of these, one cannot be decoded, or the images of a pair differ in
+            size, so that one position means two places.
     """
     if corruption is not None:
         data = image_column(images, vit, column=base)
-        pixels = _pixels(data, vit, base)
+        pixels = _pixels(data, vit, base, progress)
         corrupted = corruption_of(corruption)(pixels, vit.layout.tokens)
         if corrupted.shape != pixels.shape:
             raise DataError(
@@ -77,7 +80,7 @@ def image_pairs(
     else:
         pairs = _as_pairs(images)
         data = {base: [open_image(a) for a, _ in pairs], source: [open_image(b) for _, b in pairs]}
-    _same_sizes(data, vit, base, source)
+    _same_sizes(data, vit, base, source, progress)
     return data
 
 
@@ -87,6 +90,7 @@ def image_column(images: Any, vit: HookedViT, *, column: str = "base") -> Any:
     Args:
         images: one image, a list of images, a stacked float tensor, the path of an image or of a folder of
             images (in order of name), or a dataset or mapping with the column (or one called ``image``).
+            Files are decoded when they are needed, however many there are.
         vit: the model that takes them.
         column: name of the column.
 
@@ -101,12 +105,14 @@ def image_column(images: Any, vit: HookedViT, *, column: str = "base") -> Any:
         files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in _SUFFIXES)
         if not files:
             raise DataError(f"The folder {images} holds no image ({', '.join(_SUFFIXES)}).")
-        return {column: [open_image(file) for file in files]}
+        return _of_files(files, column)
     if isinstance(images, Tensor) and images.ndim > len(vit.layout.tokens.input_shape):
         return {column: images}
     entries = list(images) if isinstance(images, (list, tuple)) else [images]
     if not entries:
         raise DataError("There is no image: the list is empty.")
+    if len(entries) > 1 and all(isinstance(entry, (str, Path)) for entry in entries):
+        return _of_files(entries, column)
     return {column: [open_image(entry) for entry in entries]}
 
 
@@ -129,8 +135,17 @@ def open_image(entry: Any) -> Any:
     try:
         with PIL.Image.open(entry) as image:
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise DataError(f"There is no readable image at {entry} ({error}).") from None
+    except Exception as error:  # decoders raise types of their own
+        raise DataError(
+            f"There is no readable image at {entry} ({error}). Repair or replace it, or leave it out."
+        ) from None
+
+
+def _of_files(files: Sequence[str | Path], column: str) -> Dataset:
+    """A column of image files, which are read when they are wanted."""
+    from datasets import Dataset, Features, Image
+
+    return Dataset.from_dict({column: [str(file) for file in files]}, features=Features({column: Image()}))
 
 
 def sample_photographs() -> dict[str, Image]:
@@ -203,8 +218,8 @@ def _is_pair(entry: Any) -> bool:
     return isinstance(entry, (tuple, list)) and len(entry) == 2
 
 
-def _same_sizes(data: Any, vit: HookedViT, base: str, source: str) -> None:
-    columns = Data(data, vit)
+def _same_sizes(data: Any, vit: HookedViT, base: str, source: str, progress: bool) -> None:
+    columns = Data(data, vit, progress=progress)
     here, there = columns.original_sizes(base), columns.original_sizes(source)
     if here is None or there is None:
         return
@@ -217,8 +232,8 @@ def _same_sizes(data: Any, vit: HookedViT, base: str, source: str) -> None:
             )
 
 
-def _pixels(data: Any, vit: HookedViT, column: str) -> Tensor:
-    columns = Data(data, vit)
+def _pixels(data: Any, vit: HookedViT, column: str, progress: bool) -> Tensor:
+    columns = Data(data, vit, progress=progress)
     columns.check_images(column)
     spans = [range(i, min(i + _AT_ONCE, columns.n)) for i in range(0, columns.n, _AT_ONCE)]
     return torch.cat([columns.images(column, span).float().cpu() for span in spans])

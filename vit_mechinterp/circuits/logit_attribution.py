@@ -95,7 +95,7 @@ def logit_attribution(
         if part not in KINDS:
             raise SpecError(f"There is no part {part!r}.{suggest(part, KINDS)} Parts: {', '.join(KINDS)}.")
     data = image_column(images, vit, column=base)
-    columns = reading_data(vit, data, base, example)
+    columns = reading_data(vit, data, base, example, progress=progress)
     along, n_classes = directed(vit, directions, "Logit attribution")
     labels = class_names(names, n_classes)
     sites = part_sites(vit, parts)

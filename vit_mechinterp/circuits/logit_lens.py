@@ -93,7 +93,7 @@ def logit_lens(
         SpecError: a class or layer is out of range, or a model without classes was given no directions.
     """
     data = image_column(images, vit, column=base)
-    columns = reading_data(vit, data, base, example)
+    columns = reading_data(vit, data, base, example, progress=progress)
     along, n_classes = directed(vit, directions, "The logit lens")
     labels = class_names(names, n_classes)
     Probability(answer).check(columns, (n_classes,))

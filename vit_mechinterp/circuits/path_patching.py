@@ -108,7 +108,7 @@ def path_patching(
         raise SpecError(f"mlps={mlps!r} is not known. Choose 'frozen' or 'recomputed'.")
     if direction not in ("noising", "denoising"):
         raise SpecError(f"direction={direction!r} is not known. Choose 'noising' or 'denoising'.")
-    data = image_pairs(images, vit, corruption=corruption, base=base, source=source)
+    data = image_pairs(images, vit, corruption=corruption, base=base, source=source, progress=progress)
     into, origin = (base, source) if direction == "noising" else (source, base)
     writers, left_out = senders_of(vit, senders)
     readers, also = receivers_of(vit, receivers)

@@ -82,7 +82,7 @@ def probing(
         DataError: there is no such column, a label is rarer than ``folds``; SpecError: a site is none.
     """
     data = image_column(images, vit, column=base)
-    columns = reading_data(vit, data, base)
+    columns = reading_data(vit, data, base, progress=progress)
     labels, names = labels_of(columns, label)
     counts = np.bincount(labels)
     if folds < 2 or counts.min() < folds:

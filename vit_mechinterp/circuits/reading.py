@@ -29,14 +29,16 @@ __all__ = [
 ]
 
 
-def reading_data(vit: HookedViT, data: Any, column: str, example: int = 0) -> Data:
+def reading_data(vit: HookedViT, data: Any, column: str, example: int = 0, *, progress: bool = True) -> Data:
     """Return the columns, with the images and the example to show checked, and random dropout refused.
+
+    ``progress`` shows bars wherever going through a column takes longer than two seconds.
 
     Raises:
         SpecError: there is no such example; DataError: an image is none; ExecutionError: dropout is on.
     """
     refuse_dropout(vit)
-    columns = Data(data, vit)
+    columns = Data(data, vit, progress=progress)
     columns.check_images(column)
     if not 0 <= example < columns.n:
         raise SpecError(f"example={example} is out of range; there are {columns.n} images.")

@@ -67,15 +67,14 @@ def representation_similarity(
         DataError: there are fewer than four images, or the two sides differ in number.
     """
     data = image_column(images, vit, column=base)
-    columns = reading_data(vit, data, base)
+    columns = reading_data(vit, data, base, progress=progress)
     if columns.n < 4:
         raise DataError(f"{columns.n} images are too few to compare representations by; give four or more.")
     here, left_out = readable_sites(vit, sites)
     there, there_columns = here, columns
     if other is not None:
-        there_columns = reading_data(
-            other, image_column(images if other_images is None else other_images, other, column=base), base
-        )
+        also = image_column(images if other_images is None else other_images, other, column=base)
+        there_columns = reading_data(other, also, base, progress=progress)
         if there_columns.n != columns.n:
             raise DataError(
                 f"One side has {columns.n} images, the other {there_columns.n}; give the same ones."

@@ -95,7 +95,7 @@ def sparse_autoencoder(
         if not features or len(set(features)) != len(features):
             raise SpecError(f"features names none, or one twice: {list(features)}.")
     data = image_column(images, vit, column=base)
-    columns = reading_data(vit, data, base)
+    columns = reading_data(vit, data, base, progress=progress)
     chosen = resolve_tokens(parse_tokens(tokens), vit, columns, base, "features, tokens")
     read = _Read(dictionary, top_images)
 

@@ -31,8 +31,8 @@ def image_data(
             saved dataset. ``fit=True`` scales and crops the second of two files to the size of the first.
 
     Raises:
-        DataError: there is no such file, folder or dataset, it holds no images or one that cannot be decoded,
-            or two files of a pair differ in size.
+        DataError: there is no such file, folder or dataset, it holds no images, or two files of a pair differ
+            in size.
     """
     options = dict(options or {})
     paths = [Path(entry) for entry in given]
@@ -90,7 +90,7 @@ def _folder(folder: Path, options: Mapping[str, Any], n: int | None) -> Dataset:
     from datasets import ClassLabel, Dataset, Features, Image
 
     if files:
-        chosen = _decodable(files[:n])
+        chosen = list(map(str, files[:n]))
         return Dataset.from_dict({"image": chosen}, features=Features({"image": Image()}))
     pictures = [(path, index) for index, own in enumerate(labelled.values()) for path in own]
     if n is not None:
@@ -101,27 +101,10 @@ def _folder(folder: Path, options: Mapping[str, Any], n: int | None) -> Dataset:
             for turn, path in enumerate(own)
         )
         pictures = sorted(((path, label) for _, label, path in turns[:n]), key=lambda entry: entry[1])
-    columns = {"image": _decodable([path for path, _ in pictures]), "label": [index for _, index in pictures]}
+    columns = {"image": [str(path) for path, _ in pictures], "label": [index for _, index in pictures]}
     return Dataset.from_dict(
         columns, features=Features({"image": Image(), "label": ClassLabel(names=list(labelled))})
     )
-
-
-def _decodable(files: Sequence[Path]) -> list[str]:
-    """Return the paths; DataError names the first file that cannot be decoded, before any work is done."""
-    import PIL.Image
-    from tqdm.auto import tqdm
-
-    for path in tqdm(files, desc="looking at images", delay=2.0, leave=False):
-        try:
-            with PIL.Image.open(path) as image:
-                image.draft("RGB", (64, 64))  # JPEGs are decoded at a fraction of their size
-                image.load()
-        except Exception as error:  # decoders raise types of their own
-            raise DataError(
-                f"{path} cannot be decoded ({error}). Repair it, or take it out of the folder."
-            ) from None
-    return [str(path) for path in files]
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -13,8 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.columns import Columns
+from vit_mechinterp.engine.decodable import damaged_files, damaged_picture, said_of_damaged
 from vit_mechinterp.engine.entries import as_array, described, is_picture
-from vit_mechinterp.engine.stored import first_null, oriented_size, stored_bytes, stored_images
+from vit_mechinterp.engine.stored import (
+    first_null,
+    oriented_size,
+    stored_bytes,
+    stored_fingerprint,
+    stored_images,
+)
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.model.hooked import HookedViT
 
@@ -114,25 +121,37 @@ class Data(Columns):
             ) from error
 
     def check_images(self, column: str) -> None:
-        """Preprocess one image, and look at every entry that costs nothing to look at.
+        """Preprocess one image, and look at every entry: encoded images are decoded once per process.
 
         Raises:
-            DataError: an entry is neither a PIL image nor a tensor of the model's input size, or both occur.
+            DataError: an image cannot be decoded (all that cannot are named), an entry is neither a PIL image
+                nor a tensor of the model's input size, or both occur.
         """
         stored = stored_images(self._data, column)
         if stored is not None:
-            missing = first_null(stored, column)
-            if missing is not None:
-                self._tensor(column, missing, None)
+            self._check_files(column, stored)
         else:
-            pictures = set()
+            pictures, damaged = set(), {}
             for example, entry in enumerate(self._scan(column, "looking at")):
                 pictures.add(is_picture(entry))
                 if not is_picture(entry):
                     self._tensor(column, example, entry)
+                elif trouble := damaged_picture(entry):
+                    damaged[example] = trouble
             if len(pictures) > 1:
                 raise DataError(_mixed(column))
+            if damaged:
+                raise DataError(said_of_damaged(damaged, column, self.n))
         self.images(column, [0])
+
+    def _check_files(self, column: str, stored: Any) -> None:
+        missing = first_null(stored, column)
+        if missing is not None:
+            self._tensor(column, missing, None)
+        fingerprint = stored_fingerprint(self._data, column)
+        damaged = damaged_files(stored, column, fingerprint, progress=self._progress)
+        if damaged:
+            raise DataError(said_of_damaged(damaged, column, self.n))
 
     def _tensor(self, column: str, example: int, entry: Any) -> Tensor:
         """An entry that is no PIL image, as the tensor that the model takes."""
@@ -143,7 +162,7 @@ class Data(Columns):
             raise DataError(
                 f"Column {column!r}, example {example} is no image of this model: {found}. It takes PIL "
                 f"images, which its own preprocessing resizes, or float tensors {size}, which are taken "
-                "as they are."
+                f"as they are.{_may_be_encoded(entry, column)}"
             )
         return tensor
 
@@ -152,6 +171,7 @@ class Data(Columns):
         sizes = []
         stored = stored_images(self._data, column)
         if stored is not None:
+            self._check_files(column, stored)
             for example, entry in enumerate(self._scan(column, "sizes of", stored)):
                 encoded = stored_bytes(entry)
                 if encoded is None:
@@ -178,6 +198,13 @@ class Data(Columns):
         if any(map(is_picture, self.values(column, [0]))):
             preprocessing = json.dumps(self.vit.preprocess.config, sort_keys=True, default=str)
         return hashlib.sha256(f"{self.digest(column)} {preprocessing}".encode()).hexdigest()
+
+
+def _may_be_encoded(entry: Any, column: str) -> str:
+    """What to do where an entry is an image file, or the path of one, that nobody decodes."""
+    encoded = isinstance(entry, (bytes, str)) or (isinstance(entry, Mapping) and "bytes" in entry)
+    cast = f" If it is an image file, let it be decoded: data.cast_column({column!r}, datasets.Image())."
+    return cast if encoded else ""
 
 
 def _mixed(column: str) -> str:

@@ -9,7 +9,14 @@ from typing import Any
 
 from vit_mechinterp.errors import DataError
 
-__all__ = ["first_null", "oriented_size", "refuse_other_datasets", "stored_bytes", "stored_images"]
+__all__ = [
+    "first_null",
+    "oriented_size",
+    "refuse_other_datasets",
+    "stored_bytes",
+    "stored_fingerprint",
+    "stored_images",
+]
 
 _MAY_BE_TURNED = (b"eXIf", b"exif", b"adobe.xmp")
 """Of a PNG that says how it is to be turned, one stands in the file."""
@@ -34,13 +41,35 @@ def refuse_other_datasets(data: Any) -> None:
 
 
 def stored_images(data: Any, column: str) -> Any:
-    """A dataset's image column as encoded files, undecoded; None if the column is something else."""
+    """A dataset's image column as encoded files, undecoded; None if the column is something else.
+
+    A column of a dataset that stands in a mapping, ``{"base": dataset["image"]}``, is one too.
+    """
+    if isinstance(data, Mapping):
+        source, name = _column_of(data.get(column))
+        found = None if source is None else stored_images(source, name)
+        return found if found is None or name == column else found.rename_column(name, column)
     feature: Any = (getattr(data, "features", None) or {}).get(column)
     plain = getattr(data, "format", {"type": None})["type"] is None
     if type(feature).__name__ != "Image" or not getattr(feature, "decode", False) or not plain:
         return None
     encoded = type(feature)(mode=feature.mode, decode=False)
     return data.select_columns([column]).cast_column(column, encoded)
+
+
+def stored_fingerprint(data: Any, column: str) -> str | None:
+    """What tells a dataset's column from any other, by the fingerprint that the library gave to the dataset;
+    None if there is none.
+    """
+    source, name = _column_of(data.get(column)) if isinstance(data, Mapping) else (data, column)
+    found = getattr(source, "_fingerprint", None)
+    return None if found is None else f"{found} {name}"
+
+
+def _column_of(entries: Any) -> tuple[Any, str]:
+    """The dataset and the name of a column that was taken from it, without its entries having been read."""
+    source = getattr(entries, "source", None)
+    return (source, entries.column_name) if hasattr(source, "select_columns") else (None, "")
 
 
 def first_null(stored: Any, column: str) -> int | None:
