@@ -116,8 +116,11 @@ def test_bad_input_is_named_first() -> None:
         attention(vit, images, query={"box": "edited_box"})
     with pytest.raises(SpecError, match=r"There is no metric 'logit'"):
         attention(vit, images, metric="logit")
+    seen: list[int] = []
+    vit.module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     with pytest.raises(SpecError, match=r"has no gradient"):
-        attention(vit, images, metric="rank", progress=False)
+        attention(vit, TIMM_PLAIN.images(9), metric="rank", progress=False)
+    assert seen == [1] * len(seen), "the other images are not looked at"
 
 
 def test_layers_without_a_pattern_are_left_out_with_the_reason() -> None:

@@ -217,6 +217,30 @@ def test_a_site_without_gradient_is_named() -> None:
         attribution_patching(vit, data, sites=("mlp.post",), heads=(), metric="probability")
 
 
+def test_what_has_no_gradient_is_named_before_the_images_are_looked_at() -> None:
+    module = TIMM_PLAIN.module()
+    forward = module.blocks[1].mlp.forward
+    module.blocks[1].mlp.forward = lambda x: forward(x).detach()
+    seen: list[int] = []
+    module.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    vit = vmi.wrap(module)
+    data = {"base": TIMM_PLAIN.images(6, 1), "source": TIMM_PLAIN.images(6, 2)}
+    for sites, metric, what in ((["mlp.post"], "probability", "No gradient arrives at"), (["attn_out"], "rank", "has no gradient")):
+        seen.clear()
+        with pytest.raises(SpecError, match=what):
+            attribution_patching(vit, data, sites=sites, heads=(), layers=[1], metric=metric)
+        assert seen == [1, 1], "blank images"
+    with pytest.raises(SpecError, match="has no gradient"):
+        edge_attribution(vit, data, receivers=["logits"], metric="rank")
+    assert max(seen) == 1, "the images together are not looked at"
+
+    def changing(outputs: torch.Tensor) -> torch.Tensor:
+        return outputs[:, 0] if outputs.std() > 0 else outputs.std().expand(len(outputs)) / 0
+
+    # What blank images cannot tell is left to the images.
+    assert len(attribution_patching(vit, data, sites=["attn_out"], heads=(), metric=changing, sample=0).table)
+
+
 FAMILIES = ("timm/vit_base_patch16_xp_224", "timm/vit_dwee_patch16_reg1_gap_256", "BlipVisionModel", "VideoMAEModel", "MgpstrModel", "Llama4VisionModel")
 
 

@@ -6,7 +6,7 @@ say that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from vit_mechinterp.circuits.attention_figures import captions_of, drawing
 from vit_mechinterp.circuits.attention_measures import head_measures, relevance, rollout, similarity
 from vit_mechinterp.circuits.bound_metric import bind_metric, check_metric
-from vit_mechinterp.circuits.gradients import check_gradient, gradients_at
+from vit_mechinterp.circuits.gradients import check_gradient, gradients_at, keeping
 from vit_mechinterp.circuits.images import image_column, model_view
 from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.metrics import MetricLike
@@ -98,6 +98,9 @@ def attention(
     if gradient and whole:
         classes = vit.layout.output == "logits" and len(outputs_shape(vit)) == 1
         checked = check_metric(metric or (_top_logit if classes else _norm), vit, data)
+    cache = _patterns(vit, columns.images(base, [example]), sites)
+    patterns = [cache[site] for site in sites]
+    slopes = None if checked is None else _slopes(vit, columns, base, example, checked, sites)
     one_shape = len({vit.sites()[site].shape for site in sites}) == 1
 
     @torch.no_grad()
@@ -120,16 +123,13 @@ def attention(
             for key, values in found.items():
                 layer, name = key.split(" ", 1)
                 measured.setdefault((name, int(layer)), []).append(values.cpu())
-    cache = _patterns(vit, columns.images(base, [example]), sites)
-    patterns = [cache[site] for site in sites]
     rows = [_head_rows(measured, resamples, seed), _control_rows(vit)]
     if alike:
         rows.append(_similarity_rows(torch.stack(alike).sum(0).cpu() / columns.n, layers))
     rows.append(_map_rows(patterns, layers, queries))
     if whole:
         rows.append(_rollout_rows("rollout", rollout(patterns), queries))
-        if checked is not None:
-            slopes = _slopes(vit, columns, base, example, checked, sites)
+        if slopes is not None:
             rows.append(_rollout_rows("gradient", relevance(patterns, slopes), queries))
     table = _joined(rows)
     missing = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
@@ -208,15 +208,7 @@ def _slopes(
     """The metric's gradient at every pattern of one image."""
     x = columns.images(base, [example])
     kept: dict[str, Tensor] = {}
-
-    def keeping(site: str) -> Callable[[Tensor], Tensor]:
-        def keep(value: Tensor) -> Tensor:
-            kept[site] = value
-            return value
-
-        return keep
-
-    with torch.enable_grad(), vit.hooks({site: keeping(site) for site in sites}):
+    with torch.enable_grad(), vit.hooks({site: keeping(kept, site) for site in sites}):
         outputs = vit(x.detach().clone().requires_grad_())
         bound: BoundMetric = bind_metric(checked, vit, {base: x.detach()}, outputs.detach())
         check_gradient(bound, outputs)

@@ -31,7 +31,14 @@ def patch_words(words: Sequence[str], layout: TokenLayout) -> list[list[str]]:
     return [list(words[first + row * columns : first + (row + 1) * columns]) for row in range(rows)]
 
 
-def captions_of(table: pd.DataFrame, n: int, label: str) -> dict[str, str]:
+def _by_patch(table: pd.DataFrame, layout: TokenLayout) -> Any:
+    """What lies at every patch of the last stream; None where the readout takes nothing from patches."""
+    tokens = table[table["kind"] == "token"]
+    grid = patch_grid(tokens["example_contribution"], layout) if len(tokens) else np.zeros(1)
+    return grid if np.abs(grid).max() > 0 else None
+
+
+def captions_of(table: pd.DataFrame, n: int, label: str, layout: TokenLayout) -> dict[str, str]:
     """Say what each figure shows, for a table over ``n`` images."""
     mean = "One image" if n == 1 else f"Mean over {n} images"
     captions = {"build_up": f"The {label} as it builds up: parts and their sum so far. {mean}."}
@@ -41,7 +48,7 @@ def captions_of(table: pd.DataFrame, n: int, label: str) -> dict[str, str]:
         captions["sources"] = (
             f"Where in the image each layer's heads bring their part of the {label} from. One image."
         )
-    if (table["kind"] == "token").any():
+    if _by_patch(table, layout) is not None:
         captions["tokens"] = f"Where the {label} lies in the last residual stream. One image."
     if (table["kind"] == "neuron").any():
         captions["neurons"] = f"The neurons that add most to the {label} directly. {mean}."
@@ -80,9 +87,8 @@ def drawing(
             figures["sources"] = position_maps(
                 pictures, maps, limits=(-bound, bound), label=f"{label}, direct"
             )
-        tokens = table[table["kind"] == "token"]
-        grid = patch_grid(tokens["example_contribution"], layout) if len(tokens) else np.zeros(1)
-        if np.abs(grid).max() > 0:
+        grid = _by_patch(table, layout)
+        if grid is not None:
             bound = round_up(float(np.abs(grid).max()))
             figures["tokens"] = position_maps(
                 pictures, {"last stream": grid}, limits=(-bound, bound), label=f"{label}, by position"

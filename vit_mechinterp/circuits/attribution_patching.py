@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_mechinterp.circuits.bound_metric import check_metric
 from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
 from vit_mechinterp.circuits.corruptions import Corruption
 from vit_mechinterp.circuits.effects import gap_problem
-from vit_mechinterp.circuits.gradients import Method, Pulled, linearised
+from vit_mechinterp.circuits.gradients import Method, Pulled, check_slopes, linearised
 from vit_mechinterp.circuits.images import image_pairs, model_view
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.patching_cells import (
@@ -107,13 +108,13 @@ def attribution_patching(
     cut, side = windows(vit.layout.tokens, window)
     cells = token_cells(vit, [p for p in places if p[0] in by_token], cut, None)
     cells += head_cells(vit, [p for p in places if p[0] in by_head])
+    own = list(dict.fromkeys(cell.site for cell in cells))
+    check_slopes(check_metric(metric, vit, data), vit, data, own)
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     bound, origin, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     assert bound.other is not None
     ends = (bound.clean, bound.other) if direction == "noising" else (bound.other, bound.clean)
     into, there = (base, source) if direction == "noising" else (source, base)
-
-    own = list(dict.fromkeys(cell.site for cell in cells))
 
     def products(part: Pulled) -> Tensor:
         each = {site: part.change[site].double() * part.gradients[site].double() for site in own}

@@ -188,12 +188,14 @@ def _draw(result: CircuitResult) -> dict[str, Figure]:
             "control labels": dict(zip(_places(table), table["control_separation"], strict=True)),
         }
         dots = {what: {place: (v, v, v) for place, v in own.items()} for what, own in rows.items()}
-        return {"separation": dots_by_row(dots, label="separation (AUC)", references={"none": 0.5})}
+        return {"separation": dots_by_row(dots, label="separation (AUC)", references={"chance": 0.5})}
     for site, own in groups:
         lines[str(site)] = Curve(own["layer"].tolist(), own["separation"].tolist())
         name = "control labels" if len(groups) == 1 else f"control, {site}"
         lines[name] = Curve(own["layer"].tolist(), own["control_separation"].tolist(), control=True)
-    return {"separation": curves(lines, x_label="layer", label="separation (AUC)", references={"none": 0.5})}
+    return {
+        "separation": curves(lines, x_label="layer", label="separation (AUC)", references={"chance": 0.5})
+    }
 
 
 def _places(table: pd.DataFrame) -> list[str]:

@@ -23,10 +23,11 @@ from vit_mechinterp.circuits.attribution_patching import (
     check_sample,
     chosen_sample,
 )
+from vit_mechinterp.circuits.bound_metric import check_metric
 from vit_mechinterp.circuits.cells import BatchSize, compared, measure
 from vit_mechinterp.circuits.corruptions import Corruption
 from vit_mechinterp.circuits.effects import effect_columns, gap_problem
-from vit_mechinterp.circuits.gradients import Method, Pull, Pulled, gradients_at, linearised
+from vit_mechinterp.circuits.gradients import Method, Pull, Pulled, check_slopes, gradients_at, linearised
 from vit_mechinterp.circuits.images import image_pairs
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.nodes import (
@@ -121,10 +122,11 @@ def edge_attribution(
             "arrive unchanged and no edge can be predicted. Use edge_patching, in which that branch is "
             "recomputed."
         )
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, first, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     streams = {receiver: _stream(vit, receiver) for receiver in readers}
     kept = list(dict.fromkeys([*streams.values(), *(r.site for r in readers if r.site != LOGITS)]))
+    check_slopes(check_metric(metric, vit, data), vit, data, kept)
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    bound, first, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
 
     def products(part: Pulled) -> Tensor:
         sent = {s: _written(s, part.change[site]).flatten(1).double() for s, site in writes.items()}

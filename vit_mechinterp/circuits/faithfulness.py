@@ -9,7 +9,7 @@ each head of the set adds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +133,8 @@ def faithfulness(
                 ],
             )
         ),
-        captions=_captions(table),
-        draw=_draw,
+        captions=_captions(table, bound.label),
+        draw=lambda result: _draw(result, bound.label),
     )
 
 
@@ -213,13 +213,14 @@ def _findings(summary: dict[str, float | int | str]) -> str:
     return said + "."
 
 
-def _captions(table: pd.DataFrame) -> dict[str, str]:
+def _captions(table: pd.DataFrame, label: str) -> dict[str, str]:
+    sets = (
+        "the circuit, of its complement, of the circuit without each of its heads, and of random sets of the "
+        "same size, with 95 % bootstrap intervals over images."
+    )
     if table["normalised"].isna().all():
-        return {}
-    captions = {
-        "faithfulness": "Faithfulness of the circuit, of its complement, of the circuit without each of its "
-        "heads, and of random sets of the same size, with 95 % bootstrap intervals over images."
-    }
+        return {"change": f"Change of the {label} against the model without any head, of {sets}"}
+    captions = {"faithfulness": f"Faithfulness of {sets}"}
     if (table["kind"] == "circuit without K").any():
         captions["completeness"] = (
             "Faithfulness of the model and of the circuit when the same heads K are taken away from both; on "
@@ -228,33 +229,25 @@ def _captions(table: pd.DataFrame) -> dict[str, str]:
     return captions
 
 
-def _draw(result: CircuitResult) -> dict[str, Figure]:
+def _draw(result: CircuitResult, label: str) -> dict[str, Figure]:
     from vit_mechinterp.figures import dots_by_row, predicted_against_exact
 
     table = result.table
     if table["normalised"].isna().all():
-        return {}
-    rows: dict[str, tuple[float, float, float]] = {}
-    chance = 0
-    for _, row in table[
-        table["kind"].isin(["circuit", "complement", "circuit without one", "random set"])
-    ].iterrows():
-        value = float(row["normalised"])
-        ends = [
-            value if np.isnan(end) else float(end) for end in (row["normalised_low"], row["normalised_high"])
-        ]
-        name = str(row["kind"])
-        if name == "circuit without one":
-            name = f"circuit {row['which']}"
-        elif name == "random set":
-            chance += 1
-            name = f"random set {chance}"
-        rows[name] = (value, ends[0], ends[1])
-    every = [end for ends in rows.values() for end in ends]
-    limits = (min(0.0, *every) - 0.05, max(1.0, *every) + 0.05)
+        rows = _rows(table, "change")
+        model = float(table.loc[table["kind"] == "model", "change"].iloc[0])
+        ends = {"nothing": 0.0, "model": model}
+        figure = dots_by_row(
+            {"set": rows}, label=f"change of {label}", limits=_limits(rows, 0, model), references=ends
+        )
+        return {"change": figure}
+    rows = _rows(table, "normalised")
     figures = {
         "faithfulness": dots_by_row(
-            {"set": rows}, label="faithfulness", limits=limits, references={"nothing": 0.0, "model": 1.0}
+            {"set": rows},
+            label="faithfulness",
+            limits=_limits(rows, 0, 1),
+            references={"nothing": 0.0, "model": 1.0},
         )
     }
     pair = [table.loc[table["kind"] == f"{who} without K", "normalised"] for who in ("circuit", "model")]
@@ -265,3 +258,23 @@ def _draw(result: CircuitResult) -> dict[str, Figure]:
             axes_labels=("model without K", "circuit without K"),
         )
     return figures
+
+
+def _rows(table: pd.DataFrame, column: str) -> dict[str, tuple[float, float, float]]:
+    """A column and its interval, by the name of the set."""
+    shown = table[table["kind"].isin(["circuit", "complement", "circuit without one", "random set"])]
+    rows: dict[str, tuple[float, float, float]] = {}
+    for kind, own in shown.groupby("kind", sort=False):
+        for number, (_, row) in enumerate(own.iterrows(), 1):
+            value, low, high = (float(row[f"{column}{end}"]) for end in ("", "_low", "_high"))
+            name = {"circuit without one": f"circuit {row['which']}", "random set": f"random set {number}"}
+            one = np.isnan(low)  # a single image has no interval
+            rows[name.get(str(kind), str(kind))] = (value, value, value) if one else (value, low, high)
+    return rows
+
+
+def _limits(rows: Mapping[str, tuple[float, float, float]], *others: float) -> tuple[float, float]:
+    """The range of everything, with a margin."""
+    every = [*others, *(end for ends in rows.values() for end in ends)]
+    margin = 0.05 * (max(every) - min(every)) or 1.0
+    return min(every) - margin, max(every) + margin

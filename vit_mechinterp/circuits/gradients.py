@@ -16,13 +16,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.circuits.bound_metric import BoundMetric
+from vit_mechinterp.circuits.bound_metric import BoundMetric, Checked, bind_metric
 from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["Method", "Pulled", "check_gradient", "differences", "gradients_at", "linearised"]
+__all__ = [
+    "Method",
+    "Pulled",
+    "check_gradient",
+    "check_slopes",
+    "differences",
+    "gradients_at",
+    "keeping",
+    "linearised",
+]
 
 Method: TypeAlias = Literal["gradient", "integrated"]
 
@@ -47,10 +56,7 @@ class Pulled:
 
 def check_gradient(metric: BoundMetric, outputs: Float[Tensor, "example *output"]) -> None:
     """Raise SpecError unless the metric has a finite gradient at these outputs."""
-    leaf = outputs.detach().double().requires_grad_()
-    with torch.enable_grad():
-        values = metric(leaf)
-    slope = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
+    slope = _slope(metric, outputs)
     if slope is None:
         raise SpecError(
             f"The metric {metric.name} has no gradient, so nothing can be attributed to first order. Take "
@@ -58,6 +64,45 @@ def check_gradient(metric: BoundMetric, outputs: Float[Tensor, "example *output"
         )
     if not bool(slope.isfinite().all()):
         raise SpecError(f"The gradient of the metric {metric.name} is not finite on the images' outputs.")
+
+
+def _slope(metric: BoundMetric, outputs: Float[Tensor, "example *output"]) -> Tensor | None:
+    leaf = outputs.detach().double().requires_grad_()
+    with torch.enable_grad():
+        values = metric(leaf)
+    if not values.requires_grad:
+        return None
+    slope: Tensor | None = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0]
+    return slope
+
+
+def check_slopes(metric: Checked, vit: HookedViT, data: Any, sites: Sequence[str]) -> None:
+    """Refuse a metric or a site that no gradient reaches, by one blank image, before the images' forwards.
+
+    Raises:
+        SpecError: which it is.
+    """
+    kept: dict[str, Tensor] = {}
+    with torch.enable_grad(), vit.hooks({site: keeping(kept, site) for site in sites}):
+        outputs = vit(vit.blank(1).requires_grad_().clone())
+        gradients_at(kept, outputs.double().square().sum())
+    blank = outputs.detach().cpu().expand(Data(data, vit).n, *outputs.shape[1:])
+    try:
+        bound = bind_metric(metric, vit, data, blank, blank)
+    except SpecError:
+        return  # what cannot be read off blank images is tried on the images themselves
+    if _slope(bound, blank) is None:
+        check_gradient(bound, blank)
+
+
+def keeping(kept: dict[str, Tensor], site: str) -> Callable[[Tensor], Tensor]:
+    """Return the hook that keeps what passes at a site, with its graph."""
+
+    def keep(value: Tensor) -> Tensor:
+        kept[site] = value
+        return value
+
+    return keep
 
 
 def gradients_at(kept: Mapping[str, Tensor], total: Tensor) -> dict[str, Tensor]:

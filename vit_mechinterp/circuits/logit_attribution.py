@@ -152,7 +152,7 @@ def logit_attribution(
         ),
         summary=_summary(table, value, residual, label),
         description=_DESCRIPTION + (f"\n\nLeft out: {missing}." if missing else ""),
-        captions=captions_of(table, columns.n, label),
+        captions=captions_of(table, columns.n, label, vit.layout.tokens),
         draw=drawing({title: model_view(vit, data, base, example)}, vit.layout.tokens, label),
     )
 

@@ -7,7 +7,7 @@ images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from vit_mechinterp.circuits.reading import read_from, reading_data
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,18 +168,27 @@ def _draw(result: CircuitResult) -> dict[str, Figure]:
     from vit_mechinterp.figures import node_matrix
 
     figures = {}
+    two = (result.table["other_model"] == "other").any()
     for name in ("cka", "rsa"):
         wide = result.table.pivot_table(
             index="site", columns="other_site", values=name, sort=False, dropna=False
         )
-        short = [[_short(site) for site in names] for names in (wide.index, wide.columns)]
-        two = (result.table["other_model"] == "other").any()
+        (rows, row_label), (columns, column_label) = _named(wide.index), _named(wide.columns)
         figures[name] = node_matrix(
-            wide.to_numpy(dtype=float), *short, limits=(0.0, 1.0) if name == "cka" else (-1.0, 1.0),
-            row_label="model", column_label="other model" if two else "", label=name.upper(),
-        )  # fmt: skip
+            wide.to_numpy(dtype=float),
+            rows,
+            columns,
+            limits=(0.0, 1.0) if name == "cka" else (-1.0, 1.0),
+            row_label=f"model, {row_label}" if two else row_label,
+            column_label=f"other model, {column_label}" if two else column_label,
+            label=name.upper(),
+        )
     return figures
 
 
-def _short(site: str) -> str:
-    return site.removeprefix("blocks.")
+def _named(sites: Iterable[str]) -> tuple[list[str], str]:
+    """Short names of sites, and what they are: layers, where one site of several blocks is meant."""
+    parsed = [Site.parse(site) for site in sites]
+    if len({site.name for site in parsed}) == 1 and all(site.layer is not None for site in parsed):
+        return [str(site.layer) for site in parsed], f"layer ({parsed[0].name})"
+    return [site.removeprefix("blocks.") for site in map(str, sites)], "site"
