@@ -13,8 +13,10 @@ import vit_mechinterp as vmi
 from tests.oracles import by_hand
 from tests.tiny_models import HF_DINOV2, HF_VIT, N_LAYERS, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS
 from vit_mechinterp.circuits.ablation import ablation_sweep
+from vit_mechinterp.circuits.activation_patching import activation_patching
 from vit_mechinterp.circuits.cumulative_ablation import cumulative_ablation
 from vit_mechinterp.circuits.faithfulness import faithfulness
+from vit_mechinterp.circuits.steering import steering
 from vit_mechinterp.errors import DataError, SpecError
 
 N, SEED = 4, 5
@@ -221,10 +223,37 @@ def test_folders_of_images_and_finished_parts(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     first = ablation_sweep(vit, tmp_path, folder=kept, metric="accuracy", neurons={1: [2]})
     again = ablation_sweep(vit, tmp_path, folder=kept, metric="accuracy", neurons={1: [2]})
-    assert len(list(kept.glob("*.safetensors"))) == 1
+    assert len(list(kept.glob("*.safetensors"))) == 2, "the runs, and what the means of neurons are made of"
     pd.testing.assert_frame_equal(first.table, again.table)
     assert first.table["n"].eq(3).all()
     assert first.table["value"].isin([0, 1 / 3, 2 / 3, 1]).all()
+
+
+def test_tokens_that_do_not_fit_are_named_before_the_first_image_is_looked_at() -> None:
+    vit, seen = vmi.wrap(TIMM_PLAIN.module()), []
+    vit.module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for wrong, error, what in (([0, 99], SpecError, "patch 99 is not on the 4x4 grid"), ({"column": "cornr"}, DataError, "no column 'cornr'")):
+        with pytest.raises(error, match=what):
+            ablation_sweep(vit, TIMM_PLAIN.images(6), token_sets={"corner": wrong})
+        with pytest.raises(error, match=what):
+            activation_patching(vit, {"base": TIMM_PLAIN.images(6), "source": TIMM_PLAIN.images(6, 1)}, token_sets={"corner": (wrong, wrong)})
+        with pytest.raises(error, match=what):
+            steering(vit, TIMM_PLAIN.images(6), {"blocks.1.resid_post": torch.ones(24)}, tokens=wrong)
+    assert set(seen) <= {1}
+
+
+def test_neurons_of_a_dataset_are_resampled_as_those_of_a_mapping(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from PIL import Image
+
+    pictures = [Image.fromarray(np.random.default_rng(k).integers(0, 255, (40, 40, 3), dtype=np.uint8)) for k in range(4)]
+    vit = vmi.wrap(TIMM_PLAIN.module())
+    tables = [
+        ablation_sweep(vit, data, parts=[], methods=["resample"], neurons={1: [2, 5]}, metric=metric, seed=SEED, progress=False).table
+        for data in ({"base": pictures}, Dataset.from_dict({"base": pictures}))
+    ]
+    pd.testing.assert_frame_equal(*tables)
+    assert tables[0]["change"].abs().max() > 1e-4
 
 
 def test_bad_input_is_named() -> None:

@@ -54,6 +54,9 @@ CALLS: dict[str, Call] = {
         vit, DATA, method="integrated", steps=3, sites=["resid_pre"], sample=4, folder=to
     ),
     "edge_attribution": lambda vit, to: circuits.edge_attribution(vit, DATA, sample=0, folder=to),
+    "ablation_sweep": lambda vit, to: circuits.ablation_sweep(
+        vit, DATA, parts=[], methods=["mean"], neurons={1: [2]}, batch_size=2, folder=to
+    ),
 }  # fmt: skip
 
 

@@ -21,7 +21,9 @@ import vit_mechinterp as vmi
 from tests.tiny_models import HF_CLIP, HF_DINOV2, stirred
 from tests.zoo.shrink import shrunk
 from vit_mechinterp import circuits
+from vit_mechinterp.circuits.ablation_runs import check_heads
 from vit_mechinterp.circuits.representation_similarity import rsa
+from vit_mechinterp.errors import UnsupportedSiteError
 
 N, SEED = 6, 3
 Edit = Callable[[Tensor], Tensor]
@@ -262,3 +264,17 @@ def test_steering_directions_and_similarity_of_streams(native: Native) -> None:
             wanted = float(metric(native.outputs(images)).double().mean())
         assert row.value == pytest.approx(wanted, abs=5e-5)
         assert abs(row.change) > 1e-3
+
+
+def test_attentions_side_by_side_have_no_heads_to_go_one_by_one() -> None:
+    vit = vmi.wrap(stirred(shrunk("vit_base_patch16_18x2_224")).eval())
+    images = torch.randn(3, *vit.layout.tokens.input_shape)
+    reason = "attn.z: the block runs several attention modules side by side"
+    with pytest.raises(UnsupportedSiteError, match=f"no heads that could be ablated one by one: {reason}"):
+        circuits.cumulative_ablation(vit, images)
+    with pytest.raises(UnsupportedSiteError, match="no heads that could be ablated one by one"):
+        circuits.faithfulness(vit, images, [(0, 0)])
+    absent = dict(vit.layout.absent)
+    object.__setattr__(vit.layout, "absent", {site: why for site, why in absent.items() if site != "blocks.1.attn.z"})
+    with pytest.raises(UnsupportedSiteError, match="The heads of layer 0 cannot be ablated one by one: the block runs several"):
+        check_heads(vit, [(0, 0)])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vit_mechinterp.circuits.ablation_runs import METHODS, Ablated, Method, NeuronTensors, possible_methods
-from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
+from vit_mechinterp.circuits.cells import BatchSize, check_runs, compared, grouped, measure
 from vit_mechinterp.circuits.effects import effect_columns
 from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
@@ -97,12 +97,13 @@ def ablation_sweep(
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no part is named"
         raise UnsupportedSiteError(f"There is nothing to ablate: {reasons}.")
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     columns = own_neurons.with_other_images(data) if neurons and "resample" in chosen else data
     runs = [part.run(method, base, seed) for method in chosen for part in found]
+    check_runs(vit, runs, columns)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     measured = measure(
         vit, grouped(runs, n, clean[0].numel()), columns, bound,
-        tensors=own_neurons.tensors(data, chosen), folder=folder, **how,
+        tensors=own_neurons.tensors(data, chosen, folder), folder=folder, **how,
     )  # fmt: skip
     effects = effect_columns(
         measured.stack([run.name for run in runs]), bound.clean, resamples=resamples, seed=seed

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.patching_cells import n_heads_at
+from vit_mechinterp.circuits.reading import merged_reasons
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.errors import DataError, SpecError, suggest
+from vit_mechinterp.errors import DataError, SpecError, UnsupportedSiteError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Ablate, InjectSubspace, Intervention, Run, TensorRef
 
@@ -92,15 +95,25 @@ def possible_methods(methods: Sequence[str], n: int) -> tuple[list[Method], dict
 
 
 def all_heads(vit: HookedViT) -> tuple[list[Head], dict[str, str]]:
-    """Return every head of the model, and reasons for layers without a site for them."""
+    """Return every head of the model, and reasons for layers without a site for them.
+
+    Raises:
+        UnsupportedSiteError: no layer has one.
+    """
     found: list[Head] = []
-    left_out = {}
+    left_out: dict[str, str] = {}
     for layer in range(vit.layout.n_layers):
         site = f"blocks.{layer}.attn.z"
         if site in vit.layout.absent:
             left_out[site] = vit.layout.absent[site]
         else:
             found += [(layer, head) for head in range(n_heads_at(vit, "attn.z", layer))]
+    left_out = merged_reasons(left_out, vit.layout.n_layers)
+    if not found:
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in left_out.items())
+        raise UnsupportedSiteError(
+            f"{type(vit.module).__name__} has no heads that could be ablated one by one: {reasons}."
+        )
     return found, left_out
 
 
@@ -108,11 +121,16 @@ def check_heads(vit: HookedViT, heads: Iterable[Head]) -> list[Head]:
     """Return the heads, each once.
 
     Raises:
-        SpecError: the model has no such head, or there is none.
+        SpecError: the model has no such head, or there is none; UnsupportedSiteError: that layer's heads
+            cannot be told apart.
     """
     chosen = [(int(layer), int(head)) for layer, head in dict.fromkeys(tuple(entry) for entry in heads)]
     known, _ = all_heads(vit)
     for entry in chosen:
+        if (reason := vit.layout.absent.get(f"blocks.{entry[0]}.attn.z")) is not None:
+            raise UnsupportedSiteError(
+                f"The heads of layer {entry[0]} cannot be ablated one by one: {reason}."
+            )
         if entry not in known:
             raise SpecError(
                 f"There is no head {entry[1]} in layer {entry[0]}; the model has layers 0 to "
@@ -161,7 +179,6 @@ class NeuronTensors:
     neurons: Mapping[int, Sequence[int]]
     base: str = "base"
     seed: int = 0
-    batch: int = field(default=16, repr=False)
 
     def check(self) -> None:
         """Raise SpecError unless the model has these neurons; UnsupportedSiteError: it has no such site."""
@@ -173,10 +190,12 @@ class NeuronTensors:
                 if not 0 <= neuron < width:
                     raise SpecError(f"{site} has neurons 0 to {width - 1}; there is no neuron {neuron}.")
 
-    def tensors(self, data: Any, methods: Sequence[Method]) -> dict[str, Tensor]:
+    def tensors(
+        self, data: Any, methods: Sequence[Method], folder: str | Path | None = None
+    ) -> dict[str, Tensor]:
         """Return axes, zeros and, per token, means over the images, by the names that the runs use."""
         found: dict[str, Tensor] = {}
-        means = self._means(data) if "mean" in methods and self.neurons else {}
+        means = self._means(data, folder) if "mean" in methods and self.neurons else {}
         for layer, chosen in self.neurons.items():
             site = f"blocks.{layer}.mlp.post"
             width = self.vit.sites()[site].shape[-1]
@@ -191,21 +210,21 @@ class NeuronTensors:
 
     def with_other_images(self, data: Any) -> Any:
         """Return the data with a column of each image's stand-in under the seeded permutation."""
-        columns = Data(data, self.vit)
-        order = np.random.default_rng(self.seed).permutation(columns.n)
-        images = list(columns.values(self.base))
-        kept = {name: list(columns.values(name)) for name in columns.columns}
-        return {**kept, f"{self.base}_{RESAMPLED}": [images[i] for i in order]}
+        name = f"{self.base}_{RESAMPLED}"
+        order = np.random.default_rng(self.seed).permutation(Data(data, self.vit).n).tolist()
+        if not isinstance(data, Mapping):
+            return {own: data[own] for own in data.column_names} | {name: data.select(order)[self.base]}
+        images = data[self.base]
+        return {**data, name: images[order] if isinstance(images, Tensor) else [images[i] for i in order]}
 
-    def _means(self, data: Any) -> dict[str, Tensor]:
+    def _means(self, data: Any, folder: str | Path | None) -> dict[str, Tensor]:
         columns, sites = Data(data, self.vit), [f"blocks.{layer}.mlp.post" for layer in self.neurons]
-        sums: dict[str, Tensor] = {}
-        with torch.no_grad():
-            width = 1 if getattr(self.vit.layout.family, "one_image", None) is not None else self.batch
-            for start in range(0, columns.n, width):
-                examples = range(start, min(start + width, columns.n))
-                _, cache = self.vit.run(columns.images(self.base, examples), capture=sites)
-                for site in sites:
-                    total = cache[site].float().sum(dim=0).cpu()
-                    sums[site] = sums[site] + total if site in sums else total
-        return {site: total / columns.n for site, total in sums.items()}
+
+        @torch.no_grad()
+        def read(examples: list[int]) -> dict[str, Tensor]:
+            _, cache = self.vit.run(columns.images(self.base, examples), capture=sites)
+            return {site: cache[site].float().sum(dim=0) for site in sites}
+
+        with KeptReadings(folder, self.vit, columns, [self.base], reading="sums", sites=sites) as kept:
+            parts = [found for _, found in in_batches(self.vit, columns.n, read, kept, progress=False)]
+        return {site: torch.stack([part[site].cpu() for part in parts]).sum(0) / columns.n for site in sites}

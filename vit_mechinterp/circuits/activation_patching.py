@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
+from vit_mechinterp.circuits.cells import BatchSize, check_runs, compared, grouped, measure
 from vit_mechinterp.circuits.corruptions import Corruption
 from vit_mechinterp.circuits.effects import gap_problem
 from vit_mechinterp.circuits.images import image_pairs, model_view
@@ -123,8 +123,9 @@ def activation_patching(
     n = Data(data, vit).n
     if not 0 <= example < n:
         raise SpecError(f"example={example} is out of range; there are {n} pairs.")
-    bound, origin, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     runs = [cell.run(way, base, source) for cell in cells for way in directions]
+    check_runs(vit, runs, data)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=source, folder=folder, **how)
     groups = grouped(runs, n, clean[0].numel())
     measured = measure(vit, groups, data, bound, folder=folder, **how)
 

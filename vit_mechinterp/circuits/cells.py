@@ -21,6 +21,7 @@ from vit_mechinterp.circuits.bound_metric import BoundMetric, bind_metric, check
 from vit_mechinterp.circuits.finished_cells import FinishedRuns, pieces, runs_at_once
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.engine import execute
+from vit_mechinterp.engine.bind import bind
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run
@@ -28,7 +29,7 @@ from vit_mechinterp.spec.digest import digest
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BatchSize", "Measured", "compared", "grouped", "kept_in", "measure"]
+__all__ = ["BatchSize", "Measured", "check_runs", "compared", "grouped", "kept_in", "measure"]
 
 _GROUP_BYTES = 128 * 1024**2
 """Bytes of outputs held at once."""
@@ -87,6 +88,15 @@ def compared(
     other = None if source is None else results["corrupted"]
     bound = bind_metric(checked, vit, data, results["clean"], other)
     return bound, dict(results.provenance), results["clean"]
+
+
+def check_runs(vit: HookedViT, runs: Sequence[Run], data: Any) -> None:
+    """Let whatever does not fit be said of any of the runs before the first forward, however they are cut.
+
+    Raises:
+        SpecError, DataError: a selector or a column of a run fits neither the model nor the data.
+    """
+    bind(vit, runs, Data(data, vit))
 
 
 def measure(

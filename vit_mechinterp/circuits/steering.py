@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
+from vit_mechinterp.circuits.cells import BatchSize, check_runs, compared, grouped, measure
 from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.reading import interval_columns
@@ -87,7 +87,6 @@ def steering(
             )
     data = image_column(images, vit, column=base)
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     tensors: dict[str, Tensor] = {}
     rows: list[tuple[str, str, float, Run]] = []
     generator = torch.Generator().manual_seed(seed)
@@ -105,6 +104,8 @@ def steering(
                     (site, name, float(alpha), Run(name=f"{key}, {alpha:g}", interventions=[edit], base=base))
                 )
     n = Data(data, vit).n
+    check_runs(vit, [run for *_, run in rows], data)
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     groups = grouped([run for *_, run in rows], n, clean[0].numel())
     measured = measure(vit, groups, data, bound, tensors=tensors, folder=folder, **how)
     values = measured.stack([run.name for *_, run in rows])
