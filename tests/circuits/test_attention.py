@@ -108,6 +108,21 @@ def test_the_gradient_variant_follows_finite_differences() -> None:
     assert found[1:].max() > 1e-3
 
 
+def test_colours_are_beside_uniform_attention() -> None:
+    result = attention(vmi.wrap(TIMM_PLAIN.module()), TIMM_PLAIN.images(2), progress=False)
+    control = result.table[result.table["kind"] == "control"].set_index("quantity")["value"]
+    for name, figure in result.figures().items():
+        if name in ("distance", "entropy", "to_cls"):
+            drawn = next(artist for artist in figure.axes[0].get_children() if hasattr(artist, "get_clim"))
+            low, high = drawn.get_clim()
+            shown = result.table[(result.table["kind"] == "head") & (result.table["quantity"] == name.replace("_", " "))]["value"]
+            assert low <= shown.min()
+            assert shown.max() <= high + 0.005
+            uniform = control[name.replace("_", " ")]
+            middle = {"distance": uniform, "entropy": uniform / 2, "to_cls": high / 2}[name]
+            assert math.isclose((low + high) / 2, middle, abs_tol=0.01)
+
+
 def test_bad_input_is_named_first() -> None:
     vit, images = vmi.wrap(TIMM_PLAIN.module()), TIMM_PLAIN.images(2)
     with pytest.raises(SpecError, match=r"registers"):

@@ -31,7 +31,9 @@ def captions_of(table: pd.DataFrame, n: int, query: str) -> dict[str, str]:
             "entropy": "Entropy of attention in nats",
         }
         said = what.get(name, f"Attention of patches {name}")
-        captions[name.replace(" ", "_")] = f"{said}, per layer and head. {mean}."
+        captions[name.replace(" ", "_")] = (
+            f"{said}, per layer and head, beside that of attention to all tokens alike. {mean}."
+        )
     if (table["kind"] == "similarity").any():
         captions["similarity"] = f"How alike heads attend: 1 is the same pattern. {mean}."
     return captions
@@ -43,7 +45,7 @@ def drawing(
     """Return the function that draws a result over an image."""
 
     def draw(result: CircuitResult) -> dict[str, Figure]:
-        from vit_mechinterp.figures import attention_overlay, head_layer_map, node_matrix, round_up
+        from vit_mechinterp.figures import attention_overlay, head_layer_map, node_matrix
         from vit_mechinterp.figures.tiles import attention_tiles
 
         table, figures = result.table, {}
@@ -64,15 +66,13 @@ def drawing(
             rows = heads[heads["quantity"] == name]
             wide = rows.pivot_table(index="layer", columns="head", values="value").reindex(range(n_layers))
             uniform = float(control[control["quantity"] == name]["value"].iloc[0])
-            share = name.startswith("to ")
-            top = 1.0 if share else round_up(max(float(rows["value"].max()), uniform))
             labels = {"distance": "distance (patches)", "entropy": "entropy (nats)"}
             words = {"distance": ("near", "far"), "entropy": ("sharp", "even")}
             figures[name.replace(" ", "_")] = head_layer_map(
                 wide.to_numpy(dtype=float),
                 label=labels.get(name, f"attention {name}"),
                 ends=words.get(name, ("", "")),
-                limits=(0.0, top),
+                limits=_limits(name, rows["value"].to_numpy(dtype=float), uniform),
                 title=f"uniform attention: {uniform:.2f}",
             )
         pairs = table[table["kind"] == "similarity"]
@@ -83,6 +83,20 @@ def drawing(
         return figures
 
     return draw
+
+
+def _limits(name: str, values: np.ndarray, uniform: float) -> tuple[float, float]:
+    """The range of the colours: what attention to all tokens alike would give is the middle of a distance and
+    the top of an entropy, which cannot be larger; shares begin at 0.
+    """
+    from vit_mechinterp.figures import round_up
+
+    if name == "entropy":
+        return 0.0, round(uniform, 2)
+    if name == "distance":
+        reach = round_up(max(0.1, float(np.abs(values - uniform).max())))
+        return round(uniform - reach, 2), round(uniform + reach, 2)
+    return 0.0, round_up(max(float(values.max()), uniform))
 
 
 def _square(pairs: pd.DataFrame) -> tuple[np.ndarray, list[str], list[str]]:

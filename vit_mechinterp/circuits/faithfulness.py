@@ -219,7 +219,9 @@ def _captions(table: pd.DataFrame, label: str) -> dict[str, str]:
         "same size, with 95 % bootstrap intervals over images."
     )
     if table["normalised"].isna().all():
-        return {"change": f"Change of the {label} against the model without any head, of {sets}"}
+        return {
+            "change": f"Change of the {label} against the model without any head, of the model, of {sets}"
+        }
     captions = {"faithfulness": f"Faithfulness of {sets}"}
     if (table["kind"] == "circuit without K").any():
         captions["completeness"] = (
@@ -234,11 +236,9 @@ def _draw(result: CircuitResult, label: str) -> dict[str, Figure]:
 
     table = result.table
     if table["normalised"].isna().all():
-        rows = _rows(table, "change")
-        model = float(table.loc[table["kind"] == "model", "change"].iloc[0])
-        ends = {"nothing": 0.0, "model": model}
+        rows = _rows(table, "change", "model")
         figure = dots_by_row(
-            {"set": rows}, label=f"change of {label}", limits=_limits(rows, 0, model), references=ends
+            {"set": rows}, label=f"change of {label}", limits=_limits(rows, 0), references={"nothing": 0.0}
         )
         return {"change": figure}
     rows = _rows(table, "normalised")
@@ -260,9 +260,9 @@ def _draw(result: CircuitResult, label: str) -> dict[str, Figure]:
     return figures
 
 
-def _rows(table: pd.DataFrame, column: str) -> dict[str, tuple[float, float, float]]:
-    """A column and its interval, by the name of the set."""
-    shown = table[table["kind"].isin(["circuit", "complement", "circuit without one", "random set"])]
+def _rows(table: pd.DataFrame, column: str, *more: str) -> dict[str, tuple[float, float, float]]:
+    """A column and its interval, by the name of the set; ``more`` are further kinds of sets to show."""
+    shown = table[table["kind"].isin([*more, "circuit", "complement", "circuit without one", "random set"])]
     rows: dict[str, tuple[float, float, float]] = {}
     for kind, own in shown.groupby("kind", sort=False):
         for number, (_, row) in enumerate(own.iterrows(), 1):
