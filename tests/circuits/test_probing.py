@@ -146,6 +146,31 @@ def test_similarity_of_layers_and_models() -> None:
     assert set(result.figures()) == set(result.captions)
 
 
+def test_every_pair_of_sites_and_its_control_is_that_of_the_functions() -> None:
+    from scipy.stats import spearmanr
+
+    module, images = TIMM_PLAIN.module(), TIMM_PLAIN.images(30, seed=1)
+    sites = ["blocks.0.resid_post", "blocks.2.mlp_out", "logits"]
+    table = representation_similarity(vmi.wrap(module), images, sites=sites, tokens="cls", seed=4, progress=False).table
+    order = np.random.default_rng(4).permutation(30)
+    values = {site: streams(TIMM_PLAIN, module, images, site).double().numpy() for site in sites}
+    values = {site: value[:, 0] if value.ndim == 3 else value for site, value in values.items()}
+    assert list(zip(table["site"], table["other_site"], strict=True)) == [(a, b) for a in sites for b in sites]
+    far = np.triu_indices(30, 1)
+    for row in table.itertuples():
+        x, y = values[row.site], values[row.other_site]
+        for other, cka, ranks in ((y, row.cka, row.rsa), (y[order], row.control_cka, row.control_rsa)):
+            # Once by features and once by examples, whichever of the two is fewer.
+            x_c, y_c = x - x.mean(0), other - other.mean(0)
+            wanted = np.linalg.norm(x_c.T @ y_c) ** 2 / np.linalg.norm(x_c @ x_c.T) / np.linalg.norm(y_c @ y_c.T)
+            assert np.isclose(cka, wanted, atol=1e-5)
+            wanted = spearmanr(1 - np.corrcoef(x)[far], 1 - np.corrcoef(other)[far]).statistic
+            assert np.isclose(ranks, wanted, atol=2e-3)
+    assert {value.shape[1] > 30 for value in values.values()} == {False}
+    assert np.isclose(linear_cka(x, y), linear_cka(np.pad(x, [(0, 0), (0, 40)]), y), atol=1e-12)
+    assert table["control_rsa"].abs().max() < 0.3 < table["rsa"].max()
+
+
 def test_similarities_know_what_they_should_not_see() -> None:
     draw = np.random.default_rng(0)
     x = draw.normal(size=(30, 5))

@@ -90,19 +90,25 @@ def representation_similarity(
     order = np.random.default_rng(seed).permutation(columns.n)
     import pandas as pd
 
+    ranks = {a: _distance_ranks(rows_features[a]) for a in here}
+    alike = {}
+    for b in there:
+        y, mixed = column_features[b], column_features[b][order]
+        own, control = _distance_ranks(y), _distance_ranks(mixed)
+        for a in here:
+            x = rows_features[a]
+            alike[a, b] = {
+                "cka": linear_cka(x, y), "rsa": float(ranks[a] @ own),
+                "control_cka": linear_cka(x, mixed), "control_rsa": float(ranks[a] @ control),
+            }  # fmt: skip
+    second = "model" if other is None else "other"
     table = pd.DataFrame(
         [
-            {
-                "model": "model", "site": a, "other_model": "model" if other is None else "other",
-                "other_site": b, "cka": linear_cka(rows_features[a], column_features[b]),
-                "rsa": rsa(rows_features[a], column_features[b]),
-                "control_cka": linear_cka(rows_features[a], column_features[b][order]),
-                "control_rsa": rsa(rows_features[a], column_features[b][order]),
-            }
+            {"model": "model", "site": a, "other_model": second, "other_site": b, **alike[a, b]}
             for a in here
             for b in there
         ]
-    )  # fmt: skip
+    )
     apart = table if other is not None else table[table["site"] != table["other_site"]]
     summary: dict[str, float | int | str] = {"images": columns.n}
     for name in ("cka", "rsa"):
@@ -130,26 +136,39 @@ def representation_similarity(
 def linear_cka(x: Matrix, y: Matrix) -> float:
     """Return linear CKA of two activations of the same examples (Kornblith et al. 2019, section 3)."""
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    # By inner products of examples where these are fewer than features.
-    gram_x, gram_y = x @ x.T, y @ y.T
-    size = np.linalg.norm(gram_x) * np.linalg.norm(gram_y)
-    return float((gram_x * gram_y).sum() / size) if size > 0 else float("nan")
+    if len(x) <= max(x.shape[1], y.shape[1]):
+        # By inner products of examples where these are fewer than features.
+        gram_x, gram_y = x @ x.T, y @ y.T
+        shared, size = float((gram_x * gram_y).sum()), np.linalg.norm(gram_x) * np.linalg.norm(gram_y)
+    else:
+        shared = float(np.square(x.T @ y).sum())
+        size = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return float(shared / size) if size > 0 else float("nan")
 
 
 def rsa(x: Matrix, y: Matrix) -> float:
     """Return Spearman's correlation between the distances (1 minus Pearson's correlation) of all pairs of
     examples.
     """
+    return float(_distance_ranks(x) @ _distance_ranks(y))
+
+
+def _distance_ranks(x: Matrix) -> Float[np.ndarray, " pair"]:
+    """Ranks of the distances of all pairs of examples, of mean 0 and length 1, so that a product of two is
+    their correlation; NaN where the distances are no numbers or all equal.
+    """
     import pandas as pd
 
     pairs = np.triu_indices(len(x), 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        distances = [1 - np.corrcoef(side)[pairs] for side in (x, y)]
-    # Equal distances come out unequal in their last bits, and ranks would see it.
-    one, other = (np.round(side, 10) for side in distances)
-    if not (np.isfinite(one).all() and np.isfinite(other).all()) or np.ptp(one) == 0 or np.ptp(other) == 0:
-        return float("nan")
-    return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
+        # Equal distances come out unequal in their last bits, and ranks would see it.
+        distances = np.round(1 - np.corrcoef(x)[pairs], 10)
+    if not np.isfinite(distances).all() or np.ptp(distances) == 0:
+        return np.full(len(distances), np.nan)
+    ranks = pd.Series(distances).rank().to_numpy()
+    ranks = ranks - ranks.mean()
+    centred: Float[np.ndarray, " pair"] = ranks / np.linalg.norm(ranks)
+    return centred
 
 
 def _arrays(features: Mapping[str, Any]) -> dict[str, Matrix]:
