@@ -212,6 +212,22 @@ def test_tensors_wait_for_half_a_minute_and_come_back_in_order(tmp_path: Path, m
     assert not list(tmp_path.glob(".*")), "nothing unfinished is left"
 
 
+def test_batches_are_smaller_where_activations_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, sizes = Watched(), []
+    watched.vit.module.patch_embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    wanted = circuits.attention(watched.vit, DATA, gradient=False).table
+    assert max(sizes) == 8
+    monkeypatch.setattr(kept_readings, "_ACTIVATIONS", 3 * 3 * (3 * 17 * 17) * 4 + 5)  # of three images
+    sizes.clear()
+    found = circuits.attention(watched.vit, DATA, gradient=False).table
+    assert max(sizes) == 3
+    pd.testing.assert_frame_equal(found, wanted, atol=1e-6)
+    monkeypatch.setattr(kept_readings, "_ACTIVATIONS", 1)
+    sizes.clear()
+    circuits.mean_directions(watched.vit, DATA)
+    assert max(sizes) == 1
+
+
 def test_torn_files_and_full_disks_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = KeptTensors(tmp_path / "kept")
     kept.save({"a": {"x": torch.ones(2)}}, {"seed": 1})

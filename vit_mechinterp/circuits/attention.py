@@ -118,7 +118,9 @@ def attention(
     measured: dict[tuple[str, int], list[Tensor]] = {}
     alike: list[Tensor] = []
     with KeptReadings(folder, vit, columns, [base], reading="attention", sites=sites) as kept:
-        for _, found in in_batches(vit, columns.n, read, kept, progress=progress, what="attention"):
+        for _, found in in_batches(
+            vit, columns.n, read, kept, sites=sites, progress=progress, what="attention"
+        ):
             alike += [found.pop("alike")] if one_shape else []
             for key, values in found.items():
                 layer, name = key.split(" ", 1)

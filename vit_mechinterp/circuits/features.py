@@ -108,7 +108,10 @@ def features_at(
     selected = [chosen.shared, chosen.each]
     with KeptReadings(folder, vit, columns, [column], reading="features", sites=sites, at=selected) as kept:
         every = [
-            found for _, found in in_batches(vit, columns.n, read, kept, progress=progress, what="features")
+            found
+            for _, found in in_batches(
+                vit, columns.n, read, kept, sites=sites, progress=progress, what="features"
+            )
         ]
     return {site: torch.cat([found[site] for found in every]) for site in sites}
 

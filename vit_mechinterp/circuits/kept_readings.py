@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,8 @@ _SECONDS = 30.0
 _BYTES = 64 * 1024**2
 """Tensors that wait to be written at most."""
 _AT_ONCE = 8
+_ACTIVATIONS = 2**29
+"""Bytes of activations that a batch may hold."""
 
 
 class KeptReadings:
@@ -115,6 +118,7 @@ def in_batches(
     kept: KeptReadings,
     *,
     at_once: int | None = None,
+    sites: Sequence[str] = (),
     progress: bool = True,
     what: str = "images",
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
@@ -127,11 +131,13 @@ def in_batches(
         n: number of examples.
         read: turns examples into tensors by name, on any device.
         kept: where they are kept; the block of its context manager should surround the loop.
-        at_once: examples of a batch; by default 8.
+        at_once: examples of a batch; by default 8, and fewer where ``sites`` are large.
+        sites: what is captured of a batch.
         progress: show a bar if it takes longer than two seconds.
         what: what the bar counts.
     """
-    at_once = at_once or _AT_ONCE
+    nbytes = sum(prod(vit.sites()[site].shape) for site in sites) * vit.dtype.itemsize
+    at_once = at_once or min(_AT_ONCE, max(1, _ACTIVATIONS // max(nbytes, 1)))
     if getattr(vit.layout.family, "one_image", None) is not None:
         at_once = 1
     spans = [list(range(first, min(first + at_once, n))) for first in range(0, n, at_once)]
