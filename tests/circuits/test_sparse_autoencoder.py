@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 import vit_mechinterp as vmi
 from tests.oracles import by_hand
 from tests.tiny_models import TIMM_PLAIN, TIMM_REGISTERS
+from vit_mechinterp.circuits.dictionary import Dictionary
 from vit_mechinterp.circuits.dictionary_files import load_dictionary
+from vit_mechinterp.circuits.metrics import Probability
 from vit_mechinterp.circuits.sparse_autoencoder import sparse_autoencoder
 from vit_mechinterp.errors import DataError, SpecError, TensorFileError
 
@@ -80,7 +82,7 @@ def test_edits_move_a_feature_to_its_value(tiny, k: int | None, tmp_path: Path) 
     save_file(own, tmp_path / "sae.safetensors")
     dictionary = load_dictionary(tmp_path, k=k)
     result = sparse_autoencoder(
-        vmi.wrap(module), images, dictionary, site=SITE, features=[3, 11, 20], set_to=1.5,
+        vmi.wrap(module), images, dictionary, site=SITE, features=[3, 11, 20], set_to=1.5, add=0.7,
         metric=lambda outputs: outputs[:, 1] - outputs[:, 0], progress=False,
     )  # fmt: skip
     first, values = len(tiny.prefix), {}
@@ -91,13 +93,14 @@ def test_edits_move_a_feature_to_its_value(tiny, k: int | None, tmp_path: Path) 
 
     clean = by_hand(module, images, keep)
     found = features(values[SITE][:, first:], own, k)
-    assert len(result.table) == 6
+    assert len(result.table) == 9
     for row in result.table.itertuples():
         def touch(site, value, row=row):
             if site != SITE:
                 return value
-            value, target = value.clone(), 0.0 if row.edit == "ablate" else 1.5
-            change = target - features(value[:, first:], own, k)[..., row.feature, None]
+            value = value.clone()
+            now = features(value[:, first:], own, k)[..., row.feature, None]
+            change = {"ablate": -now, "set": 1.5 - now, "add": torch.full_like(now, 0.7)}[row.edit]
             value[:, first:] += change * own["W_dec"][row.feature]
             return value
 
@@ -279,3 +282,12 @@ def test_documents_edit_features_without_circuits(tmp_path: Path) -> None:
         run(decoder={"name": "e"})
     with pytest.raises(SpecError, match=r"encoder has shape \(24, 40\); the site holds 96 features"):
         run(site="blocks.0.mlp.post")
+
+
+def test_a_metric_that_does_not_fit_is_named_before_features_are_read() -> None:
+    vit, seen = vmi.wrap(TIMM_PLAIN.module()), []
+    vit.module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    dictionary = Dictionary(torch.randn(D, 40), torch.randn(40, D), torch.zeros(40), torch.zeros(D))
+    with pytest.raises(SpecError, match="class 9 of example 0 is out of range"):
+        sparse_autoencoder(vit, TIMM_PLAIN.images(6), dictionary, site=SITE, metric=Probability(9), progress=False)
+    assert set(seen) <= {1}

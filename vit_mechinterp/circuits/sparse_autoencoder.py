@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ def sparse_autoencoder(
     top_images: int = 6,
     tokens: Any = "patches",
     set_to: float | None = None,
+    add: float | None = None,
     metric: MetricLike | None = None,
     base: str = "base",
     resamples: int = 2000,
@@ -58,7 +59,8 @@ def sparse_autoencoder(
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> CircuitResult:
-    """Read a dictionary's features on images, find those that excite each most, and ablate or set them.
+    """Read a dictionary's features on images, find those that excite each most, and ablate, set or raise
+    them.
 
     Args:
         vit: the model.
@@ -69,6 +71,7 @@ def sparse_autoencoder(
         top_images: images on a feature's contact sheet.
         tokens: the tokens that features are read and edited at.
         set_to: set features to this value, besides ablating them.
+        add: add this much to features, besides.
         metric: what to measure; by default the lead of the predicted class.
         base: the image column.
         resamples, seed: of the bootstrap and the permutation test over images.
@@ -78,7 +81,7 @@ def sparse_autoencoder(
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
-        Table, one row per feature and ``edit`` (``ablate``, ``set``): ``feature, mean_activation,
+        Table, one row per feature and ``edit`` (``ablate``, ``set``, ``add``): ``feature, mean_activation,
         max_activation, frequency`` (the share of tokens where it is not 0), and the columns of
         `effect_columns`. Control: ``reconstruction``, the summary's share of variance that the dictionary
         explains at the site; low values mean that it was made for something else.
@@ -97,6 +100,8 @@ def sparse_autoencoder(
     data = image_column(images, vit, column=base)
     columns = reading_data(vit, data, base, progress=progress)
     chosen = resolve_tokens(parse_tokens(tokens), vit, columns, base, "features, tokens")
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     read = _Read(dictionary, top_images)
 
     @torch.no_grad()
@@ -118,17 +123,20 @@ def sparse_autoencoder(
         ):
             read.merge(found)
     numbers = list(features) if features is not None else read.largest(top)
-    edits = [("ablate", 0.0)] + ([] if set_to is None else [("set", float(set_to))])
+    wanted: dict[str, tuple[Literal["set", "add"], float | None]] = {
+        "ablate": ("set", 0.0),
+        "set": ("set", set_to),
+        "add": ("add", add),
+    }
+    edits = {edit: (method, float(value)) for edit, (method, value) in wanted.items() if value is not None}
     runs = [
         Run(
             name=f"{edit} {number}", base=base,
-            interventions=[dictionary.edit(name, number, value=value, tokens=tokens)],
+            interventions=[dictionary.edit(name, number, value=value, method=method, tokens=tokens)],
         )
-        for edit, value in edits
+        for edit, (method, value) in edits.items()
         for number in numbers
     ]  # fmt: skip
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    bound, origin, clean = compared(vit, data, metric, base=base, source=None, folder=folder, **how)
     measured = measure(
         vit, grouped(runs, columns.n, clean[0].numel()), data, bound, tensors=dictionary.tensors(),
         folder=folder, **how
@@ -136,7 +144,7 @@ def sparse_autoencoder(
     effects = effect_columns(
         measured.stack([run.name for run in runs]), bound.clean, resamples=resamples, seed=seed
     )
-    table = _table(read, numbers, [edit for edit, _ in edits], effects)
+    table = _table(read, numbers, list(edits), effects)
     sheets = {}
     for number in numbers:
         peaks = read.peaks(number)[:top_images]
