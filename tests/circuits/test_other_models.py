@@ -23,7 +23,7 @@ from tests.zoo.shrink import shrunk
 from vit_mechinterp import circuits
 from vit_mechinterp.circuits.ablation_runs import check_heads
 from vit_mechinterp.circuits.representation_similarity import rsa
-from vit_mechinterp.errors import UnsupportedSiteError
+from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 
 N, SEED = 6, 3
 Edit = Callable[[Tensor], Tensor]
@@ -278,3 +278,9 @@ def test_attentions_side_by_side_have_no_heads_to_go_one_by_one() -> None:
     object.__setattr__(vit.layout, "absent", {site: why for site, why in absent.items() if site != "blocks.1.attn.z"})
     with pytest.raises(UnsupportedSiteError, match="The heads of layer 0 cannot be ablated one by one: the block runs several"):
         check_heads(vit, [(0, 0)])
+
+
+def test_a_norm_of_maps_cannot_be_held() -> None:
+    vit = vmi.wrap(stirred(shrunk("samvit_base_patch16")).eval())
+    with pytest.raises(SpecError, match=r"LayerNorm2d behind the last block takes no single vectors of \d+ features \(.*\), so its"):
+        circuits.logit_attribution(vit, torch.randn(2, *vit.layout.tokens.input_shape), progress=False)

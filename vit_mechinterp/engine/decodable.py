@@ -74,8 +74,7 @@ def said_of_damaged(found: Mapping[int, str], column: str, n: int) -> str:
     one = len(found) == 1
     return (
         f"Column {column!r}: {len(found)} of {n} images cannot be decoded: {named}. Repair or replace "
-        f"{'it' if one else 'them'}, or leave {'that example' if one else 'those examples'} out; nothing has "
-        "been computed yet."
+        f"{'it' if one else 'them'}, or leave {'that example' if one else 'those examples'} out."
     )
 
 

@@ -217,7 +217,10 @@ def _held(module: nn.Module, x: Tensor, y: Tensor) -> _HeldNorm:
         weight = (module(probe) - bias) / probe * probe.float().square().mean().sqrt().to(x.dtype)
         centred = bool((module(probe + 1) - module(probe)).abs().max() < 1e-3 * module(probe).abs().max())
     except (RuntimeError, TypeError, ValueError) as error:
-        raise SpecError(f"The norm {type(module).__name__} cannot be held: {error}.") from None
+        raise SpecError(
+            f"The norm {type(module).__name__} behind the last block takes no single vectors of {d} features "
+            f"({str(error).splitlines()[0]}), so its scale cannot be held."
+        ) from None
     bias, weight, wide = bias[0].double(), weight[0].double(), x.double()
     shape = weight * (wide - wide.mean(dim=-1, keepdim=True) if centred else wide)
     size = shape.square().sum(dim=-1, keepdim=True).clamp(min=1e-30)
