@@ -287,7 +287,9 @@ class Oracle:
                 return h + edit.get("alpha", 1.0) * self._row(edit, "vector", len(h), example, k)
             case "inject_subspace":
                 basis = self.tensors[edit["basis"]].to(h.dtype)
+                basis = basis[k] if basis.ndim == 3 else basis
                 gate = self.tensors[edit["gate"]].to(h.dtype) if "gate" in edit else torch.ones_like(basis[0])
+                gate = gate[k] if gate.ndim == 2 else gate
                 wanted = (
                     source @ basis
                     if source is not None

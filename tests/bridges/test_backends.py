@@ -76,6 +76,18 @@ def test_outputs_captures_and_labels_are_the_engines(backend: str) -> None:
     }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_basis_for_each_token_means_the_same_everywhere(backend: str) -> None:
+    world = world_of(TIMM_PLAIN)
+    moved: dict[str, Any] = {"op": "inject_subspace", "tokens": {"column": "here"}, "basis": f"bases.3.{world.module_width}"}
+    edits = [
+        {**moved, "site": "blocks.1.resid_post", "source": "source", "source_tokens": {"column": "there"}, "gate": "gates.3"},
+        {**moved, "site": "blocks.0.resid_post", "vectors": "kinds.3.3", "choose": {"column": "kind"}},
+    ]
+    documents = [{"name": f"edit {n}", "interventions": [edit]} for n, edit in enumerate(edits)]
+    world.check(documents, world.execute(documents, backend=backend))
+
+
 @pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_DINOV2], ids=lambda tiny: tiny.name)
 def test_plain_hooks_reach_every_site(tiny: Tiny) -> None:
     world = world_of(tiny)

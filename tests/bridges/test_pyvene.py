@@ -172,6 +172,14 @@ def test_what_pyvene_cannot_say_is_refused_with_the_reason(edit: Any, why: str) 
         to_config(world.vit, Run(name="r", interventions=[edit]), world.columns)
 
 
+def test_a_basis_for_each_token_has_no_words_in_a_configuration() -> None:
+    world = world_of(TIMM_PLAIN)
+    edit = InjectSubspace(site="blocks.1.resid_post", basis="bases", **MOVED)
+    bases = {"bases": world.tensors[f"bases.3.{world.module_width}"]}
+    with pytest.raises(SpecError, match="a basis per token has no word in a configuration"):
+        to_config(world.vit, Run(name="r", interventions=[edit]), world.columns, bases)
+
+
 def test_sites_within_the_attention_call_are_refused_before_anything_runs() -> None:
     world = world_of(TIMM_PLAIN)
     world.vit.sites()

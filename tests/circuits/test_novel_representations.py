@@ -48,13 +48,18 @@ def test(vit: vmi.HookedViT) -> dict[str, Any]:
     return with_other(N, 12, vit)
 
 
-def made_up(vit: vmi.HookedViT, layers: tuple[int, ...] = (0, 1), open_: int = 6) -> CircuitResult:
-    """A result of a search with random rotations and gates that are open at random."""
+def made_up(
+    vit: vmi.HookedViT, layers: tuple[int, ...] = (0, 1), open_: int = 6, tied: bool = True
+) -> CircuitResult:
+    """A result of a search with random rotations and gates that are open at random, untied for four tokens each."""
     draw = torch.Generator().manual_seed(5)
     tensors, rows = {}, []
     for layer in layers:
-        tensors[f"rotation_{layer}"] = torch.linalg.qr(torch.randn(D, D, generator=draw)).Q
-        tensors[f"gate_{layer}"] = torch.zeros(D).index_fill(0, torch.randperm(D, generator=draw)[:open_], 1.0)
+        tensors[f"rotation_{layer}"] = torch.linalg.qr(torch.randn(*([] if tied else [4]), D, D, generator=draw)).Q
+        gates = [
+            torch.zeros(D).index_fill(0, torch.randperm(D, generator=draw)[:open_], 1.0) for _ in range(1 if tied else 4)
+        ]
+        tensors[f"gate_{layer}"] = gates[0] if tied else torch.stack(gates)
         site = f"blocks.{layer}.resid_post"
         rows.append({"attribute": "shape", "control": "none", "seed": 0, "layer": layer, "site": site, "accuracy": 0.5})
     return CircuitResult(
@@ -72,8 +77,12 @@ def by_hand(
     def edit(m: Any, a: Any, out: Tensor) -> Tensor:
         for box, vector in (("edited_box", first), ("other_box", second)):
             where = (row, tokens_of(data[box]))
-            b = out[where] @ rotation
-            out = out.index_put(where, ((1 - gate) * b + gate * vector) @ rotation.T)
+            own, rotations, gates = out[where], rotation.expand(4, -1, -1), gate.expand(4, -1)
+            new = []
+            for token in range(4):
+                b, g = own[:, token] @ rotations[token], gates[token]
+                new.append(((1 - g) * b + g * vector[:, token]) @ rotations[token].T)
+            out = out.index_put(where, torch.stack(new, dim=1))
         return out
 
     handle = vit.module.blocks[layer].register_forward_hook(edit)
@@ -95,15 +104,18 @@ def embeddings(vit: vmi.HookedViT, data: dict[str, Any], layer: int, rotation: T
 
 def spread(open_vectors: Tensor, gate: Tensor) -> Tensor:
     """Coordinates in the open dimensions as rotated vectors, one for each of four tokens."""
+    gate = gate.amax(dim=0) if gate.ndim == 2 else gate  # untied vectors have every dimension that any token opens
     whole = torch.zeros(*open_vectors.shape[:-1], D)
     whole[..., gate > 0] = open_vectors
     return whole if whole.ndim == 3 else whole[:, None].expand(-1, 4, -1)
 
 
-@pytest.mark.parametrize("draws", ["example", "batch"])
-@pytest.mark.parametrize("judged", [False, True])
+@pytest.mark.parametrize(("draws", "judged", "tied"), [
+    ("example", False, True), ("batch", False, True), ("example", True, True), ("batch", True, True), ("example", False, False),
+])  # fmt: skip
 def test_the_answers_are_those_of_the_published_formula(
-    vit: vmi.HookedViT, values: dict[str, Any], test: dict[str, Any], draws: Any, judged: bool, monkeypatch: pytest.MonkeyPatch
+    vit: vmi.HookedViT, values: dict[str, Any], test: dict[str, Any], draws: Any, judged: bool, tied: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module: Any = importlib.import_module("vit_mechinterp.circuits.novel_representations")  # the name is the function
 
@@ -119,7 +131,7 @@ def test_the_answers_are_those_of_the_published_formula(
         test = {**test, "intermediate_judgement": torch.arange(N) % 2}
     same = (test["intermediate_judgement"] == 0) if judged else test["counterfactual_label"] == 1
     assert 0 < int(same.sum()) < N
-    search = made_up(vit)
+    search = made_up(vit, tied=tied)
     result = novel_representations(vit, {"shape": (values, test)}, search, draws=draws, draw_batch=5, progress=False)
     assert len(result.table) == 2 * len(METHODS)
     size = 1 if draws == "example" else 5
@@ -161,13 +173,37 @@ def test_vectors_come_from_the_gated_coordinates_of_the_source_objects(
 
     seen: list[Tensor] = []
     original = module.novel_vectors
-    monkeypatch.setattr(module, "novel_vectors", lambda *a: (seen.append(a[1]), original(*a))[1])
+    monkeypatch.setattr(module, "novel_vectors", lambda *a, **k: (seen.append(a[1]), original(*a, **k))[1])
     search = made_up(vit, (1,))
     novel_representations(vit, {"shape": (values, test)}, search, methods=["added"], progress=False)
     gate = search.tensors["gate_1"]
     expected = embeddings(vit, values, 1, search.tensors["rotation_1"], gate)
     torch.testing.assert_close(spread(seen[0], gate), expected, rtol=0, atol=1e-5)
     assert expected.abs().max() > 0.1
+
+
+def test_untied_vectors_are_made_of_each_tokens_own_coordinates(
+    vit: vmi.HookedViT, values: dict[str, Any], test: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = importlib.import_module("vit_mechinterp.circuits.novel_representations")  # the name is the function
+    seen: list[Tensor] = []
+    original = module.novel_vectors
+    monkeypatch.setattr(module, "novel_vectors", lambda *a, **k: (seen.append(a[1]), original(*a, **k))[1])
+    search = made_up(vit, (1,), tied=False)
+    novel_representations(vit, {"shape": (values, test)}, search, methods=["added"], progress=False)
+    gate, rotation = search.tensors["gate_1"], search.tensors["rotation_1"]
+    for token in range(4):
+        expected = embeddings(vit, values, 1, rotation[token], gate[token])[:, token]
+        found = gate[token] * spread(seen[0], gate)[:, token]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert expected.abs().max() > 0.1
+    values_ = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0]]) + 2
+    sampled = novel_vectors("sampled", values_, 2000, np.random.default_rng(1), tied=False)
+    torch.testing.assert_close(sampled.std(dim=0), values_.std(dim=0), rtol=0.1, atol=0)
+    assert abs(float(torch.corrcoef(sampled[:, :, 0].T)[0, 1])) < 0.1  # every token has noise of its own
+    cells = {**values, **{f"{name}_box": test[f"{name}_box"][:10] - torch.tensor([0, 0, 8, 0]) for name in ("source", "edited", "other")}}
+    with pytest.raises(DataError, match=r"each of 4 tokens a subspace of its own \(tied=False\), and objects here have 2"):
+        novel_representations(vit, {"shape": (cells, cells)}, search, progress=False)
 
 
 def test_the_whole_residual_is_a_space_without_a_complement(

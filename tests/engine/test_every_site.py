@@ -17,6 +17,14 @@ from tests.tiny_models import MAIN, TIMM_POOLED, Tiny
 
 Document = dict[str, Any]
 
+def by_token(site: str, kind: str, k: int) -> str:
+    """Names of tensors with one entry for each token, where the site has tokens and no heads."""
+    local = site.split(".", 2)[-1]
+    if local in HEAD_SITES or local in ("pooled", "logits"):
+        return {"bases": "basis", "gates": "gate"}[kind]
+    return f"{kind}.{k}"
+
+
 OPS: dict[str, Callable[[str, int, int], Document]] = {
     # Each is given the site, how many tokens are selected there, and its number of features.
     "interchange": lambda site, k, d: {"op": "interchange", "source": "source"},
@@ -41,6 +49,17 @@ OPS: dict[str, Callable[[str, int, int], Document]] = {
     "inject_points": lambda site, k, d: {"op": "inject_subspace", "basis": f"basis.{d}", "vectors": f"rows.{k}.3"},
     "inject_chosen": lambda site, k, d: {
         "op": "inject_subspace", "basis": f"basis.{d}", "vectors": f"kinds.{k}.3", "choose": {"column": "kind"},
+    },
+    "inject_by_token": lambda site, k, d: {
+        "op": "inject_subspace", "basis": f"{by_token(site, 'bases', k)}.{d}", "source": "source",
+    },
+    "inject_by_token_gated": lambda site, k, d: {
+        "op": "inject_subspace", "basis": f"{by_token(site, 'bases', k)}.{d}",
+        "gate": by_token(site, "gates", k), "source": "source",
+    },
+    "inject_by_token_chosen": lambda site, k, d: {
+        "op": "inject_subspace", "basis": f"{by_token(site, 'bases', k)}.{d}",
+        "gate": by_token(site, "gates", k), "vectors": f"kinds.{k}.3", "choose": {"column": "kind"},
     },
     "zero": lambda site, k, d: {"op": "ablate"},
     "mean": lambda site, k, d: {"op": "ablate", "method": "mean"},

@@ -28,12 +28,12 @@ def training(layer: int, name: str, site: str = "resid_post", **fields: Any) -> 
     return Run.model_validate({"name": f"{layer}_{name}", "interventions": [swap]})
 
 
-def leaves(runs: Sequence[Run], d: int, seed: int = 0) -> dict[str, Tensor]:
+def leaves(runs: Sequence[Run], d: int, seed: int = 0, by_token: tuple[int, ...] = ()) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
     for run in runs:
-        tensors[f"R_{run.name}"] = torch.linalg.qr(torch.randn(d, d, generator=draw)).Q
-        tensors[f"g_{run.name}"] = torch.rand(d, generator=draw)
+        tensors[f"R_{run.name}"] = torch.linalg.qr(torch.randn(*by_token, d, d, generator=draw)).Q
+        tensors[f"g_{run.name}"] = torch.rand(*by_token, d, generator=draw)
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
@@ -50,8 +50,11 @@ def separate(world: World, run: Run, tensors: Mapping[str, Tensor], examples: Se
     def touch(name: str, h: Tensor) -> Tensor:
         if name != swap.site:
             return h
-        own = h[rows, here]
-        return h.index_put((rows, here), own + ((source[rows, there] @ R - own @ R) * g) @ R.T)
+        own, given = h[rows, here], source[rows, there]
+        if R.ndim == 2:
+            return h.index_put((rows, here), own + ((given @ R - own @ R) * g) @ R.T)
+        new = [own[:, k] + ((given[:, k] @ R[k] - own[:, k] @ R[k]) * g[k]) @ R[k].T for k in range(own.shape[1])]
+        return h.index_put((rows, here), torch.stack(new, dim=1))
 
     return by_hand(world.module, world.columns["base"], touch)[list(examples)]
 
@@ -104,14 +107,17 @@ def loss_of(outputs: Tensor) -> Tensor:
 PLACES = (("resid_post", 0), ("resid_post", 1), ("resid_mid", 1), ("attn_out", 1), ("mlp_out", 0))
 
 
+@pytest.mark.parametrize("by_token", [(), (3,)], ids=["tied", "by token"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("tiny", [TIMM_REGISTERS, HF_DINOV2, HF_VIT], ids=lambda tiny: tiny.name)
-def test_every_trainings_gradient_is_that_of_the_training_alone(tiny: Tiny, dtype: torch.dtype) -> None:
+def test_every_trainings_gradient_is_that_of_the_training_alone(
+    tiny: Tiny, dtype: torch.dtype, by_token: tuple[int, ...]
+) -> None:
     shape, color = World(tiny, 5, dtype), World(tiny, 4, dtype, seed=7)
     for world in (shape, color):
         world.columns |= {name: world.columns[name].to(dtype) for name in ("base", "source")}
     runs = {name: [training(n, f"{name}_{site}", site) for site, n in PLACES] for name in ("shape", "color", "other")}
-    tensors = leaves([run for own in runs.values() for run in own], shape.module_width)
+    tensors = leaves([run for own in runs.values() for run in own], shape.module_width, by_token=by_token)
     # Two trainings on the same data (another seed: other examples, another order), one on data of its own.
     asked = [("shape", shape, [4, 0, 2], [1, 0, 2]), ("other", shape, [1, 2], [2, 1, 0]), ("color", color, [3, 0, 1], [0, 2, 1])]
     with (

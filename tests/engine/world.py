@@ -34,7 +34,7 @@ class World:
 
     Columns: images ``base`` and ``source``; per example ``here`` and ``there`` (three patches), ``kind`` (0 to 3), ``box`` and
     ``source_box`` (pixels, of varying size), ``label``. Tensors are found by name for any number of features d:
-    ``direction.d``, ``rows.k.d``, ``flat.k.d``, ``kinds.d``, ``kinds.k.d``, ``basis.d``, ``gate``, ``point``, ``points``,
+    ``direction.d``, ``rows.k.d``, ``flat.k.d``, ``kinds.d``, ``kinds.k.d``, ``basis.d``, ``bases.k.d``, ``gate``, ``gates.k``, ``point``, ``points``,
     ``mean.SITE``, ``pooled.SITE``.
     """
 
@@ -164,6 +164,11 @@ class _Tensors(dict[str, Tensor]):
         elif kind == "basis":
             d = int(rest[0])
             value = torch.linalg.qr(torch.randn(d, min(3, d), generator=draw)).Q
+        elif kind == "bases":
+            k, d = (int(n) for n in rest[0].split("."))
+            value = torch.linalg.qr(torch.randn(k, d, min(3, d), generator=draw)).Q
+        elif kind == "gates":
+            value = torch.rand(int(rest[0]), 3, generator=draw)
         elif kind == "gate":
             value = torch.tensor([1.0, 0.5, 0.8])
         else:

@@ -96,12 +96,16 @@ def _new_value(edit: Edit, h: Tensor, row: int, example: int, origin: Origin) ->
         return h + spec.alpha * _rows(edit, tensors["vector"], h, h.shape[-1], example)
     if isinstance(spec, InjectSubspace):
         basis = tensors["basis"].to(h.dtype)
-        gate = tensors["gate"].to(h.dtype) if "gate" in tensors else torch.ones_like(basis[0])
+        gate = tensors["gate"].to(h.dtype) if "gate" in tensors else torch.ones_like(basis[..., 0, :])
+
+        def applied(rows: Tensor, matrix: Tensor) -> Tensor:  # one matrix, or one for each token
+            return rows @ matrix if matrix.ndim == 2 else (rows[:, None] @ matrix)[:, 0]
+
         if source is not None:
-            wanted = source @ basis
+            wanted = applied(source, basis)
         else:
             wanted = _rows(edit, tensors["vectors"], h, basis.shape[-1], example)
-        return h + (gate * (wanted - h @ basis)) @ basis.T
+        return h + applied(gate * (wanted - applied(h, basis)), basis.mT)
     if isinstance(spec, Ablate) and spec.method == "zero":
         return torch.zeros_like(h)
     if isinstance(spec, Ablate) and spec.method == "resample":

@@ -105,6 +105,8 @@ def _intervention(edit: Edit, tensors: Mapping[str, Tensor]) -> Any:
             raise _unsaid(edit, "a direction per token has no word in a configuration")
         return pv.AdditionIntervention(source_representation=direction)
     if isinstance(spec, InjectSubspace) and spec.source is not None:
+        if tensors["basis"].ndim != 2:
+            raise _unsaid(edit, "a basis per token has no word in a configuration")
         if "gate" in tensors and edit.positions.most != 1:
             raise _unsaid(edit, "pyvene's masks take one token per example")
         return to_rotation(tensors["basis"], tensors.get("gate"))

@@ -8,18 +8,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_mechinterp.circuits.statistics import bootstrap_interval
-
 __all__ = ["CHANCE", "over_images", "over_seeds", "verdict"]
 
 CHANCE = 0.5
 
 
-def over_images(accuracy: float, n: int, *, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of an accuracy on n images."""
-    hits = (np.arange(n) < round(accuracy * n)).astype(float)
-    low, high = bootstrap_interval(hits[None], seed=seed)
-    return float(low[0]), float(high[0])
+def over_images(accuracy: float, n: int, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of an accuracy on n images.
+
+    How many of n images drawn with replacement were answered rightly follows the binomial distribution, so
+    that is what is drawn.
+    """
+    right = np.random.default_rng(seed).binomial(n, round(accuracy * n) / n, size=resamples)
+    low, high = np.quantile(right / n, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def over_seeds(accuracies: NDArray[np.float64]) -> tuple[float, float]:

@@ -55,6 +55,8 @@ class Training:
         permutation: one such order for each ``"batch"``, as published, or for each ``"example"``.
         schedule: ``"exact"``, or ``"authors"`` for the published code's rounding (see `temperature` and
             `learning_rate_factor`).
+        tied: one rotation and gate for all tokens of an object, as published; or one for each of them, in the
+            order of the base's tokens.
         seed: of the first rotations, the batches and the orders.
     """
 
@@ -66,6 +68,7 @@ class Training:
     permute_sources: bool = True
     permutation: Permutation = "batch"
     schedule: Schedule = "exact"
+    tied: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -134,10 +137,12 @@ class GatedRotations(nn.Module):
         seed: of the first rotations, drawn uniformly from the orthogonal matrices; one for each entry, or one
             for all. An entry's first rotation depends on its seed and its layer alone.
         prefixes: what the names of each entry's tensors begin with; nothing by default.
+        n_tokens: give each of so many tokens a rotation and a gate of its own; one for all if left out.
 
     Attributes:
-        rotation: ``[entry, d, d]``, orthogonal at every step.
-        mask: ``[entry, d]``, the gates before the sigmoid; 0 at first, so that every gate is half open.
+        rotation: ``[entry, d, d]`` or ``[entry, token, d, d]``, orthogonal at every step.
+        mask: ``[entry, d]`` or ``[entry, token, d]``, the gates before the sigmoid; 0 at first, so that every
+            gate is half open.
     """
 
     rotation: Tensor
@@ -148,25 +153,26 @@ class GatedRotations(nn.Module):
         d: int,
         seed: int | Sequence[int] = 0,
         prefixes: Sequence[str] | None = None,
+        n_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.layers = tuple(layers)
         self.prefixes = ("",) * len(self.layers) if prefixes is None else tuple(prefixes)
         seeds = [seed] * len(self.layers) if isinstance(seed, int) else seed
-        first = [_rotation(d, own, layer) for own, layer in zip(seeds, self.layers, strict=True)]
+        first = [_rotations(d, own, layer, n_tokens) for own, layer in zip(seeds, self.layers, strict=True)]
         self.register_parameter("rotation", nn.Parameter(torch.stack(first)))
-        self.mask = nn.Parameter(torch.zeros(len(self.layers), d))
+        self.mask = nn.Parameter(torch.zeros(self.rotation.shape[:-1]))
         parametrizations.orthogonal(self, "rotation", orthogonal_map="cayley")
 
-    def gates(self, temperature: float) -> Float[Tensor, "entry d"]:
+    def gates(self, temperature: float) -> Float[Tensor, "entry *token d"]:
         """``sigmoid(m / T)``."""
         return torch.sigmoid(self.mask / temperature)
 
-    def binary_gates(self) -> Float[Tensor, "entry d"]:
+    def binary_gates(self) -> Float[Tensor, "entry *token d"]:
         """The limit of `gates` for T to 0: 1 where m is positive, else 0."""
         return (self.mask > 0).to(self.mask.dtype)
 
-    def tensors(self, gates: Float[Tensor, "entry d"]) -> dict[str, Tensor]:
+    def tensors(self, gates: Float[Tensor, "entry *token d"]) -> dict[str, Tensor]:
         """Rotations and gates by name; gradients flow through them."""
         named: dict[str, Tensor] = {}
         entries = zip(self.prefixes, self.layers, self.rotation.unbind(), gates.unbind(), strict=True)
@@ -176,7 +182,13 @@ class GatedRotations(nn.Module):
         return named
 
 
-def _rotation(d: int, seed: int, layer: int) -> Tensor:
-    gaussian = np.random.default_rng((seed, 1, layer)).standard_normal((d, d))
+def _rotations(d: int, seed: int, layer: int, n_tokens: int | None) -> Float[Tensor, "*token d d"]:
+    if n_tokens is None:
+        return _rotation(d, (seed, 1, layer))
+    return torch.stack([_rotation(d, (seed, 1, layer, token)) for token in range(n_tokens)])
+
+
+def _rotation(d: int, path: tuple[int, ...]) -> Float[Tensor, "d d"]:
+    gaussian = np.random.default_rng(path).standard_normal((d, d))
     q, r = np.linalg.qr(gaussian)
     return torch.from_numpy((q * np.sign(np.diagonal(r))).astype(np.float32))

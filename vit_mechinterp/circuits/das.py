@@ -74,6 +74,7 @@ def das(
     permute_sources: bool = True,
     permutation: Permutation = "batch",
     schedule: Schedule = "exact",
+    tied: bool = True,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     layers_at_once: int | None = None,
@@ -94,7 +95,8 @@ def das(
     model is frozen: clean forwards are made once, and all layers and seeds are trained in the same growing
     batches, each as if alone.
 
-    The defaults are the published settings, one rotation and gate for all tokens of the object among them.
+    The defaults are the published settings, one rotation and gate for all tokens of the object among them
+    (``tied=False`` gives every token its own).
     Three details differ from the published code without moving any optimum: the rotation is parametrised by
     the Cayley map instead of the matrix exponential, the temperatures are not rounded to bfloat16, and the
     warm-up's first step is not empty (``schedule="authors"`` gives both of the latter). Its penalty, summed
@@ -121,8 +123,8 @@ def das(
         base, source: image columns.
         label: the column of classes that the intervention should lead to.
         epochs, batch_size, learning_rate, mask_learning_rate, sparsity, permute_sources, permutation,
-            schedule, seed: see `Training`; ``**TINY`` suits small models. The seed also draws random patches
-            and fresh weights.
+            schedule, tied, seed: see `Training`; ``**TINY`` suits small models. The seed also draws random
+            patches and fresh weights.
         seeds: train once from each of these, in place of ``seed``.
         layers_at_once: train the layers in groups of this many, which bounds the clean values held at the
             cost of one clean pass for each group; all at once if left out.
@@ -137,14 +139,14 @@ def das(
         A table of one row per seed, split and layer: ``attribute``, ``control`` ("none" or its name),
         ``seed``, ``layer``, ``site``, ``split`` ("test" if there is one), ``accuracy`` (fraction of held-out
         items whose predicted class is the counterfactual label) with ``accuracy_low`` and ``accuracy_high``
-        (95 % bootstrap interval over items), ``rank`` (open dimensions of the gate), ``loss`` (held-out
+        (95 % bootstrap interval over items), ``rank`` (open dimensions of the gate, untied their mean over tokens), ``loss`` (held-out
         cross-entropy), ``train_loss`` (last epoch, penalty included), ``no_effect`` (accuracy if nothing were
         changed) and ``n`` (held-out items); for `rmts_counterfactuals`, also the accuracy of each variant
         with its interval (``accuracy_same_sample``, ...). Figures: ``das_by_layer``; ``das_controls`` with
         several controls, ``das_splits`` with several splits, ``das_variants`` where there are any.
-        ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]`` (zeros and ones), ready
-        as ``basis`` and ``gate`` of an `InjectSubspace`, and as the subspaces of `novel_representations`;
-        with ``seeds``, ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.
+        ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]`` (zeros and ones; both
+        with a leading axis of tokens if untied), ready as ``basis`` and ``gate`` of an `InjectSubspace`, and
+        as the subspaces of `novel_representations`; with ``seeds``, ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.
 
     Raises:
         SpecError, DataError, UnsupportedModelError: before the first forward, if anything does not fit.
@@ -167,6 +169,7 @@ def das(
         permute_sources=permute_sources,
         permutation=permutation,
         schedule=schedule,
+        tied=tied,
         seed=seed,
         seeds=seeds,
         layers_at_once=layers_at_once,

@@ -15,14 +15,16 @@ from vit_mechinterp.circuits.das_controls import (
     random_patch_tokens,
     with_random_patches,
 )
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.circuits.token_sets import positions_of
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.spec import InjectSubspace, Run, TensorRef, Tokens
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine import ActivationStore
     from vit_mechinterp.model import HookedViT
 
-__all__ = ["Case", "Options", "Question", "case_of", "check", "data_of", "interchange_run", "with_patches"]
+__all__ = ["Case", "Options", "Question", "case_of", "check", "data_of", "interchange_run", "tokens_of", "with_patches"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Options:
     permute_sources: bool
     permutation: Permutation
     schedule: Schedule
+    tied: bool
     seed: int
     seeds: Sequence[int] | None
     layers_at_once: int | None
@@ -159,6 +162,29 @@ def with_patches(
         for question in questions
     ]
     return changed, {id(made[key]): own for key, own in labels.items()}
+
+
+def tokens_of(vit: HookedViT, questions: Sequence[Question], options: Options) -> int:
+    """How many tokens every object has, where each of them gets a subspace of its own.
+
+    Raises:
+        DataError: objects have different numbers of tokens.
+    """
+    sizes: dict[int, int] = {}
+    for question in questions:
+        selector, _ = options.tokens_for(question.control)
+        for data in {id(own): own for own in data_of(question)}.values():
+            found = positions_of(selector, vit, Data(data, vit), options.base, "das, tied=False")
+            for example, positions in enumerate(found):
+                sizes.setdefault(len(positions), example)
+    if len(sizes) > 1:
+        said = " and ".join(f"{n} (example {example})" for n, example in list(sizes.items())[:2])
+        raise DataError(
+            "tied=False gives the first token of every object one subspace, the second another, and so on, "
+            f"so all objects need equally many tokens; here they have {said}. Leave it out, or give stimuli "
+            f"whose cells lie on the model's grid of {vit.layout.tokens.patch_size} pixels."
+        )
+    return next(iter(sizes))
 
 
 def data_of(question: Question) -> list[Any]:

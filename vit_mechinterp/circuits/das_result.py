@@ -19,7 +19,7 @@ __all__ = ["assemble"]
 
 _DESCRIPTION: Final = """\
 At each layer a rotation of the residual stream and a gate over its coordinates are trained on pairs of \
-images: the edited object of the base takes the gated coordinates of the source object, at all of its \
+images{tied}: the edited object of the base takes the gated coordinates of the source object, at all of its \
 tokens, and the model should then answer as if the edited object had the source's value of the analysed \
 attribute and nothing else had changed. The accuracy is measured on held-out pairs, with every gate fully \
 open or closed.
@@ -56,7 +56,7 @@ def assemble(
     heat: Sequence[float] | None = None,
 ) -> CircuitResult:
     """The result of one search or of several; ``heat`` colours the layers of the figures."""
-    d = max((len(tensor) for tensor in tensors.values()), default=0)
+    d = max((tensor.shape[-1] for tensor in tensors.values()), default=0)
     summary: dict[str, float | int | str] = {}
     found = []
     for attribute, rows in table.groupby("attribute", sort=False):
@@ -71,7 +71,7 @@ def assemble(
         tensors=tensors,
         provenance={**record, LAYER_HEAT: list(heat)} if heat is not None else record,
         summary={**summary, "chance": chance},
-        description=f"{_DESCRIPTION.format(controls=controls)}\n\n{' '.join(found)}",
+        description=f"{_DESCRIPTION.format(controls=controls, tied=_tied(tensors))}\n\n{' '.join(found)}",
         captions=captions(table, heat is not None),
         draw=draw,
     )
@@ -115,3 +115,9 @@ def _means(rows: pd.DataFrame) -> dict[str, dict[int, float]]:
     means = rows.groupby("layer")[["accuracy", "rank"]].mean()
     layers = means.index.tolist()
     return {name: dict(zip(layers, means[name].tolist(), strict=True)) for name in ("accuracy", "rank")}
+
+
+def _tied(tensors: Mapping[str, Tensor]) -> str:
+    """Which tokens share a subspace."""
+    by_token = any(tensor.ndim == 3 for tensor in tensors.values())
+    return ", one for each token of an object" if by_token else ", the same for all tokens of an object"

@@ -61,7 +61,7 @@ def rows_of(
             "site": run.interventions[0].site,
             "split": split,
             **{key: float(values[row]) for key, values in accuracies.items()},
-            "rank": int(tensors[prefix + gate_name(layer)].sum()),
+            "rank": _rank(tensors[prefix + gate_name(layer)]),
             "loss": float(torch.nn.functional.cross_entropy(results[run.name], labels)),
             "train_loss": losses[layer],
             "no_effect": float(hits[-1].mean()),
@@ -69,3 +69,8 @@ def rows_of(
         }
         for row, (layer, run) in enumerate(runs.items())
     ]
+
+
+def _rank(gate: Tensor) -> int | float:
+    """Open dimensions of a gate; the mean over tokens where each has its own."""
+    return int(gate.sum()) if gate.ndim == 1 else float(gate.sum(dim=-1).mean())

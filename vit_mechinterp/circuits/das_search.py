@@ -19,6 +19,7 @@ from vit_mechinterp.circuits.das_questions import (
     case_of,
     check,
     data_of,
+    tokens_of,
     with_patches,
 )
 from vit_mechinterp.circuits.das_rows import NO_CONTROL, rows_of
@@ -78,6 +79,7 @@ def answer(vit: HookedViT, questions: Sequence[Question], options: Options) -> A
 
         fresh = with_fresh_weights(vit, min(options.numbers))
     questions, labels = with_patches(vit, questions, labels, options)
+    n_tokens = None if options.tied else tokens_of(vit, questions, options)
     cases = [case_of(own, seed, layers, options) for own in questions for seed in options.numbers]
     _check_data(vit, cases)
     found: dict[int, _Found] = {}
@@ -86,7 +88,7 @@ def answer(vit: HookedViT, questions: Sequence[Question], options: Options) -> A
             n for n, case in enumerate(cases) if (case.question.control == "random_weights") == bool(control)
         ]
         if chosen and model is not None:
-            own = _search(model, [cases[n] for n in chosen], layers, labels, training, options)
+            own = _search(model, [cases[n] for n in chosen], layers, labels, training, options, n_tokens)
             found |= dict(zip(chosen, own, strict=True))
     ordered = [found[n] for n in range(len(cases))]
     import pandas as pd
@@ -106,6 +108,7 @@ def _search(
     labels: Mapping[int, Int[Tensor, " example"]],
     training: Training,
     options: Options,
+    n_tokens: int | None,
 ) -> list[_Found]:
     """Train all cases on one model, and measure them."""
     d = vit.sites()[cases[0].runs[layers[0]].interventions[0].site].shape[-1]
@@ -125,6 +128,7 @@ def _search(
             ],
             d,
             training,
+            n_tokens=n_tokens,
             rows_at_once=options.rows_at_once,
             store=options.store,
             name=", ".join(dict.fromkeys(case.question.attribute for case in cases)),

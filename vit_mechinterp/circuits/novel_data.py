@@ -35,6 +35,7 @@ class Items:
         labels: the wanted classes of ``test``.
         units: for each example, the number of its draw.
         size: examples of one draw.
+        n_tokens: tokens of every object.
         choices: columns of the vector that the edited object gets, and of that for its partner.
     """
 
@@ -43,6 +44,7 @@ class Items:
     labels: Int[Tensor, " example"]
     units: Sequence[int]
     size: int
+    n_tokens: int
     choices: tuple[str, str] = _CHOICES
 
     @property
@@ -99,7 +101,7 @@ def items_of(
     else:
         for key, entries in added.items():
             test = test.add_column(key, entries)
-    return Items(values, test, labels, units, size)
+    return Items(values, test, labels, units, size, next(iter(counts)))
 
 
 def object_values(

@@ -29,7 +29,7 @@ from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import bootstrap_ratio
 from vit_mechinterp.circuits.subspaces import Subspace, alignment_result, trained_subspaces
 from vit_mechinterp.engine import execute
-from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.errors import DataError, SpecError, suggest
 from vit_mechinterp.spec import InjectSubspace, Run, TensorRef, TokenBox, Tokens
 
 if TYPE_CHECKING:
@@ -57,15 +57,27 @@ class _Cell:
         place = f"layer {own.layer}, seed {own.seed}"
         return f"{own.attribute}, {self.space}, {self.method}, {place}, draw {seed}"
 
-    def basis(self) -> Float[Tensor, "d r"]:
-        return self.subspace.basis if self.space == SUBSPACE else torch.eye(len(self.subspace.gate))
+    def basis(self) -> Float[Tensor, "*token d r"]:
+        own = self.subspace
+        return own.basis if self.space == SUBSPACE else torch.eye(own.gate.shape[-1])
+
+    def gate(self) -> Float[Tensor, "token r"] | None:
+        return self.subspace.basis_gate if self.space == SUBSPACE else None
+
+    @property
+    def rank(self) -> int | float:
+        return self.subspace.rank if self.space == SUBSPACE else self.subspace.gate.shape[-1]
 
     def vectors(self, values: Tensor, n: int, seed: int) -> Tensor:
         """``n`` novel vectors in the coordinates of the basis, from objects' values ``[item, token, d]``."""
         own = self.subspace
         path = (zlib.crc32(own.attribute.encode()), own.seed, own.layer, METHODS.index(self.method))
         random = np.random.default_rng((seed, *path, self.space == WHOLE))
-        return novel_vectors(self.method, values.float() @ self.basis(), n, random)
+        basis = self.basis()
+        values = values.float()
+        tied = basis.ndim == 2
+        coordinates = values @ basis if tied else torch.einsum("itd,tdr->itr", values, basis)
+        return novel_vectors(self.method, coordinates, n, random, tied=tied)
 
 
 def novel_representations(
@@ -121,7 +133,7 @@ def novel_representations(
         A table of one row per attribute, space ("subspace" or "whole residual"), method, seed of the
         subspace, and layer: ``attribute, space, method, seed, layer, site, accuracy, accuracy_low,
         accuracy_high`` (95 % bootstrap interval over draws and examples; over batches with ``"batch"``),
-        ``rank``, ``no_effect`` (accuracy if nothing were changed), ``draws`` (pairs of vectors) and ``n``.
+        ``rank`` (the mean over tokens where each has a subspace), ``no_effect`` (accuracy if nothing were changed), ``draws`` (pairs of vectors) and ``n``.
         Figure: ``novel_representations``.
 
     Raises:
@@ -140,6 +152,7 @@ def novel_representations(
         )
         for attribute, pair in data.items()
     }  # fmt: skip
+    _check_tokens(vit, places, items)
     rows: list[dict[str, Any]] = []
     origins = []
     for attribute, own in items.items():
@@ -197,17 +210,21 @@ def _groups(
     tensors: dict[str, Tensor] = {}
     for cell, seed in product(cells, seeds):
         name, site = cell.run_name(seed), cell.subspace.site
-        if cell.space == SUBSPACE and cell.basis().shape[1] == 0:
+        basis, gate = cell.basis(), cell.gate()
+        if basis.shape[-1] == 0:
             runs.append(Run(name=name, base=base))  # nothing is open, so nothing is written
             continue
         shared = f"{cell.space}, {cell.subspace.attribute}, {site}, {cell.subspace.seed}"
-        tensors[shared] = cell.basis()
+        tensors[shared] = basis
+        if gate is not None:
+            tensors[f"{shared}, gate"] = gate
         tensors[name] = cell.vectors(values[site], 2 * items.n_draws, seed)
         edits = tuple(
             InjectSubspace(
                 site=site,
                 tokens=selector,
                 basis=TensorRef(shared),
+                gate=None if gate is None else TensorRef(f"{shared}, gate"),
                 vectors=TensorRef(name),
                 choose={"column": column},
             )
@@ -247,13 +264,27 @@ def _rows(
             "accuracy": float(means[k]),
             "accuracy_low": float(low[k]),
             "accuracy_high": float(high[k]),
-            "rank": cell.basis().shape[1],
+            "rank": cell.rank,
             "no_effect": no_effect,
             "draws": items.n_draws * len(seeds),
             "n": len(unit),
         }
         for k, cell in enumerate(cells)
     ]
+
+
+def _check_tokens(
+    vit: HookedViT, places: Mapping[str, Sequence[Subspace]], items: Mapping[str, Items]
+) -> None:
+    """Raise DataError unless a subspace for each token fits the objects."""
+    for attribute, own in items.items():
+        for subspace in places[attribute]:
+            if subspace.n_tokens not in (None, own.n_tokens):
+                raise DataError(
+                    f"novel_representations, {attribute}: the search gave each of {subspace.n_tokens} tokens a "
+                    f"subspace of its own (tied=False), and objects here have {own.n_tokens}. Give stimuli of "
+                    f"the search's geometry; the model's patches are of {vit.layout.tokens.patch_size} pixels."
+                )
 
 
 def _check(

@@ -7,6 +7,9 @@ items of the validation data, and E all of them:
 * ``"interpolated"``: ``0.5 E_p[a] + 0.5 E_p[b]``;
 * ``"sampled"``: from ``N(mean(E), diag(std(E)^2))`` by dimension, one vector for all tokens of an object;
 * ``"random"``: from ``N(0, I)``, one vector for all tokens of an object.
+
+Where every token has a subspace of its own, coordinates of one token say nothing of another's: sampled vectors
+take the mean and the deviation of ``E_p``, and every token gets noise of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
 
 def novel_vectors(
-    method: Method, values: Float[Tensor, "item token r"], n: int, random: np.random.Generator
+    method: Method,
+    values: Float[Tensor, "item token r"],
+    n: int,
+    random: np.random.Generator,
+    *,
+    tied: bool = True,
 ) -> Float[Tensor, "n token r"] | Float[Tensor, "n r"]:
     """Draw ``n`` vectors.
 
@@ -34,17 +42,19 @@ def novel_vectors(
         values: ``E_p`` along the tokens.
         n: how many.
         random: draws items and noise.
+        tied: whether all tokens share the subspace.
 
     Returns:
         One vector per token of an object, or one for all of them.
     """
-    items, _, r = values.shape
+    items, tokens, r = values.shape
     if method in ("added", "interpolated"):
         one, other = torch.from_numpy(random.integers(items, size=(2, n)))
         total = values[one] + values[other]
         return total if method == "added" else 0.5 * total
-    noise = torch.from_numpy(random.standard_normal((n, r)).astype(np.float32))
+    size = (n, r) if tied else (n, tokens, r)
+    noise = torch.from_numpy(random.standard_normal(size).astype(np.float32))
     if method == "random":
         return noise
-    every = values.flatten(0, 1)
+    every = values.flatten(0, 1) if tied else values
     return every.mean(dim=0) + every.std(dim=0) * noise

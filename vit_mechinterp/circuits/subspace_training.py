@@ -44,7 +44,7 @@ class Trained:
 
     Attributes:
         tensors: ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]`` behind the search's prefix, the
-            gates binary.
+            gates binary; with a leading axis of tokens where each has its own.
         losses: mean loss of each layer over the last epoch, penalty included.
         steps: number of optimizer steps.
         clean_evaluations: (row, block) pairs of the clean forwards of the search's data, which all searches
@@ -65,6 +65,7 @@ def train_subspaces(
     d: int,
     training: Training,
     *,
+    n_tokens: int | None = None,
     rows_at_once: int | None = None,
     store: ActivationStore | None = None,
     name: str = "subspaces",
@@ -72,14 +73,15 @@ def train_subspaces(
 ) -> list[Trained]:
     """Train the subspaces of all searches, those on equally many examples in the same growing batches.
 
-    A layer's loss in a search is ``CE(logits, label) + sparsity * sum(g)``. No two share a parameter, so each
-    is trained as if it were alone.
+    A layer's loss in a search is ``CE(logits, label) + sparsity * sum(g)``, the mean over tokens of that sum
+    where every token has a gate of its own. No two share a parameter, so each is trained as if it were alone.
 
     Args:
         vit: the model; it is frozen.
         searches: what to train.
         d: size of the activation at the site.
         training: the settings; each search brings its own seed.
+        n_tokens: how many tokens an object has, where each gets its own subspace (``tied=False``).
         rows_at_once: most (training, example) pairs in one forward; a step of more takes several. Chosen by
             device and memory if left out.
         store: where clean values are read from if they are there, and kept if they are not.
@@ -103,6 +105,7 @@ def train_subspaces(
             d,
             [search.seed for search, _ in entries],
             [search.prefix for search, _ in entries],
+            n_tokens,
         ).to(vit.device)
         first = {key: tensor.detach() for key, tensor in modules.tensors(modules.gates(1.0)).items()}
         with ExitStack() as stack:
@@ -206,11 +209,12 @@ def _backward(
             break
         rows = make_room(min(rows, sum(batch.rows for own in batches for batch in own)))
     reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
+    by_token = gates.shape[1] if gates.ndim == 3 else 1
     torch.autograd.backward(
         [gates, *(named[key] for key in reached)],
-        [torch.full_like(gates, sparsity), *(leaves[key].grad for key in reached)],
+        [torch.full_like(gates, sparsity / by_token), *(leaves[key].grad for key in reached)],
     )
-    return loss + sparsity * gates.detach().sum(dim=1), rows
+    return loss + sparsity / by_token * gates.detach().flatten(1).sum(dim=1), rows
 
 
 def _gradients(

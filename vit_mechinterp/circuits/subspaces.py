@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vit_mechinterp.circuits.alignment import gate_name, rotation_name
@@ -31,21 +31,42 @@ class Subspace:
         seed: of the search.
         layer: the block.
         site: the whole name of the site.
-        rotation: ``[d, d]``, orthogonal.
-        gate: ``[d]``, zeros and ones.
+        rotation: ``[d, d]``, orthogonal; ``[token, d, d]`` where every token has its own.
+        gate: ``[d]`` or ``[token, d]``, zeros and ones.
     """
 
     attribute: str
     seed: int
     layer: int
     site: str
-    rotation: Float[Tensor, "d d"]
-    gate: Float[Tensor, " d"]
+    rotation: Float[Tensor, "*token d d"]
+    gate: Float[Tensor, "*token d"]
 
     @property
-    def basis(self) -> Float[Tensor, "d r"]:
-        """The open columns of the rotation: an orthonormal basis of the subspace."""
-        return self.rotation[:, self.gate > 0]
+    def n_tokens(self) -> int | None:
+        """How many tokens have a subspace each; None where all share one."""
+        return None if self.gate.ndim == 1 else len(self.gate)
+
+    @property
+    def rank(self) -> int | float:
+        """Open dimensions; their mean over tokens where each has its own."""
+        return int(self.gate.sum()) if self.n_tokens is None else float(self.gate.sum(dim=-1).mean())
+
+    @property
+    def basis(self) -> Float[Tensor, "*token d r"]:
+        """The open columns of the rotation: an orthonormal basis of the subspace. Where every token has its own,
+        all columns that are open for any of them; ``basis_gate`` says for which.
+        """
+        return self.rotation[..., self._columns]
+
+    @property
+    def basis_gate(self) -> Float[Tensor, "token r"] | None:
+        """Which columns of the basis are open for each token; None where all are."""
+        return None if self.n_tokens is None else self.gate[..., self._columns]
+
+    @property
+    def _columns(self) -> Bool[Tensor, " d"]:
+        return (self.gate > 0).reshape(-1, self.gate.shape[-1]).any(dim=0)
 
 
 def alignment_result(source: CircuitResult | str | Path, vit: HookedViT) -> CircuitResult:

@@ -125,6 +125,8 @@ def add_direction(spec: AddDirection, h: Tensor, inputs: Inputs) -> Tensor:
 def inject_subspace(spec: InjectSubspace, h: Tensor, inputs: Inputs) -> Tensor:
     """``h[T] += (g * (v - h[T] R)) R^T``."""
     basis = inputs.tensors["basis"].to(h.dtype)
+    if basis.ndim > h.ndim:
+        return _inject_by_token(h, basis, inputs)
     if inputs.source is not None:
         coordinates = inputs.source.to(h.dtype) @ basis
     else:
@@ -133,6 +135,26 @@ def inject_subspace(spec: InjectSubspace, h: Tensor, inputs: Inputs) -> Tensor:
     if "gate" in inputs.tensors:
         change = inputs.tensors["gate"].to(h.dtype) * change
     return h + change @ basis.transpose(-2, -1)
+
+
+def _inject_by_token(
+    h: Float[Tensor, "*stack m d"], basis: Float[Tensor, "*stack k d r"], inputs: Inputs
+) -> Float[Tensor, "*stack m d"]:
+    """`inject_subspace` with a basis for each token; rows come example by example, k tokens of each."""
+    k = basis.shape[-3]
+
+    def by_token(rows: Tensor) -> Tensor:
+        return rows.unflatten(-2, (-1, k)).transpose(-3, -2)
+
+    if inputs.source is not None:
+        coordinates = by_token(inputs.source.to(h.dtype)) @ basis
+    else:
+        given = inputs.rows_of(inputs.tensors["vectors"].to(h.dtype), basis.shape[-1])
+        coordinates = by_token(given.expand(len(h), -1))
+    change = coordinates - by_token(h) @ basis
+    if "gate" in inputs.tensors:
+        change = inputs.tensors["gate"].to(h.dtype)[..., None, :] * change
+    return h + (change @ basis.transpose(-2, -1)).transpose(-3, -2).flatten(-3, -2)
 
 
 @register_operator(Ablate)

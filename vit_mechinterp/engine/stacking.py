@@ -94,7 +94,7 @@ def edit_stack(value: Tensor, group: Sequence[Placed]) -> None:
     ]  # fmt: skip
     sources = torch.stack([one.source for one in inputs if one.source is not None])
     tensors = {field: torch.stack([one.tensors[field] for one in inputs]) for field in inputs[0].tensors}
-    if "gate" in tensors:
+    if "gate" in tensors and tensors["gate"].ndim == 2:  # one gate for all tokens
         tensors["gate"] = tensors["gate"][:, None]
     new = apply(group[0].spec.spec, h, Inputs(ordinal=inputs[0].ordinal, source=sources, tensors=tensors))
     value[where] = new.flatten(0, 1)

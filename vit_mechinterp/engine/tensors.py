@@ -158,11 +158,7 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
         shape = shape[1:]
     if shape == (d,):
         return
-    counts = (
-        set(np.unique(edit.positions.counts(range(n_examples), vit.layout.tokens.n_tokens)).tolist())
-        if edit.site.has_tokens
-        else {1}
-    )
+    counts = _token_counts(vit, edit, n_examples)
     if len(counts) == 1 and shape in ((k := counts.copy().pop(), d), (k * d,)):
         return
     holder = f"the basis has {d} columns" if field == "vectors" else f"{edit.site} holds {d} features"
@@ -174,17 +170,32 @@ def _check_rows(vit: HookedViT, edit: Edit, field: str, tensor: Tensor, d: int, 
     )
 
 
+def _token_counts(vit: HookedViT, edit: Edit, n_examples: int) -> set[int]:
+    """How many tokens an example selects: one number where all select equally many."""
+    if not edit.site.has_tokens:
+        return {1}
+    counts = edit.positions.counts(range(n_examples), vit.layout.tokens.n_tokens)
+    return {int(count) for count in np.unique(counts)}
+
+
 def _check_basis(
     vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int
 ) -> None:
     d = _features(vit, edit)
-    if tensor.ndim != 2 or tensor.shape[0] != d or tensor.shape[1] > d:
+    counts = _token_counts(vit, edit, n_examples)
+    by_token = tensor.ndim == 3 and counts == {tensor.shape[0]} and not edit.site.has_heads
+    if (tensor.ndim != 2 and not by_token) or tensor.shape[-2] != d or tensor.shape[-1] > d:
+        also = ""
+        if edit.site.has_tokens and not edit.site.has_heads:
+            also = "; a basis for each token takes equally many tokens in every example"
+            if len(counts) == 1:
+                also = f", or [{next(iter(counts))}, {d}, r] for a basis of each token"
         raise SpecError(
             f"{edit.where}: basis has shape {tuple(tensor.shape)}; {edit.site} holds {d} features, so "
-            f"[{d}, r] fits."
+            f"[{d}, r] fits{also}."
         )
-    gram = tensor.detach().double().T @ tensor.detach().double()
-    off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+    gram = tensor.detach().double().mT @ tensor.detach().double()
+    off = float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max())
     if off > ORTHONORMAL_TOLERANCE:
         raise SpecError(
             f"{edit.where}: the columns of basis are not orthonormal (R^T R differs from the identity by "
@@ -195,9 +206,13 @@ def _check_basis(
 def _check_gate(
     vit: HookedViT, edit: Edit, tensor: Tensor, own: Mapping[str, Tensor], n_examples: int
 ) -> None:
-    rank = own["basis"].shape[-1]
-    if tuple(tensor.shape) != (rank,):
-        raise SpecError(f"{edit.where}: gate has shape {tuple(tensor.shape)}; the basis has {rank} columns.")
+    basis = tuple(own["basis"].shape)
+    wanted = (*basis[:-2], basis[-1])
+    if tuple(tensor.shape) != wanted:
+        tokens = "" if len(basis) == 2 else f" for each of {basis[0]} tokens, so {list(wanted)} fits"
+        raise SpecError(
+            f"{edit.where}: gate has shape {tuple(tensor.shape)}; the basis has {basis[-1]} columns{tokens}."
+        )
     if float(tensor.min()) < 0 or float(tensor.max()) > 1:
         raise SpecError(
             f"{edit.where}: gate must lie in 0..1, got {float(tensor.min()):g} to {float(tensor.max()):g}."

@@ -57,6 +57,8 @@ class InjectSubspace(SourcedIntervention):
     """``h[T] += (g * (v - h[T] R)) R^T``: write coordinates into a subspace and leave its complement alone.
 
     ``basis`` is ``R [d, r]`` with orthonormal columns, ``gate`` is ``g [r]`` in 0..1 (all ones if left out).
+    With ``R [k, d, r]`` and ``g [k, r]`` each of exactly k tokens has its own, in the order of the selection
+    (not at sites with heads).
     Exactly one of ``source`` (``v = h_src[T_src] R``: interchange in the subspace, as in distributed
     alignment search) and ``vectors`` (``v`` given in rotated coordinates, per example with ``choose``).
     """
