@@ -54,8 +54,31 @@ def test_records_are_grouped_by_what_differs(runs: Path) -> None:
         "no auxiliary loss, 32-32-224": [0],
     }
     assert list(by_condition(records[:2])) == ["disentanglement loss"]
-    with pytest.raises(DataError, match="are both 'no auxiliary loss' with seed 0"):
+    with pytest.raises(DataError, match="are both 'no auxiliary loss' with seed 0, and all their settings are the same"):
         by_condition([records[2], Training(**{**vars(records[2]), "folder": Path("elsewhere")})])
+
+
+def test_other_settings_tell_trainings_apart_where_the_losses_do_not(runs: Path) -> None:
+    record = trainings(runs)[2]
+
+    def other(folder: str, **changes: Any) -> Training:
+        config = record.config.model_copy(update=changes)
+        return Training(**{**vars(record), "folder": Path(folder), "config": config})
+
+    longer, wider = other("longer", steps=9000), other("wider", steps=9000, learning_rate=1e-3)
+    assert list(by_condition([record, longer])) == ["no auxiliary loss, steps 1", "no auxiliary loss, steps 9000"]
+    assert list(by_condition([longer, wider])) == [
+        "no auxiliary loss, learning_rate 1e-09", "no auxiliary loss, learning_rate 0.001",
+    ]  # fmt: skip
+    # Where a training ran, and what a loss that is off would have read, is no difference.
+    elsewhere = other("elsewhere", seed=1, threads=3, precision="bf16", auxiliary_site="blocks.4.resid_post")
+    assert by_condition([record, elsewhere]) == {"no auxiliary loss": {0: record, 1: elsewhere}}
+    starts = [other(f"start-{n}", seed=n, initial=f"runs/first{f'-{n}' if n else ''}") for n in (0, 1, 2)]
+    assert list(by_condition(starts)) == ["no auxiliary loss"]
+    assert list(by_condition([starts[0], other("b", seed=1, initial="runs/second-1")])) == [
+        "no auxiliary loss, initial runs/first", "no auxiliary loss, initial runs/second-1",
+    ]  # fmt: skip
+    assert starts[1].pretraining == "starts from runs/first-1"
 
 
 def test_every_number_is_a_count_on_that_split(runs: Path) -> None:

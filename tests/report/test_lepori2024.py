@@ -10,9 +10,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.cli import main
+from vit_mechinterp.errors import SpecError
 from vit_mechinterp.report.lepori2024 import REPRODUCTION
 from vit_mechinterp.report.lepori2024.cast import CHECKPOINTS, Cast
 from vit_mechinterp.report.lepori2024.claims import Claim, agreement
@@ -21,6 +23,7 @@ from vit_mechinterp.report.lepori2024.sections import SECTIONS
 from vit_mechinterp.report.lepori2024.sizes import SCALES
 from vit_mechinterp.report.lepori2024.verdicts import verdicts
 from vit_mechinterp.report.reproduction import reproduce
+from vit_mechinterp.training.config import EVALUATION_SPLITS
 
 SMALL = replace(
     SCALES["tiny"], accuracy=8, attention=8, realistic=4, das_train=32, das_test=8, novel=8, probe_train=32, probe_test=8,
@@ -42,6 +45,7 @@ def test_the_page_has_every_section_that_the_models_allow(tmp_path: Path) -> Non
     for name, section in SECTIONS.items():
         has_part = section.part is None or cast.player(section.task, section.part) is not None
         possible = not section.task or (has_part and len(cast.players(section.task)) >= section.needs)
+        possible = possible and (section.records is None or name in ("accuracy_discrimination", "accuracy_rmts"))
         assert (name in made) == possible, name
     assert made[-1] == "agreement"
     for section_name, figure in REPRODUCTION.figures.values():
@@ -109,7 +113,12 @@ def test_parts_go_to_the_models_that_fit(tmp_path: Path) -> None:
     assert _folder(cast.player("discrimination")) == "a"
     assert _folder(cast.player("discrimination", "scratch")) == "a"
     assert cast.player("discrimination", "dinov2") is None
-    assert [_folder(player) for player in cast.players("discrimination")] == ["a", "c"]
+    assert [_folder(player) for player in cast.players("discrimination")] == ["a", "c", "b"]
+    assert [_folder(player) for player in cast.players("discrimination", at_most=2)] == ["a", "c"]
+    assert [player.part for player in cast.players("discrimination")] == [
+        "no auxiliary loss, seed 0", "disentanglement loss", "no auxiliary loss, seed 1",
+    ]  # fmt: skip
+    assert [player.part for player in cast.players("discrimination", at_most=2)] == ["no auxiliary loss", "disentanglement loss"]
     rmts = cast.player("rmts")
     assert rmts is not None
     assert not rmts.learned
@@ -118,17 +127,150 @@ def test_parts_go_to_the_models_that_fit(tmp_path: Path) -> None:
     assert _folder(Cast(tmp_path).player("discrimination")) == "e"
 
 
+def test_models_that_held_objects_out_go_before_others_where_there_are_three(tmp_path: Path) -> None:
+    for name, changes in {
+        "all": {"auxiliary_weight": 0.0},
+        "a": {"combinations": "32-32-224"},
+        "b": {"combinations": "32-32-224", "seed": 1},
+    }.items():
+        _training(tmp_path / name, 0.9, changes)
+    assert len(Cast(tmp_path).players("discrimination")) == 3
+    _training(tmp_path / "c", 0.9, {"combinations": "32-32-224", "auxiliary_weight": 1.0})
+    assert sorted(_folder(player) for player in Cast(tmp_path).players("discrimination")) == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("small")
+def test_more_models_fill_the_table_the_points_and_the_verdicts(tmp_path: Path) -> None:
+    """As when further checkpoints are shipped: other losses, further seeds."""
+    pipeline = [{"attention": "within_pair", "layers": [2]}]
+    for name, accuracy, changes in [
+        ("plain", 0.7, {"auxiliary_weight": 0.0}),
+        ("plain-1", 0.72, {"auxiliary_weight": 0.0, "seed": 1, "precision": "bf16"}),
+        ("pipeline", 0.9, {"auxiliary_weight": 0.0, "pipeline": pipeline}),
+        ("both", 0.95, {"auxiliary_weight": 1.0, "pipeline": pipeline}),
+        ("both-longer", 0.96, {"auxiliary_weight": 1.0, "pipeline": pipeline, "steps": 9000}),
+    ]:
+        _training(tmp_path / "models" / name, accuracy, changes)
+    only = ["table1_discrimination", "fig6_discrimination"]
+    done = reproduce(REPRODUCTION, tmp_path / "out", only=only, model=str(tmp_path / "models"), progress=False)
+    table, points, agreed = (result.table for result in done.results)
+    whole = table[(table["seed"] == "all") & (table["split"] == "test_iid")].set_index("condition")
+    assert list(whole.index) == [
+        "both losses, steps 4500", "both losses, steps 9000", "pipeline loss", "no auxiliary loss",
+    ]  # fmt: skip
+    assert whole["interval"]["no auxiliary loss"] == "t over 2 seeds"
+    assert whole["n_seeds"].tolist() == [1, 1, 1, 2]
+    assert set(points["model"]) == {
+        "both losses, steps 4500", "both losses, steps 9000", "pipeline loss", "no auxiliary loss",
+    }  # fmt: skip
+    assert "4 of 5 models are points: of every kind" in done.results[1].captions["disentanglement_generalization"]
+    claims = agreed.set_index("the paper")["here"]
+    assert claims["the pipeline loss helps a model that is trained from scratch"] == (
+        "0.710 (mean of 2 seeds) without, 0.900 with"
+    )
+    assert claims["both losses together help a model that is trained from scratch"].endswith("0.960 with")
+    assert (agreed["figure"] == "Fig. 6").sum() == 3
+
+
+@pytest.mark.usefixtures("small")
+def test_every_table_has_its_models_and_the_logged_accuracies_beside_them(tmp_path: Path) -> None:
+    clip, dino, clip32 = "hf/openai/clip-vit-base-patch16", "hf/facebook/dino-vitb16", "hf/openai/clip-vit-base-patch32"
+    none = {"auxiliary_weight": 0.0}
+    for name, accuracy, changes in [
+        ("clip", 0.97, {"preset": "clip-b16", "model": clip, **none}),
+        ("dino", 0.8, {"preset": "dino-b16", "model": dino, "combinations": "32-32-224", **none}),
+        ("clip-32", 0.95, {"preset": "clip-b32", "model": clip32, "patch": 32, "task": "rmts", **none}),
+        ("scratch", 0.8, {"preset": "scratch-b16", "model": "timm/vit_base_patch16_224", "pretrained": False, **none}),
+        ("scratch-loss", 0.9, {"preset": "scratch-b16", "model": "timm/vit_base_patch16_224", "pretrained": False}),
+    ]:
+        _training(tmp_path / "models" / name, accuracy, changes)
+    only = ["table1_discrimination", "table2", "table3", "table6"]
+    how: dict[str, Any] = {"model": str(tmp_path / "models"), "progress": False}
+    first, second, third, sixth, agreed = reproduce(REPRODUCTION, tmp_path / "out", only=only, **how).results
+    rows = [list(dict.fromkeys(result.table["condition"])) for result in (first, second, third, sixth)]
+    assert rows == [
+        ["no auxiliary loss", "disentanglement loss"], ["CLIP ViT-B/16", "from scratch, ViT-B/16"], ["no auxiliary loss"],
+        ["no auxiliary loss"],
+    ]  # fmt: skip
+    assert dict(zip(second.table["condition"], second.table["pretraining"], strict=True)) == {
+        "CLIP ViT-B/16": "400M image-text pairs", "from scratch, ViT-B/16": "none",
+    }  # fmt: skip
+    assert set(second.table["split"]) >= {"train", "test", "realistic"}
+    assert "realistic" not in set(sixth.table["split"])
+    claims = agreed.table.set_index("the paper")
+    assert claims.loc["CLIP ViT-B/16 is right on new images about as often as there"].tolist() == [
+        "Table 2", "IID 0.993, compositional 0.993, OOD shape & colour 0.980 (logged)",
+        "IID 0.970, compositional 0.970, OOD shape & colour 0.970",
+        "IID and compositional accuracy differ by no more than 0.05", "agrees",
+    ]  # fmt: skip
+    dino_row = claims.loc["DINO ViT-B/16, no auxiliary loss is right on new images about as often as there"]
+    assert (dino_row["figure"], dino_row["its number"][:9], dino_row["verdict"]) == ("Table 3", "IID 0.923", "does not agree")
+    assert claims.loc["CLIP ViT-B/32, no auxiliary loss is right on new images about as often as there"]["figure"] == "Table 6"
+    loss = claims.loc["the disentanglement loss helps a model that is trained from scratch"]
+    assert (loss["here"], loss["verdict"]) == ("0.800 without, 0.900 with", "agrees")
+    with pytest.raises(SpecError, match="no pretrained model with patches of 14 or 16 px trained on 256 combinations of rel"):
+        reproduce(REPRODUCTION, tmp_path / "none", only=["table_rmts_256"], **how)
+
+
+def test_the_papers_other_models_are_held_against_their_logs() -> None:
+    search = pd.DataFrame({
+        "attribute": ["shape"] * 3, "control": ["none", "none", "wrong_object"], "split": ["test_iid"] * 3, "layer": [0, 3, 3],
+        "accuracy": [0.5, 0.85, 0.99],
+    })  # fmt: skip
+    (claim,) = verdicts({"das_discrimination_dinov2": CircuitResult(name="das_discrimination_dinov2", table=search)})
+    assert (claim.figure, claim.published, claim.here, claim.holds) == ("Fig. 16", "0.908 (logged)", "0.850 in layer 3", True)
+    probe = pd.DataFrame({
+        "pair": ["all", "all", "all", "sample"], "quantity": ["probe accuracy", "success", "success", "success"],
+        "alpha": [float("nan"), 1.0, 2.0, 1.0], "layer": [5, 4, 4, 4], "value": [0.94, 0.6, 0.99, 0.99],
+    })  # fmt: skip
+    read, turned = verdicts({"probe_rmts_dino": CircuitResult(name="probe_rmts_dino", table=probe)})
+    assert (read.published, read.holds) == ("0.949 (logged)", True)
+    assert (turned.published, turned.here, turned.holds) == ("0.800 (logged)", "0.600 in layer 4", False)
+
+
+def test_points_without_a_correlation_are_said_to_have_none() -> None:
+    nothing = float("nan")
+    table = pd.DataFrame({
+        "split": ["test_iid"] * 4, "pearson": nothing, "pearson_low": nothing, "pearson_high": nothing, "n_models": 4,
+        "pearson_without": nothing,
+    })  # fmt: skip
+    (claim,) = verdicts({"points_rmts": CircuitResult(name="points_rmts", table=table)})
+    assert claim.holds is None
+    assert claim.figure == "Fig. 6 (RMTS)"
+    assert claim.here == "no correlation over 4 models: one of the two does not vary"
+    assert claim.published == "r = 0.95 over 5 models, from the authors' logs"
+
+
+def test_the_points_are_as_many_as_the_scale_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALES, "tiny", replace(SMALL, point_models=3))
+    for seed in range(4):
+        _training(tmp_path / "models" / f"seed-{seed}", 0.7 + seed / 50, {"seed": seed})
+    how: dict[str, Any] = {"model": str(tmp_path / "models"), "progress": False}
+    found = reproduce(REPRODUCTION, tmp_path / "out", only=["fig6_discrimination"], **how).results[0]
+    assert list(dict.fromkeys(found.table["model"])) == [f"no auxiliary loss, seed {n}" for n in (3, 0, 1)]
+    assert "3 of 4 models are points: " in found.description
+    search = reproduce(REPRODUCTION, tmp_path / "again", only=["fig3_discrimination"], **how).results[0]
+    (tmp_path / "again" / "attention_discrimination").rename(tmp_path / "gone")
+    shared = reproduce(REPRODUCTION, tmp_path / "again", only=["fig6_discrimination"], **how).results[0]
+    own = search.table[(search.table["layer"] == 0) & (search.table["split"] == "test_iid")].set_index("attribute")["accuracy"]
+    assert shared.table.iloc[0][["shape", "color"]].tolist() == own[["shape", "color"]].tolist()
+
+
 def _folder(player: Any) -> str:
     assert player is not None
     return str(player.training.folder.name)
 
 
 def _training(folder: Path, accuracy: float, changes: dict[str, Any]) -> None:
+    """A finished training with weights of its own."""
     shutil.copytree(CHECKPOINTS / "discrimination-plain", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["head.bias"] += sum(map(ord, folder.name)) * 1e-6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     path = folder / "training.json"
     document = json.loads(path.read_text())
     document["config"] |= changes
-    document["test"] = {"test_iid": {"accuracy": accuracy}}
+    document["test"] = {split: {"accuracy": accuracy} for split in EVALUATION_SPLITS}
     path.write_text(json.dumps(document))
 
 

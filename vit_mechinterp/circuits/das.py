@@ -139,14 +139,15 @@ def das(
         A table of one row per seed, split and layer: ``attribute``, ``control`` ("none" or its name),
         ``seed``, ``layer``, ``site``, ``split`` ("test" if there is one), ``accuracy`` (fraction of held-out
         items whose predicted class is the counterfactual label) with ``accuracy_low`` and ``accuracy_high``
-        (95 % bootstrap interval over items), ``rank`` (open dimensions of the gate, untied their mean over tokens), ``loss`` (held-out
-        cross-entropy), ``train_loss`` (last epoch, penalty included), ``no_effect`` (accuracy if nothing were
-        changed) and ``n`` (held-out items); for `rmts_counterfactuals`, also the accuracy of each variant
-        with its interval (``accuracy_same_sample``, ...). Figures: ``das_by_layer``; ``das_controls`` with
-        several controls, ``das_splits`` with several splits, ``das_variants`` where there are any.
-        ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and ``gate_<layer>`` ``[d]`` (zeros and ones; both
-        with a leading axis of tokens if untied), ready as ``basis`` and ``gate`` of an `InjectSubspace`, and
-        as the subspaces of `novel_representations`; with ``seeds``, ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.
+        (95 % bootstrap interval over items), ``rank`` (open dimensions of the gate; untied, their mean over
+        tokens), ``loss`` (held-out cross-entropy), ``train_loss`` (last epoch, penalty included),
+        ``no_effect`` (accuracy if nothing were changed) and ``n`` (held-out items); for
+        `rmts_counterfactuals`, also the accuracy of each variant with its interval (``accuracy_same_sample``,
+        ...). Figures: ``das_by_layer``; ``das_controls`` with several controls, ``das_splits`` with several
+        splits, ``das_variants`` where there are any. ``tensors`` holds ``rotation_<layer>`` ``[d, d]`` and
+        ``gate_<layer>`` ``[d]`` (zeros and ones; both with a leading axis of tokens if untied), ready as
+        ``basis`` and ``gate`` of an `InjectSubspace`, and as the subspaces of `novel_representations`; with
+        ``seeds``, ``seed_<seed>.rotation_<layer>`` and so on. Summary and figure show means over seeds.
 
     Raises:
         SpecError, DataError, UnsupportedModelError: before the first forward, if anything does not fit.

@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from vit_mechinterp.engine import ActivationStore
     from vit_mechinterp.model import HookedViT
 
-__all__ = ["Case", "Options", "Question", "case_of", "check", "data_of", "interchange_run", "tokens_of", "with_patches"]
+__all__ = [
+    "Case",
+    "Options",
+    "Question",
+    "case_of",
+    "check",
+    "data_of",
+    "interchange_run",
+    "tokens_of",
+    "with_patches",
+]
 
 
 @dataclass(frozen=True)

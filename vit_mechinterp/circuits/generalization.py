@@ -83,10 +83,11 @@ def generalization(
 
     Returns:
         Table: one row for every condition, split and seed, and one for all seeds (``seed`` is "all"):
-        ``condition, task, combinations, pretraining, split, seed, accuracy, accuracy_low, accuracy_high,
-        interval, chance, n_seeds, n_images``. ``interval`` says what the 95 % interval is over: the mean over
-        seeds by Student's t where there are two or more, else a bootstrap over images. ``chance`` is "at
-        chance" where it contains 0.5; where it does though every seed alone is off chance on its images
+        ``condition, model, losses, task, combinations, pretraining, split, seed, accuracy, accuracy_low,
+        accuracy_high, interval, chance, n_seeds, n_images``. ``interval`` says what the 95 % interval is
+        over: the mean over seeds by Student's t where there are two or more, else a bootstrap over images.
+        ``chance`` is "at chance" where it contains 0.5; where it does though every seed alone is off chance
+        on its images
         (few seeds, a wide t), "undecided"; else "above" or "below". Two figures: ``table`` and ``accuracy``.
 
     Raises:
@@ -107,6 +108,8 @@ def generalization(
             words = model.pretraining if isinstance(model, Training) else None
             facts = {
                 "condition": condition,
+                "model": model.model if isinstance(model, Training) else config.model,
+                "losses": model.losses if isinstance(model, Training) else "unknown",
                 "task": config.task,
                 "combinations": config.combinations,
                 "pretraining": named.get(condition, words or "unknown"),

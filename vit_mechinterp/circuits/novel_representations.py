@@ -133,7 +133,8 @@ def novel_representations(
         A table of one row per attribute, space ("subspace" or "whole residual"), method, seed of the
         subspace, and layer: ``attribute, space, method, seed, layer, site, accuracy, accuracy_low,
         accuracy_high`` (95 % bootstrap interval over draws and examples; over batches with ``"batch"``),
-        ``rank`` (the mean over tokens where each has a subspace), ``no_effect`` (accuracy if nothing were changed), ``draws`` (pairs of vectors) and ``n``.
+        ``rank`` (the mean over tokens where each has a subspace), ``no_effect`` (accuracy if nothing were
+        changed), ``draws`` (pairs of vectors) and ``n``.
         Figure: ``novel_representations``.
 
     Raises:
@@ -281,9 +282,9 @@ def _check_tokens(
         for subspace in places[attribute]:
             if subspace.n_tokens not in (None, own.n_tokens):
                 raise DataError(
-                    f"novel_representations, {attribute}: the search gave each of {subspace.n_tokens} tokens a "
-                    f"subspace of its own (tied=False), and objects here have {own.n_tokens}. Give stimuli of "
-                    f"the search's geometry; the model's patches are of {vit.layout.tokens.patch_size} pixels."
+                    f"novel_representations, {attribute}: the search gave each of {subspace.n_tokens} tokens "
+                    f"a subspace of its own (tied=False), and objects here have {own.n_tokens}. Give stimuli "
+                    f"of the search's geometry; patches are of {vit.layout.tokens.patch_size} pixels."
                 )
 
 

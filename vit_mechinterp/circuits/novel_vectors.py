@@ -8,8 +8,8 @@ items of the validation data, and E all of them:
 * ``"sampled"``: from ``N(mean(E), diag(std(E)^2))`` by dimension, one vector for all tokens of an object;
 * ``"random"``: from ``N(0, I)``, one vector for all tokens of an object.
 
-Where every token has a subspace of its own, coordinates of one token say nothing of another's: sampled vectors
-take the mean and the deviation of ``E_p``, and every token gets noise of its own.
+Where every token has a subspace of its own, coordinates of one token say nothing of another's: sampled
+vectors take the mean and the deviation of ``E_p``, and every token gets noise of its own.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Subspace:
 
     @property
     def basis(self) -> Float[Tensor, "*token d r"]:
-        """The open columns of the rotation: an orthonormal basis of the subspace. Where every token has its own,
-        all columns that are open for any of them; ``basis_gate`` says for which.
+        """The open columns of the rotation: an orthonormal basis of the subspace. Where every token has its
+        own, all columns that are open for any of them; ``basis_gate`` says for which.
         """
         return self.rotation[..., self._columns]
 

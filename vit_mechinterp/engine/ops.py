@@ -144,7 +144,7 @@ def _inject_by_token(
     k = basis.shape[-3]
 
     def by_token(rows: Tensor) -> Tensor:
-        return rows.unflatten(-2, (-1, k)).transpose(-3, -2)
+        return rows.reshape(*rows.shape[:-2], -1, k, rows.shape[-1]).transpose(-3, -2)
 
     if inputs.source is not None:
         coordinates = by_token(inputs.source.to(h.dtype)) @ basis

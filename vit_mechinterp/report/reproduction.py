@@ -58,12 +58,17 @@ class Asked:
         except (OSError, ValueError, DataError):
             return None
 
-    def keep(self, result: CircuitResult, question: Mapping[str, Any]) -> None:
-        """Write a result and the question that it answers, the question last: without it nothing is kept."""
+    def keep(self, result: CircuitResult, question: Mapping[str, Any]) -> CircuitResult:
+        """Write a result and the question that it answers, the question last: without it nothing is kept.
+
+        Returns:
+            The result as it lies there, with its pictures, so that nothing is drawn again.
+        """
         folder = self.out / result.name
         (folder / _ASKED).unlink(missing_ok=True)
         result.save(folder)
         (folder / _ASKED).write_text(json.dumps(_plain(question), indent=2) + "\n", encoding="utf-8")
+        return CircuitResult.load(folder)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Reproduction:
         names: list[str] = []
         for name in only or self.figures:
             if name not in self.figures and name not in self.groups:
-                known = [*self.figures, *self.groups]
+                known = list(dict.fromkeys([*self.figures, *self.groups]))
                 raise SpecError(
                     f"There is no figure {name!r}. Figures: {', '.join(known)}.{suggest(name, known)}"
                 )

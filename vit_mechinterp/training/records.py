@@ -18,6 +18,12 @@ from vit_mechinterp.training.saving import load_trained
 
 __all__ = ["Training", "by_condition", "trainings"]
 
+_NO_MATTER = {
+    "seed", "preset", "accumulate", "precision", "device", "threads", "workers", "log_every", "test_splits",
+    "test_images",
+}  # fmt: skip
+"""Settings that say which seed it was, and where and how a training ran, not what was trained."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -90,10 +96,22 @@ class Training:
     @property
     def pretraining(self) -> str | None:
         """What the weights had been trained on, in words; None where that is not known."""
+        if self.config.initial is not None:
+            return f"starts from {self.config.initial}"
         if (known := PRESETS.get(self.config.preset or "")) is not None:
             return known.pretraining
-        scratch = not (isinstance(self.config.model, str) and self.config.pretrained)
-        return "none" if scratch and self.config.initial is None else None
+        return None if isinstance(self.config.model, str) and self.config.pretrained else "none"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the model beside its seed: the settings that are in use."""
+        own = self.config.model_dump(exclude=_NO_MATTER)
+        unused = set()
+        if not self.config.auxiliary_weight:
+            unused |= {"auxiliary_weight", "auxiliary_site", "auxiliary_probe"}
+        if not (self.config.pipeline and self.config.pipeline_weight):
+            unused |= {"pipeline", "pipeline_weight"}
+        return {name: value for name, value in own.items() if name not in unused}
 
     def load(self) -> HookedViT:
         """Load the checkpoint that was kept."""
@@ -123,10 +141,11 @@ def by_condition(records: Iterable[Training]) -> dict[str, dict[int, Training]]:
     """Group trainings that differ in their seed alone: condition to seed to training.
 
     A condition is named by what differs between the trainings given: the model, the auxiliary losses, the
-    task, the combinations; by the losses where nothing does.
+    task, the combinations; by the losses where nothing does. Trainings that these words do not tell apart are
+    told apart by the other settings in which they differ ("disentanglement loss, steps 9000").
 
     Raises:
-        DataError: two trainings of one seed have the same condition by these words, but other settings.
+        DataError: two trainings have one seed and the same settings.
     """
     records = list(records)
     words = {
@@ -142,14 +161,45 @@ def by_condition(records: Iterable[Training]) -> dict[str, dict[int, Training]]:
     }
     differing = [name for name in ("model", "losses", "task", "combinations")
                  if len({own[name] for own in words.values()}) > 1] or ["losses"]  # fmt: skip
-    groups: dict[str, dict[int, Training]] = {}
+    alike: dict[str, list[Training]] = {}
     for record in records:
         condition = ", ".join(words[record.folder][name] for name in differing)
-        seeds = groups.setdefault(condition, {})
-        if record.config.seed in seeds:
-            raise DataError(
-                f"{record.folder} and {seeds[record.config.seed].folder} are both {condition!r} with seed "
-                f"{record.config.seed}. Group them yourself: {{condition: {{seed: Training.read(folder)}}}}."
-            )
-        seeds[record.config.seed] = record
+        alike.setdefault(condition, []).append(record)
+    groups: dict[str, dict[int, Training]] = {}
+    for condition, own in alike.items():
+        for record, more in zip(own, _told_apart(own), strict=True):
+            seeds = groups.setdefault(condition + more, {})
+            if record.config.seed in seeds:
+                raise DataError(
+                    f"{record.folder} and {seeds[record.config.seed].folder} are both {condition + more!r} "
+                    f"with seed {record.config.seed}, and all their settings are the same. Group them "
+                    "yourself: "
+                    "{condition: {seed: Training.read(folder)}}."
+                )
+            seeds[record.config.seed] = record
     return groups
+
+
+def _told_apart(records: list[Training]) -> list[str]:
+    """For each training the settings, beside its seed, in which it differs from others of the group."""
+    settings = [record.settings for record in records]
+    names = dict.fromkeys(name for own in settings for name in own)
+    odd = [name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)]
+    if "initial" in odd and len({_without_seed(record) for record in records}) == 1:
+        odd.remove("initial")  # every seed starts from the model of its own seed
+    return ["".join(f", {name} {_brief(own.get(name))}" for name in odd) for own in settings]
+
+
+def _without_seed(record: Training) -> str:
+    """What a training started from, without the seed in its name where that is the training's own."""
+    return (record.config.initial or "").removesuffix(f"-{record.config.seed}")
+
+
+def _brief(value: Any) -> str:
+    """A setting in a condition's name."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    stages = isinstance(value, list | tuple) and all(isinstance(one, Mapping) for one in value)
+    if not (stages and value):
+        return str(value)
+    return "; ".join(f"{one['attention']} in {', '.join(map(str, one['layers']))}" for one in value)

@@ -8,6 +8,7 @@ from typing import Final
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.report.lepori2024.claims import AGREEMENT, agreement
 from vit_mechinterp.report.lepori2024.sizes import SCALES
+from vit_mechinterp.report.lepori2024.tables import TABLES
 from vit_mechinterp.report.reproduction import Asked, Reproduction
 
 __all__ = ["REPRODUCTION"]
@@ -38,6 +39,8 @@ _FIGURES: Final[Mapping[str, tuple[str, str]]] = {
     "table1_discrimination_drawn": ("accuracy_discrimination", "accuracy"),
     "table1_rmts": ("accuracy_rmts", "table"),
     "table1_rmts_drawn": ("accuracy_rmts", "accuracy"),
+    **{figure: (section, "table") for figure, section in TABLES.items()},
+    **{f"{figure}_drawn": (section, "accuracy") for figure, section in TABLES.items()},
     "fig2_discrimination": ("attention_discrimination", "stages"),
     "fig2_scratch": ("attention_discrimination_scratch", "stages"),
     "fig2_rmts": ("attention_rmts", "stages"),
@@ -60,13 +63,15 @@ _FIGURES: Final[Mapping[str, tuple[str, str]]] = {
     "fig5": ("probe_rmts", "alpha_1"),
     "fig37": ("probe_rmts_dino", "alphas"),
     "fig39": ("probe_rmts_mae", "alpha_1"),
+    "probe_dinov2": ("probe_rmts_dinov2", "alpha_1"),
+    "probe_imagenet": ("probe_rmts_imagenet", "alphas"),
     "fig6_discrimination": ("points_discrimination", "disentanglement_generalization"),
     "fig6_rmts": ("points_rmts", "disentanglement_generalization"),
 }
 
 
 def _group(name: str) -> Sequence[str]:
-    return [own for own in _FIGURES if own.startswith(f"{name}_")]
+    return [own for own in _FIGURES if own == name or own.startswith(f"{name}_")]
 
 
 REPRODUCTION = Reproduction(
@@ -94,6 +99,9 @@ REPRODUCTION = Reproduction(
         "fig15": _group("fig15"),
         "fig16": _group("fig16"),
         "table1": _group("table1"),
+        "table7": _group("table1_discrimination"),
+        **{figure: _group(figure) for figure in TABLES},
+        "fig21": ["fig22"],
     },
     run=_run,
     scales=tuple(SCALES),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +15,7 @@ from vit_mechinterp.training.records import Training, by_condition, trainings
 if TYPE_CHECKING:
     from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["CHECKPOINTS", "SUBJECT", "TASKS", "TASK_NAMES", "Cast", "Player"]
+__all__ = ["CHECKPOINTS", "SUBJECT", "TASKS", "TASK_NAMES", "Cast", "Player", "digest_of"]
 
 CHECKPOINTS: Final = Path(__file__).parents[2] / "checkpoints"
 """The trained models that the package ships."""
@@ -74,14 +74,10 @@ class Player:
         config = self.training.config
         return {"canvas": config.canvas, "patch": config.patch, "cell": config.cell}
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Of its weights and settings: what a result on this model depends on."""
-        found = hashlib.sha256()
-        for name in ("model.safetensors", "config.json"):
-            path = self.training.folder / name
-            found.update(path.read_bytes() if path.is_file() else b"")
-        return found.hexdigest()[:16]
+        """Of its weights and its record: what a result on this model depends on."""
+        return digest_of(self.training)
 
     @cached_property
     def vit(self) -> HookedViT:
@@ -124,17 +120,30 @@ class Cast:
         """The model of a part, or None."""
         return self._players.get((task, part))
 
-    def conditions(self, task: str) -> dict[str, dict[int, Training]]:
-        """All trainings on a task by condition and seed."""
-        own = [one for one in self.records if one.config.task == task]
-        return by_condition(own) if own else {}
+    def players(self, task: str, at_most: int | None = None) -> list[Player]:
+        """The models of a task that are set beside one another, those that held objects out of their training
+        if there are three or more of these, as in the paper.
 
-    def players(self, task: str) -> list[Player]:
-        """One player per condition of a task: the seed that is right most often."""
-        found = []
-        for condition, seeds in self.conditions(task).items():
-            found.append(Player(condition, max(seeds.values(), key=_accuracy)))
-        return found
+        Of every condition first the seed that is right most often, then its other seeds in turn.
+
+        Args:
+            task: the models' task.
+            at_most: how many; all if left out.
+        """
+        own = [one for one in self.records if one.config.task == task]
+        held_out = [one for one in own if one.config.combinations != "256-256-256"]
+        own = held_out if len(held_out) >= 3 else own
+        ranked: list[tuple[int, str, Training]] = []
+        for condition, seeds in by_condition(own).items() if own else ():
+            first = max(seeds.values(), key=_accuracy)
+            rest = [one for _, one in sorted(seeds.items()) if one is not first]
+            ranked += [(place, condition, one) for place, one in enumerate([first, *rest])]
+        chosen = sorted(ranked, key=lambda one: one[0])[:at_most]
+        shown = [condition for _, condition, _ in chosen]
+        return [
+            Player(condition if shown.count(condition) == 1 else f"{condition}, seed {one.config.seed}", one)
+            for _, condition, one in chosen
+        ]
 
 
 def _parts(records: Sequence[Training]) -> Iterable[tuple[str, Training]]:
@@ -151,6 +160,24 @@ def _parts(records: Sequence[Training]) -> Iterable[tuple[str, Training]]:
         own = [one for one in seen_all if one.config.preset == name]
         if own:
             yield part, max(own, key=_accuracy)
+
+
+def digest_of(training: Training) -> str:
+    """Digest of a training's weights and record."""
+    names = ("model.safetensors", "config.json", "training.json")
+    files = [training.folder.resolve() / name for name in names]
+    # A file that was written again is read again.
+    stats = {file: file.stat() for file in files if file.is_file()}
+    return _digest(tuple((file, own.st_size, own.st_mtime_ns) for file, own in stats.items()))
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    found = hashlib.sha256()
+    for file, _, _ in files:
+        with file.open("rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def _accuracy(training: Training) -> float:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vit_mechinterp.circuits.result import CircuitResult
 
-__all__ = ["AGREEMENT", "Claim", "agreement"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["AGREEMENT", "Claim", "agreement", "by_layer"]
 
 AGREEMENT = "agreement"
 """Name of the section that `agreement` makes."""
@@ -77,3 +81,9 @@ def agreement(
         "beside ours are those of the authors' logs. A verdict compares the pattern of a result, never its "
         "size.",
     )
+
+
+def by_layer(rows: pd.DataFrame, column: str) -> dict[int, float]:
+    """Means of a column by layer."""
+    means = rows.groupby("layer")[column].mean()
+    return {int(str(layer)): float(value) for layer, value in means.items()}

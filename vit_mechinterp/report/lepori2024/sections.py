@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.report.lepori2024.cast import SUBJECT, TASK_NAMES, Player
+from vit_mechinterp.report.lepori2024.tables import table_sections
 from vit_mechinterp.report.lepori2024.work import Section, Work
 
 if TYPE_CHECKING:
@@ -23,22 +24,6 @@ def _stimuli(work: Work, player: Player | None) -> CircuitResult:
 
     del work, player
     return stimulus_sheets()
-
-
-def _accuracy(task: str) -> Callable[[Work, Player | None], CircuitResult]:
-    def compute(work: Work, player: Player | None) -> CircuitResult:
-        from vit_mechinterp.circuits.generalization import generalization
-        from vit_mechinterp.stimuli import realistic_discrimination
-
-        del player
-        photographs = None
-        if task == "discrimination":
-            photographs = realistic_discrimination(n=work.sizes.realistic, progress=work.asked.progress)
-        return generalization(
-            work.cast.conditions(task), n=work.sizes.accuracy, realistic=photographs, **work.how
-        )
-
-    return compute
 
 
 def _images(work: Work, player: Player, split: str, n: int) -> Any:
@@ -146,19 +131,40 @@ def _points(task: str) -> Callable[[Work, Player | None], CircuitResult]:
         from vit_mechinterp.circuits.disentanglement_generalization import disentanglement_generalization
 
         del player
-        found = disentanglement_generalization(list(_searched(work, task)))
-        return replace(found, title=f"{found.title}, {TASK_NAMES[task]}")
+        models = work.cast.players(task, work.sizes.point_models)
+        found = disentanglement_generalization([one for own in models for one in _point(work, own)])
+        there = len(work.cast.players(task))
+        chosen = f"All {there} models are points."
+        if len(models) < there:
+            chosen = (
+                f"{len(models)} of {there} models are points: of every kind of training the seed that is "
+                "right most often, then others as far as there is room."
+            )
+        layers = work.sizes.point_layers
+        where = "all blocks" if layers is None else f"the first {layers} blocks"
+        said = (
+            f"{chosen} Subspaces were trained in {where}, on {work.sizes.point_train} pairs for each "
+            f"attribute, and measured on {work.sizes.point_test}."
+        )
+        return replace(
+            found,
+            title=f"{found.title}, {TASK_NAMES[task]}",
+            description=f"{found.description}\n\n{said}",
+            captions={name: f"{text} {said}" for name, text in found.captions.items()},
+        )
 
     return compute
 
 
-def _searched(work: Work, task: str) -> Iterator[CircuitResult]:
-    """A search and the accuracies of every model."""
+def _point(work: Work, player: Player) -> Iterator[CircuitResult]:
+    """A search and the accuracies of one model."""
     from vit_mechinterp.circuits.das import das_by_attribute
     from vit_mechinterp.circuits.generalization import generalization
 
     sizes = work.sizes
-    for player in work.cast.players(task):
+    layers = list(range(player.vit.layout.n_layers)[: sizes.point_layers])
+    search = _searched(work, player, layers)
+    if search is None:
         data = {
             attribute: (
                 _pairs(work, player, attribute, "train", sizes.point_train),
@@ -166,17 +172,36 @@ def _searched(work: Work, task: str) -> Iterator[CircuitResult]:
             )
             for attribute in ATTRIBUTES
         }
-        layers = range(player.vit.layout.n_layers)[: sizes.point_layers]
-        yield das_by_attribute(
-            player.vit, data, controls=(None,), layers=list(layers), **sizes.das, **work.how
+        search = das_by_attribute(
+            player.vit, data, controls=(None,), layers=layers, **sizes.das, **work.how
         )
-        yield generalization(
-            {player.part: player.training},
-            splits=("test_iid", "test", "ood-shape-color"),
-            n=sizes.accuracy,
-            recorded=False,
-            **work.how,
-        )
+    yield search
+    measured = generalization(
+        {player.part: player.training},
+        splits=("test_iid", "test", "ood-shape-color"),
+        n=sizes.accuracy,
+        device=work.device,
+        **work.how,
+    )
+    # Accuracies that the training recorded are those of the weights in its folder, which were searched.
+    models = dict.fromkeys(measured.provenance["models"], player.vit.fingerprint())
+    yield replace(measured, provenance={**measured.provenance, "models": models})
+
+
+def _searched(work: Work, player: Player, layers: Sequence[int]) -> CircuitResult | None:
+    """The search of the model's own section, if it was made and asked the same of these layers."""
+    sizes = work.sizes
+    if (sizes.point_train, sizes.point_test) != (sizes.das_train, sizes.das_test):
+        return None
+    for part in _PARTS[player.task]:
+        own = work.cast.player(player.task, part)
+        name = _named("das", player.task, part)
+        if own is not None and own.training.folder == player.training.folder:
+            found = work.at_hand(name)
+            if found is not None:
+                table = found.table[found.table["layer"].isin(layers) & (found.table["control"] == "none")]
+                return replace(found, name="das", table=table)
+    return None
 
 
 def _named(analysis: str, task: str, part: str) -> str:
@@ -198,8 +223,7 @@ _TITLES: Final = {
 
 def _sections() -> Iterator[Section]:
     yield Section("stimuli", "Stimuli", _stimuli)
-    for task in TASK_NAMES:
-        yield Section(f"accuracy_{task}", f"Accuracy on {TASK_NAMES[task]}", _accuracy(task), task)
+    yield from table_sections()
     for task, parts in _PARTS.items():
         for part in parts:
             yield _of("attention", _attention, task, part)

@@ -27,6 +27,7 @@ class Sizes:
         alphas: strengths of the probe's direction.
         point_train, point_test: pairs of the searches of every model, of which each is a point.
         point_layers: in how many blocks these search, from the first one on; None means all.
+        point_models: how many models are points; None means all.
     """
 
     accuracy: int
@@ -40,6 +41,7 @@ class Sizes:
     point_train: int
     point_test: int
     point_layers: int | None = None
+    point_models: int | None = None
     das: Mapping[str, Any] = field(default_factory=dict)
     controls: tuple[str | None, ...] = (None, "wrong_object", "random_patch", "random_weights")
     alphas: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -67,15 +69,16 @@ SCALES: Final[Mapping[str, Sizes]] = {
         accuracy=512,
         attention=192,
         realistic=96,
-        das_train=256,
-        das_test=256,
-        novel=256,
+        das_train=192,
+        das_test=192,
+        novel=192,
         probe_train=1024,
-        probe_test=256,
-        point_train=256,
-        point_test=256,
+        probe_test=192,
+        point_train=192,
+        point_test=192,
         point_layers=2,
-        das={**DAS_TINY, "epochs": 4, "batch_size": 16},
+        point_models=4,
+        das={**DAS_TINY, "epochs": 3, "batch_size": 8},
         controls=(None, "wrong_object"),
         alphas=(1.0, 16.0, 64.0),
     ),

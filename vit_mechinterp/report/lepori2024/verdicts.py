@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vit_mechinterp.circuits.attention_stages import peak_heads
+from vit_mechinterp.circuits.correlation import pearson
 from vit_mechinterp.circuits.result import CircuitResult
-from vit_mechinterp.report.lepori2024.claims import Claim
+from vit_mechinterp.report.lepori2024.claims import Claim, by_layer
+from vit_mechinterp.report.lepori2024.other_verdicts import OTHER_CLAIMS
 from vit_mechinterp.report.lepori2024.published import best, published
+from vit_mechinterp.report.lepori2024.table_verdicts import TABLE_CLAIMS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,9 +49,9 @@ def _stages(name: str, figure: str, order: tuple[str, ...]) -> Any:
             "no peak lies before the one that it follows, and they are not all in one layer",
             values == sorted(values) and len(set(values)) > 1,
         )
-        by_layer = table.groupby("layer")["heat"].mean()
-        half = len(by_layer) // 2
-        early, late = by_layer.iloc[:half].mean(), by_layer.iloc[half:].mean()
+        heat = table.groupby("layer")["heat"].mean()
+        half = len(heat) // 2
+        early, late = heat.iloc[:half].mean(), heat.iloc[half:].mean()
         yield Claim(
             figure,
             "heads are local in early layers and global in late ones",
@@ -85,7 +89,7 @@ def _das(task: str, figure: str) -> Any:
             value, layer = best(
                 item="fig3", task=task, kind=attribute, quantity="interchange accuracy", model=_CLIP
             )
-            searched = _by_layer(rows[rows["control"] == "none"], "accuracy")
+            searched = by_layer(rows[rows["control"] == "none"], "accuracy")
             top, end = max(searched, key=lambda n: searched[n]), max(searched)
             yield Claim(
                 figure,
@@ -95,7 +99,7 @@ def _das(task: str, figure: str) -> Any:
                 "the best layer is above 0.75 and not the last, and the last is below 0.5",
                 bool(searched[top] > 0.75 and top < end and searched[end] < 0.5),
             )
-            control = _by_layer(rows[rows["control"] == "wrong_object"], "accuracy")
+            control = by_layer(rows[rows["control"] == "wrong_object"], "accuracy")
             if top in control:
                 yield Claim(
                     figure,
@@ -107,12 +111,6 @@ def _das(task: str, figure: str) -> Any:
                 )
 
     return of
-
-
-def _by_layer(rows: pd.DataFrame, column: str) -> dict[int, float]:
-    """Means by layer."""
-    means = rows.groupby("layer")[column].mean()
-    return {int(str(layer)): float(value) for layer, value in means.items()}
 
 
 def _last(task: str, attribute: str) -> float:
@@ -133,7 +131,7 @@ def _novel(task: str, figure: str) -> Any:
         table = table[table["space"] == "subspace"]
         for attribute, rows in table.groupby("attribute", sort=False):
             tops = {
-                str(method): max(_by_layer(own, "accuracy").values())
+                str(method): max(by_layer(own, "accuracy").values())
                 for method, own in rows.groupby("method", sort=False)
             }
             logged = {method: _best_novel(item, str(attribute), method) for method in tops}
@@ -171,11 +169,11 @@ def _probe(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
     table = results["probe_rmts"].table
     whole = table[table["pair"] == "all"] if (table["pair"] == "all").any() else table
     of = {str(quantity): rows for quantity, rows in whole.groupby("quantity")}
-    probe = _by_layer(of["probe accuracy"], "value")
+    probe = by_layer(of["probe accuracy"], "value")
     top = of["success"].iloc[int(of["success"]["value"].argmax())]
     alpha, layer, reached = float(top["alpha"]), int(top["layer"]), float(top["value"])
     success, control = (
-        _by_layer(rows[rows["alpha"] == alpha], "value") for rows in (of["success"], of["control"])
+        by_layer(rows[rows["alpha"] == alpha], "value") for rows in (of["success"], of["control"])
     )
     read_in = max(probe, key=lambda n: probe[n])
     logged, where = best(item="fig5", model=_CLIP, combinations=256, quantity="intervention success, alpha 1")
@@ -206,7 +204,9 @@ def _points(task: str) -> Any:
         for split, rows in table.groupby("split", sort=False):
             first = rows.iloc[0]
             found = f"r = {first['pearson']:.2f} over {first['n_models']} models"
-            if first["n_models"] > 3:
+            if math.isnan(first["pearson"]):
+                found = f"no correlation over {first['n_models']} models: one of the two does not vary"
+            elif first["n_models"] > 3:
                 found += (
                     f" [{first['pearson_low']:.2f}, {first['pearson_high']:.2f}]; "
                     f"{rows['pearson_without'].min():.2f} to {rows['pearson_without'].max():.2f} without one "
@@ -215,9 +215,9 @@ def _points(task: str) -> Any:
             else:
                 found += ", too few for an interval"
             yield Claim(
-                "Fig. 6",
-                f"models whose attributes come apart are right more often ({split})",
-                "",
+                "Fig. 6" if task == "discrimination" else "Fig. 6 (RMTS)",
+                f"models whose attributes come apart are right more often ({_SPLITS.get(str(split), split)})",
+                _logged_correlation(task, str(split)),
                 found,
                 "the interval lies above 0; where it contains 0, it cannot be told",
                 bool(first["pearson"] > 0) if first["pearson_low"] > 0 or first["pearson_high"] < 0 else None,
@@ -226,52 +226,21 @@ def _points(task: str) -> Any:
     return of
 
 
-def _accuracy(task: str) -> Any:
-    def of(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
-        table = results[f"accuracy_{task}"].table
-        iid = table[(table["split"] == "test_iid") & (table["seed"] == "all")].set_index("condition")
-        value = {_losses(str(name)): row["accuracy"] for name, row in iid.iterrows()}
-        if "none" not in value:
-            return
-        plain = value["none"]
-        for losses, published_text in _AUXILIARY[task].items():
-            if losses in value:
-                yield Claim(
-                    "Table 1",
-                    _SAID[losses] if task == "discrimination" else f"{_SAID[losses]} (RMTS)",
-                    published_text,
-                    f"{plain:.3f} without, {value[losses]:.3f} with",
-                    "accuracy on known objects is higher by more than 0.01",
-                    bool(value[losses] > plain + 0.01),
-                )
-
-    return of
+_SPLITS = {"test_iid": "IID", "test": "compositional", "ood-shape-color": "OOD shape & colour"}
 
 
-def _losses(condition: str) -> str:
-    for name in ("disentanglement", "pipeline", "both"):
-        if name in condition:
-            return name
-    return "none" if "no auxiliary" in condition else condition
+def _logged_correlation(task: str, split: str) -> str:
+    """The coefficient that follows from the logs of the models trained on 32 combinations."""
+    best_of = published(item="fig6", task=task, combinations=32, quantity="best interchange accuracy")
+    right = published(item="accuracy", task=task, combinations=32, kind=split).set_index("model")["value"]
+    means = best_of.groupby("model")["value"].mean()
+    both = [model for model in means.index if model in right.index]
+    r = pearson(means[both].to_numpy(), right[both].to_numpy())
+    return f"r = {r:.2f} over {len(both)} models, from the authors' logs"
 
-
-_SAID = {
-    "disentanglement": "the disentanglement loss helps a model that is trained from scratch",
-    "pipeline": "the pipeline loss helps a model that is trained from scratch",
-    "both": "both losses together help a model that is trained from scratch",
-}
-_AUXILIARY: Mapping[str, Mapping[str, str]] = {
-    "discrimination": {
-        "disentanglement": "scratch B/16: 0.805 without, 0.958 with; B/32: 0.884, 0.991",
-        "pipeline": "",
-        "both": "",
-    },
-    "rmts": {"disentanglement": "scratch B/32: 0.500 without, 0.503 with", "pipeline": "", "both": ""},
-}
 
 _CLAIMS: Mapping[str, Any] = {
-    "accuracy_discrimination": _accuracy("discrimination"),
-    "accuracy_rmts": _accuracy("rmts"),
+    **TABLE_CLAIMS,
     "attention_discrimination": _stages("attention_discrimination", "Fig. 2", ("WO", "WP", "BG")),
     "attention_discrimination_scratch": _scratch,
     "attention_rmts": _stages("attention_rmts", "Fig. 2 (RMTS)", ("WO", "WP", "BP", "BG")),
@@ -285,4 +254,5 @@ _CLAIMS: Mapping[str, Any] = {
     "probe_rmts": _probe,
     "points_discrimination": _points("discrimination"),
     "points_rmts": _points("rmts"),
+    **OTHER_CLAIMS,
 }

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vit_mechinterp.circuits.result import CircuitResult, package_versions
 from vit_mechinterp.errors import SpecError
-from vit_mechinterp.report.lepori2024.cast import SUBJECT, TASK_NAMES, Cast, Player
+from vit_mechinterp.report.lepori2024.cast import SUBJECT, TASK_NAMES, Cast, Player, digest_of
 from vit_mechinterp.report.lepori2024.sizes import Sizes
 from vit_mechinterp.report.reproduction import Asked
+from vit_mechinterp.training.records import Training
 
 __all__ = ["Section", "Work"]
 
@@ -26,6 +27,8 @@ class Section:
         task: whose models it is about; "" for none.
         part: which of them; None for all together.
         needs: how many models of the task there have to be.
+        records: the trainings that it is about, where they are not those of a task.
+        lacking: what the folder does not hold if there is no such training.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Section:
     task: str = ""
     part: str | None = None
     needs: int = 1
+    records: Callable[[Work], Sequence[Training]] | None = None
+    lacking: str = ""
 
 
 class Work:
@@ -53,6 +58,13 @@ class Work:
         self._data: dict[tuple[Any, ...], Any] = {}
 
     @property
+    def device(self) -> str | None:
+        """Where models run; None for the CPU."""
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else None
+
+    @property
     def how(self) -> dict[str, Any]:
         """Arguments that every circuit takes."""
         return {"progress": self.asked.progress}
@@ -60,6 +72,8 @@ class Work:
     def missing(self, name: str) -> str | None:
         """Why a section cannot be made with these models; None if it can."""
         section = self.sections[name]
+        if section.records is not None and not section.records(self):
+            return f"{self.cast.folder} holds {section.lacking}"
         if not section.task:
             return None
         task = TASK_NAMES[section.task]
@@ -67,7 +81,8 @@ class Work:
             what = "model" if section.part == SUBJECT else f"{section.part} model"
             return f"{self.cast.folder} holds no {what} trained on {task}"
         if (there := len(self.cast.players(section.task))) < section.needs:
-            return f"{self.cast.folder} holds {there} models trained on {task}; {section.needs} are needed"
+            models = "1 model" if there == 1 else f"{there} models"
+            return f"{self.cast.folder} holds {models} trained on {task}; {section.needs} are needed"
         return None
 
     def result(self, name: str) -> CircuitResult:
@@ -83,13 +98,18 @@ class Work:
                     "of all "
                     "trainings with --model, or leave it out."
                 )
-            question = self._question(name)
-            kept = self.asked.kept(name, question)
-            if kept is None:
-                kept = self._computed(self.sections[name])
-                self.asked.keep(kept, question)
-            self._found[name] = kept
+            found = self.at_hand(name)
+            if found is None:
+                question = self._question(name)
+                found = self.asked.keep(self._computed(self.sections[name]), question)
+            self._found[name] = found
         return self._found[name]
+
+    def at_hand(self, name: str) -> CircuitResult | None:
+        """Return a section's result if it was made already, in this call or in an earlier one; else None."""
+        if name in self._found or name not in self.sections or self.missing(name) is not None:
+            return self._found.get(name)
+        return self.asked.kept(name, self._question(name))
 
     def as_circuit(self, name: str, circuit: str) -> CircuitResult:
         """Return a section's result under the name of its circuit, as another circuit takes it."""
@@ -124,9 +144,10 @@ class Work:
         section = self.sections[name]
         player = self._player(section)
         models = [player.digest] if player is not None else []
-        if section.task and section.part is None:
-            records = [one for one in self.cast.records if one.config.task == section.task]
-            models = [Player("", one).digest for one in records]
+        if section.records is not None:
+            models = [digest_of(one) for one in section.records(self)]
+        elif section.task and section.part is None:
+            models = [one.digest for one in self.cast.players(section.task)]
         return {
             "section": name,
             "scale": self.asked.scale,

@@ -1,0 +1,123 @@
+"""What the paper's tables say, held against our accuracies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from vit_mechinterp.circuits.result import CircuitResult
+from vit_mechinterp.report.lepori2024.claims import Claim
+from vit_mechinterp.report.lepori2024.published import published
+from vit_mechinterp.report.lepori2024.tables import TABLES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TABLE_CLAIMS"]
+
+Claims = Callable[[Mapping[str, CircuitResult]], Iterator[Claim]]
+
+_NEAR: Final = 0.05
+_SPLITS: Final = {"test_iid": "IID", "test": "compositional", "ood-shape-color": "OOD shape & colour"}
+_SAID: Final = {
+    "disentanglement": "the disentanglement loss helps a model that is trained from scratch",
+    "pipeline": "the pipeline loss helps a model that is trained from scratch",
+    "both": "both losses together help a model that is trained from scratch",
+}
+_LOGGED: Final = {
+    ("discrimination", "disentanglement"): "scratch B/16: 0.805 without, 0.958 with; B/32: 0.884, 0.991",
+    ("rmts", "disentanglement"): "scratch B/32: 0.500 without, 0.503 with",
+}
+
+
+def _auxiliary(task: str) -> Claims:
+    """Table 1: the same model with and without auxiliary losses."""
+
+    def of(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
+        rows = _whole(results[f"accuracy_{task}"].table)
+        iid = rows[rows["split"] == "test_iid"]
+        several = iid[["model", "combinations"]].drop_duplicates().shape[0] > 1
+        for (model, combinations), own in iid.groupby(["model", "combinations"], sort=False):
+            # Of several trainings with the same losses the better one speaks for them.
+            top = own.loc[own.groupby("losses", sort=False)["accuracy"].idxmax()]
+            best = {str(row["losses"]): row for _, row in top.iterrows()}
+            if "none" not in best:
+                continue
+            plain = best["none"]
+            whose = f" ({model}, {combinations})" if several else ""
+            for losses, said in _SAID.items():
+                if losses not in best:
+                    continue
+                row = best[losses]
+                yield Claim(
+                    "Table 1",
+                    f"{said}{'' if task == 'discrimination' else ' (RMTS)'}{whose}",
+                    _LOGGED.get((task, losses), ""),
+                    f"{_mean(plain)} without, {_mean(row)} with",
+                    "accuracy on known objects is higher by more than 0.01",
+                    bool(row["accuracy"] > plain["accuracy"] + 0.01),
+                )
+
+    return of
+
+
+def _mean(row: pd.Series[Any]) -> str:
+    seeds = f" (mean of {row['n_seeds']} seeds)" if row["n_seeds"] > 1 else ""
+    return f"{row['accuracy']:.3f}{seeds}"
+
+
+def _logged(section: str, figure: str) -> Claims:
+    """A table of pretrained models: every row that the authors' logs have."""
+
+    def of(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
+        rows = _whole(results[section].table)
+        for condition, own in rows.groupby("condition", sort=False):
+            first = own.iloc[0]
+            name = str(condition)
+            name = name if str(first["model"]) in name else f"{first['model']}, {name}"
+            theirs = published(
+                item="accuracy",
+                model=_in_logs(str(first["model"]), str(first["losses"])),
+                task=first["task"],
+                combinations=256 if first["combinations"] == "256-256-256" else 32,
+            )
+            kinds, values = theirs["kind"].astype(str), theirs["value"].astype(float)
+            logged = dict(zip(kinds, values, strict=True))
+            ours = dict(zip(own["split"], own["accuracy"], strict=True))
+            both = [split for split in _SPLITS if split in logged and split in ours]
+            if not both:
+                continue
+            yield Claim(
+                figure,
+                f"{name} is right on new images about as often as there",
+                ", ".join(f"{_SPLITS[split]} {logged[split]:.3f}" for split in both) + " (logged)",
+                ", ".join(f"{_SPLITS[split]} {ours[split]:.3f}" for split in both),
+                f"IID and compositional accuracy differ by no more than {_NEAR:g}",
+                all(abs(ours[split] - logged[split]) <= _NEAR for split in both if split.startswith("test")),
+            )
+
+    return of
+
+
+def _whole(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows over all seeds."""
+    return table[table["seed"] == "all"]
+
+
+def _in_logs(model: str, losses: str) -> str:
+    """What the logs call a model."""
+    name = model.replace("from scratch, ", "scratch ").replace("ViT-", "")
+    return name if losses == "none" else f"{name}, {losses} loss"
+
+
+def _figure_of(figure: str) -> str:
+    if figure.startswith("table_"):
+        return f"RMTS, {figure.rpartition('_')[2]}"
+    return figure.replace("table", "Table ")
+
+
+TABLE_CLAIMS: Final[Mapping[str, Claims]] = {
+    "accuracy_discrimination": _auxiliary("discrimination"),
+    "accuracy_rmts": _auxiliary("rmts"),
+    **{section: _logged(section, _figure_of(figure)) for figure, section in TABLES.items()},
+}
