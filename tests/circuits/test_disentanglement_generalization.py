@@ -89,7 +89,8 @@ def test_few_or_equal_points_have_no_coefficient() -> None:
 
 def das_result(model: str, source: str, accuracies: dict[str, list[float]], split: str = "iid") -> CircuitResult:
     table = pd.DataFrame(
-        {"attribute": attribute, "control": control, "seed": 0, "layer": layer, "split": name, "accuracy": value}
+        {"attribute": attribute, "control": control, "seed": 0, "layer": layer, "split": name, "accuracy": value,
+         "accuracy_low": value - 0.03 - 0.01 * layer, "accuracy_high": value + 0.05}
         for attribute, values in accuracies.items()
         for control, change in (("none", 0.0), ("wrong_object", 0.9))
         for name, shift in ((split, 0.0), ("compositional", -0.1))
@@ -126,6 +127,12 @@ def test_a_folder_of_results_gives_one_point_per_model(tmp_path: Path) -> None:
     iid = result.table[result.table["split"] == "test_iid"].set_index("model")
     assert iid["disentanglement"].to_dict() == pytest.approx({"plain": 0.55, "with loss": 0.85, "with both": 0.95})
     assert iid["shape"]["plain"] == 0.5
+    # Shape is best in layer 1, colour in layer 0.
+    assert iid["disentanglement_low"]["plain"] == pytest.approx(0.55 - (0.04 + 0.03) / 2)
+    assert iid["disentanglement_high"]["plain"] == pytest.approx(0.6)
+    (axes, _) = result.figures()["disentanglement_generalization"].axes
+    lines = [line.get_xydata().tolist() for line in axes.lines]
+    assert [pytest.approx([0.515, 0.7]), pytest.approx([0.6, 0.7])] in lines
     assert iid["accuracy"].to_dict() == pytest.approx({"plain": 0.7, "with loss": 0.8, "with both": 0.9})
     expected = stats.pearsonr([0.55, 0.85, 0.95], [0.7, 0.8, 0.9]).statistic
     assert iid["pearson"].iloc[0] == pytest.approx(expected)

@@ -16,7 +16,7 @@ from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.cli import main
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.report.lepori2024 import REPRODUCTION
-from vit_mechinterp.report.lepori2024.cast import CHECKPOINTS, Cast
+from vit_mechinterp.report.lepori2024.cast import CHECKPOINTS, HELD_OUT, Cast
 from vit_mechinterp.report.lepori2024.claims import Claim, agreement
 from vit_mechinterp.report.lepori2024.published import best, published
 from vit_mechinterp.report.lepori2024.sections import SECTIONS
@@ -134,9 +134,30 @@ def test_models_that_held_objects_out_go_before_others_where_there_are_three(tmp
         "b": {"combinations": "32-32-224", "seed": 1},
     }.items():
         _training(tmp_path / name, 0.9, changes)
-    assert len(Cast(tmp_path).players("discrimination")) == 3
+    cast = Cast(tmp_path)
+    assert len(cast.players("discrimination")) == 3
+    assert _folder(cast.player("discrimination")) == "all"
+    assert _folder(cast.player("discrimination", HELD_OUT)) == "a"
+    shutil.rmtree(tmp_path / "all")
+    alone = Cast(tmp_path)
+    assert _folder(alone.player("discrimination")) == "a"
+    assert alone.player("discrimination", HELD_OUT) is None
     _training(tmp_path / "c", 0.9, {"combinations": "32-32-224", "auxiliary_weight": 1.0})
+    _training(tmp_path / "all-again", 0.9, {"auxiliary_weight": 0.0})
     assert sorted(_folder(player) for player in Cast(tmp_path).players("discrimination")) == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_model_that_held_objects_out_is_searched_on_these_too(tmp_path: Path) -> None:
+    _training(tmp_path / "models" / "all", 0.9, {"auxiliary_weight": 0.0})
+    _training(tmp_path / "models" / "some", 0.9, {"combinations": "32-32-224"})
+    how: dict[str, Any] = {"model": str(tmp_path / "models"), "progress": False}
+    found, agreed = reproduce(REPRODUCTION, tmp_path / "out", only=["das_held_out_discrimination"], **how).results
+    assert set(found.table["split"]) == {"test_iid", "test"}
+    assert list(found.pictures) == ["das_splits"]
+    assert agreed.table["its number"].tolist() == ["0.885 (logged for CLIP B/16)", "0.889 (logged for CLIP B/16)"]
+    with pytest.raises(SpecError, match=r"holds no model that held objects out of its training .*relational match to sample"):
+        reproduce(REPRODUCTION, tmp_path / "none", only=["das_held_out_rmts"], **how)
 
 
 @pytest.mark.usefixtures("small")

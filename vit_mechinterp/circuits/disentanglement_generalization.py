@@ -100,8 +100,10 @@ def disentanglement_generalization(
         captions={
             "disentanglement_generalization": (
                 "One point per model: the mean over attributes of the best interchange accuracy over layers, "
-                "against accuracy. r is Pearson's correlation, with its 95 % interval by Fisher's "
-                "transformation, and its range when each model is left out in turn."
+                "against accuracy. Lines are 95 % intervals, upright over images, across the mean over "
+                "attributes of those over pairs (wider than that of the mean). r is Pearson's correlation, "
+                "with its 95 % interval by Fisher's transformation, and its range when each model is left out "
+                "in turn."
             )
         },
         draw=_draw,
@@ -177,7 +179,9 @@ def _draw(result: CircuitResult) -> dict[str, Figure]:
             note += f"\nwithout one: {np.nanmin(without):.2f} to {np.nanmax(without):.2f}"
         low, high = (own.get(f"accuracy_{end}", own["accuracy"]).tolist() for end in ("low", "high"))
         x, y = own["disentanglement"].tolist(), own["accuracy"].tolist()
-        panels[_name(task, split, one_task)] = Points(own["model"].tolist(), x, y, low, high, note)
+        ends = [f"disentanglement_{end}" for end in ("low", "high")]
+        across = [own[name].tolist() if name in own else [] for name in ends]
+        panels[_name(task, split, one_task)] = Points(own["model"].tolist(), x, y, low, high, note, *across)
     figure = labelled_points(
         panels, x_label="best interchange accuracy,\nmean over attributes", y_label="accuracy"
     )

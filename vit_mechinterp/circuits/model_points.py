@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vit_mechinterp.circuits.das_figures import by_layer
 from vit_mechinterp.circuits.das_rows import NO_CONTROL
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.errors import DataError
@@ -59,7 +60,9 @@ def model_points(
     results: Mapping[str, CircuitResult], *, splits: Sequence[str], das_split: str | None = None
 ) -> pd.DataFrame:
     """Return one row per model and split: ``task, model, fingerprint``, the best accuracy over layers of
-    every attribute, ``disentanglement`` (their mean), ``split, accuracy, accuracy_low, accuracy_high``.
+    every attribute, ``disentanglement`` (their mean; ``..._low`` and ``..._high`` are the means of the ends
+    of the attributes' own intervals, wider apart than those of the mean), ``split, accuracy, accuracy_low,
+    accuracy_high``.
 
     Args:
         results: of `das` and `generalization`, by where they came from.
@@ -74,7 +77,7 @@ def model_points(
     best = _disentanglement(results, das_split)
     measured = _accuracies(results)
     rows: list[dict[str, Any]] = []
-    for fingerprint, (where, source, attributes) in best.items():
+    for fingerprint, (where, source, found) in best.items():
         own = [row for key, row in measured if key == fingerprint and row["split"] in splits]
         if not own:
             raise DataError(
@@ -82,8 +85,10 @@ def model_points(
                 f"{', '.join(splits)}. The accuracies there are belong to "
                 f"{_listed(measured)}. Measure generalization on the model that das searched."
             )
-        mean = sum(attributes.values()) / len(attributes)
+        mean, low, high = (sum(values) / len(found) for values in zip(*found.values(), strict=True))
+        attributes = {attribute: value for attribute, (value, *_) in found.items()}
         facts = {"fingerprint": fingerprint, **attributes, "disentanglement": mean}
+        facts |= {"disentanglement_low": low, "disentanglement_high": high}
         rows += [{"task": row["task"], "model": row["model"], **facts, **row} for row in own]
     return pd.DataFrame(rows)
 
@@ -118,9 +123,11 @@ def checked_points(points: pd.DataFrame) -> pd.DataFrame:
 
 def _disentanglement(
     results: Mapping[str, CircuitResult], das_split: str | None
-) -> dict[str, tuple[str, str, dict[str, float]]]:
-    """By fingerprint: where the search lies, which model it says it is, and its best accuracies."""
-    found: dict[str, tuple[str, str, dict[str, float]]] = {}
+) -> dict[str, tuple[str, str, dict[str, tuple[float, float, float]]]]:
+    """By fingerprint: where the search lies, which model it says it is, and its best accuracies with their
+    intervals.
+    """
+    found: dict[str, tuple[str, str, dict[str, tuple[float, float, float]]]] = {}
     for where, result in results.items():
         if result.name != "das":
             continue
@@ -143,7 +150,8 @@ def _disentanglement(
                     f"{where}: {attribute} was searched in {source} before, in {found[fingerprint][0]}. Give "
                     "one search per model and attribute."
                 )
-            attributes[attribute] = float(rows.groupby("layer")["accuracy"].mean().max())
+            layers = by_layer(rows)
+            attributes[attribute] = layers[max(layers, key=lambda layer: layers[layer][0])]
     return found
 
 

@@ -18,7 +18,7 @@ _MARKERS = "osD^vP*X"
 
 @dataclass(frozen=True)
 class Points:
-    """Named points, the interval of each one's height if there is one, and a few words."""
+    """Named points, the intervals of each one's height and place across if there are any, and a few words."""
 
     names: Sequence[str]
     x: Sequence[float]
@@ -26,6 +26,8 @@ class Points:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     note: str = ""
+    left: Sequence[float] = ()
+    right: Sequence[float] = ()
 
 
 @styled
@@ -49,7 +51,7 @@ def labelled_points(
     figure = new_figure(1.7 + 2.75 * n_columns, 0.3 + 2.9 * n_rows)
     grid = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     heights = [y for points in panels.values() for y in (*points.y, *points.low, *points.high)]
-    across = [x for points in panels.values() for x in points.x]
+    across = [x for points in panels.values() for x in (*points.x, *points.left, *points.right)]
     for axes, (title, points) in zip(grid.flat, panels.items(), strict=False):
         axes.grid()
         axes.set_axisbelow(True)
@@ -60,6 +62,9 @@ def labelled_points(
             if len(points.low):
                 ends = [points.low[place], points.high[place]]
                 axes.plot([x, x], ends, color=color, linewidth=1.2, alpha=0.6)
+            if len(points.left):
+                ends = [points.left[place], points.right[place]]
+                axes.plot(ends, [y, y], color=color, linewidth=1.2, alpha=0.6)
             axes.plot(x, y, marker=marker, color=color, linestyle="none", markersize=7, label=name)
         axes.set_title(title, fontsize=9)
         axes.annotate(points.note, (0.03, 0.03), xycoords="axes fraction", va="bottom", color=INK, fontsize=8)

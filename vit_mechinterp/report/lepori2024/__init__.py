@@ -54,6 +54,8 @@ _FIGURES: Final[Mapping[str, tuple[str, str]]] = {
     "fig3_rmts": ("das_rmts", "das_by_layer"),
     "fig16_discrimination": ("das_discrimination_dinov2", "das_by_layer"),
     "fig16_rmts": ("das_rmts_dinov2", "das_by_layer"),
+    "das_held_out_discrimination": ("das_discrimination_held_out", "das_splits"),
+    "das_held_out_rmts": ("das_rmts_held_out", "das_splits"),
     "fig4": ("novel_discrimination", "novel_representations"),
     "fig29": ("novel_rmts", "novel_representations"),
     "fig30": ("novel_discrimination_dino", "novel_representations"),
@@ -94,6 +96,7 @@ REPRODUCTION = Reproduction(
     groups={
         "fig2": _group("fig2"),
         "fig3": _group("fig3"),
+        "das_held_out": _group("das_held_out"),
         "fig6": _group("fig6"),
         "fig10": _group("fig10"),
         "fig15": _group("fig15"),

@@ -15,7 +15,7 @@ from vit_mechinterp.training.records import Training, by_condition, trainings
 if TYPE_CHECKING:
     from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["CHECKPOINTS", "SUBJECT", "TASKS", "TASK_NAMES", "Cast", "Player", "digest_of"]
+__all__ = ["CHECKPOINTS", "HELD_OUT", "SUBJECT", "TASKS", "TASK_NAMES", "Cast", "Player", "digest_of"]
 
 CHECKPOINTS: Final = Path(__file__).parents[2] / "checkpoints"
 """The trained models that the package ships."""
@@ -26,6 +26,10 @@ TASK_NAMES: Final = {"discrimination": "discrimination", "rmts": "relational mat
 SUBJECT: Final = "subject"
 """The part that CLIP has in the paper: the model that most figures are about."""
 
+HELD_OUT: Final = "held_out"
+"""The model in the part of CLIP that held objects out of its training (32 of 256 combinations were seen)."""
+
+_ALL_OBJECTS: Final = "256-256-256"
 _PRESETS: Final = {
     "dino": "dino-b16",
     "dinov2": "dinov2-b14",
@@ -93,9 +97,10 @@ class Player:
 class Cast:
     """The parts, filled from a folder of trainings.
 
-    ``subject`` is CLIP ViT-B/16 where it is among them, else the model that is right most often; ``scratch``
-    the one trained without auxiliary loss from random weights; ``dino``, ``dinov2``, ``imagenet`` and ``mae``
-    the paper's other models. Models that saw all combinations of shape and colour go before others.
+    ``subject`` is CLIP ViT-B/16 where it is among them, else the model that is right most often, and
+    ``held_out`` the same among those that held objects out of their training; ``scratch`` the one trained
+    without auxiliary loss from random weights; ``dino``, ``dinov2``, ``imagenet`` and ``mae`` the paper's
+    other models. Models that saw all combinations of shape and colour go before others.
 
     Args:
         folder: holds one folder for each training; the shipped models by default.
@@ -131,7 +136,7 @@ class Cast:
             at_most: how many; all if left out.
         """
         own = [one for one in self.records if one.config.task == task]
-        held_out = [one for one in own if one.config.combinations != "256-256-256"]
+        held_out = [one for one in own if one.config.combinations != _ALL_OBJECTS]
         own = held_out if len(held_out) >= 3 else own
         ranked: list[tuple[int, str, Training]] = []
         for condition, seeds in by_condition(own).items() if own else ():
@@ -149,9 +154,11 @@ class Cast:
 def _parts(records: Sequence[Training]) -> Iterable[tuple[str, Training]]:
     if not records:
         return
-    seen_all = [one for one in records if one.config.combinations == "256-256-256"] or list(records)
-    clip = [one for one in seen_all if one.config.preset == "clip-b16"]
-    yield SUBJECT, max(clip or seen_all, key=_accuracy)
+    seen_all = [one for one in records if one.config.combinations == _ALL_OBJECTS] or list(records)
+    yield SUBJECT, _leading(seen_all)
+    held_out = [one for one in records if one not in seen_all]
+    if held_out:
+        yield HELD_OUT, _leading(held_out)
     scratch = [one for one in seen_all if one.losses == "none" and one.pretraining in ("none", None)]
     scratch = [one for one in scratch if one.config.preset in (None, "scratch-b16")]
     if scratch:
@@ -160,6 +167,12 @@ def _parts(records: Sequence[Training]) -> Iterable[tuple[str, Training]]:
         own = [one for one in seen_all if one.config.preset == name]
         if own:
             yield part, max(own, key=_accuracy)
+
+
+def _leading(records: Sequence[Training]) -> Training:
+    """CLIP ViT-B/16, else whichever is right most often."""
+    clip = [one for one in records if one.config.preset == "clip-b16"]
+    return max(clip or records, key=_accuracy)
 
 
 def digest_of(training: Training) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vit_mechinterp.circuits.result import CircuitResult
-from vit_mechinterp.report.lepori2024.cast import SUBJECT, TASK_NAMES, Player
+from vit_mechinterp.report.lepori2024.cast import HELD_OUT, SUBJECT, TASK_NAMES, Player
 from vit_mechinterp.report.lepori2024.tables import table_sections
 from vit_mechinterp.report.lepori2024.work import Section, Work
 
@@ -193,7 +193,7 @@ def _searched(work: Work, player: Player, layers: Sequence[int]) -> CircuitResul
     sizes = work.sizes
     if (sizes.point_train, sizes.point_test) != (sizes.das_train, sizes.das_test):
         return None
-    for part in _PARTS[player.task]:
+    for part in (*_PARTS[player.task], HELD_OUT):
         own = work.cast.player(player.task, part)
         name = _named("das", player.task, part)
         if own is not None and own.training.folder == player.training.folder:
@@ -227,6 +227,7 @@ def _sections() -> Iterator[Section]:
     for task, parts in _PARTS.items():
         for part in parts:
             yield _of("attention", _attention, task, part)
+        yield _of("attention", _attention, task, HELD_OUT)
     for part in (SUBJECT, "dinov2"):
         yield _of("attention_realistic", _attention_realistic, "discrimination", part)
     yield Section("walkthrough", "Single heads on one image", _walkthrough, "discrimination", SUBJECT)
@@ -234,6 +235,7 @@ def _sections() -> Iterator[Section]:
         for part in parts:
             if part != "scratch":
                 yield _of("das", _das, task, part)
+        yield _of("das", _das, task, HELD_OUT)
     for task, parts in _PARTS.items():
         for part in parts:
             if part not in ("scratch", "dinov2"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from vit_mechinterp.circuits.result import CircuitResult, package_versions
 from vit_mechinterp.errors import SpecError
-from vit_mechinterp.report.lepori2024.cast import SUBJECT, TASK_NAMES, Cast, Player, digest_of
+from vit_mechinterp.report.lepori2024.cast import HELD_OUT, SUBJECT, TASK_NAMES, Cast, Player, digest_of
 from vit_mechinterp.report.lepori2024.sizes import Sizes
 from vit_mechinterp.report.reproduction import Asked
 from vit_mechinterp.training.records import Training
@@ -79,6 +79,8 @@ class Work:
         task = TASK_NAMES[section.task]
         if section.part is not None and self.cast.player(section.task, section.part) is None:
             what = "model" if section.part == SUBJECT else f"{section.part} model"
+            if section.part == HELD_OUT:
+                what = "model that held objects out of its training (combinations 32-32-224), and was"
             return f"{self.cast.folder} holds no {what} trained on {task}"
         if (there := len(self.cast.players(section.task))) < section.needs:
             models = "1 model" if there == 1 else f"{there} models"
