@@ -10,19 +10,22 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model
 
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.cli import main
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.report.lepori2024 import REPRODUCTION
-from vit_mechinterp.report.lepori2024.cast import CHECKPOINTS, HELD_OUT, Cast
+from vit_mechinterp.report.lepori2024.cast import CHECKPOINTS, HELD_OUT, TASK_NAMES, TASKS, Cast
 from vit_mechinterp.report.lepori2024.claims import Claim, agreement
 from vit_mechinterp.report.lepori2024.published import best, published
 from vit_mechinterp.report.lepori2024.sections import SECTIONS
 from vit_mechinterp.report.lepori2024.sizes import SCALES
 from vit_mechinterp.report.lepori2024.verdicts import verdicts
 from vit_mechinterp.report.reproduction import reproduce
+from vit_mechinterp.training import preset, train
 from vit_mechinterp.training.config import EVALUATION_SPLITS
 
 SMALL = replace(
@@ -56,7 +59,10 @@ def test_the_page_has_every_section_that_the_models_allow(tmp_path: Path) -> Non
     assert "Not shown at this scale: " in said
     assert "fig15" not in said
     assert "attention_rmts_dinov2" in said
-    assert "tiny ViT, disentanglement loss" in page
+    for task in TASKS:
+        subject = cast.player(task)
+        assert subject is not None
+        assert f"Attention stages, {TASK_NAMES[task]}: {subject.words}" in page
 
 
 @pytest.mark.usefixtures("small")
@@ -202,7 +208,8 @@ def test_every_table_has_its_models_and_the_logged_accuracies_beside_them(tmp_pa
         ("dino", 0.8, {"preset": "dino-b16", "model": dino, "combinations": "32-32-224", **none}),
         ("clip-32", 0.95, {"preset": "clip-b32", "model": clip32, "patch": 32, "task": "rmts", **none}),
         ("scratch", 0.8, {"preset": "scratch-b16", "model": "timm/vit_base_patch16_224", "pretrained": False, **none}),
-        ("scratch-loss", 0.9, {"preset": "scratch-b16", "model": "timm/vit_base_patch16_224", "pretrained": False}),
+        ("scratch-loss", 0.9, {"preset": "scratch-b16", "model": "timm/vit_base_patch16_224", "pretrained": False,
+                               "auxiliary_weight": 1.0}),
     ]:
         _training(tmp_path / "models" / name, accuracy, changes)
     only = ["table1_discrimination", "table2", "table3", "table6"]
@@ -231,6 +238,31 @@ def test_every_table_has_its_models_and_the_logged_accuracies_beside_them(tmp_pa
     assert (loss["here"], loss["verdict"]) == ("0.800 without, 0.900 with", "agrees")
     with pytest.raises(SpecError, match="no pretrained model with patches of 14 or 16 px trained on 256 combinations of rel"):
         reproduce(REPRODUCTION, tmp_path / "none", only=["table_rmts_256"], **how)
+
+
+@pytest.mark.papers
+def test_the_scale_of_the_paper_runs_on_a_model_of_its_geometry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small DINOv2 in the place of the hub's: patches of 14 px on a canvas of 224, two blocks."""
+    assert SCALES["paper"].controls == (None, "wrong_object", "random_patch", "random_weights")
+    sizes = replace(SMALL, controls=SCALES["paper"].controls, das_train=16, das_test=8, point_models=None)
+    monkeypatch.setitem(SCALES, "paper", sizes)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **shape)).save_pretrained(tmp_path / "hub")
+    brief = {"steps": 1, "batch_size": 2, "train_images": 4, "validation_images": 2, "test_images": 4, "device": "cpu"}
+    config = preset("dinov2-b14", model=f"hf/{tmp_path}/hub", task="rmts", **brief)
+    train(config, tmp_path / "models" / "dinov2", progress=False)
+    how: dict[str, Any] = {"scale": "paper", "model": str(tmp_path / "models"), "progress": False}
+    stages, search, agreed = reproduce(REPRODUCTION, tmp_path / "out", only=["fig15_rmts", "fig16_rmts"], **how).results
+    assert stages.title == "Attention stages, relational match to sample: DINOv2 ViT-B/14"
+    assert stages.provenance["first_peak_layer"] == 1
+    assert {"BP", "within_pair", "perceptual", "relational"} <= set(stages.table.columns)
+    assert set(search.table["control"]) == {"none", "wrong_object", "random_patch", "random_weights"}
+    assert search.table["layer"].unique().tolist() == [0, 1]
+    assert "It has hardly learned the task" in search.description
+    assert agreed.table["its number"].tolist() == ["0.878 (logged)", "0.914 (logged)"]
+    with pytest.raises(SpecError, match="holds no dino model trained on relational match to sample"):
+        reproduce(REPRODUCTION, tmp_path / "none", only=["fig31"], **how)
 
 
 def test_the_papers_other_models_are_held_against_their_logs() -> None:

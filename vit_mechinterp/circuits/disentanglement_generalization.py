@@ -102,8 +102,8 @@ def disentanglement_generalization(
                 "One point per model: the mean over attributes of the best interchange accuracy over layers, "
                 "against accuracy. Lines are 95 % intervals, upright over images, across the mean over "
                 "attributes of those over pairs (wider than that of the mean). r is Pearson's correlation, "
-                "with its 95 % interval by Fisher's transformation, and its range when each model is left out "
-                "in turn."
+                "with its 95 % interval by Fisher's transformation, and its range when each model is left "
+                "out in turn."
             )
         },
         draw=_draw,
