@@ -121,6 +121,11 @@ class Cast:
             for part, training in _parts([one for one in self.records if one.config.task == task]):
                 self._players[task, part] = Player(part, training)
 
+    @property
+    def where(self) -> str:
+        """The folder in words: the shipped models are not said to lie anywhere."""
+        return "the package" if self.folder == CHECKPOINTS else str(self.folder)
+
     def player(self, task: str, part: str = SUBJECT) -> Player | None:
         """The model of a part, or None."""
         return self._players.get((task, part))

@@ -78,8 +78,8 @@ def agreement(
         provenance={"scale": scale},
         description=said
         + "\n\nThe paper's models are pretrained on many millions of images and have twelve blocks; numbers "
-        "beside ours are those of the authors' logs. A verdict compares the pattern of a result, never its "
-        "size.",
+        "beside ours are those of the authors' logs. A verdict compares the pattern of a result; its size "
+        "only where the same model stands in the logs.",
     )
 
 

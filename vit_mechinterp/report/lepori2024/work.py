@@ -73,7 +73,7 @@ class Work:
         """Why a section cannot be made with these models; None if it can."""
         section = self.sections[name]
         if section.records is not None and not section.records(self):
-            return f"{self.cast.folder} holds {section.lacking}"
+            return f"{self.cast.where} holds {section.lacking}"
         if not section.task:
             return None
         task = TASK_NAMES[section.task]
@@ -81,10 +81,10 @@ class Work:
             what = "model" if section.part == SUBJECT else f"{section.part} model"
             if section.part == HELD_OUT:
                 what = "model that held objects out of its training (combinations 32-32-224), and was"
-            return f"{self.cast.folder} holds no {what} trained on {task}"
+            return f"{self.cast.where} holds no {what} trained on {task}"
         if (there := len(self.cast.players(section.task))) < section.needs:
             models = "1 model" if there == 1 else f"{there} models"
-            return f"{self.cast.folder} holds {models} trained on {task}; {section.needs} are needed"
+            return f"{self.cast.where} holds {models} trained on {task}; {section.needs} are needed"
         return None
 
     def result(self, name: str) -> CircuitResult:
