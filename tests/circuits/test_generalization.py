@@ -181,10 +181,14 @@ def test_bad_input_is_named_before_any_work(runs: Path, tmp_path: Path) -> None:
     vit = vmi.load(f"timm/{runs}/plain")
     with pytest.raises(SpecError, match=r"no split 'ood_shape'\. Close matches: ood-shape"):
         generalization({"a": vit}, splits=["ood_shape"], progress=False)  # type: ignore[list-item]
+    with pytest.raises(SpecError, match=r"generalization: task: .*'discrimination' or 'rmts'"):
+        generalization({"a": vit}, task="rtms", progress=False)
     with pytest.raises(SpecError, match="at least one condition"):
         generalization({}, progress=False)
     with pytest.raises(SpecError, match="do not fit side by side"):
         generalization({"a": vit}, cell=80, progress=False)
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "training.json").write_text("half of it")
     with pytest.raises(DataError, match=r"holds no finished training\. Give the folder"):
         trainings(tmp_path)
     (tmp_path / "training.json").write_text(json.dumps({"config": {"stepz": 3}}))

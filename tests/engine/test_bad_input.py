@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Document, dict[str, Any], type[Exception], str]] = {
     "unequal counts": (swap(tokens=[1, 2], source_tokens=[3]), {}, SpecError,
         "paired by position, but example 0 selects 2 base tokens and 1 source tokens"),
     "unequal counts in one example": (swap(tokens={"column": "patches"}, source_tokens=[3]), {}, SpecError,
-        "example 1 selects 2 base tokens and 1 source tokens"),
+        r"example 1 selects 2 base tokens and 1 source tokens\. Select equally many; .* the model's grid of 8 x 8 px"),
     "all against some": (swap(tokens="all", source_tokens=["cls"]), {}, SpecError, "selects 17 base tokens and 1 source"),
     "a target named twice": (swap(tokens=["patches", 3], source_tokens=["patches", "cls"]), {}, SpecError,
         "the selection names a base token twice, so its new value is ambiguous"),

@@ -15,7 +15,7 @@ from vit_mechinterp.training import TrainingConfig, evaluate
 from vit_mechinterp.training.images import evaluation_images
 
 CHECKPOINTS = Path(vit_mechinterp.__file__).parent / "checkpoints"
-NAMES = tuple(sorted(path.name for path in CHECKPOINTS.iterdir()))
+NAMES = tuple(sorted(path.name for path in CHECKPOINTS.iterdir() if path.name[0] != "."))
 N = 192
 
 

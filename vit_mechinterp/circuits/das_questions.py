@@ -192,7 +192,7 @@ def tokens_of(vit: HookedViT, questions: Sequence[Question], options: Options) -
         raise DataError(
             "tied=False gives the first token of every object one subspace, the second another, and so on, "
             f"so all objects need equally many tokens; here they have {said}. Leave it out, or give stimuli "
-            f"whose cells lie on the model's grid of {vit.layout.tokens.patch_size} pixels."
+            f"whose cells lie on the model's grid of {' x '.join(map(str, vit.layout.tokens.patch_size))} px."
         )
     return next(iter(sizes))
 

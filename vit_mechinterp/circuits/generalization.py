@@ -15,6 +15,7 @@ from vit_mechinterp.circuits.behaviour import behaviour
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec.documents import validate
 from vit_mechinterp.training.config import EVALUATION_SPLITS, EvaluationSplit, TrainingConfig
 from vit_mechinterp.training.evaluate import answers
 from vit_mechinterp.training.images import evaluation_images
@@ -174,15 +175,16 @@ def _by_seed(given: Models, seed: int) -> Iterator[tuple[int, Model]]:
 def _config(vit: HookedViT, task: str, combinations: str, cell: int | None, seed: int) -> TrainingConfig:
     """The settings whose images a model that comes without a record is asked about."""
     patch = vit.layout.tokens.patch_size[0]
-    config = TrainingConfig(
-        task=task,
-        model=vit.source or type(vit.module).__name__,
-        canvas=vit.layout.tokens.image_size[0],
-        patch=patch,
-        cell=patch * -(-28 // patch) if cell is None else cell,
-        combinations=combinations,
-        seed=seed,
-    )
+    given = {
+        "task": task,
+        "model": vit.source or type(vit.module).__name__,
+        "canvas": vit.layout.tokens.image_size[0],
+        "patch": patch,
+        "cell": patch * -(-28 // patch) if cell is None else cell,
+        "combinations": combinations,
+        "seed": seed,
+    }
+    config = validate(TrainingConfig, given, "generalization")
     require_grid(vit, config)
     return config
 

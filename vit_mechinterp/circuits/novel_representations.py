@@ -284,7 +284,7 @@ def _check_tokens(
                 raise DataError(
                     f"novel_representations, {attribute}: the search gave each of {subspace.n_tokens} tokens "
                     f"a subspace of its own (tied=False), and objects here have {own.n_tokens}. Give stimuli "
-                    f"of the search's geometry; patches are of {vit.layout.tokens.patch_size} pixels."
+                    "of the search's geometry."
                 )
 
 

@@ -273,7 +273,9 @@ def _check_pairing(
         example = int((targets != sources).argmax())
         raise SpecError(
             f"{where}: base and source tokens are paired by position, but example {example} selects "
-            f"{targets[example]} base tokens and {sources[example]} source tokens."
+            f"{targets[example]} base tokens and {sources[example]} source tokens. Select equally many; a "
+            "box selects every patch that it touches, so boxes of one size do so if their corners lie on the "
+            f"model's grid of {' x '.join(map(str, vit.layout.tokens.patch_size))} px."
         )
 
 

@@ -127,4 +127,4 @@ def load(
 
 def checkpoints() -> list[str]:
     """Names of the checkpoints that ship with this package."""
-    return sorted(folder.parent.name for folder in CHECKPOINTS.glob("*/config.json"))
+    return sorted(file.parent.name for file in CHECKPOINTS.glob("[!.]*/config.json"))

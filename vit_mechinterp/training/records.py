@@ -122,14 +122,16 @@ def trainings(folder: str | Path, *, unfinished: bool = False) -> list[Training]
     """Read the records of all trainings in the folders below one folder, in the order of their names.
 
     Args:
-        folder: holds one folder for each training (or is itself one).
+        folder: holds one folder for each training (or is itself one); hidden folders in it are left out.
         unfinished: return those that were not evaluated yet as well.
 
     Raises:
         DataError: there is none, or a record cannot be read.
     """
     folder = Path(folder)
-    found = [Training.read(path.parent) for path in sorted(folder.rglob("training.json"))]
+    paths = sorted(folder.rglob("training.json"))
+    hidden = {path for path in paths if any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    found = [Training.read(path.parent) for path in paths if path not in hidden]
     done = [training for training in found if unfinished or training.is_done]
     if not done:
         rest = f"; {len(found)} there are not done (unfinished=True reads them)" if found else ""
