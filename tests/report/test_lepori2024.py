@@ -14,16 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.cli import main
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.report.lepori2024 import REPRODUCTION
 from vit_mechinterp.report.lepori2024.cast import CHECKPOINTS, HELD_OUT, TASK_NAMES, TASKS, Cast
-from vit_mechinterp.report.lepori2024.claims import Claim, agreement
-from vit_mechinterp.report.lepori2024.published import best, published
 from vit_mechinterp.report.lepori2024.sections import SECTIONS
 from vit_mechinterp.report.lepori2024.sizes import SCALES
-from vit_mechinterp.report.lepori2024.verdicts import verdicts
 from vit_mechinterp.report.reproduction import reproduce
 from vit_mechinterp.training import preset, train
 from vit_mechinterp.training.config import EVALUATION_SPLITS
@@ -265,35 +261,6 @@ def test_the_scale_of_the_paper_runs_on_a_model_of_its_geometry(tmp_path: Path, 
         reproduce(REPRODUCTION, tmp_path / "none", only=["fig31"], **how)
 
 
-def test_the_papers_other_models_are_held_against_their_logs() -> None:
-    search = pd.DataFrame({
-        "attribute": ["shape"] * 3, "control": ["none", "none", "wrong_object"], "split": ["test_iid"] * 3, "layer": [0, 3, 3],
-        "accuracy": [0.5, 0.85, 0.99],
-    })  # fmt: skip
-    (claim,) = verdicts({"das_discrimination_dinov2": CircuitResult(name="das_discrimination_dinov2", table=search)})
-    assert (claim.figure, claim.published, claim.here, claim.holds) == ("Fig. 16", "0.908 (logged)", "0.850 in layer 3", True)
-    probe = pd.DataFrame({
-        "pair": ["all", "all", "all", "sample"], "quantity": ["probe accuracy", "success", "success", "success"],
-        "alpha": [float("nan"), 1.0, 2.0, 1.0], "layer": [5, 4, 4, 4], "value": [0.94, 0.6, 0.99, 0.99],
-    })  # fmt: skip
-    read, turned = verdicts({"probe_rmts_dino": CircuitResult(name="probe_rmts_dino", table=probe)})
-    assert (read.published, read.holds) == ("0.949 (logged)", True)
-    assert (turned.published, turned.here, turned.holds) == ("0.800 (logged)", "0.600 in layer 4", False)
-
-
-def test_points_without_a_correlation_are_said_to_have_none() -> None:
-    nothing = float("nan")
-    table = pd.DataFrame({
-        "split": ["test_iid"] * 4, "pearson": nothing, "pearson_low": nothing, "pearson_high": nothing, "n_models": 4,
-        "pearson_without": nothing,
-    })  # fmt: skip
-    (claim,) = verdicts({"points_rmts": CircuitResult(name="points_rmts", table=table)})
-    assert claim.holds is None
-    assert claim.figure == "Fig. 6 (RMTS)"
-    assert claim.here == "no correlation over 4 models: one of the two does not vary"
-    assert claim.published == "r = 0.95 over 5 models, from the authors' logs"
-
-
 def test_the_points_are_as_many_as_the_scale_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCALES, "tiny", replace(SMALL, point_models=3))
     for seed in range(4):
@@ -325,51 +292,3 @@ def _training(folder: Path, accuracy: float, changes: dict[str, Any]) -> None:
     document["config"] |= changes
     document["test"] = {split: {"accuracy": accuracy} for split in EVALUATION_SPLITS}
     path.write_text(json.dumps(document))
-
-
-def test_published_numbers_are_those_of_the_logs() -> None:
-    assert best(item="fig3", task="discrimination", kind="shape", quantity="interchange accuracy") == (0.936, "2")
-    assert best(item="fig5", model="CLIP B/16", combinations=256, quantity="intervention success, alpha 1") == (0.983, "5")
-    scratch = published(item="accuracy", model="scratch B/16", task="discrimination", combinations=256, kind="test_iid")
-    assert scratch["value"].tolist() == [0.805]
-    with pytest.raises(LookupError, match="No published number"):
-        best(item="fig3", task="counting")
-
-
-def test_verdicts_follow_the_numbers() -> None:
-    def searched(by_layer: list[float], wrong: float) -> CircuitResult:
-        rows = [("shape", "none", layer, value) for layer, value in enumerate(by_layer)]
-        rows += [("shape", "wrong_object", layer, wrong) for layer in range(len(by_layer))]
-        table = pd.DataFrame(rows, columns=["attribute", "control", "layer", "accuracy"])
-        return CircuitResult(name="das_discrimination", table=table)
-
-    good, bad = (
-        verdicts({"das_discrimination": searched(*case)})
-        for case in [([0.6, 0.9, 0.1], 0.5), ([0.6, 0.7, 0.9], 0.8)]
-    )
-    assert [claim.holds for claim in good] == [True, True]
-    assert [claim.holds for claim in bad] == [False, False]
-    assert good[0].here == "0.900 in layer 1; 0.100 in layer 2, the last"
-    assert good[0].published == "0.936 in layer 2 (logged for CLIP B/16); 0.007 in the last"
-
-
-@pytest.mark.parametrize(("local", "holds"), [(0, True), (2, True), (3, False), (7, False)])
-def test_hardly_any_head_is_one_in_ten(local: int, holds: bool) -> None:
-    name = "attention_discrimination_scratch"
-    table = pd.DataFrame({"WO_direct": [0.9] * local + [0.1] * (24 - local)})
-    (claim,) = verdicts({name: CircuitResult(name=name, table=table)})
-    assert claim.holds is holds
-    assert claim.here.startswith(f"{local} of 24 heads")
-
-
-def test_what_does_not_agree_is_said_in_words() -> None:
-    claims = [
-        Claim("Fig. 3", "one", "0.9", "0.8 here", "above 0.7", True),
-        Claim("Fig. 4", "two", "", "0.1 here", "above 0.7", False),
-        Claim("Fig. 6", "three", "", "r = 0.1", "above 0", None),
-    ]
-    found = agreement(claims, "tiny", {"das_rmts": "no model"})
-    assert found.summary == {"agrees": 1, "does not agree": 1, "cannot be told": 1}
-    assert "What does not agree: Fig. 4: 0.1 here." in found.description
-    assert "Not shown at this scale: das_rmts (no model)." in found.description
-    assert found.table["verdict"].tolist() == ["agrees", "does not agree", "cannot be told"]

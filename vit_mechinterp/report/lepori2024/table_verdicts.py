@@ -61,6 +61,39 @@ def _auxiliary(task: str) -> Claims:
     return of
 
 
+def _photographs(section: str, figure: str) -> Claims:
+    """What becomes of accuracies on realistic images."""
+
+    def of(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
+        rows = _whole(results[section].table)
+        by_split = rows.pivot_table(index="condition", columns="split", values="accuracy", sort=False)
+        models = dict(zip(rows["condition"], rows["model"], strict=True))
+        if "realistic" not in by_split:
+            return
+        clip = [name for name in by_split.index if str(models[name]).startswith("CLIP")]
+        others = [name for name in by_split.index if name not in clip]
+        kept, lower = "none loses more than 0.1", "all lose more than 0.1"
+        for names, said, rule in (
+            (clip, "on photographs CLIP is right nearly as often", kept),
+            (others, "on photographs models other than CLIP are right much less often", lower),
+        ):
+            if names:
+                lost = by_split.loc[names, "test_iid"] - by_split.loc[names, "realistic"]
+                here = ", ".join(f"{name} {by_split.loc[name, 'realistic']:.3f}" for name in names)
+                holds = bool((lost <= 0.1).all() if rule is kept else (lost > 0.1).all())
+                yield Claim(figure, said, "", here, rule, holds)
+
+    return of
+
+
+def _both(*claims: Claims) -> Claims:
+    def of(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
+        for one in claims:
+            yield from one(results)
+
+    return of
+
+
 def _mean(row: pd.Series[Any]) -> str:
     seeds = f" (mean of {row['n_seeds']} seeds)" if row["n_seeds"] > 1 else ""
     return f"{row['accuracy']:.3f}{seeds}"
@@ -117,7 +150,12 @@ def _figure_of(figure: str) -> str:
 
 
 TABLE_CLAIMS: Final[Mapping[str, Claims]] = {
-    "accuracy_discrimination": _auxiliary("discrimination"),
+    "accuracy_discrimination": _both(
+        _auxiliary("discrimination"), _photographs("accuracy_discrimination", "Fig. 10")
+    ),
     "accuracy_rmts": _auxiliary("rmts"),
     **{section: _logged(section, _figure_of(figure)) for figure, section in TABLES.items()},
+    TABLES["table2"]: _both(
+        _logged(TABLES["table2"], "Table 2"), _photographs(TABLES["table2"], "Table 2")
+    ),
 }

@@ -65,6 +65,35 @@ def _stages(name: str, figure: str, order: tuple[str, ...]) -> Any:
     return of
 
 
+def _no_stages(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
+    peaks = peak_heads(results["attention_rmts_dino"].table)
+    layers = [peaks[kind][0] for kind in ("WO", "WP", "BP", "BG")]
+    yield Claim(
+        "Fig. 2 (RMTS)",
+        "DINO shows no such order of stages",
+        "",
+        "the largest shares are " + ", ".join(f"{kind} in layer {peaks[kind][0]}" for kind in peaks),
+        "the peaks of WO, WP, BP, BG do not follow one another",
+        layers != sorted(layers),
+    )
+
+
+def _photographs(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
+    realistic, synthetic = "attention_realistic_discrimination", "attention_discrimination"
+    yield from _stages(realistic, "Fig. 10", ("WO", "WP", "BG"))(results)
+    if synthetic in results:
+        there, here = (int((results[name].table["heat"] < 0.5).sum()) for name in (synthetic, realistic))
+        yield Claim(
+            "Fig. 10",
+            "on photographs fewer heads are local",
+            "",
+            f"{here} of {len(results[realistic].table)} heads have a global score below 0.5, {there} on the "
+            "stimuli",
+            "there are fewer",
+            here < there,
+        )
+
+
 def _scratch(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
     name = "attention_discrimination"
     shares = {part: results[part].table["WO_direct"] for part in (f"{name}_scratch", name) if part in results}
@@ -244,9 +273,8 @@ _CLAIMS: Mapping[str, Any] = {
     "attention_discrimination": _stages("attention_discrimination", "Fig. 2", ("WO", "WP", "BG")),
     "attention_discrimination_scratch": _scratch,
     "attention_rmts": _stages("attention_rmts", "Fig. 2 (RMTS)", ("WO", "WP", "BP", "BG")),
-    "attention_realistic_discrimination": _stages(
-        "attention_realistic_discrimination", "Fig. 10", ("WO", "WP", "BG")
-    ),
+    "attention_rmts_dino": _no_stages,
+    "attention_realistic_discrimination": _photographs,
     "das_discrimination": _das("discrimination", "Fig. 3"),
     "das_rmts": _das("rmts", "Fig. 3 (RMTS)"),
     "novel_discrimination": _novel("discrimination", "Fig. 4"),
