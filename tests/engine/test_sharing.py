@@ -165,6 +165,25 @@ def test_what_puts_a_changed_value_back_is_no_idle_edit() -> None:
     ]
 
 
+@pytest.mark.parametrize("idle", ["first", "second"])
+def test_a_stage_may_hold_no_row_that_anything_changes(idle: str) -> None:
+    """Rows of one stage repeat, and all rows of the other are clean."""
+    world = repeating()
+    repeated = swap("blocks.0.resid_post")
+    if idle == "first":
+        # The value of an idle run is read; what reads it, and an equal run, are all there is to compute.
+        read = run("read", swap("blocks.1.resid_post", "base", tokens=["cls"]), add("blocks.2.resid_mid", 24, 0.0))
+        late = swap("blocks.2.resid_mid", {"run": "read"}, source_site="blocks.1.resid_post")
+        documents = [read, run("a", late), run("b", late)]
+    else:
+        # The values of a run that nothing changes are put back where they come from.
+        read = run("read", swap("blocks.0.resid_pre", "base"))
+        back = swap("blocks.1.resid_mid", {"run": "read"})
+        documents = [read, run("a", repeated), run("b", repeated), run("back", back)]
+    counted(world, documents)
+    counted(world, documents, batch_size=2, memory=world.memory(documents, 2, 2))
+
+
 def test_rows_join_behind_the_edits_that_do_nothing_to_them() -> None:
     world = repeating()
     documents = [

@@ -46,7 +46,7 @@ class StageRows:
         """For every row, the row that is computed for it: the first equal one of its chunk, or, where only
         outputs are wanted of all equal rows of its chunk, the first equal one at all."""
         rows = np.arange(len(self.examples))
-        if not self.sharing.repeats:
+        if not self.sharing.repeats or not self.parts:
             return rows
         classes = np.concatenate([self.sharing.classes[p.run.name][p.examples] for p in self.parts])
         n_chunks = 1 + self.sharing.n_examples // self.chunk
