@@ -227,6 +227,32 @@ def test_what_cannot_be_prepared_is_refused() -> None:
                 prepared(examples, tensors)
 
 
+def test_what_a_store_loses_meanwhile_is_computed_anew(tmp_path: Path) -> None:
+    """Another process may make room in the folder, or a file may be damaged, between two steps of a training."""
+    world = world_of(TIMM_REGISTERS, 4)
+    runs = [
+        Run.model_validate(
+            {"name": site, "interventions": [{"site": site, "tokens": ["cls", 2], **FORMULAS["subspace"][0]}]}
+        )
+        for site in ("embed", "blocks.0.mlp_out", "blocks.1.attn_out", "blocks.1.resid_post")
+    ]
+    tensors = leaves(world.module_width)
+    store = vmi.ActivationStore(tmp_path, host=0)
+    with prepare(world.vit, runs, world.columns, tensors, progress=False, store=store, memory=1) as prepared:
+        before = prepared([3, 0], tensors)
+        lost = list(tmp_path.rglob("*.safetensors"))
+        for file in lost:
+            file.unlink()
+        after = prepared([3, 0], tensors)
+    assert len(lost) >= 5
+    assert torch.equal(before, after)
+    own = {name: tensors[name] for name in ("R", "g")}
+    again = gradients(after, own)
+    for name, gradient in gradients(before, own).items():
+        assert torch.equal(again[name], gradient)
+        assert float(gradient.abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["temporary", "store"])
 def test_clean_values_beyond_the_budget_are_read_batch_by_batch(tmp_path: Path, given: bool) -> None:
     """The same gradients, nothing held, nothing computed again, and no folder left behind."""

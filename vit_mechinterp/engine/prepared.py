@@ -19,6 +19,7 @@ from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.order import Segment, filled
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import provenance_of
+from vit_mechinterp.engine.reads import clean_sources
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import resolve_refs
 from vit_mechinterp.engine.throughput import likely_width
@@ -220,7 +221,9 @@ def run_together(
     with vit.lock:
         for wave in filled(placed, _width(vit, placed), vit.layout.n_layers, spares=spares):
             segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
-            result = run_wave(vit, segments, [rows.material for rows, _ in wave], spares=spares)
+            # Beforehand, because no forward can run inside another, whose hooks it would set off.
+            materials = [rows.in_memory(examples, vit.layout.n_layers) for rows, examples in wave]
+            result = run_wave(vit, segments, materials, spares=spares)
             for (rows, _), output in zip(wave, result.outputs, strict=True):
                 pieces[rows.batch, rows.run.name].append(output)
     for (n, name), own in pieces.items():
@@ -237,6 +240,12 @@ class _Rows:
     run: BoundRun
     examples: IntArray
     material: Material
+
+    def in_memory(self, examples: IntArray, n_layers: int) -> Material:
+        """What the rows of some examples read, out of any store."""
+        values = self.material.clean.values
+        reads = clean_sources(self.run, n_layers)
+        return replace(self.material, clean=Clean({own: values[own].in_memory(examples) for own in reads}))
 
 
 def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:

@@ -105,6 +105,10 @@ class Values:
     place: IntArray
     starts: IntArray | None = None
 
+    def in_memory(self, examples: IntArray | Sequence[int]) -> Values:
+        """Values of some examples, and perhaps of others, that need no store to be read."""
+        return self
+
     def whole(self, examples: IntArray | Sequence[int]) -> Tensor:
         """Whole activations of some examples, ``[row, ...]``."""
         places = self._places(examples)

@@ -26,17 +26,18 @@ class StreamedValues(Values):
         self._schedule = schedule
         self._need = need
 
+    def in_memory(self, examples: IntArray | Sequence[int]) -> Values:
+        """Values of some examples: what the store has lost is computed anew, by a forward of its own."""
+        chosen = np.unique(np.asarray(examples, dtype=np.int64))
+        return self._stored.values(self._schedule, self._need, chosen)
+
     def whole(self, examples: IntArray | Sequence[int]) -> Tensor:
         """Whole activations of some examples, ``[row, ...]``."""
-        return self._read(examples).whole(examples)
+        return self.in_memory(examples).whole(examples)
 
     def rows(self, examples: IntArray | Sequence[int], *, tokens: bool = True) -> Tensor:
         """Selected tokens of some examples as ``[m, *features]``, row by row."""
-        return self._read(examples).rows(examples, tokens=tokens)
-
-    def _read(self, examples: IntArray | Sequence[int]) -> Values:
-        chosen = np.unique(np.asarray(examples, dtype=np.int64))
-        return self._stored.values(self._schedule, self._need, chosen)
+        return self.in_memory(examples).rows(examples, tokens=tokens)
 
 
 def streamed(stored: StoredClean, schedule: Schedule) -> Clean:
