@@ -52,7 +52,7 @@ class RowKeys:
         return same if same.any() else None
 
     def of(self, part: Part) -> tuple[Any, list[IntArray]]:
-        """The key of a part's rows: what they share, and numbers ``[example]`` for what they may differ in."""
+        """The key of a part's rows: what they share, and numbers ``[example]`` for what may differ."""
         fixed: list[Any] = []
         varying = [self.sharing.images[part.run.run.base]]
         for edit in part.run.edits:

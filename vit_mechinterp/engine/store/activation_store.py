@@ -14,9 +14,9 @@ from vit_mechinterp.engine.bind import check_heads
 from vit_mechinterp.engine.checks import refuse_dropout
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.heap import thrifty
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
-from vit_mechinterp.engine.heap import thrifty
 from vit_mechinterp.engine.store.source import Source, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.store.view import StoredActivations
