@@ -81,6 +81,8 @@ def test_sizes_and_digests_decode_nothing(undecodable: None) -> None:
     digest = columns.fingerprint(["base"])
     same, other = (Data(dataset([picture(0), picture(n)]), columns.vit) for n in (1, 2))
     assert same.fingerprint(["base"]) == digest != other.fingerprint(["base"])
+    repeated = Data(dataset([picture(0), picture(1), picture(0)]), columns.vit)
+    assert repeated.digest("base", [0, 1]) == columns.digest("base") != repeated.digest("base")
 
 
 def test_splits_and_streams_are_refused() -> None:

@@ -197,8 +197,9 @@ def dataset_means(
 
 def _sum(values: Values) -> tuple[Tensor, int]:
     """Sum over examples (over selected tokens), and how many there are."""
-    tensor = values.tensor.double()
-    if values.starts is not None:
-        return tensor.sum(dim=0), len(tensor)
-    times = torch.as_tensor(np.bincount(values.place, minlength=len(tensor)), device=tensor.device)
+    tensor, starts = values.tensor.double(), values.starts
+    held = len(tensor) if starts is None else len(starts) - 1
+    counts = np.bincount(values.place, minlength=held)
+    counts = counts if starts is None else np.repeat(counts, np.diff(starts))
+    times = torch.as_tensor(counts, device=tensor.device)
     return (tensor * times.view(-1, *[1] * (tensor.ndim - 1))).sum(dim=0), int(times.sum())

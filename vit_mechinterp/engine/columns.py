@@ -90,11 +90,14 @@ class Columns:
         rows = self.once(("rows", column), lambda: self._data.select_columns([column]))
         return (rows[int(i)][column] for i in indices)
 
-    def _scan(self, column: str, doing: str, stored: Any = None) -> Iterator[Any]:
-        """Every entry of a column (or of its stored form), behind a progress bar."""
-        entries = self.values(column) if stored is None else (stored[i][column] for i in range(self.n))
+    def _scan(
+        self, column: str, doing: str, stored: Any = None, examples: Sequence[int] | None = None
+    ) -> Iterator[Any]:
+        """Entries of a column (or of its stored form), all or some, behind a progress bar."""
+        chosen = range(self.n) if examples is None else examples
+        entries = self.values(column, chosen) if stored is None else (stored[i][column] for i in chosen)
         yield from tqdm(
-            entries, f"{doing} {column}", total=self.n, delay=_PROGRESS_DELAY, disable=not self._progress
+            entries, f"{doing} {column}", total=len(chosen), delay=_PROGRESS_DELAY, disable=not self._progress
         )
 
     def integers(self, column: str, where: str = "") -> list[list[int]]:
@@ -161,16 +164,21 @@ class Columns:
             digest.update(f"{column}:{self.digest(column)}\n".encode())
         return digest.hexdigest()
 
-    def digest(self, column: str) -> str:
-        """SHA-256 over the contents of one column, whatever it is called; made once."""
-        return self.once(("digest", column), lambda: self._digest(column))
+    def digest(self, column: str, examples: Sequence[int] | None = None) -> str:
+        """SHA-256 over the contents of one column, whatever it is called; made once.
 
-    def _digest(self, column: str) -> str:
+        That of some ``examples`` is the digest of a column that holds these alone.
+        """
+        chosen = range(self.n) if examples is None else tuple(examples)
+        return self.once(("digest", column, chosen), lambda: self._digest(column, chosen))
+
+    def _digest(self, column: str, examples: Sequence[int]) -> str:
         digest = hashlib.sha256()
         stored = stored_images(self._data, column)
         if stored is not None:
             digest.update(f"files, mode {stored.features[column].mode}".encode())
-        for example, entry in enumerate(self._scan(column, "digest of", stored)):
+        scanned = self._scan(column, "digest of", stored, examples)
+        for example, entry in zip(examples, scanned, strict=True):
             encoded = None if stored is None else stored_bytes(entry)
             if encoded is not None:
                 digest.update(len(encoded).to_bytes(8, "big") + encoded)

@@ -189,15 +189,17 @@ class Data(Columns):
             sizes.append((int(entry.size[0]), int(entry.size[1])))
         return sizes
 
-    def image_digest(self, column: str) -> str:
-        """SHA-256 over what decides the model's input: a column's images, and how they are preprocessed."""
-        return self.once(("image digest", column), lambda: self._image_digest(column))
+    def image_digest(self, column: str, examples: Sequence[int] | None = None) -> str:
+        """SHA-256 over what decides the model's input: a column's images, all of them or those of some
+        examples, and how they are preprocessed."""
+        chosen = None if examples is None else tuple(examples)
+        return self.once(("image digest", column, chosen), lambda: self._image_digest(column, chosen))
 
-    def _image_digest(self, column: str) -> str:
+    def _image_digest(self, column: str, examples: Sequence[int] | None) -> str:
         preprocessing = ""
         if any(map(is_picture, self.values(column, [0]))):
             preprocessing = json.dumps(self.vit.preprocess.config, sort_keys=True, default=str)
-        return hashlib.sha256(f"{self.digest(column)} {preprocessing}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.digest(column, examples)} {preprocessing}".encode()).hexdigest()
 
 
 def _may_be_encoded(entry: Any, column: str) -> str:

@@ -80,8 +80,8 @@ def execute(
         memory: most bytes that the engine may hold beside the model and the results, or a text such as
             ``"4GiB"``; 2 GiB on a CPU, 40 % of what is free on a GPU by default.
         store: where clean values are read from if they are there, and kept if they are not. With it, clean
-            forwards hold fixed batches of one column's images, so that a value has the same bits whether it
-            is read or computed.
+            forwards hold fixed batches of one column's distinct images, so that a value has the same bits
+            whether it is read or computed; an image that stands in two columns is computed for each.
         out: a folder to write results into as they come, chunk by chunk. The same call with a folder that
             was begun goes on where it was, repeats nothing that is there, and gives the same bits; what
             captures hold is then mapped from the folder's ``results.safetensors``.

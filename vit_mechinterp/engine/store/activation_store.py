@@ -15,6 +15,7 @@ from vit_mechinterp.engine.checks import refuse_dropout
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.heap import thrifty
+from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.store.source import Source, rows_by_default
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 class ActivationStore:
     """Activations of clean forwards, by the digests of model, images, site, tokens and dtype.
 
-    What is asked for a second time, by whichever experiment, is read and not computed. Blocks of examples lie
+    What is asked for a second time, by whichever experiment, is read and not computed, and an image that a
+    column repeats is computed once. Blocks of examples lie
     in preallocated memory of the GPU, in (page-locked) memory of the host, and on disk as memory-mapped
     safetensors files; where a tier is full, the least recently used blocks leave it. A checksum per example
     is compared when it is first read from a file, and again once the file has changed: what is damaged is
@@ -109,10 +111,11 @@ class ActivationStore:
         columns.require(column, "capture")
         reads = _reads(vit, columns, sites, column, tokens, heads)
         columns.check_images(column)
+        images = image_numbers(columns, [column], progress=progress)[column]
         rows = rows_by_default(vit) if batch_size == "auto" else batch_size
         rows = rows if vit.layout.family.one_image is None else 1
         with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
-            source = Source(self.tiers, vit, columns, column, reads.values(), rows, dtype)
+            source = Source(self.tiers, vit, columns, column, images, reads.values(), rows, dtype)
             source.tick = lambda n: _count(bar, n)
             if batch_size == "auto":
                 source.adopt_rows(max(rows, columns.n))
@@ -189,7 +192,7 @@ def _fill(source: Source) -> None:
     """Fill the store; where memory runs out, begin again with half as many images per forward."""
     filled = False
     while not filled:
-        batches = ((source.column, tuple(grain)) for grain in source.missing_grains())
+        batches = ((source.column, batch) for batch in source.missing_batches())
         with memory_may_run_out(), source.data.ahead(batches):
             source.fill()
             filled = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from vit_mechinterp.engine.ahead import Request
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
@@ -23,6 +24,28 @@ __all__ = ["StoredClean"]
 
 Needs = Mapping[Read | str, IntArray]
 """Reads, and image columns whose output is wanted, with their examples."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a source is asked for.
+
+    Args:
+        form: what is stored.
+        examples: of which examples.
+        place: which of these stands for each of the examples that it is needed of.
+    """
+
+    form: Wanted
+    examples: IntArray
+    place: IntArray
+
+    @property
+    def counts(self) -> IntArray:
+        """Number of stored items of every example that is asked for."""
+        if self.form is None or self.form.positions.is_all:
+            return np.ones(len(self.examples), dtype=np.int64)
+        return np.asarray(self.form.positions.counts(self.examples, 0))
 
 
 class StoredClean:
@@ -51,8 +74,8 @@ class StoredClean:
         model = vit.fingerprint()
         reads: dict[str, dict[Wanted, None]] = defaultdict(dict)
         for chunk in schedule.chunks:
-            for column, wanted in _by_column(schedule, _needs(schedule, chunk, None)).items():
-                reads[column].update(dict.fromkeys(wanted))
+            for need in _needs(schedule, chunk, None):
+                reads[_column_of(need)][_stored_form(need)] = None
         for read in schedule.mean_reads if schedule.means_come_first else ():
             assert isinstance(read.origin, ColumnOrigin)
             reads[read.origin.column][_stored_form(read)] = None
@@ -60,7 +83,8 @@ class StoredClean:
         self.sources: dict[str, Source] = {}
         for column, own in reads.items():
             rows = min(most, rows_by_default(vit))
-            self.sources[column] = Source(tiers, vit, data, column, own, rows, model=model)
+            images = schedule.sharing.images[column]
+            self.sources[column] = Source(tiers, vit, data, column, images, own, rows, model=model)
             if batch_size == "auto":
                 self.sources[column].adopt_rows(most)
 
@@ -79,22 +103,28 @@ class StoredClean:
         self, schedule: Schedule, chunks: Iterable[range], reads: Sequence[Read] | None = None
     ) -> Iterator[Request]:
         """The batches of images that will be asked for, in order."""
-        seen: set[tuple[str, range]] = set()
+        seen: set[Request] = set()
         for chunk in chunks:
-            for column, wanted in _by_column(schedule, _needs(schedule, chunk, reads)).items():
-                for grain in self.sources[column].missing_grains(wanted):
-                    if (column, grain) not in seen:
-                        seen.add((column, grain))
-                        yield column, tuple(grain)
+            asked = self._asked(schedule, _needs(schedule, chunk, reads))
+            for column, wanted in _by_column(asked).items():
+                for batch in self.sources[column].missing_batches(wanted):
+                    if (column, batch) not in seen:
+                        seen.add((column, batch))
+                        yield column, batch
 
     def values(self, schedule: Schedule, need: Read | str, examples: IntArray) -> Values:
         """One value of some ascending examples, read on its own (the output of a column by its name)."""
-        form = None if isinstance(need, str) else _stored_form(need)
-        source = self.sources[_column_of(need)]
-        own = source.take({form: _places(schedule, need, examples)})[form]
-        if isinstance(need, str):
-            return Values(own, examples, np.arange(len(examples)))
-        return _values(need, own, examples)
+        asked = self._asked(schedule, {need: examples})[need]
+        found = self.sources[_column_of(need)].take({asked.form: asked.examples})
+        return _values(need, found[asked.form], asked, examples)
+
+    def _asked(self, schedule: Schedule, needs: Needs) -> dict[Read | str, _Asked]:
+        """What to ask the sources for: equal images once, where their values are stored once."""
+        asked: dict[Read | str, _Asked] = {}
+        for need, examples in needs.items():
+            form, own = _stored_form(need), _places(schedule, need, examples)
+            asked[need] = _Asked(form, *self.sources[_column_of(need)].stored_once(form, own))
+        return asked
 
     def __call__(
         self,
@@ -107,8 +137,9 @@ class StoredClean:
     ) -> Clean:
         """What `clean_pass` gives."""
         needs = _needs(schedule, chunk, reads)
+        asked = self._asked(schedule, needs)
         clean = Clean()
-        for column, wanted in _by_column(schedule, needs).items():
+        for column, wanted in _by_column(asked).items():
             source = self.sources[column]
             source.tick = tick
             if source.rows > schedule.clean_width:  # memory ran out
@@ -118,14 +149,13 @@ class StoredClean:
             for need, examples in needs.items():
                 if _column_of(need) != column:
                     continue
-                form = None if isinstance(need, str) else _stored_form(need)
-                items = int(_counts(form, _places(schedule, need, examples)).sum())
-                own = found[form][taken[form] : taken[form] + items]
-                taken[form] += items
+                form, begin = asked[need].form, taken[asked[need].form]
+                taken[form] += int(asked[need].counts.sum())
+                values = _values(need, found[form][begin : taken[form]], asked[need], examples)
                 if isinstance(need, str):
-                    clean.outputs[need] = Values(own, examples, np.arange(len(examples)))
+                    clean.outputs[need] = values
                 else:
-                    clean.values[need] = _values(need, own, examples)
+                    clean.values[need] = values
         return clean
 
 
@@ -143,8 +173,10 @@ def _column_of(need: Read | str) -> str:
     return need.origin.column
 
 
-def _stored_form(read: Read) -> Read:
-    """What is stored for a read: the column's own values, of tokens that belong to the image."""
+def _stored_form(read: Read | str) -> Wanted:
+    """What is stored for a need: the column's own values, of tokens that belong to the image."""
+    if isinstance(read, str):
+        return None
     assert isinstance(read.origin, ColumnOrigin)
     own = ColumnOrigin(read.origin.column)
     if read.origin.permutation is not None and read.positions.each is not None:
@@ -160,32 +192,22 @@ def _places(schedule: Schedule, need: Read | str, examples: IntArray) -> IntArra
     return schedule.sharing.places_of(need.origin)[examples]
 
 
-def _by_column(schedule: Schedule, needs: Needs) -> dict[str, dict[Wanted, IntArray]]:
+def _by_column(asked: Mapping[Read | str, _Asked]) -> dict[str, dict[Wanted, IntArray]]:
     """What to take from every column: needs that are stored alike behind one another."""
     found: dict[str, dict[Wanted, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
-    for need, examples in needs.items():
-        form = None if isinstance(need, str) else _stored_form(need)
-        found[_column_of(need)][form].append(_places(schedule, need, examples))
+    for need, own in asked.items():
+        found[_column_of(need)][own.form].append(own.examples)
     return {
         column: {form: np.concatenate(parts) for form, parts in own.items()} for column, own in found.items()
     }
 
 
-def _counts(form: Wanted, examples: IntArray) -> IntArray:
-    """Number of stored items of some examples."""
-    if form is None or form.positions.is_all:
-        return np.ones(len(examples), dtype=np.int64)
-    return np.asarray(form.positions.counts(examples, 0))
-
-
-def _values(read: Read, items: Tensor, examples: IntArray) -> Values:
-    form = _stored_form(read)
-    if form.positions != read.positions or form.heads != read.heads:
-        selected = Read(read.origin, read.site, read.positions, read.heads)
-        items = gather(read.site, by_token(read.site, items), slice(0, len(examples)), selected, examples)
-    place = np.arange(len(examples))
-    if read.positions == Positions():
-        return Values(items, examples, place)
-    return Values(
-        items, examples, place, np.concatenate([[0], np.cumsum(read.positions.counts(examples, 0))])
-    )
+def _values(need: Read | str, items: Tensor, asked: _Asked, examples: IntArray) -> Values:
+    if isinstance(need, str) or asked.form is None or need.positions.is_all:
+        return Values(items, examples, asked.place)
+    counts, place = asked.counts, asked.place
+    if asked.form.positions != need.positions or asked.form.heads != need.heads:
+        selected = Read(need.origin, need.site, need.positions, need.heads)
+        items = gather(need.site, by_token(need.site, items), place, selected, examples)
+        counts, place = need.positions.counts(examples, 0), np.arange(len(examples))
+    return Values(items, examples, place, np.concatenate([[0], np.cumsum(counts)]))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.store.slots import Slots
 from vit_mechinterp.spec.digest import digest
 
 __all__ = ["Entry", "Key", "positions_digest"]
@@ -20,9 +21,12 @@ __all__ = ["Entry", "Key", "positions_digest"]
 class Key:
     """The identity of one site's activations on one column of images.
 
+    A column that repeats images is known by its distinct ones, in the order in which they first appear, so
+    whatever columns have these share what is stored of them.
+
     Args:
         model: the model's fingerprint.
-        images: digest of the images and of their preprocessing.
+        images: digest of the distinct images and of their preprocessing.
         site: canonical name of the site, or ``output``.
         tokens: digest of the token positions.
         heads: the heads selected.
@@ -53,13 +57,17 @@ class Key:
         return replace(self, rows=0).name
 
 
-def positions_digest(positions: Positions) -> str:
-    """A digest of token positions; ``all`` for whole activations."""
+def positions_digest(positions: Positions, slots: Slots) -> str:
+    """A digest of token positions, and of how many choices of them are made of every image; ``all`` for whole
+    activations."""
     if positions.is_all:
         return "all"
     if positions.shared is not None:
         return ",".join(map(str, positions.shared))
-    return hashlib.sha256(repr(positions.each).encode()).hexdigest()
+    each: object = positions.each
+    if positions.each is not None and slots.n_images < len(slots):
+        each = [positions.each[example] for example in slots.examples.tolist()], slots.begins.tolist()
+    return hashlib.sha256(repr(each).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

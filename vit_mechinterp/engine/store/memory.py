@@ -79,6 +79,10 @@ class MemoryTier:
             self._blocks.move_to_end(name)
         return block
 
+    def peek(self, name: BlockName) -> Block | None:
+        """The same, which does not count as use."""
+        return self._blocks.get(name)
+
     def has(self, name: BlockName, local: IntArray) -> bool:
         """Whether a block is here with some of its examples; does not count as use."""
         block = self._blocks.get(name)

@@ -1,7 +1,8 @@
 """Activations of one image column: read from a store where it has them, computed where it does not.
 
-Images pass through the model in batches that begin at multiples of ``rows``, whoever asks for which of them,
-so that a value has the same bits whether it was stored before, is computed now, or was lost in between.
+Every image passes through the model once, however many examples hold it. Distinct images, in the order in
+which they first appear, make batches that begin at multiples of ``rows``, whoever asks for which of them, so
+that a value has the same bits whether it was stored before, is computed now, or was lost in between.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Stop
 from vit_mechinterp.engine.store.keys import Entry, Key, positions_digest
+from vit_mechinterp.engine.store.slots import Slots, slots_of
 from vit_mechinterp.engine.store.tiers import Tiers
-from vit_mechinterp.engine.values import ColumnOrigin, Read, by_token, gather
+from vit_mechinterp.engine.values import ColumnOrigin, Read, by_token, contiguous, gather
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward
 from vit_mechinterp.spec import Site
@@ -52,6 +54,7 @@ class Source:
         vit: the model.
         data: the examples.
         column: the image column.
+        images: numbers of its images, ``[example]``; equal numbers, equal images.
         reads: every value that may be asked for; blocks whose attention matrices are among them compute
             their attention explicitly, also where the matrices themselves are stored already.
         rows: images per forward.
@@ -66,6 +69,7 @@ class Source:
         vit: HookedViT,
         data: Data,
         column: str,
+        images: IntArray,
         reads: Iterable[Wanted],
         rows: int,
         dtype: torch.dtype | None = None,
@@ -90,8 +94,22 @@ class Source:
                 }
             )
         )
+        self._by_image, self._by_example = slots_of(images)
+        self._repeats = self._by_image is not self._by_example
         self._keys: dict[Wanted, Key] = {}
         self._entries: dict[Wanted, Entry] = {}
+
+    def _slots(self, read: Wanted) -> Slots:
+        """Where the values of a column's examples stand."""
+        each = read is not None and read.positions.each is not None
+        return self._by_example if each else self._by_image
+
+    def stored_once(self, read: Wanted, examples: IntArray) -> tuple[IntArray, IntArray]:
+        """Of some examples one for each slot, in the order of slots, and which of these stands for each."""
+        if not self._repeats:
+            return examples, np.arange(len(examples))
+        _, first, which = np.unique(self._slots(read).of[examples], return_index=True, return_inverse=True)
+        return examples[first], which.reshape(-1)
 
     def key(self, read: Wanted) -> Key:
         """What a value is known by."""
@@ -99,9 +117,9 @@ class Source:
             explicit = [n for n in self._explicit if read is None or Site(n, "attn.scores") <= read.site]
             self._keys[read] = Key(
                 model=self._model,
-                images=self.data.image_digest(self.column),
+                images=self.data.image_digest(self.column, self._representatives),
                 site="output" if read is None else str(read.site),
-                tokens="all" if read is None else positions_digest(read.positions),
+                tokens="all" if read is None else positions_digest(read.positions, self._slots(read)),
                 heads=None if read is None else read.heads,
                 dtype=str(torch.float32 if read is None else self.dtype).removeprefix("torch."),
                 device=self.vit.device.type,
@@ -109,6 +127,11 @@ class Source:
                 rows=self.rows,
             )
         return self._keys[read]
+
+    @property
+    def _representatives(self) -> list[int] | None:
+        """An example of every distinct image; None if no image is repeated."""
+        return self._by_image.examples.tolist() if self._repeats else None
 
     def use_rows(self, rows: int) -> None:
         """Change the number of images per forward: what is stored under another is something else."""
@@ -129,7 +152,7 @@ class Source:
         if read not in self._entries:
             key, starts = self.key(read), self._starts(read)
             known = self.tiers.known(key, starts)
-            if known is None or known.n != self.data.n:
+            if known is None or known.n != len(self._slots(read)):
                 return None
             self._entries[read] = known
         return self._entries[read]
@@ -137,7 +160,7 @@ class Source:
     def _starts(self, read: Wanted) -> IntArray | None:
         if read is None or read.positions.is_all:
             return None
-        counts = read.positions.counts(range(self.data.n), 0)
+        counts = read.positions.counts(self._slots(read).examples, 0)
         return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
 
     def ensure(self, read: Wanted, value: Tensor) -> Entry:
@@ -145,7 +168,7 @@ class Source:
         found = self.entry(read)
         if found is None:
             starts, shape = self._starts(read), tuple(value.shape[1:])
-            draft = Entry(self.key(read), self.data.n, shape, 1, starts)
+            draft = Entry(self.key(read), len(self._slots(read)), shape, 1, starts)
             share = self.tiers.host.budget // (4 * len(self.reads))
             wanted = max(_LEAST_BLOCK_BYTES, min(_BLOCK_BYTES, share or _BLOCK_BYTES))
             block = max(1, min(draft.n, wanted * draft.n // max(1, draft.nbytes)))
@@ -157,25 +180,27 @@ class Source:
         found: dict[Wanted, Tensor] = {}
         missing: dict[Wanted, IntArray] = {}
         for read, examples in wanted.items():
-            entry = self.entry(read)
+            entry, slots = self.entry(read), self._slots(read)
             absent = examples
             if entry is not None:
-                found[read] = self._empty(entry, examples)
-                absent = self.tiers.read(entry, examples, found[read])
+                own = slots.of[examples]
+                found[read] = self._empty(entry, own)
+                absent = slots.examples[self.tiers.read(entry, own, found[read])]
             if len(absent) and read is not None and (whole := self._from_whole(read, examples)) is not None:
                 found[read] = whole
             elif len(absent):
                 missing[read] = np.unique(absent)
         for grain, reads in self._grains(missing):
             for read, value in self.compute(grain, reads).items():
-                entry = self.ensure(read, value)
+                entry, slots = self.ensure(read, value), self._slots(read)
+                own = slots.of[wanted[read]]
                 if read not in found:
-                    found[read] = self._empty(entry, wanted[read])
-                _copy(entry, grain, value, wanted[read], found[read])
+                    found[read] = self._empty(entry, own)
+                _copy(entry, slots.of_images(grain), value, own, found[read])
         return found
 
-    def _empty(self, entry: Entry, examples: IntArray) -> Tensor:
-        shape = int(entry.counts(examples).sum()), *entry.shape
+    def _empty(self, entry: Entry, slots: IntArray) -> Tensor:
+        shape = int(entry.counts(slots).sum()), *entry.shape
         if self.vit.device.type != "cpu":
             return torch.empty(shape, dtype=entry.dtype, device=self.vit.device)
         # numpy asks for large pages, of which the first touch costs far less.
@@ -188,14 +213,20 @@ class Source:
 
     def _from_whole(self, read: Read, examples: IntArray) -> Tensor | None:
         """A selection of tokens and heads from whole activations, if those are stored."""
-        entry = self.entry(self._whole(read)) if self._whole(read) != read else None
-        if entry is None or len(self.tiers.absent(entry, examples)):
+        whole = self._whole(read)
+        entry = self.entry(whole) if whole != read else None
+        if entry is None:
             return None
-        values = self._empty(entry, examples)
-        if len(self.tiers.read(entry, examples, values)):
+        once, which = self.stored_once(whole, examples)
+        slots = self._slots(whole).of[once]
+        if len(self.tiers.absent(entry, slots)):
+            return None
+        values = self._empty(entry, slots)
+        if len(self.tiers.read(entry, slots, values)):
             return None
         own = Read(ColumnOrigin(self.column), read.site, read.positions, read.heads)
-        return gather(read.site, by_token(read.site, values), slice(0, len(examples)), own, examples)
+        rows = contiguous(which)
+        return gather(read.site, by_token(read.site, values), which if rows is None else rows, own, examples)
 
     def absent(self, wanted: Mapping[Wanted, IntArray] | None = None) -> dict[Wanted, IntArray]:
         """Examples that are not stored, by value, of those that are wanted (of all by default)."""
@@ -203,22 +234,30 @@ class Source:
         found: dict[Wanted, IntArray] = {}
         for read, examples in (wanted or dict.fromkeys(self.reads, everyone)).items():
             for own in dict.fromkeys((read, self._whole(read))):
-                entry = self.entry(own)
-                examples = examples if entry is None else self.tiers.absent(entry, examples)
+                entry, slots = self.entry(own), self._slots(own).of
+                if entry is not None:
+                    gone = self.tiers.absent(entry, slots[examples])
+                    examples = examples[np.isin(slots[examples], gone)]
             if len(examples):
                 found[read] = examples
         return found
 
     def _grains(self, missing: Mapping[Wanted, IntArray]) -> Iterator[tuple[range, list[Wanted]]]:
-        """Batches that hold missing examples, in order, and what is missing of them."""
-        grains = {read: np.unique(examples // self.rows) for read, examples in missing.items()}
+        """Batches of distinct images that missing examples hold, in order, and what is missing of them."""
+        image = self._by_image.of
+        grains = {read: np.unique(image[examples] // self.rows) for read, examples in missing.items()}
         for number in sorted({int(n) for own in grains.values() for n in own}):
-            batch = range(number * self.rows, min(self.data.n, (number + 1) * self.rows))
+            batch = range(number * self.rows, min(len(self._by_image), (number + 1) * self.rows))
             yield batch, [read for read, own in grains.items() if number in own]
 
-    def missing_grains(self, wanted: Mapping[Wanted, IntArray] | None = None) -> Iterator[range]:
-        """The batches that hold what is wanted (everything by default) and not stored, in order."""
-        return (grain for grain, _ in self._grains(self.absent(wanted)))
+    def missing_batches(self, wanted: Mapping[Wanted, IntArray] | None = None) -> Iterator[tuple[int, ...]]:
+        """Examples of the batches of images of which something that is wanted (everything by default) is not
+        stored, in order."""
+        return (self._examples(grain) for grain, _ in self._grains(self.absent(wanted)))
+
+    def _examples(self, grain: range) -> tuple[int, ...]:
+        """An example of every image of a batch."""
+        return tuple(self._by_image.examples[grain.start : grain.stop].tolist())
 
     def fill(self) -> None:
         """Compute and keep everything that is not stored, one batch at a time."""
@@ -233,7 +272,7 @@ class Source:
         """
         values = self._forward(grain, reads)
         for read, value in values.items():
-            self.tiers.put(self.ensure(read, value), grain, value)
+            self.tiers.put(self.ensure(read, value), self._slots(read).of_images(grain), value)
         give_back()
         return values
 
@@ -242,8 +281,15 @@ class Source:
         instrument = Instrument(self.vit.module, self.vit.layout)
 
         def keep(read: Read) -> Callable[[Tensor], None]:
+            slots = self._slots(read)
+            own = slots.of_images(batch)
+            examples = slots.examples[own.start : own.stop]
+            rows = self._by_image.of[examples] - batch.start
+            every = slice(0, len(batch)) if len(own) == len(batch) else None
+
             def visitor(value: Tensor) -> None:
-                values[read] = gather(read.site, value, slice(0, len(batch)), read, batch).to(self.dtype)
+                kept = gather(read.site, value, rows if every is None else every, read, examples)
+                values[read] = kept.to(self.dtype)
 
             return visitor
 
@@ -262,7 +308,7 @@ class Source:
             instrument.stop(place[0], before=place[1])
         with self.vit.lock, torch.no_grad(), instrument.installed():
             with suppress(StopForward):
-                output = self.vit(self.data.images(self.column, batch))
+                output = self.vit(self.data.images(self.column, self._examples(batch)))
                 if None in reads:
                     values[None] = output.float()
             instrument.verify()
@@ -270,13 +316,13 @@ class Source:
         return values
 
 
-def _copy(entry: Entry, grain: range, value: Tensor, examples: IntArray, out: Tensor) -> None:
-    """Put the wanted items of a batch into their places."""
-    inside = (examples >= grain.start) & (examples < grain.stop)
+def _copy(entry: Entry, given: range, value: Tensor, wanted: IntArray, out: Tensor) -> None:
+    """Put the items of wanted slots into their places, from those of consecutive slots."""
+    inside = (wanted >= given.start) & (wanted < given.stop)
     if not inside.any():
         return
-    begin = entry.span(grain).start
-    places = np.flatnonzero(np.repeat(inside, entry.counts(examples)))
-    items = entry.items(examples[inside]) - begin
+    begin = entry.span(given).start
+    places = np.flatnonzero(np.repeat(inside, entry.counts(wanted)))
+    items = entry.items(wanted[inside]) - begin
     index = torch.as_tensor(items, device=value.device)
     out[torch.as_tensor(places, device=out.device)] = value[index].to(out.dtype)

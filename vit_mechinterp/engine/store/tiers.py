@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.store.copying import copy_items, pick
 from vit_mechinterp.engine.store.disk import DiskTier
 from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier
-from vit_mechinterp.engine.values import contiguous
 
 __all__ = ["Tiers"]
 
@@ -28,8 +28,6 @@ _MOST_PENDING = 2
 _AT_WORK = 32 * 1024**2
 """Bytes of the host's budget that are left for the batch at work and for images that wait; of a small budget
 a third, of a large one a sixteenth."""
-_LARGE = 4096
-"""Bytes of an item from which on it is worth a copy of its own."""
 
 
 class Tiers:
@@ -54,7 +52,7 @@ class Tiers:
         self.lock = threading.RLock()
         self._counting = threading.Lock()  # of busy blocks; whoever holds the other lock may wait for a write
         self._entries: dict[Key, Entry] = {}
-        self._assembling: dict[BlockName, Block] = {}
+        self._assembling: dict[BlockName, Block] = {}  # beside the host's budget, until they are on disk
         self._writer: ThreadPoolExecutor | None = None
         self._pending: deque[Future[None]] = deque()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -122,8 +120,9 @@ class Tiers:
         self._fill(block, entry, number, part, piece)
         if block.complete and self.disk is not None and not block.saved:
             block.saved = True
-            self._assembling.pop(name, None)
-            if not self.disk.has(entry, number):
+            if self.disk.has(entry, number):
+                self._assembling.pop(name, None)
+            else:
                 self._save(entry, number, block)
 
     def _assemble(self, entry: Entry, number: int) -> Block | None:
@@ -174,6 +173,7 @@ class Tiers:
         except OSError as error:
             self._lose_disk(error)
         finally:
+            self._assembling.pop((entry.key.name, number), None)
             with self._counting:
                 block.busy -= 1
 
@@ -186,17 +186,26 @@ class Tiers:
         """Those of some examples that no tier has, as far as can be said without reading."""
         with self.lock:
             numbers = examples // entry.block
-            gone = [n for n in np.unique(numbers) if not self._has(entry, int(n), examples[numbers == n])]
-            return examples[np.isin(numbers, gone)]
+            there = np.zeros(len(examples), dtype=np.bool_)
+            for number in np.unique(numbers).tolist():
+                here = numbers == number
+                there[here] = self._held(entry, number, examples[here])
+            return examples[~there]
 
-    def _has(self, entry: Entry, number: int, examples: IntArray) -> bool:
+    def _held(self, entry: Entry, number: int, examples: IntArray) -> NDArray[np.bool_]:
+        """Which of some examples of one block are somewhere."""
         name, local = (entry.key.name, number), examples - number * entry.block
-        if any(tier.has(name, local) for tier in (self.host, *self.gpus.values())):
-            return True
-        own = self._assembling.get(name)
-        if own is not None and own.have[local].all():
-            return True
-        return self.disk is not None and self.disk.has(entry, number)
+        held = np.zeros(len(local), dtype=np.bool_)
+        for block in self._in_memory(name):
+            held |= block.have[local]
+        if not held.all() and self.disk is not None and self.disk.has(entry, number):
+            held[:] = True
+        return held
+
+    def _in_memory(self, name: BlockName) -> list[Block]:
+        """A block wherever it is but on disk, which does not count as use."""
+        found = [tier.peek(name) for tier in (*self.gpus.values(), self.host)]
+        return [block for block in (*found, self._assembling.get(name)) if block is not None]
 
     def read(self, entry: Entry, examples: IntArray, out: Tensor) -> IntArray:
         """Write items of some examples into ``out [item, *shape]``; return the examples that are absent."""
@@ -211,22 +220,23 @@ class Tiers:
                 if entry.starts is not None:
                     own = counts[where]
                     places = np.arange(int(own.sum())) + np.repeat(begins[where] - np.cumsum(own) + own, own)
-                if not self._copy_out(entry, int(numbers[where[0]]), here, out, places):
-                    absent.append(here)
+                number = int(numbers[where[0]])
+                if not self._copy_out(entry, number, here, out, places):
+                    absent.append(self._copy_part(entry, number, here, out, places))
             return np.concatenate(absent) if absent else examples[:0]
 
     def _copy_out(
         self, entry: Entry, number: int, examples: IntArray, out: Tensor, places: IntArray
     ) -> bool:
         """Put the items of some examples of one block into places of ``out``, from the fastest tier that has
-        them; False if none has."""
+        all of them; False if none has."""
         name, own, device = (entry.key.name, number), entry.examples(number), out.device
         local = examples - own.start
         items = local if entry.starts is None else entry.items(examples) - entry.span(own).start
-        many = 2 * len(examples) >= len(own)
+        many = 2 * len(set(examples.tolist())) >= len(own)
         gpu = self._gpu(device)
         if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
-            _copy(block.tensor, items, out, places)
+            copy_items(block.tensor, items, out, places)
             return True
         block = self.host.get(name) or self._assembling.get(name)
         if block is None or not block.have[local].all():
@@ -234,22 +244,37 @@ class Tiers:
         if block is None:
             source = self._elsewhere(entry, number, examples)
             if source is not None:
-                _copy(source, items, out, places)
+                copy_items(source, items, out, places)
             return source is not None
         block.settle()
         if gpu is not None and (higher := gpu.make(entry, number, evict=many)) is not None:
             higher.tensor.copy_(block.tensor, non_blocking=True)
             higher.have[:] = block.have
             block.copies(torch.cuda.current_stream(device))
-            _copy(higher.tensor, items, out, places)
+            copy_items(higher.tensor, items, out, places)
         elif device.type == "cuda":
-            found = _pick(block.tensor, items)
+            found = pick(block.tensor, items)
             pinned = found if found.is_pinned() else found.pin_memory()
-            _copy(pinned.to(device, non_blocking=True), np.arange(len(items)), out, places)
+            copy_items(pinned.to(device, non_blocking=True), np.arange(len(items)), out, places)
             block.copies(torch.cuda.current_stream(device))
         else:
-            _copy(block.tensor, items, out, places)
+            copy_items(block.tensor, items, out, places)
         return True
+
+    def _copy_part(
+        self, entry: Entry, number: int, examples: IntArray, out: Tensor, places: IntArray
+    ) -> IntArray:
+        """The same from a block that is still filling up, as far as it goes; return the examples that are
+        absent."""
+        own = entry.examples(number)
+        for block in self._in_memory((entry.key.name, number)):
+            have = block.have[examples - own.start]
+            if have.any():
+                block.settle()
+                items = entry.items(examples[have]) - entry.span(own).start
+                copy_items(block.tensor, items, out, places[np.repeat(have, entry.counts(examples))])
+                return examples[~have]
+        return examples
 
     def _load(self, entry: Entry, number: int, *, evict: bool) -> Block | None:
         """Move a block from disk into the host's memory, every example of it checked."""
@@ -300,31 +325,3 @@ class Tiers:
         self._entries.clear()
         if self.disk is not None:
             self.disk.clear()
-
-
-def _pick(tensor: Tensor, items: IntArray) -> Tensor:
-    if not len(items):
-        return tensor[:0]
-    span = contiguous(items)
-    return tensor[span] if span is not None else tensor[torch.as_tensor(items, device=tensor.device)]
-
-
-def _copy(source: Tensor, items: IntArray, out: Tensor, places: IntArray) -> None:
-    """Put items of a block into places of ``out``."""
-    if not len(items):
-        return
-    if source.device == out.device and source.device.type == "cpu" and source[0].nbytes >= _LARGE:
-        # One copy each, where gathering and scattering would make two.
-        rows, given = _bytes(out), _bytes(source)
-        for place, item in zip(places.tolist(), items.tolist(), strict=True):
-            rows[place] = given[item]
-        return
-    target = contiguous(places)
-    found = _pick(source, items).to(out.device)
-    out[torch.as_tensor(places, device=out.device) if target is None else target] = found
-
-
-def _bytes(items: Tensor) -> NDArray[np.uint8]:
-    """The bytes of every item, ``[item, byte]``, where they are."""
-    found: NDArray[np.uint8] = items.view(len(items), -1).view(torch.uint8).numpy()
-    return found

@@ -41,7 +41,7 @@ class StoredSite:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all examples."""
+        """Bytes that are kept of all examples; what equal images have in common is kept once."""
         entry = self._source.entry(self._read)
         return 0 if entry is None else entry.nbytes
 
