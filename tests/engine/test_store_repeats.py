@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
 from vit_mechinterp.engine import prepare
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.store import source
+from vit_mechinterp.engine.store import disk, source
 from vit_mechinterp.engine.store.slots import slots_of
 from vit_mechinterp.spec import TokenBox, TokenColumn
 
@@ -166,6 +167,13 @@ def test_an_experiment_computes_every_image_of_a_column_once(
 ) -> None:
     if chunks == "many":
         cut_small(monkeypatch)
+    original = disk.DiskTier.write
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.02)
+        original(*args)
+
+    monkeypatch.setattr(disk.DiskTier, "write", slowly)  # what waits to be written is read meanwhile
     results = []
     # The means of several chunks come first, in forwards of their own that stop at block 1.
     means = IMAGES if chunks == "many" else 0
