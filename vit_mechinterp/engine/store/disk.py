@@ -1,4 +1,4 @@
-"""Blocks of activations on disk: one safetensors file each, mapped, with a checksum for every example."""
+"""Blocks of activations on disk: one safetensors file each, mapped, with a checksum for every slot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MOST_OPEN = 256
 class Shard:
     """One block's file, mapped: bytes are read when they are looked at.
 
-    ``stamp`` tells the file from another, or a changed one, of its name; ``checked`` says which examples have
+    ``stamp`` tells the file from another, or a changed one, of its name; ``checked`` says which slots have
     been compared with their checksums since it was mapped.
     """
 
@@ -126,10 +126,10 @@ class DiskTier:
         Raises:
             OSError: it cannot be written.
         """
-        first = entry.span(entry.examples(block)).start
+        first = entry.span(entry.slots(block)).start
         sums = [
             checksum(tensor[span.start - first : span.stop - first])
-            for i in entry.examples(block)
+            for i in entry.slots(block)
             if (span := entry.span(range(i, i + 1)))
         ]
         path = self.path(entry, block)
@@ -205,7 +205,7 @@ class DiskTier:
             tensors, _ = read_tensors(path)
             values, sums = tensors["values"], tensors["checksums"]
             fits = (tuple(values.shape), values.dtype) == (entry.block_shape(block), entry.dtype)
-            if fits and len(sums) == len(entry.examples(block)):
+            if fits and len(sums) == len(entry.slots(block)):
                 return Shard(path, stamp, values, sums.numpy(), np.zeros(len(sums), dtype=np.bool_))
             reason = f"it holds {values.dtype} of shape {tuple(values.shape)}"
         except FileNotFoundError:
@@ -215,18 +215,18 @@ class DiskTier:
         self.discard(path, reason)
         return None
 
-    def sound(self, shard: Shard, entry: Entry, block: int, examples: IntArray) -> bool:
-        """Whether some examples of a file are what was written, each compared once while the file stays as it
+    def sound(self, shard: Shard, entry: Entry, block: int, slots: IntArray) -> bool:
+        """Whether some slots of a file are what was written, each compared once while the file stays as it
         is; a damaged file is dropped with a warning."""
-        first_example = entry.examples(block).start
-        first = entry.span(entry.examples(block)).start
-        for i in examples[~shard.checked[examples - first_example]].tolist():
+        first_slot = entry.slots(block).start
+        first = entry.span(entry.slots(block)).start
+        for i in slots[~shard.checked[slots - first_slot]].tolist():
             span = entry.span(range(i, i + 1))
             found = checksum(shard.values[span.start - first : span.stop - first])
-            if found != shard.sums[i - first_example]:
-                self.discard(shard.path, f"the checksum of example {i} differs")
+            if found != shard.sums[i - first_slot]:
+                self.discard(shard.path, f"the checksum of slot {i} differs")
                 return False
-            shard.checked[i - first_example] = True
+            shard.checked[i - first_slot] = True
         return True
 
     def discard(self, path: Path, reason: str) -> None:

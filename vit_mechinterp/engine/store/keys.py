@@ -72,17 +72,17 @@ def positions_digest(positions: Positions, slots: Slots) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """Activations of all examples under one key, in blocks of consecutive examples.
+    """Activations of all slots under one key, in blocks of consecutive slots.
 
-    What is stored of an example is one *item* of ``shape``, or, where examples differ in their number of
-    tokens, as many items as ``starts`` says.
+    A slot belongs to an image, or to an example (see `Slots`). What is stored of it is one *item* of
+    ``shape``, or, where examples differ in their number of tokens, as many items as ``starts`` says.
 
     Args:
         key: the key.
-        n: number of examples.
+        n: number of slots.
         shape: shape of an item.
-        block: examples per block.
-        starts: where the items of each example begin, ``[n + 1]``; None for one item per example.
+        block: slots per block.
+        starts: where the items of each slot begin, ``[n + 1]``; None for one item per slot.
     """
 
     key: Key
@@ -105,7 +105,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all examples."""
+        """Bytes of all slots."""
         return (self.n if self.starts is None else int(self.starts[-1])) * self.item_bytes
 
     @property
@@ -113,33 +113,33 @@ class Entry:
         """Number of blocks."""
         return -(-self.n // self.block)
 
-    def examples(self, block: int) -> range:
-        """The examples of a block."""
+    def slots(self, block: int) -> range:
+        """The slots of a block."""
         return range(block * self.block, min(self.n, (block + 1) * self.block))
 
-    def span(self, examples: range) -> slice:
-        """The items of consecutive examples."""
+    def span(self, slots: range) -> slice:
+        """The items of consecutive slots."""
         if self.starts is None:
-            return slice(examples.start, examples.stop)
-        return slice(int(self.starts[examples.start]), int(self.starts[examples.stop]))
+            return slice(slots.start, slots.stop)
+        return slice(int(self.starts[slots.start]), int(self.starts[slots.stop]))
 
     def block_shape(self, block: int) -> tuple[int, ...]:
         """Shape of a block's tensor."""
-        span = self.span(self.examples(block))
+        span = self.span(self.slots(block))
         return (span.stop - span.start, *self.shape)
 
-    def items(self, examples: IntArray) -> IntArray:
-        """The items of some examples, in order."""
+    def items(self, slots: IntArray) -> IntArray:
+        """The items of some slots, in order."""
         if self.starts is None:
-            return examples
-        counts = self.starts[examples + 1] - self.starts[examples]
+            return slots
+        counts = self.starts[slots + 1] - self.starts[slots]
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        items: IntArray = np.repeat(self.starts[examples], counts) + within
+        items: IntArray = np.repeat(self.starts[slots], counts) + within
         return items
 
-    def counts(self, examples: IntArray) -> IntArray:
-        """Number of items of some examples."""
+    def counts(self, slots: IntArray) -> IntArray:
+        """Number of items of some slots."""
         if self.starts is None:
-            return np.ones(len(examples), dtype=np.int64)
-        counts: IntArray = self.starts[examples + 1] - self.starts[examples]
+            return np.ones(len(slots), dtype=np.int64)
+        counts: IntArray = self.starts[slots + 1] - self.starts[slots]
         return counts

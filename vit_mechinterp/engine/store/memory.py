@@ -22,7 +22,7 @@ BlockName = tuple[str, int]
 
 @dataclass
 class Block:
-    """One block: its tensor, and which of its examples are there.
+    """One block: its tensor, and which of its slots are there.
 
     ``busy`` counts those who still read it elsewhere, so that it must stay. Copies to and from a GPU are
     asynchronous; `settle` waits for the last of them. ``saved`` says that it is on disk, or on its way.
@@ -37,7 +37,7 @@ class Block:
 
     @property
     def complete(self) -> bool:
-        """Whether all of its examples are there."""
+        """Whether all of its slots are there."""
         return bool(self.have.all())
 
     def copies(self, stream: torch.cuda.Stream) -> None:
@@ -84,7 +84,7 @@ class MemoryTier:
         return self._blocks.get(name)
 
     def has(self, name: BlockName, local: IntArray) -> bool:
-        """Whether a block is here with some of its examples; does not count as use."""
+        """Whether a block is here with some of its slots; does not count as use."""
         block = self._blocks.get(name)
         return block is not None and bool(block.have[local].all())
 
@@ -104,7 +104,7 @@ class MemoryTier:
         if buffer is None:
             return None
         tensor = buffer[: size * dtype.itemsize].view(dtype).view(shape)
-        block = Block(tensor, buffer, np.zeros(len(entry.examples(number)), dtype=np.bool_))
+        block = Block(tensor, buffer, np.zeros(len(entry.slots(number)), dtype=np.bool_))
         self._blocks[name] = block
         return block
 

@@ -96,13 +96,13 @@ class Tiers:
                 "Activations can no longer be written (%s): the store goes on without the disk.", error
             )
 
-    def put(self, entry: Entry, examples: range, values: Tensor) -> None:
-        """Keep the items of consecutive examples, ``[item, *shape]``, on whatever device they are."""
+    def put(self, entry: Entry, slots: range, values: Tensor) -> None:
+        """Keep the items of consecutive slots, ``[item, *shape]``, on whatever device they are."""
         with self.lock:
-            begin = entry.span(examples).start
-            for number in range(examples.start // entry.block, (examples.stop - 1) // entry.block + 1):
-                own = entry.examples(number)
-                part = range(max(own.start, examples.start), min(own.stop, examples.stop))
+            begin = entry.span(slots).start
+            for number in range(slots.start // entry.block, (slots.stop - 1) // entry.block + 1):
+                own = entry.slots(number)
+                part = range(max(own.start, slots.start), min(own.stop, slots.stop))
                 span = entry.span(part)
                 self._put(entry, number, part, values[span.start - begin : span.stop - begin])
 
@@ -133,12 +133,12 @@ class Tiers:
             block = self.host.make(entry, number, evict=True, unfinished=True)
         if block is None and self.disk is not None:
             tensor = torch.empty(entry.block_shape(number), dtype=entry.dtype)
-            block = Block(tensor, tensor, np.zeros(len(entry.examples(number)), dtype=np.bool_))
+            block = Block(tensor, tensor, np.zeros(len(entry.slots(number)), dtype=np.bool_))
             self._assembling[entry.key.name, number] = block
         return block
 
     def _fill(self, block: Block, entry: Entry, number: int, part: range, piece: Tensor) -> None:
-        own = entry.examples(number)
+        own = entry.slots(number)
         first, span = entry.span(own).start, entry.span(part)
         target = block.tensor[span.start - first : span.stop - first]
         if piece.is_cuda and not target.is_cuda:
@@ -182,19 +182,19 @@ class Tiers:
         while self._pending:
             self._pending.popleft().result()
 
-    def absent(self, entry: Entry, examples: IntArray) -> IntArray:
-        """Those of some examples that no tier has, as far as can be said without reading."""
+    def absent(self, entry: Entry, slots: IntArray) -> IntArray:
+        """Those of some slots that no tier has, as far as can be said without reading."""
         with self.lock:
-            numbers = examples // entry.block
-            there = np.zeros(len(examples), dtype=np.bool_)
+            numbers = slots // entry.block
+            there = np.zeros(len(slots), dtype=np.bool_)
             for number in np.unique(numbers).tolist():
                 here = numbers == number
-                there[here] = self._held(entry, number, examples[here])
-            return examples[~there]
+                there[here] = self._held(entry, number, slots[here])
+            return slots[~there]
 
-    def _held(self, entry: Entry, number: int, examples: IntArray) -> NDArray[np.bool_]:
-        """Which of some examples of one block are somewhere."""
-        name, local = (entry.key.name, number), examples - number * entry.block
+    def _held(self, entry: Entry, number: int, slots: IntArray) -> NDArray[np.bool_]:
+        """Which of some slots of one block are somewhere."""
+        name, local = (entry.key.name, number), slots - number * entry.block
         held = np.zeros(len(local), dtype=np.bool_)
         for block in self._in_memory(name):
             held |= block.have[local]
@@ -207,33 +207,31 @@ class Tiers:
         found = [tier.peek(name) for tier in (*self.gpus.values(), self.host)]
         return [block for block in (*found, self._assembling.get(name)) if block is not None]
 
-    def read(self, entry: Entry, examples: IntArray, out: Tensor) -> IntArray:
-        """Write items of some examples into ``out [item, *shape]``; return the examples that are absent."""
+    def read(self, entry: Entry, slots: IntArray, out: Tensor) -> IntArray:
+        """Write items of some slots into ``out [item, *shape]``; return the slots that are absent."""
         with self.lock:
-            numbers = examples // entry.block
+            numbers = slots // entry.block
             order = np.argsort(numbers, kind="stable")
-            counts = entry.counts(examples)
+            counts = entry.counts(slots)
             begins = np.cumsum(counts) - counts
             absent: list[IntArray] = []
             for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-                here, places = examples[where], where
+                here, places = slots[where], where
                 if entry.starts is not None:
                     own = counts[where]
                     places = np.arange(int(own.sum())) + np.repeat(begins[where] - np.cumsum(own) + own, own)
                 number = int(numbers[where[0]])
                 if not self._copy_out(entry, number, here, out, places):
                     absent.append(self._copy_part(entry, number, here, out, places))
-            return np.concatenate(absent) if absent else examples[:0]
+            return np.concatenate(absent) if absent else slots[:0]
 
-    def _copy_out(
-        self, entry: Entry, number: int, examples: IntArray, out: Tensor, places: IntArray
-    ) -> bool:
-        """Put the items of some examples of one block into places of ``out``, from the fastest tier that has
+    def _copy_out(self, entry: Entry, number: int, slots: IntArray, out: Tensor, places: IntArray) -> bool:
+        """Put the items of some slots of one block into places of ``out``, from the fastest tier that has
         all of them; False if none has."""
-        name, own, device = (entry.key.name, number), entry.examples(number), out.device
-        local = examples - own.start
-        items = local if entry.starts is None else entry.items(examples) - entry.span(own).start
-        many = 2 * len(set(examples.tolist())) >= len(own)
+        name, own, device = (entry.key.name, number), entry.slots(number), out.device
+        local = slots - own.start
+        items = local if entry.starts is None else entry.items(slots) - entry.span(own).start
+        many = 2 * len(set(slots.tolist())) >= len(own)
         gpu = self._gpu(device)
         if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
             copy_items(block.tensor, items, out, places)
@@ -242,7 +240,7 @@ class Tiers:
         if block is None or not block.have[local].all():
             block = self._load(entry, number, evict=many)
         if block is None:
-            source = self._elsewhere(entry, number, examples)
+            source = self._elsewhere(entry, number, slots)
             if source is not None:
                 copy_items(source, items, out, places)
             return source is not None
@@ -262,29 +260,29 @@ class Tiers:
         return True
 
     def _copy_part(
-        self, entry: Entry, number: int, examples: IntArray, out: Tensor, places: IntArray
+        self, entry: Entry, number: int, slots: IntArray, out: Tensor, places: IntArray
     ) -> IntArray:
-        """The same from a block that is still filling up, as far as it goes; return the examples that are
+        """The same from a block that is still filling up, as far as it goes; return the slots that are
         absent."""
-        own = entry.examples(number)
+        own = entry.slots(number)
         for block in self._in_memory((entry.key.name, number)):
-            have = block.have[examples - own.start]
+            have = block.have[slots - own.start]
             if have.any():
                 block.settle()
-                items = entry.items(examples[have]) - entry.span(own).start
-                copy_items(block.tensor, items, out, places[np.repeat(have, entry.counts(examples))])
-                return examples[~have]
-        return examples
+                items = entry.items(slots[have]) - entry.span(own).start
+                copy_items(block.tensor, items, out, places[np.repeat(have, entry.counts(slots))])
+                return slots[~have]
+        return slots
 
     def _load(self, entry: Entry, number: int, *, evict: bool) -> Block | None:
-        """Move a block from disk into the host's memory, every example of it checked."""
+        """Move a block from disk into the host's memory, every slot of it checked."""
         shard = None if self.disk is None else self.disk.open(entry, number)
         if shard is None or self.disk is None:
             return None
         block = self.host.make(entry, number, evict=evict)
         if block is None:
             return None
-        own = entry.examples(number)
+        own = entry.slots(number)
         if not self.disk.sound(shard, entry, number, np.arange(own.start, own.stop)):
             self.host.drop((entry.key.name, number))
             return None
@@ -293,14 +291,14 @@ class Tiers:
         block.saved = True
         return block
 
-    def _elsewhere(self, entry: Entry, number: int, examples: IntArray) -> Tensor | None:
+    def _elsewhere(self, entry: Entry, number: int, slots: IntArray) -> Tensor | None:
         """A block straight from the disk, or on a GPU where no host memory was given."""
-        name, local = (entry.key.name, number), examples - entry.examples(number).start
+        name, local = (entry.key.name, number), slots - entry.slots(number).start
         for tier in self.gpus.values():
             if tier.has(name, local) and (block := tier.get(name)) is not None:
                 return block.tensor
         shard = None if self.disk is None else self.disk.open(entry, number)
-        if shard is None or self.disk is None or not self.disk.sound(shard, entry, number, examples):
+        if shard is None or self.disk is None or not self.disk.sound(shard, entry, number, slots):
             return None
         return shard.values
 
