@@ -115,6 +115,9 @@ def test_edits_move_a_feature_to_its_value(tiny, k: int | None, tmp_path: Path) 
     h = values[SITE][:, first:].reshape(-1, D)
     explained = 1 - float(((h - rebuilt.reshape(-1, D)) ** 2).sum() / ((h - h.mean(0)) ** 2).sum())
     assert np.isclose(result.summary["variance explained"], explained, rtol=1e-4)
+    most = result.table.loc[result.table["change"].abs().idxmax()]
+    said = f"{most.change:+.3g} ({most.edit}, feature {most.feature})"
+    assert result.summary["largest change"] == said
     assert set(result.figures()) == set(result.captions)
 
 

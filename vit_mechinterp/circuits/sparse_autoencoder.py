@@ -163,8 +163,8 @@ def sparse_autoencoder(
             "features": dictionary.n_features,
             "variance explained": read.explained(),
             "features per token": read.density(),
-            "largest change": f"{strongest['change']:+.3g} ({strongest['edit']} feature "
-            "{strongest['feature']})",
+            "largest change": f"{strongest['change']:+.3g} ({strongest['edit']}, feature "
+            f"{strongest['feature']})",
         },
         description=f"{_DESCRIPTION}\n\n{bound.description}",
         captions={
