@@ -109,6 +109,15 @@ def test_timm_folders(tmp_path: Path) -> None:
     assert vmi.load(f"timm/{tmp_path}/my-vit", pretrained=False).fingerprint() != vit.fingerprint()
 
 
+def test_a_folder_without_a_dot_is_told_how_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dinov3").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=r"'dinov3' is no model string\. There is a folder .*: write './dinov3'"):
+        vmi.load("dinov3")
+
+
 def test_names_without_weights() -> None:
     torch.manual_seed(0)
     vit = vmi.load("timm/test_vit", pretrained=False, num_classes=7, check=True)

@@ -71,8 +71,10 @@ def load(
     library, _, rest = name.partition("/") if isinstance(name, str) else ("", "", "")
     if not rest or library not in (*BUILDERS, "vmi"):
         forms = " or ".join(f"'{known}/./FOLDER'" for known in ("hf", "timm"))
+        here = isinstance(name, str) and name and Path(name).is_dir()
+        near = f" There is a folder of that name: write './{name}'." if here else catalogue().near(str(name))
         raise SpecError(
-            f"{name!r} is no model string.{catalogue().near(str(name))} Write 'timm/NAME', 'hf/ORG/NAME', a "
+            f"{name!r} is no model string.{near} Write 'timm/NAME', 'hf/ORG/NAME', a "
             f"folder as {forms}, or 'vmi/NAME' with one of "
             f"{', '.join(checkpoints()) or 'no shipped checkpoints'}."
         )
