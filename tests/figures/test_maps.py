@@ -36,6 +36,23 @@ def test_patches_are_coloured_by_value_and_bare_where_there_is_none() -> None:
         position_maps({"clean": GREY}, {"layer 0": values[0]}, limits=(-1, 1))
 
 
+def test_a_colour_bar_begins_at_the_least_value_there_can_be() -> None:
+    def ticks(limits: tuple[float, float]) -> list[str]:
+        figure = position_maps({"a": GREY}, {"b": np.zeros((1, 2))}, limits=limits, least=0.0)
+        return [text.get_text() for text in figure.axes[-1].get_yticklabels()]
+
+    assert ticks((0.0, 1.0)) == ["0", "0.5", "1"]
+    assert ticks((-0.2, 0.4)) == ["0", "0.1", "0.4"]
+    assert ticks((-0.019, 0.021)) == ["0.001", "0.021"]
+
+
+def test_whole_numbers_have_whole_ticks() -> None:
+    axes = curves({"a": Curve([0, 1, 2], [0.0, 1.0, 0.5])}).axes[0]
+    assert [tick for tick in axes.get_xticks() if 0 <= tick <= 2] == [0, 1, 2]
+    axes = curves({"a": Curve([0, 0.25, 0.5], [0.0, 1.0, 0.5])}).axes[0]
+    assert 0.1 in axes.get_xticks()
+
+
 def test_many_panels_fill_several_rows() -> None:
     figure = position_maps({"clean": GREY}, {f"layer {n}": np.ones((2, 4)) for n in range(12)}, limits=(-1, 1))
     tops = {round(axes.get_subplotspec().rowspan.start) for axes in figure.axes if axes.get_subplotspec()}

@@ -31,7 +31,7 @@ def drawing(
     pictures: dict[str, Image], layout: TokenLayout, shown: str, n_classes: int
 ) -> Callable[[CircuitResult], dict[str, Figure]]:
     def draw(result: CircuitResult) -> dict[str, Figure]:
-        from vit_mechinterp.figures import Curve, curves, position_maps
+        from vit_mechinterp.figures import Curve, curves, position_maps, round_up
         from vit_mechinterp.figures.words import word_maps
 
         table = result.table
@@ -50,9 +50,12 @@ def drawing(
             for layer, rows in tokens.groupby("layer"):
                 values = rows.set_index("token")["value"].reindex(range(layout.n_tokens))
                 maps[f"layer {layer}"] = patch_grid(values.to_numpy(dtype=float), layout)
-            # The middle of the colours is chance.
-            limits = (round(2 / n_classes - 1, 2), 1.0)
-            figures["patches"] = position_maps(pictures, maps, limits=limits, label=f"probability of {shown}")
+            # The middle of the colours is chance, and they end where values do: of a thousand classes, one that
+            # stands out may still be far from certain.
+            chance = 1 / n_classes
+            reach = min(round_up(max(float(tokens["value"].max()) - chance, chance)), 1 - chance)
+            limits, label = (chance - reach, chance + reach), f"probability of {shown}"
+            figures["patches"] = position_maps(pictures, maps, limits=limits, least=0.0, label=label)
             words, strengths = {}, {}
             for layer, rows in tokens.groupby("layer"):
                 read = rows.set_index("token").reindex(range(layout.n_tokens))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.figures.style import MUTED, PALETTE, label_line_ends, new_figure, styled
@@ -83,6 +84,8 @@ def curves(
         shown = [line for line in lines.values() if not line.control]
         for line, color in zip(shown, PALETTE * 4, strict=False):
             axes.vlines(line.x, line.low, line.high, color=color, linewidth=1.6, zorder=2)
+    elif all(float(place).is_integer() for line in lines.values() for place in line.x):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlim(first, last)
     axes.set_xlabel(x_label)
     axes.set_ylabel(label)

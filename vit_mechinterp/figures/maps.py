@@ -31,6 +31,7 @@ def position_maps(
     maps: Mapping[str, Float[np.ndarray, "row column"]],
     *,
     limits: tuple[float, float],
+    least: float = -math.inf,
     label: str = "",
     title: str = "",
 ) -> Figure:
@@ -43,6 +44,7 @@ def position_maps(
         images: name to image as the model sees it; the maps lie over the first.
         maps: name (``"layer 3"``) to values ``[row, column]`` over the patch grid; NaN leaves a patch bare.
         limits: the values of the two ends of the colours.
+        least: the least value that there can be; the colour bar begins there if it lies within ``limits``.
         label: what the colours measure.
         title: above the panels.
 
@@ -81,7 +83,11 @@ def position_maps(
     bar.outline.set_visible(False)
     bar.set_label(label)
     low, high = limits
-    bar.set_ticks([low, (low + high) / 2, high], labels=[f"{v:g}" for v in (low, (low + high) / 2, high)])
+    bottom, middle = max(low, least), (low + high) / 2
+    bar.ax.set_ylim(bottom, high)
+    # Two numbers that nearly meet could not be read.
+    ticks = [bottom, middle, high] if middle - bottom > 0.1 * (high - bottom) else [middle, high]
+    bar.set_ticks(ticks, labels=[f"{v:.3g}" for v in ticks])
     bar.ax.tick_params(length=0)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
