@@ -191,8 +191,23 @@ def test_figures_lay_senders_out_by_layer() -> None:
     shown = np.asarray(figures["total"].axes[0].images[0].get_array())
     assert shown.shape == (TIMM_PLAIN.n_heads + 1, N_LAYERS)
     rows = result.table[result.table["sender_kind"] == "mlp"]
+    assert result.table["normalised"].isna().all()
     np.testing.assert_allclose(shown[-1], rows["total"])
     assert [t.get_text() for t in figures["total"].axes[0].get_yticklabels()] == ["head 0", "head 1", "head 2", "MLP"]
+
+
+def test_direct_and_total_effects_are_drawn_in_one_unit() -> None:
+    vit = vmi.wrap(TIMM_PLAIN.module())
+    data = {"base": TIMM_PLAIN.images(1, 1), "source": TIMM_PLAIN.images(1, 2)}
+    result = path_patching(vit, data, metric=first)
+    with torch.no_grad():
+        base, source = (float(vit(data[name])[0, 0]) for name in ("base", "source"))
+    assert result.captions["total"].startswith("Share of the gap when")
+    rows = result.table[result.table["sender_kind"] == "mlp"]
+    for column, figure in (("change", "into_logits"), ("total", "total")):
+        shown = np.asarray(result.figures()[figure].axes[0].images[0].get_array())[-1]
+        np.testing.assert_allclose(shown, rows[column] / (source - base), rtol=1e-5)
+    assert rows["total"].abs().max() > 1e-3
 
 
 def test_bad_nodes_are_named() -> None:

@@ -35,9 +35,7 @@ def captions_of(table: pd.DataFrame) -> dict[str, str]:
     else:
         captions["edges"] = f"{what} through every edge; pairs left blank do not follow each other."
     if "total" in table:
-        captions["total"] = (
-            "Change of the metric when a sender is patched and nothing is held: all its paths together."
-        )
+        captions["total"] = f"{what} when a sender is patched and nothing is held: all its paths together."
     return captions
 
 
@@ -72,10 +70,12 @@ def draw_paths(label: str) -> Callable[[CircuitResult], dict[str, Figure]]:
             )
         if "total" in table:
             own = table.drop_duplicates("sender")
-            values, names = sender_map(own, "total")
-            bound = round_up(float(own["total"].abs().max()))
+            # In the unit of the direct effects, with which it is compared.
+            total = "total" if column == "change" else "total_normalised"
+            values, names = sender_map(own, total)
+            bound = round_up(float(own[total].abs().max()))
             figures["total"] = condition_map(
-                values, names, label=f"change of {label}", title="nothing held", limits=(-bound, bound)
+                values, names, label=what, title="nothing held", limits=(-bound, bound)
             )
         return figures
 

@@ -9,7 +9,7 @@ the receiver's run reads its value from the sender's run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +40,7 @@ from vit_mechinterp.spec import Interchange, Run
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 __all__ = ["edge_patching", "path_patching", "path_runs", "path_table", "run_name"]
 
@@ -95,8 +96,9 @@ def path_patching(
 
     Returns:
         Table, one row per path: ``sender, sender_layer, sender_head, receiver, receiver_layer,
-        receiver_head``, the columns of `effect_columns`, and ``total``, the change with nothing held. A
-        control with everything held and nothing sent has no effect. Figures: per receiver a map of senders;
+        receiver_head``, the columns of `effect_columns`, and ``total``, the change with nothing held, with
+        ``total_normalised``, its share of the gap. A control with everything held and nothing sent has no
+        effect. Figures: per receiver a map of senders;
         for many receivers a matrix.
 
     Raises:
@@ -132,6 +134,7 @@ def path_patching(
     if totals:
         total = {s: float((measured.values[f"total, {s}"] - ends[0]).mean()) for s in writers}
         table["total"] = [*(total[s] for s, _ in paths), np.nan]
+        table["total_normalised"] = table["total"] / _gap(effects, ends)
     summary = summary_of(table, bound)
     return CircuitResult(
         name=name,
@@ -206,6 +209,11 @@ def path_runs(
         if r.site != LOGITS and reaches(vit, sender, r)
     ]
     return [sending, *through]
+
+
+def _gap(effects: Mapping[str, Any], ends: tuple[Tensor, Tensor]) -> float:
+    """The gap that effects are shares of; NaN where there is a reason not to divide by it."""
+    return np.nan if effects["reason"] else float((ends[1] - ends[0]).mean())
 
 
 def run_name(sender: Node, receiver: Node) -> str:
