@@ -11,6 +11,7 @@ import torch
 
 import vit_mechinterp as vmi
 from tests.tiny_models import HF_CLIP, TIMM_PLAIN
+from vit_mechinterp import circuits
 from vit_mechinterp.circuits.bound_metric import bind_metric, check_metric
 from vit_mechinterp.circuits.metrics import (
     Accuracy,
@@ -95,6 +96,22 @@ def test_functions_are_metrics_and_features_have_a_default() -> None:
     assert isinstance(check_metric("kl", clip, {"base": HF_CLIP.images(1)}), KLDivergence)
 
 
+def test_classes_may_be_numbers_of_numpy_and_torch() -> None:
+    for two in (np.int64(2), torch.tensor(2), np.full(N, 2), torch.full((N,), 2)):
+        found = bound(Probability(two))
+        torch.testing.assert_close(found(PATCHED), bound(Probability(2))(PATCHED))
+    assert bound(Probability(torch.tensor(2))).description == bound(Probability(2)).description
+    for none in (2.0, [0, 1, 2.5, 3]):
+        with pytest.raises(SpecError, match=r"answer=.* is no class: give a number, the name of a column"):
+            bound(Probability(none))
+
+
+def test_functions_may_give_whole_numbers() -> None:
+    found = bound(lambda outputs: outputs.argmax(1))
+    assert found(PATCHED).tolist() == [float(row.argmax()) for row in PATCHED]
+    assert found(PATCHED).dtype == torch.float64
+
+
 def test_bad_metrics_are_named_before_the_work() -> None:
     with pytest.raises(SpecError, match=r"There is no metric 'logit_diff'. Close matches: logit_difference"):
         bound("logit_diff")
@@ -123,6 +140,27 @@ def test_bad_metrics_are_named_before_the_work() -> None:
     features.module.global_pool = ""
     with pytest.raises(SpecError, match="needs one output per class"):
         check_metric("kl", vmi.wrap(features.module), {"base": TIMM_PLAIN.images(1)})
+
+
+def test_a_metric_that_is_no_number_behind_any_edit_still_gives_its_table() -> None:
+    vit, images = vmi.wrap(TIMM_PLAIN.module()), TIMM_PLAIN.images(2)
+    data = {"base": images, "source": TIMM_PLAIN.images(2, seed=1)}
+    with torch.no_grad():
+        known = torch.cat([vit(data[name]) for name in data])
+
+    def fussy(outputs: torch.Tensor) -> torch.Tensor:
+        near = torch.cdist(outputs.float(), known).min(dim=1).values < 1e-4
+        return torch.where(near, outputs[:, 0], torch.nan)
+
+    options = {"metric": fussy, "progress": False}
+    for result in (
+        circuits.activation_patching(vit, data, sites=["attn_out"], **options),
+        circuits.path_patching(vit, data, **options),
+        circuits.ablation_sweep(vit, {"base": images}, methods=["mean"], parts=["heads"], **options),
+        circuits.cumulative_ablation(vit, {"base": images}, random_orders=1, **options),
+    ):
+        assert result.table["change"].isna().mean() > 0.4
+        assert set(result.figures()) == set(result.captions)
 
 
 def test_p_values_are_those_of_all_sign_flips() -> None:

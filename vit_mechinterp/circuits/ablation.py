@@ -15,7 +15,7 @@ import numpy as np
 
 from vit_mechinterp.circuits.ablation_runs import METHODS, Ablated, Method, NeuronTensors, possible_methods
 from vit_mechinterp.circuits.cells import BatchSize, check_runs, compared, grouped, measure
-from vit_mechinterp.circuits.effects import effect_columns
+from vit_mechinterp.circuits.effects import effect_columns, strongest
 from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.patching_cells import chosen_layers, n_heads_at
@@ -188,7 +188,7 @@ def _findings(table: pd.DataFrame, metric: BoundMetric, n: int) -> tuple[str, di
     summary: dict[str, float | int | str] = {f"{metric.label}, clean": clean, "images": n}
     said = [f"Over {n} image{'s' * (n > 1)} the {metric.label} is {clean:.3g} with nothing ablated."]
     for (method, part), rows in table.groupby(["method", "part"], sort=False):
-        top = rows.iloc[int(rows["change"].abs().argmax())]
+        top = strongest(rows, "change")
         where = f"layer {top['layer']}"
         if part == "heads":
             where += f", head {top['head']}"
@@ -236,7 +236,9 @@ def _draw(result: CircuitResult, label: str) -> dict[str, Figure]:
                 continue
             names = rows["tokens"].where(rows["part"] == "tokens", rows["part"])
             names = names.where(rows["part"] != "heads", "head " + rows["head"].astype(str))
-            wide = rows.assign(line=names).pivot_table(index="layer", columns="line", values="change")
+            wide = rows.assign(line=names).pivot_table(
+                index="layer", columns="line", values="change", dropna=False
+            )
             lines = list(dict.fromkeys(names))
             wide = wide.reindex(range(int(table["layer"].max()) + 1))[lines]
             bound = round_up(float(rows["change"].abs().max()))

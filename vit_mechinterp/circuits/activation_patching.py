@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vit_mechinterp.circuits.cells import BatchSize, check_runs, compared, grouped, measure
 from vit_mechinterp.circuits.corruptions import Corruption
-from vit_mechinterp.circuits.effects import gap_problem
+from vit_mechinterp.circuits.effects import gap_problem, strongest
 from vit_mechinterp.circuits.images import image_pairs, model_view
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.patching_cells import (
@@ -179,7 +179,7 @@ def _findings(
     column = shown_column(table)
     cells = table[table["kind"].isin(["tokens", "patches", "head"])]
     for (way, site), rows in cells.groupby(["direction", "site"], sort=False):
-        top = rows.iloc[int(rows[column].abs().argmax())]
+        top = strongest(rows, column)
         where = f"head {top['head']}" if top["kind"] == "head" else str(top["tokens"])
         summary[f"{way}, {site}"] = f"{top[column]:.2f} (layer {top['layer']}, {where})"
         said.append(

@@ -41,7 +41,7 @@ class BoundMetric:
 
     def __call__(self, outputs: Float[Tensor, "example *output"]) -> Float[Tensor, " example"]:
         """The numbers of all examples, in float64."""
-        return self.function(outputs.double())
+        return self.function(outputs.double()).double()
 
 
 def check_metric(metric: MetricLike | None, vit: HookedViT, data: Any) -> Checked:

@@ -188,6 +188,8 @@ def _findings(
         f"The {label} is {clean:.3g} with nothing ablated and {nothing_left:.3g} with all {last} heads "
         "ablated."
     ]
+    if not np.isfinite(nothing_left):
+        return summary, f"The metric is not a finite number with all {last} heads ablated."
     if abs(clean - nothing_left) <= 0.01 * max(abs(clean), abs(nothing_left)):
         return (
             summary,

@@ -9,10 +9,11 @@ import numpy as np
 from vit_mechinterp.circuits.statistics import bootstrap_interval, bootstrap_ratio, sign_flip_p_values
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["effect_columns", "gap_problem"]
+__all__ = ["effect_columns", "gap_problem", "strongest"]
 
 ENDS = ("without the patch", "on the image that is patched from")
 
@@ -84,3 +85,9 @@ def effect_columns(
         columns |= {"normalised": ratio, "normalised_low": low, "normalised_high": high, "reason": reason}
     alone, corrected = sign_flip_p_values(changes, resamples=resamples, seed=seed)
     return columns | {"p_value": alone, "p_corrected": corrected, "n": n}
+
+
+def strongest(rows: pd.DataFrame, column: str) -> Any:
+    """Return the row with the largest size in a column; the first where a metric left no number in any."""
+    sizes = rows[column].abs()
+    return rows.iloc[0 if sizes.isna().all() else int(sizes.argmax())]

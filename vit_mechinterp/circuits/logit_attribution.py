@@ -21,7 +21,7 @@ from vit_mechinterp.circuits.attribution_figures import captions_of, drawing
 from vit_mechinterp.circuits.images import image_column, model_view
 from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.logit_parts import Parts, logit_parts, part_sites
-from vit_mechinterp.circuits.metrics import Classes, LogitDifference, Probability
+from vit_mechinterp.circuits.metrics import Classes, LogitDifference, Probability, one_class
 from vit_mechinterp.circuits.reading import (
     class_names,
     directed,
@@ -173,8 +173,8 @@ def classes_of(
     if isinstance(value, str):
         rows = columns.integers(value)
         return torch.tensor([rows[example][0] for example in examples], device=outputs.device)
-    if isinstance(value, int):
-        return torch.full((len(examples),), value, device=outputs.device)
+    if (number := one_class(value)) is not None:
+        return torch.full((len(examples),), number, device=outputs.device)
     return torch.tensor([int(value[example]) for example in examples], device=outputs.device)
 
 

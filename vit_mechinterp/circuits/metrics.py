@@ -10,9 +10,10 @@ model's output, the function on the clean outputs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +35,7 @@ __all__ = [
     "Probability",
     "Rank",
     "Similarity",
+    "one_class",
 ]
 
 Classes: TypeAlias = "int | str | Sequence[int] | None"
@@ -249,10 +251,15 @@ def _classes(value: Classes, data: Data, shape: tuple[int, ...], what: str) -> I
     if isinstance(value, str):
         data.require(value, f"the metric's {what}")
         rows = [row[0] if len(row) == 1 else -1 for row in data.integers(value)]
-    elif isinstance(value, int):
-        rows = [value] * data.n
+    elif (number := one_class(value)) is not None:
+        rows = [number] * data.n
     else:
-        rows = [int(entry) for entry in value]
+        try:
+            rows = [operator.index(entry) for entry in value]
+        except TypeError:
+            raise SpecError(
+                f"{what}={value!r} is no class: give a number, the name of a column, or one number per example."
+            ) from None
         if len(rows) != data.n:
             raise SpecError(f"{what} names {len(rows)} classes for {data.n} examples; give one per example.")
     for example, entry in enumerate(rows):
@@ -262,6 +269,18 @@ def _classes(value: Classes, data: Data, shape: tuple[int, ...], what: str) -> I
                 f"{n_classes - 1}."
             )
     return torch.tensor(rows)
+
+
+def one_class(value: Any) -> int | None:
+    """Return the class that is meant for all examples, whether Python, NumPy or PyTorch made the number; None
+    if the value is not one whole number.
+    """
+    if getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _answers(value: Classes, context: Context) -> Int[Tensor, " example"]:
@@ -276,4 +295,5 @@ def _said_answer(value: Classes) -> str:
 def _said(value: Classes, what: str) -> str:
     if isinstance(value, str):
         return f"the {what} in column {value!r}"
-    return f"{what} {value}" if isinstance(value, int) else f"the given {what}"
+    number = one_class(value)
+    return f"the given {what}" if number is None else f"{what} {number}"

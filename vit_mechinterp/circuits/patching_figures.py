@@ -82,7 +82,7 @@ def drawing(
                 )
             else:
                 bound = round_up(float(rows[column].abs().max()))
-                wide = rows.pivot_table(index="layer", columns="head", values=column)
+                wide = rows.pivot_table(index="layer", columns="head", values=column, dropna=False)
                 wide = wide.reindex(range(int(table["layer"].max()) + 1))
                 figures[f"{way}_heads_{site}"] = head_layer_map(
                     wide.to_numpy(dtype=float),
@@ -96,7 +96,7 @@ def drawing(
             lines = _token_lines(own, column)
             if lines is not None:
                 names, values = lines
-                bound = round_up(float(np.nanmax(np.abs(values))))
+                bound = round_up(float(np.nan_to_num(np.abs(values)).max()))
                 figures[f"{way}_tokens"] = condition_map(
                     values, names, label=what, title=str(way), limits=(-bound, bound)
                 )
@@ -127,7 +127,7 @@ def _token_lines(table: pd.DataFrame, column: str) -> tuple[list[str], Any] | No
             lines[f"{site}, {token}"] = own.set_index("layer")[column].reindex(layers).to_numpy(dtype=float)
         squares = rows[rows["kind"] == "patches"]
         if len(squares):
-            top = squares.loc[squares[column].abs().groupby(squares["layer"]).idxmax()]
+            top = squares.loc[squares[column].abs().fillna(0).groupby(squares["layer"]).idxmax()]
             best = top.set_index("layer")[column].reindex(layers)
             lines[f"{site}, strongest patches"] = best.to_numpy(dtype=float)
     return (list(lines), np.stack(list(lines.values()), axis=1)) if lines else None

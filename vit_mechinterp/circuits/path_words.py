@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vit_mechinterp.circuits.bound_metric import BoundMetric
-from vit_mechinterp.circuits.effects import gap_problem
+from vit_mechinterp.circuits.effects import gap_problem, strongest
 from vit_mechinterp.circuits.path_figures import shown_column
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ def summary_of(table: pd.DataFrame, metric: BoundMetric) -> dict[str, float | in
     """Return the strongest paths, and the ends of the gap."""
     paths = table[table["sender_kind"] != "control"]
     column = shown_column(table)
-    strongest = paths.reindex(paths[column].abs().sort_values(ascending=False).index).head(5)
+    top = paths.reindex(paths[column].abs().sort_values(ascending=False).index).head(5)
     summary: dict[str, float | int | str] = {
-        f"{row['sender']} into {row['receiver']}": float(row[column]) for _, row in strongest.iterrows()
+        f"{row['sender']} into {row['receiver']}": float(row[column]) for _, row in top.iterrows()
     }
     assert metric.other is not None
     return summary | {
@@ -35,7 +35,7 @@ def findings_of(table: pd.DataFrame) -> str:
     """Name the strongest path."""
     column = shown_column(table)
     paths = table[table["sender_kind"] != "control"]
-    top = paths.iloc[int(paths[column].abs().argmax())]
+    top = strongest(paths, column)
     what = "of the gap" if column == "normalised" else "of the metric"
     return f"Strongest of {len(paths)}: {top['sender']} into {top['receiver']}, {top[column]:+.2f} {what}."
 

@@ -13,7 +13,7 @@ import torch
 from vit_mechinterp.circuits.cells import BatchSize, compared, grouped, measure
 from vit_mechinterp.circuits.dictionary import Dictionary
 from vit_mechinterp.circuits.dictionary_files import load_dictionary
-from vit_mechinterp.circuits.effects import effect_columns
+from vit_mechinterp.circuits.effects import effect_columns, strongest
 from vit_mechinterp.circuits.images import image_column, model_view
 from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.metrics import MetricLike
@@ -150,7 +150,7 @@ def sparse_autoencoder(
         peaks = read.peaks(number)[:top_images]
         pictures = [model_view(vit, data, base, example) for example, _, _ in peaks]
         sheets[number] = list(zip(pictures, peaks, strict=True))
-    strongest = table.iloc[int(table["change"].abs().argmax())]
+    most = strongest(table, "change")
     return CircuitResult(
         name="sparse_autoencoder",
         table=table,
@@ -163,8 +163,7 @@ def sparse_autoencoder(
             "features": dictionary.n_features,
             "variance explained": read.explained(),
             "features per token": read.density(),
-            "largest change": f"{strongest['change']:+.3g} ({strongest['edit']}, feature "
-            f"{strongest['feature']})",
+            "largest change": f"{most['change']:+.3g} ({most['edit']}, feature {most['feature']})",
         },
         description=f"{_DESCRIPTION}\n\n{bound.description}",
         captions={

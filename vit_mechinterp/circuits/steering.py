@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.circuits.cells import BatchSize, check_runs, compared, grouped, measure
+from vit_mechinterp.circuits.effects import strongest
 from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.reading import interval_columns
@@ -117,7 +118,7 @@ def steering(
         **interval_columns((values - bound.clean).numpy(), name="change", resamples=resamples, seed=seed),
     )
     given = table[table["direction"] == "given"]
-    top = given.iloc[int(given["change"].abs().argmax())]
+    top = strongest(given, "change")
     random = table[table["direction"] != "given"]["change"].abs()
     summary: dict[str, float | int | str] = {
         f"{bound.label}, not steered": float(bound.clean.mean()),
