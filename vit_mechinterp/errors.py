@@ -25,6 +25,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedSiteError",
     "VitMechInterpError",
+    "listed",
     "suggest",
 ]
 
@@ -61,3 +62,9 @@ def suggest(name: str, options: Iterable[str], *, limit: int = 3) -> str:
     """Return ``" Close matches: a, b."`` for the options nearest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(options), n=limit, cutoff=0.6)
     return f" Close matches: {', '.join(close)}." if close else ""
+
+
+def listed(names: Iterable[str], *, most: int = 12) -> str:
+    """Return names in a row, and of many only the first and how many more there are."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

@@ -152,6 +152,9 @@ def test_what_is_no_dictionary_is_refused(tmp_path: Path) -> None:
     save_file({"W_enc": own["W_enc"]}, tmp_path / "half.safetensors")
     with pytest.raises(DataError, match=r"has no decoder \(W_dec, .*It holds: W_enc"):
         load_dictionary(tmp_path / "half.safetensors")
+    save_file({f"blocks.{n}.weight": torch.zeros(1) for n in range(40)}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=r"has no encoder and no decoder .*blocks\.0\.weight, .* and 28 more\.$"):
+        load_dictionary(tmp_path / "model.safetensors")
     save_file({**own, "b_dec": torch.zeros(7)}, tmp_path / "odd.safetensors")
     with pytest.raises(DataError, match=r"these shapes make no dictionary: encoder \(24, 40\)"):
         load_dictionary(tmp_path / "odd.safetensors")

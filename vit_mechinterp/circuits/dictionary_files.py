@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.circuits.dictionary import Dictionary
-from vit_mechinterp.errors import DataError, TensorFileError
+from vit_mechinterp.errors import DataError, TensorFileError, listed
 from vit_mechinterp.spec.features import Normalization
 
 __all__ = ["load_dictionary"]
@@ -91,7 +91,7 @@ def load_dictionary(
     if lacking := [part for part in ("encoder", "decoder") if part not in parts]:
         raise DataError(
             f"{file} has no {' and no '.join(lacking)} ({', '.join(_NAMES[lacking[0]])}). It holds: "
-            f"{', '.join(held)}."
+            f"{listed(held)}."
         )
     k = _count(k, held, config)
     if "threshold" in parts and parts["threshold"].ndim == 0:

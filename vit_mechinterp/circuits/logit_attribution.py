@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -175,7 +175,8 @@ def classes_of(
         return torch.tensor([rows[example][0] for example in examples], device=outputs.device)
     if (number := one_class(value)) is not None:
         return torch.full((len(examples),), number, device=outputs.device)
-    return torch.tensor([int(value[example]) for example in examples], device=outputs.device)
+    each = cast("Sequence[int]", value)
+    return torch.tensor([int(each[example]) for example in examples], device=outputs.device)
 
 
 def _picked(own: Tensor, other: Tensor | None, along: Tensor | None) -> Callable[[Tensor], Tensor]:

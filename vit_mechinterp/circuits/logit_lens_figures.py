@@ -50,8 +50,8 @@ def drawing(
             for layer, rows in tokens.groupby("layer"):
                 values = rows.set_index("token")["value"].reindex(range(layout.n_tokens))
                 maps[f"layer {layer}"] = patch_grid(values.to_numpy(dtype=float), layout)
-            # The middle of the colours is chance, and they end where values do: of a thousand classes, one that
-            # stands out may still be far from certain.
+            # The middle of the colours is chance, and they end where values do: of a thousand classes, one
+            # that stands out may still be far from certain.
             chance = 1 / n_classes
             reach = min(round_up(max(float(tokens["value"].max()) - chance, chance)), 1 - chance)
             limits, label = (chance - reach, chance + reach), f"probability of {shown}"

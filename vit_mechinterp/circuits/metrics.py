@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -255,10 +255,11 @@ def _classes(value: Classes, data: Data, shape: tuple[int, ...], what: str) -> I
         rows = [number] * data.n
     else:
         try:
-            rows = [operator.index(entry) for entry in value]
+            rows = [operator.index(entry) for entry in cast("Sequence[int]", value)]
         except TypeError:
             raise SpecError(
-                f"{what}={value!r} is no class: give a number, the name of a column, or one number per example."
+                f"{what}={value!r} is no class: give a number, the name of a column, or one number per "
+                "example."
             ) from None
         if len(rows) != data.n:
             raise SpecError(f"{what} names {len(rows)} classes for {data.n} examples; give one per example.")

@@ -134,7 +134,7 @@ def path_patching(
     if totals:
         total = {s: float((measured.values[f"total, {s}"] - ends[0]).mean()) for s in writers}
         table["total"] = [*(total[s] for s, _ in paths), np.nan]
-        table["total_normalised"] = table["total"] / _gap(effects, ends)
+        table["total_normalised"] = table["total"] / _gap(effects, ends[0], ends[1])
     summary = summary_of(table, bound)
     return CircuitResult(
         name=name,
@@ -211,9 +211,9 @@ def path_runs(
     return [sending, *through]
 
 
-def _gap(effects: Mapping[str, Any], ends: tuple[Tensor, Tensor]) -> float:
+def _gap(effects: Mapping[str, Any], without: Tensor, target: Tensor) -> float:
     """The gap that effects are shares of; NaN where there is a reason not to divide by it."""
-    return np.nan if effects["reason"] else float((ends[1] - ends[0]).mean())
+    return np.nan if effects["reason"] else float((target - without).mean())
 
 
 def run_name(sender: Node, receiver: Node) -> str:

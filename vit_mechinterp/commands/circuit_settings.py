@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vit_mechinterp.commands.circuit_list import Entry
-from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.errors import SpecError, listed, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +65,10 @@ def read_directions(file: Any, entry: Entry, vit: HookedViT) -> Any:
         names = set(vit.site_names())
         found = {name: tensor for name, tensor in tensors.items() if name in names and tensor.ndim == 1}
         if not found:
-            raise SpecError(f"{path} has no direction by the name of a site. It holds: {', '.join(tensors)}.")
+            raise SpecError(f"{path} has no direction by the name of a site. It holds: {listed(tensors)}.")
         return found
     if len(tensors) != 1:
-        raise SpecError(f"{path} holds {', '.join(tensors)}; directions are one tensor [class, d_output].")
+        raise SpecError(f"{path} holds {listed(tensors)}; directions are one tensor [class, d_output].")
     return next(iter(tensors.values()))
 
 

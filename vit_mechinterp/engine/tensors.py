@@ -13,7 +13,7 @@ from torch import Tensor
 from vit_mechinterp.engine.bound import Bound, Edit
 from vit_mechinterp.engine.entries import described
 from vit_mechinterp.engine.features import check_feature
-from vit_mechinterp.errors import SpecError, TensorFileError, suggest
+from vit_mechinterp.errors import SpecError, TensorFileError, listed, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import EditFeature, TensorRef
 
@@ -44,7 +44,7 @@ def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
             keys = list(file.keys())
             if ref.key not in keys:
                 raise TensorFileError(
-                    f"{path} has no tensor {ref.key!r}.{suggest(ref.key, keys)} It holds: {', '.join(keys)}."
+                    f"{path} has no tensor {ref.key!r}.{suggest(ref.key, keys)} It holds: {listed(keys)}."
                 )
             tensor: Tensor = file.get_tensor(ref.key)
     except TensorFileError:
