@@ -85,7 +85,7 @@ def curves(
         for line, color in zip(shown, PALETTE * 4, strict=False):
             axes.vlines(line.x, line.low, line.high, color=color, linewidth=1.6, zorder=2)
     elif all(float(place).is_integer() for line in lines.values() for place in line.x):
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(first, last)
     axes.set_xlabel(x_label)
     axes.set_ylabel(label)
