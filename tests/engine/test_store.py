@@ -166,6 +166,22 @@ def test_budgets_are_kept(world: World, tmp_path: Path, small_blocks: None, capl
         assert all(torch.equal(view[name][:], expected[name]) for name in view)
 
 
+@pytest.mark.parametrize("host", [0, "48KiB", "96KiB"])
+def test_everything_reaches_the_disk_past_a_host_that_cannot_hold_a_block_of_each_value(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int | str
+) -> None:
+    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(source, "_BLOCK_BYTES", 20_000)
+    with ActivationStore(tmp_path, host=host) as store:
+        view = captured(store, world, ["embed", "blocks.*.attn.z", "blocks.*.mlp_out", "blocks.*.resid_post"])
+        assert len(view) * 20_000 > 96 * 1024
+        expected = native(world)
+        with Counted(world.vit.module) as counted:
+            for name in view:
+                assert torch.equal(view[name][:], expected[name])
+        assert counted.launches == 0
+
+
 def test_the_least_recently_used_leave(world: World, tmp_path: Path, small_blocks: None) -> None:
     site = "blocks.0.resid_post"
     with ActivationStore(tmp_path, host=0) as store:

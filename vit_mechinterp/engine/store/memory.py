@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,10 +17,12 @@ from torch import Tensor
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.store.keys import Entry
 
-__all__ = ["Block", "MemoryTier"]
+__all__ = ["Block", "MemoryTier", "Unfinished"]
 
 BlockName = tuple[str, int]
 """Name of an entry, and number of a block of it."""
+Unfinished = Literal["none", "own", "any"]
+"""Whose unfinished blocks may be dropped for a block: nobody's, those of the same entry, or any."""
 
 
 @dataclass
@@ -88,19 +93,22 @@ class MemoryTier:
         block = self._blocks.get(name)
         return block is not None and bool(block.have[local].all())
 
-    def make(self, entry: Entry, number: int, *, evict: bool, unfinished: bool = False) -> Block | None:
+    def make(
+        self, entry: Entry, number: int, *, evict: bool, unfinished: Unfinished = "none"
+    ) -> Block | None:
         """An empty block; None if there is no room for it.
 
         Args:
             entry: whose block it is.
             number: the block's number.
             evict: whether others may be dropped for it; those that are read elsewhere never are.
-            unfinished: whether these may be such as are still filling up.
+            unfinished: whether these may be such as are still filling up: none, the entry's own, or any.
         """
         name, shape, dtype = (entry.key.name, number), entry.block_shape(number), entry.dtype
         self.drop(name)
         size = int(np.prod(shape, dtype=np.int64))
-        buffer = self._buffer(max(1, size * dtype.itemsize), evict=evict, unfinished=unfinished)
+        makes_room = partial(self._evict, entry.key.name, unfinished) if evict else lambda: False
+        buffer = self._buffer(max(1, size * dtype.itemsize), makes_room)
         if buffer is None:
             return None
         tensor = buffer[: size * dtype.itemsize].view(dtype).view(shape)
@@ -108,7 +116,7 @@ class MemoryTier:
         self._blocks[name] = block
         return block
 
-    def _buffer(self, nbytes: int, *, evict: bool, unfinished: bool) -> Tensor | None:
+    def _buffer(self, nbytes: int, makes_room: Callable[[], bool]) -> Tensor | None:
         # Blocks of one kind are equally large, so their buffers fit each other.
         size = -(-nbytes // 4096) * 4096
         if size > self.budget:
@@ -122,7 +130,7 @@ class MemoryTier:
                 return self._allocate(size)
             if self._free:
                 self.used -= len(self._free.pop())
-            elif not evict or not self._evict(unfinished=unfinished):
+            elif not makes_room():
                 return None
 
     def _allocate(self, size: int) -> Tensor:
@@ -132,10 +140,12 @@ class MemoryTier:
             return torch.frombuffer(pages, dtype=torch.uint8)
         return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
 
-    def _evict(self, *, unfinished: bool) -> bool:
+    def _evict(self, key: str, unfinished: Unfinished) -> bool:
         """Drop the least recently used block; one that is still filling up, and so nowhere else, if asked."""
         idle = [(name, block.complete) for name, block in self._blocks.items() if not block.busy]
-        chosen = [name for name, complete in idle if complete] or [name for name, _ in idle if unfinished]
+        chosen = [name for name, complete in idle if complete]
+        if not chosen and unfinished != "none":
+            chosen = [name for name, _ in idle if unfinished == "any" or name[0] == key]
         if chosen:
             self.drop(chosen[0])
             self.evicted += 1

@@ -17,7 +17,7 @@ from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.store.copying import copy_items, pick
 from vit_mechinterp.engine.store.disk import DiskTier
 from vit_mechinterp.engine.store.keys import Entry, Key
-from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier
+from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier, Unfinished
 
 __all__ = ["Tiers"]
 
@@ -111,7 +111,8 @@ class Tiers:
         gpu = self._gpu(piece.device)
         if gpu is not None:
             alone = self.disk is None and self.host.budget == 0
-            block = gpu.get(name) or gpu.make(entry, number, evict=alone, unfinished=alone)
+            unfinished: Unfinished = "any" if alone else "none"
+            block = gpu.get(name) or gpu.make(entry, number, evict=alone, unfinished=unfinished)
             if block is not None:
                 self._fill(block, entry, number, part, piece)
         block = self.host.get(name) or self._assembling.get(name) or self._assemble(entry, number)
@@ -126,16 +127,31 @@ class Tiers:
                 self._save(entry, number, block)
 
     def _assemble(self, entry: Entry, number: int) -> Block | None:
-        """A block that fills up: within the host's budget, or beside it where that cannot hold a block."""
+        """A block that fills up: within the host's budget, or, on its way to the disk, beside it where that
+        cannot hold one block of every entry."""
+        key = entry.key.name
         block = self.host.make(entry, number, evict=True)
         if block is None:
             self.flush()  # what waits to be written cannot be driven out
-            block = self.host.make(entry, number, evict=True, unfinished=True)
+            # Entries that drove out each other's blocks would never complete one.
+            unfinished: Unfinished = "any" if self.disk is None else "own"
+            block = self.host.make(entry, number, evict=True, unfinished=unfinished)
         if block is None and self.disk is not None:
+            self._forget_oldest(key)
             tensor = torch.empty(entry.block_shape(number), dtype=entry.dtype)
             block = Block(tensor, tensor, np.zeros(len(entry.slots(number)), dtype=np.bool_))
-            self._assembling[entry.key.name, number] = block
+            self._assembling[key, number] = block
         return block
+
+    def _forget_oldest(self, key: str) -> None:
+        """Of an entry's blocks that fill up beside the budget, drop the oldest while all of them are many: rows
+        that are read here and there would leave one after another that nothing completes."""
+        filling = {name: own.tensor.nbytes for name, own in self._assembling.items() if not own.complete}
+        beside = sum(filling.values())
+        for name in [name for name in filling if name[0] == key]:
+            if beside > _AT_WORK:
+                beside -= filling[name]
+                del self._assembling[name]
 
     def _fill(self, block: Block, entry: Entry, number: int, part: range, piece: Tensor) -> None:
         own = entry.slots(number)
