@@ -5,7 +5,7 @@ With the model frozen and s blocks behind the layer, a step needs s blocks forwa
 published code does it, a step needs a full source forward, a full base forward and s blocks backward: of L
 blocks the arithmetic allows (2L + s) / 2s, and 2.68 for the twelve layers of a base model together.
 
-    python -m benchmarks.das_training --model vit_small --examples 32
+    python -m benchmarks.das_training --model vit_small --layers 10
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vit_mechinterp.circuits.das import interchange_run
 from vit_mechinterp.engine import Prepared, prepare
 
 PRESETS = {
-    "full": {"model": "vit_small", "examples": 32, "repeats": 8, "batch": 8, "layers": range(11)},
+    "full": {"model": "vit_tiny", "examples": 64, "repeats": 3, "batch": 64, "layers": range(11)},
     "cuda": {"model": "vit_base", "examples": 256, "repeats": 12, "batch": 64},
     "small": {"model": "vit_tiny", "examples": 8, "repeats": 4, "batch": 4, "layers": (0, 5, 10)},
     "micro": {"model": "micro", "examples": 4, "repeats": 2, "batch": 2, "layers": (0, 1)},

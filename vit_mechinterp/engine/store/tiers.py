@@ -144,8 +144,8 @@ class Tiers:
         return block
 
     def _forget_oldest(self, key: str) -> None:
-        """Of an entry's blocks that fill up beside the budget, drop the oldest while all of them are many: rows
-        that are read here and there would leave one after another that nothing completes."""
+        """Of an entry's blocks that fill up beside the budget, drop the oldest while all of them are many:
+        rows that are read here and there would leave one after another that nothing completes."""
         filling = {name: own.tensor.nbytes for name, own in self._assembling.items() if not own.complete}
         beside = sum(filling.values())
         for name in [name for name in filling if name[0] == key]:
