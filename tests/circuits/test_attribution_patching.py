@@ -207,6 +207,13 @@ def test_bad_input_is_named_before_the_work() -> None:
     assert agreement(np.zeros(2), np.full(2, np.nan)) == {"cells measured": 0}
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [1, 0, 3, 2]])
+def test_equal_predictions_share_their_rank(order: list[int]) -> None:
+    # Ranks 1.5, 1.5, 3, 4 beside 1, 2, 3, 4.
+    predicted, exact = np.array([0.0, 0.0, 1.0, 2.0])[order], np.arange(4.0)[order]
+    assert agreement(predicted, exact)["rank correlation"] == pytest.approx(4.5 / np.sqrt(4.5 * 5.0))
+
+
 def test_a_site_without_gradient_is_named() -> None:
     module = TIMM_PLAIN.module()
     forward = module.blocks[1].mlp.forward

@@ -211,6 +211,8 @@ def agreement(predicted: Any, exact: Any) -> dict[str, float | int | str]:
         ``cells measured``, ``correlation`` (Pearson), ``rank correlation`` (Spearman), ``mean absolute
         error`` and ``error relative to effect``, the mean absolute error over the mean absolute exact effect.
     """
+    import pandas as pd
+
     known = np.isfinite(exact)
     a, b = np.asarray(predicted)[known], np.asarray(exact)[known]
     if len(a) == 0:
@@ -218,7 +220,7 @@ def agreement(predicted: Any, exact: Any) -> dict[str, float | int | str]:
     error, size = float(np.abs(a - b).mean()), float(np.abs(b).mean())
     found: dict[str, float | int | str] = {"cells measured": len(a)}
     if len(a) > 2 and a.std() > 0 and b.std() > 0:
-        ranks = [np.argsort(np.argsort(values)).astype(float) for values in (a, b)]
+        ranks = [pd.Series(values).rank().to_numpy() for values in (a, b)]  # ties share their mean rank
         found["correlation"] = float(np.corrcoef(a, b)[0, 1])
         found["rank correlation"] = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     found["mean absolute error"] = error

@@ -76,7 +76,8 @@ def image_pairs(
     if _has_columns(images):
         data = _renamed(images, base)
         Data(data, vit).require(base, "the clean images")
-        Data(data, vit).require(source, "the corrupted images (or give a corruption)")
+        hint = "the corrupted images (or name a corruption, such as corruption='blur')"
+        Data(data, vit).require(source, hint)
     else:
         pairs = _as_pairs(images)
         data = {base: [open_image(a) for a, _ in pairs], source: [open_image(b) for _, b in pairs]}

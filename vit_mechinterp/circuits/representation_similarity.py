@@ -50,8 +50,7 @@ def representation_similarity(
         images: images, a folder, or data; see `image_column`.
         other: another model; its sites make the columns then.
         other_images: the same images in the same order as ``other`` takes them, where these are tensors of
-        its
-            own input size; pictures fit both models as they are.
+            its own input size; pictures fit both models as they are.
         sites: site names, globs, or short names that mean every block.
         tokens: the tokens whose mean activation is compared.
         base: the image column.
