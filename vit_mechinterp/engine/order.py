@@ -20,7 +20,8 @@ EARLY = BLOCK_SITES.index("ln1")
 
 
 class Rows(Protocol):
-    """Rows of one run: one for each of some ascending examples."""
+    """Rows of one run: one for each of some examples, which ascend where rows of one image are to stand
+    together."""
 
     @property
     def run(self) -> BoundRun: ...

@@ -16,7 +16,7 @@ from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
-from vit_mechinterp.engine.order import Segment, filled
+from vit_mechinterp.engine.order import Segment, filled, starts_late
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import provenance_of
 from vit_mechinterp.engine.reads import clean_sources
@@ -206,6 +206,7 @@ def run_together(
         raise SpecError("Batches that run together are of one model; these were prepared on several.")
     runs_of = [batch.checked() for batch in batches]
     images = _images([batch.prepared for batch in batches])
+    spares = batches[0].prepared.schedule.spares
     placed: list[_Rows] = []
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
@@ -213,11 +214,11 @@ def run_together(
         material = replace(material, source_order=batch.source_order, images=images[n])
         for run in runs:
             if run.edits:
-                placed.append(_Rows(n, run, np.sort(np.asarray(batch.examples)), material))
+                late = spares and starts_late(run, vit.layout.n_layers)
+                placed.append(_Rows.of(n, run, batch.examples, material, ascending=late))
             else:
                 outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
-    pieces: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
-    spares = batches[0].prepared.schedule.spares
+    pieces: dict[_Rows, list[Tensor]] = defaultdict(list)
     with vit.lock:
         for wave in filled(placed, _width(vit, placed), vit.layout.n_layers, spares=spares):
             segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
@@ -225,21 +226,38 @@ def run_together(
             materials = [rows.in_memory(examples, vit.layout.n_layers) for rows, examples in wave]
             result = run_wave(vit, segments, materials, spares=spares)
             for (rows, _), output in zip(wave, result.outputs, strict=True):
-                pieces[rows.batch, rows.run.name].append(output)
-    for (n, name), own in pieces.items():
-        place = np.argsort(np.argsort(batches[n].examples, kind="stable"))
-        outputs[n, name] = torch.cat(own)[torch.as_tensor(place, device=own[0].device)]
+                pieces[rows].append(output)
+    for rows, own in pieces.items():
+        output = torch.cat(own)
+        if rows.place is not None:
+            output = output[torch.as_tensor(rows.place, device=output.device)]
+        outputs[rows.batch, rows.run.name] = output
     return [torch.stack([outputs[n, run.name] for run in runs]) for n, runs in enumerate(runs_of)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Rows of one run of a batch: its number, the run, ascending examples, and what they read."""
+    """Rows of one run of a batch: the batch's number, the run, its examples, and what they read.
+
+    ``place`` holds each example's place among ``examples``, where these are not in the batch's order: they
+    ascend where rows of one image share a part of a block, and so stand together (see `filled`).
+    """
 
     batch: int
     run: BoundRun
     examples: IntArray
     material: Material
+    place: IntArray | None
+
+    @classmethod
+    def of(
+        cls, batch: int, run: BoundRun, examples: Sequence[int], material: Material, *, ascending: bool
+    ) -> _Rows:
+        own = np.asarray(examples, dtype=np.int64)
+        if not ascending:
+            return cls(batch, run, own, material, None)
+        order = np.argsort(own, kind="stable")
+        return cls(batch, run, own[order], material, np.argsort(order))
 
     def in_memory(self, examples: IntArray, n_layers: int) -> Material:
         """What the rows of some examples read, out of any store."""
