@@ -17,7 +17,7 @@ from tests.engine.stores import SITES, N, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.store import disk, source
+from vit_mechinterp.engine.store import disk, source, tiers
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.spec import TokenBox, TokenColumn
 
@@ -166,10 +166,12 @@ def test_budgets_are_kept(world: World, tmp_path: Path, small_blocks: None, capl
         assert all(torch.equal(view[name][:], expected[name]) for name in view)
 
 
+@pytest.mark.parametrize("beside", [1, tiers._AT_WORK])
 @pytest.mark.parametrize("host", [0, "48KiB", "96KiB"])
 def test_everything_reaches_the_disk_past_a_host_that_cannot_hold_a_block_of_each_value(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int | str
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int | str, beside: int
 ) -> None:
+    monkeypatch.setattr(tiers, "_AT_WORK", beside)
     monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 20_000)
     monkeypatch.setattr(source, "_BLOCK_BYTES", 20_000)
     with ActivationStore(tmp_path, host=host) as store:
@@ -180,6 +182,22 @@ def test_everything_reaches_the_disk_past_a_host_that_cannot_hold_a_block_of_eac
             for name in view:
                 assert torch.equal(view[name][:], expected[name])
         assert counted.launches == 0
+
+
+def test_blocks_beside_the_budget_do_not_pile_up(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
+    monkeypatch.setattr(source, "_BLOCK_BYTES", 8 * 17 * 24 * 4)
+    monkeypatch.setattr(tiers, "_AT_WORK", 1)
+    with ActivationStore(tmp_path, host=0) as store:
+        view = captured(store, world, "blocks.1.resid_post")
+        expected = native(world)["blocks.1.resid_post"]
+        for path in tmp_path.rglob("*.safetensors"):
+            path.unlink()
+        for index in range(0, N, 8):  # one batch of each block, so that none is completed
+            assert torch.equal(view["blocks.1.resid_post"][[index]][0], expected[index])
+            assert len(store.tiers._assembling) <= 1
 
 
 def test_the_least_recently_used_leave(world: World, tmp_path: Path, small_blocks: None) -> None:

@@ -35,12 +35,12 @@ class ActivationStore:
     """Activations of clean forwards, by the digests of model, images, site, tokens and dtype.
 
     What is asked for a second time, by whichever experiment, is read and not computed, and an image that a
-    column repeats is computed once. Blocks of examples lie
-    in preallocated memory of the GPU, in (page-locked) memory of the host, and on disk as memory-mapped
-    safetensors files; where a tier is full, the least recently used blocks leave it. A checksum per example
-    is compared when it is first read from a file, and again once the file has changed: what is damaged is
-    dropped and computed again. Several
-    processes may share one folder.
+    column repeats is computed once. Blocks of examples lie in preallocated memory of the GPU, in
+    (page-locked) memory of the host, and on disk as memory-mapped safetensors files; where a tier is full,
+    the least recently used blocks leave it. Blocks on their way to the disk that the host's budget cannot
+    hold fill up beside it. A checksum per example is compared when it is first read from a file, and again
+    once the file has changed: what is damaged is dropped and computed again. Several processes may share one
+    folder.
 
     Args:
         folder: folder of the disk tier; None keeps activations in memory only.

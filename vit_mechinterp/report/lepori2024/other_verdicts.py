@@ -14,7 +14,19 @@ __all__ = ["OTHER_CLAIMS"]
 Claims = Callable[[Mapping[str, CircuitResult]], Iterator[Claim]]
 
 _NEAR: Final = 0.1
-_RULE: Final = f"the two differ by no more than {_NEAR:g}"
+
+
+def _near(figure: str, statement: str, logged: float, ours: Mapping[int, float]) -> Claim:
+    """Our best layer beside the logged one."""
+    top = max(ours, key=lambda n: ours[n])
+    return Claim(
+        figure,
+        statement,
+        f"{logged:.3f} (logged)",
+        f"{ours[top]:.3f} in layer {top}",
+        f"the two differ by no more than {_NEAR:g}",
+        abs(ours[top] - logged) <= _NEAR,
+    )
 
 
 def _searched_beside(task: str, part: str, figure: str, model: str) -> Claims:
@@ -28,15 +40,8 @@ def _searched_beside(task: str, part: str, figure: str, model: str) -> Claims:
                 quantity="best interchange accuracy",
             )  # fmt: skip
             ours = by_layer(rows[rows["split"] == "test_iid"], "accuracy")
-            top = max(ours, key=lambda n: ours[n])
-            yield Claim(
-                figure,
-                f"the best subspace of {attribute} in {model} reaches as far as there",
-                f"{logged:.3f} (logged)",
-                f"{ours[top]:.3f} in layer {top}",
-                _RULE,
-                abs(ours[top] - logged) <= _NEAR,
-            )
+            statement = f"the best subspace of {attribute} in {model} reaches as far as there"
+            yield _near(figure, statement, logged, ours)
 
     return of
 
@@ -83,15 +88,7 @@ def _probed_beside(part: str, figure: str, model: str) -> Claims:
             if rows.empty or ours.empty:
                 continue
             logged, found = float(rows["value"].max()), by_layer(ours, "value")
-            top = max(found, key=lambda n: found[n])
-            yield Claim(
-                figure,
-                f"the best {words} in {model} is as high as there",
-                f"{logged:.3f} (logged)",
-                f"{found[top]:.3f} in layer {top}",
-                _RULE,
-                abs(found[top] - logged) <= _NEAR,
-            )
+            yield _near(figure, f"the best {words} in {model} is as high as there", logged, found)
 
     return of
 
