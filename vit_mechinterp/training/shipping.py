@@ -102,8 +102,9 @@ def readme(name: str, document: Mapping[str, Any], weights: int) -> str:
     )
     kept = (
         f"The best validation (step {progress['best_step']}, {progress['best']['accuracy']:.4f} on "
-        f"{config.validation_images:,} images) was kept, and then measured on sets of {config.test_images:,} "
-        "images that chose nothing."
+        f"{config.validation_images:,} images) was kept, and then measured on {config.test_images:,} "
+        f"images of every split. Those of train were trained on, and the first {config.validation_images:,} "
+        "of val chose the checkpoint; the others did neither."
     )
     limits = (
         f"{learned} One size and one kind of image: these numbers say nothing about other sizes or "
