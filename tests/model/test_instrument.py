@@ -123,6 +123,33 @@ def test_a_write_to_resid_mid_reaches_both_readers_under_autograd(tiny: Tiny) ->
     assert slope == pytest.approx(float(analytic[0]), rel=2e-2)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_resid_mid_is_written_back_only_where_somebody_wrote(context: type[torch.no_grad]) -> None:
+    """Returned, or written in place into what was given; a visitor that only reads costs no second copy."""
+    vit = vmi.wrap(HF_VIT.module())
+    x = HF_VIT.images(2)
+    norm: torch.nn.LayerNorm = raw.blocks_of(vit.module)[1].layernorm_after
+    seen: list[tuple[Tensor, int | None]] = []
+
+    def look(_: object, args: tuple[Tensor]) -> None:
+        seen.append((args[0].clone(), None if args[0].is_inference() else args[0]._version))
+
+    def through(visitor: Visitor) -> tuple[Tensor, int | None]:
+        with context(), visiting(vit, resid_mid=visitor).installed():
+            handle = norm.register_forward_pre_hook(look)
+            vit(x)
+            handle.remove()
+        return seen[-1]
+
+    kept: list[Tensor] = []
+    read, untouched = through(kept.append)
+    assert torch.equal(kept[0], read)
+    for visitor in (lambda value: value + 1, lambda value: value.add_(1)):
+        written, writes = through(visitor)
+        assert torch.equal(written, read + 1)
+        assert (untouched, writes) in ((0, 1), (None, None))
+
+
 @torch.no_grad()
 def test_heads_results_move_the_increment_by_their_sum() -> None:
     vit = vmi.wrap(TIMM_REGISTERS.module())

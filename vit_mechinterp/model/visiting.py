@@ -22,13 +22,22 @@ def replace_input(
     value = args[0] if name is None else kwargs[name]
     if port.in_place:
         # Visitors are given a copy: what one of them keeps must not change when another one writes.
-        value.copy_(_visit(port, value.clone(), visit))
+        given = value.clone()
+        writes = _writes(given)
+        new = _visit(port, given, visit)
+        if new is not given or writes is None or _writes(given) != writes:
+            value.copy_(new)
         return None
     new = _visit(port, value, visit)
     if new is value:
         return None
     new = laid_out_as(value, new)
     return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
+
+
+def _writes(x: Tensor) -> int | None:
+    """How often a tensor was written to; None where nobody counts, or where autograd has to see a copy."""
+    return None if x.requires_grad or x.is_inference() else x._version
 
 
 def replace_output(port: Port, output: Any, visit: Callable[[Tensor], Tensor]) -> Any:
