@@ -87,12 +87,12 @@ class BoundRun:
     captures: tuple[BoundCapture, ...]
     through: frozenset[int] = frozenset()
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The run's name."""
         return self.run.name
 
-    @property
+    @cached_property
     def first(self) -> Site | None:
         """The site of the first edit; None for a clean run."""
         return self.edits[0].site if self.edits else None
@@ -111,7 +111,7 @@ class BoundRun:
         assert self.first is not None
         return _join(self.first, self.starts_at_mlp_out, n_layers)
 
-    @property
+    @cached_property
     def starts_at_mlp_out(self) -> bool:
         """Whether the run's rows join behind a block with an MLP increment of their own."""
         first = self.first
