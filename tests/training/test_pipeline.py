@@ -153,5 +153,9 @@ def test_bad_stages_are_named_before_the_first_step(tmp_path) -> None:
         train(tiny(pipeline=stage(attention="between_pairs")), tmp_path / "c", progress=False)
     with pytest.raises(ValidationError, match="within_object"):
         PipelineStage(attention="inside", layers=(0,))
+    with pytest.raises(ValidationError, match="at least 1 item"):  # the mean over no head is no number
+        stage(heads=())
+    with pytest.raises(ValidationError, match="off at step 3 and on at step 3, so it would never act"):
+        stage(first_step=3, last_step=3)
     with pytest.raises(SpecError, match="is a model of other sizes than the one to train"):
         build_model(tiny(initial="vmi/discrimination-plain"))

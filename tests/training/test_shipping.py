@@ -14,7 +14,7 @@ from vit_mechinterp.training import ModelConfig, TrainingConfig, evaluate, train
 from vit_mechinterp.training.config import EVALUATION_SPLITS
 from vit_mechinterp.training.images import evaluation_images
 from vit_mechinterp.training.records import Training
-from vit_mechinterp.training.shipping import ship
+from vit_mechinterp.training.shipping import readme, ship
 
 CONFIG = TrainingConfig(
     model=ModelConfig(embed_dim=32, depth=1, num_heads=2), canvas=64, steps=2, batch_size=4, validate_every=2,
@@ -41,6 +41,23 @@ def test_a_shipped_model_is_measured_as_it_is_stored(tmp_path: Path) -> None:
     assert f"{test['ood-color']['accuracy']:.4f}" in card
     with pytest.raises(DataError, match=r"shipped exists\. Remove it"):
         ship(tmp_path / "run", out)
+
+
+def test_the_page_says_what_the_training_was() -> None:
+    test = dict.fromkeys(EVALUATION_SPLITS, {"accuracy": 0.9})
+    progress = {"best_step": 2, "best": {"accuracy": 0.9}}
+
+    def card(config: TrainingConfig) -> str:
+        document = {"config": config.model_dump(), "test": test, "progress": progress, "command": "vit-mechinterp train"}
+        return " ".join(readme("shipped", document, 1).split())
+
+    usual = card(CONFIG)
+    assert "started from random weights" in usual
+    assert "Every training image was new: 2 steps of 4, AdamW, one-cycle learning rate up to 0.0005, seed 0" in usual
+    finite = card(CONFIG.model_copy(update={"train_images": 6, "schedule": "constant", "model": "timm/vit_base_patch16_224"}))
+    assert "started from its own weights" in finite
+    assert "The 6 training images were shuffled every epoch: 2 steps of 4, AdamW, learning rate 0.0005 (constant)" in finite
+    assert "measured on 8 images of every split (6 of train)" in finite
 
 
 def test_an_unfinished_training_is_not_shipped(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from vit_mechinterp.training import (
     ModelConfig,
     TrainingConfig,
     evaluate,
+    load_trained,
     objective,
     train,
 )
@@ -247,6 +248,51 @@ def test_resuming_from_nothing_or_from_a_damaged_state_is_refused(tmp_path: Path
 def test_an_unknown_site_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"layer 9 is out of range"):
         train(tiny(auxiliary_site="blocks.9.resid_post"), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ("blocks.0.attn.pattern", r"auxiliary_site='blocks\.0\.attn\.pattern' holds \[2, 17, 17\] for an image; the probes read"),
+        ("blocks.0.attn.q", r"holds \[17, 2, 8\] for an image"),
+        ("blocks.0.mlp.post", r"holds \[17, 64\] for an image; the probes read one embedding for each token, \[17, 16\]"),
+        ("pooled", r"holds \[16\] for an image; .* set auxiliary_weight to 0"),
+        ("blocks.*.resid_post", "names several sites"),
+    ],
+)
+def test_a_site_without_an_embedding_per_token_is_refused_before_the_first_step(
+    site: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        train(tiny(auxiliary_site=site), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    if site == "pooled":  # what no loss reads may be anything
+        assert train(tiny(auxiliary_site=site, auxiliary_weight=0.0, steps=1), tmp_path / "off", progress=False).best_step == 1
+
+
+def test_stimuli_and_models_that_cannot_be_made_are_named_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SpecError, match="architecture='vit_nope': timm cannot make it with these sizes"):
+        train(tiny(model=ModelConfig(architecture="vit_nope")), tmp_path, progress=False)
+    with pytest.raises(SpecError, match="architecture='resnet18': timm cannot make it"):
+        train(tiny(model=ModelConfig(architecture="resnet18")), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="num_heads=3 does not divide embed_dim=16"):
+        ModelConfig(embed_dim=16, num_heads=3)
+    monkeypatch.setattr(loop_module, "build_vit", lambda config: pytest.fail("a model was built"))
+    with pytest.raises(SpecError, match="combinations='1-2-3' names no split"):
+        train(tiny(combinations="1-2-3"), tmp_path, progress=False)
+    with pytest.raises(SpecError, match="do not fit side by side"):
+        train(tiny(cell=32), tmp_path, progress=False)
+
+
+def test_accuracy_on_training_images_is_of_images_that_were_trained_on(tmp_path: Path) -> None:
+    config = tiny(steps=2, validate_every=2, train_images=10, test_images=24, test_splits=("train", "test"))
+    found = train(config, tmp_path / "run", progress=False).test
+    best = load_trained(tmp_path / "run")
+    assert found["train"] == evaluate(best, DiscriminationGenerator("train", **IMAGES), 10)
+    assert found["train"] != evaluate(best, DiscriminationGenerator("train", **IMAGES), 24)
+    assert found["test"] == evaluate(best, DiscriminationGenerator("test", **IMAGES), 24)
 
 
 def test_unknown_settings_are_refused() -> None:

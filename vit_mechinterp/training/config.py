@@ -42,6 +42,12 @@ class ModelConfig(BaseModel):
     depth: int = Field(6, gt=0, description="blocks")
     num_heads: int = Field(4, gt=0, description="attention heads; divides embed_dim")
 
+    @model_validator(mode="after")
+    def _divides(self) -> ModelConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
+        return self
+
 
 class TrainingConfig(BaseModel):
     """Training on one of the two tasks.
@@ -124,7 +130,10 @@ class TrainingConfig(BaseModel):
     test_splits: tuple[EvaluationSplit, ...] = Field(
         ("test", "test_iid"), description="what the best checkpoint is evaluated on at the end"
     )
-    test_images: int = Field(6400, gt=1, description="images of the evaluation on each split at the end")
+    test_images: int = Field(
+        6400, gt=1,
+        description="images of the evaluation on each split at the end; of train no more than train_images",
+    )  # fmt: skip
     log_every: int = Field(50, gt=0, description="steps between lines of the log")
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes an accelerator if there is one")
     threads: int | None = Field(None, gt=0, description="CPU threads; None leaves torch's own choice")

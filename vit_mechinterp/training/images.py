@@ -17,7 +17,7 @@ from vit_mechinterp.stimuli.render import NORMALIZATION, Normalization
 from vit_mechinterp.stimuli.rmts import RMTSGenerator
 from vit_mechinterp.training.config import EvaluationSplit, TrainingConfig
 
-__all__ = ["TrainingImages", "evaluation_images"]
+__all__ = ["TrainingImages", "evaluation_count", "evaluation_images"]
 
 _TASKS: dict[str, Callable[..., TaskGenerator[Any]]] = {
     "discrimination": DiscriminationGenerator,
@@ -43,6 +43,14 @@ def evaluation_images(
         combinations=split if beyond else config.combinations,
         normalization=normalization,
     )
+
+
+def evaluation_count(config: TrainingConfig, split: EvaluationSplit, n: int | None = None) -> int:
+    """Return how many images of a split are measured: ``n``, by default ``config.test_images``; of a finite
+    training set no more than it has, since those behind it were never trained on.
+    """
+    wanted = config.test_images if n is None else n
+    return min(config.train_images or wanted, wanted) if split == "train" else wanted
 
 
 class TrainingImages(Dataset[list[TaskBatch]]):

@@ -23,7 +23,7 @@ from vit_mechinterp.training.auxiliary import make_probes
 from vit_mechinterp.training.checkpoint import load_state, save_state, write_json
 from vit_mechinterp.training.config import TrainingConfig
 from vit_mechinterp.training.evaluate import evaluate
-from vit_mechinterp.training.images import TrainingImages, evaluation_images
+from vit_mechinterp.training.images import TrainingImages, evaluation_count, evaluation_images
 from vit_mechinterp.training.models import build_vit, normalization_of
 from vit_mechinterp.training.objective import objective
 from vit_mechinterp.training.processes import accelerator_for, on_main
@@ -87,6 +87,7 @@ def train(
     """
     folder = Path(folder)
     _check_folder(folder, config, resume)
+    evaluation_images(config, "train")  # stimuli that cannot be made are named before a model is loaded
     accelerator = accelerator_for(config)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with _cpu_settings(config.threads), torch.random.fork_rng(devices):
@@ -198,7 +199,10 @@ def _train(
         best.module.to(accelerator.device)
         return {
             split: evaluate(
-                best, evaluation_images(config, split, normalization), config.test_images, progress=progress
+                best,
+                evaluation_images(config, split, normalization),
+                evaluation_count(config, split),
+                progress=progress,
             )
             for split in config.test_splits
         }
@@ -212,7 +216,8 @@ def _train(
 
 def _check_sites(vit: HookedViT, config: TrainingConfig) -> None:
     """Raise SpecError before the first step if a loss reads what the model or the task has not."""
-    vit.expand([config.auxiliary_site] if config.auxiliary_weight else [])
+    if config.auxiliary_weight:
+        _check_probed(vit, config.auxiliary_site)
     for stage in config.pipeline:
         vit.expand(list(stage.sites))
         beyond = [head for head in stage.heads or () if not 0 <= head < vit.layout.n_heads]
@@ -226,6 +231,18 @@ def _check_sites(vit: HookedViT, config: TrainingConfig) -> None:
                 "The pipeline stage between_pairs needs two pairs of objects, and an image of "
                 f"{config.task} shows one: leave the stage out, or set task to rmts."
             )
+
+
+def _check_probed(vit: HookedViT, name: str) -> None:
+    """Raise SpecError unless a site holds one embedding for every token."""
+    sites, wanted = vit.expand([name]), [vit.layout.tokens.n_tokens, vit.layout.d_model]
+    shape = list(vit.sites()[sites[0]].shape)
+    if "*" in name or shape != wanted:
+        has = "names several sites" if "*" in name else f"holds {shape} for an image"
+        raise SpecError(
+            f"auxiliary_site={name!r} {has}; the probes read one embedding for each token, {wanted}. Name "
+            "one site such as blocks.1.resid_post, or set auxiliary_weight to 0."
+        )
 
 
 def _build_probes(vit: HookedViT, config: TrainingConfig) -> nn.Module:

@@ -49,10 +49,8 @@ def build_vit(config: TrainingConfig) -> HookedViT:
             if config.fresh_positions:
                 vit = _with_fresh_positions(vit, config)
         else:
-            import timm
-
-            sizes = sizes_of(config, config.model)
-            vit = wrap(timm.create_model(config.model.architecture, pretrained=False, **sizes))
+            vit = wrap(_by_sizes(config, config.model))
+            require_grid(vit, config)
     if config.initial is not None:
         weights = load(config.initial).module.state_dict()
         try:
@@ -63,6 +61,21 @@ def build_vit(config: TrainingConfig) -> HookedViT:
                 "Give both the same sizes."
             ) from error
     return vit
+
+
+def _by_sizes(config: TrainingConfig, model: ModelConfig) -> nn.Module:
+    """Make a timm model of given sizes with random weights."""
+    import timm
+
+    name = model.architecture
+    try:
+        made: nn.Module = timm.create_model(name, pretrained=False, **sizes_of(config, model))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise SpecError(
+            f"model.architecture={name!r}: timm cannot make it with these sizes ({error}). Name an entry point "
+            "of timm's VisionTransformer, such as vit_tiny_patch16_224."
+        ) from error
+    return made
 
 
 def _on_canvas(name: str, config: TrainingConfig) -> HookedViT:
@@ -107,7 +120,7 @@ def require_grid(vit: HookedViT, config: TrainingConfig) -> None:
     wanted = ((config.canvas,) * 2, (config.patch,) * 2, (side, side))
     if (tokens.image_size, tokens.patch_size, tokens.grid) != wanted:
         raise SpecError(
-            f"{config.model} sees images of {' x '.join(map(str, tokens.image_size))} px as {tokens}; the "
+            f"{config.model if isinstance(config.model, str) else config.model.architecture} sees images of {' x '.join(map(str, tokens.image_size))} px as {tokens}; the "
             f"stimuli are {config.canvas} px wide with patches of {config.patch} px. Set canvas, patch and "
             "cell so that they fit the model."
         )

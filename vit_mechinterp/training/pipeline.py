@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from vit_mechinterp.errors import SpecError
@@ -41,9 +41,20 @@ class PipelineStage(BaseModel):
         description="what the heads are to attend to"
     )
     layers: tuple[int, ...] = Field(min_length=1, description="blocks")
-    heads: tuple[int, ...] | None = Field(None, description="heads of these blocks; None means all")
+    heads: tuple[int, ...] | None = Field(
+        None, min_length=1, description="heads of these blocks; None means all"
+    )
     first_step: int = Field(0, ge=0, description="step at which the stage is switched on")
     last_step: int | None = Field(None, gt=0, description="step at which it is switched off; None: never")
+
+    @model_validator(mode="after")
+    def _is_on(self) -> PipelineStage:
+        if self.last_step is not None and self.last_step <= self.first_step:
+            raise ValueError(
+                f"the stage {self.attention} is switched off at step {self.last_step} and on at step "
+                f"{self.first_step}, so it would never act: set last_step above first_step"
+            )
+        return self
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from vit_mechinterp.errors import DataError
 from vit_mechinterp.training.checkpoint import write_json
 from vit_mechinterp.training.config import EVALUATION_SPLITS, TrainingConfig
 from vit_mechinterp.training.evaluate import evaluate
-from vit_mechinterp.training.images import evaluation_images
+from vit_mechinterp.training.images import evaluation_count, evaluation_images
 from vit_mechinterp.training.models import normalization_of
 from vit_mechinterp.training.records import Training
 from vit_mechinterp.training.saving import load_trained
@@ -61,7 +61,8 @@ def ship(run: str | Path, out: str | Path, *, progress: bool = True) -> Path:
     config = training.config
     images = {split: evaluation_images(config, split, normalization_of(vit)) for split in EVALUATION_SPLITS}
     document["test"] = {
-        split: evaluate(vit, own, config.test_images, progress=progress) for split, own in images.items()
+        split: evaluate(vit, own, evaluation_count(config, split), progress=progress)
+        for split, own in images.items()
     }
     write_json(partial / "training.json", document)
     weights = sum(parameter.numel() for parameter in vit.module.parameters())
@@ -92,18 +93,19 @@ def readme(name: str, document: Mapping[str, Any], weights: int) -> str:
     )  # fmt: skip
     data = (
         f"A timm `VisionTransformer` ({sizes}; CLS token, patches of {config.patch} px, images of "
-        f"{config.canvas} px; {weights:,} weights), started from {config.initial or 'random weights'}. The "
+        f"{config.canvas} px; {weights:,} weights), started from {_start(config)}. The "
         f"images are `vit_mechinterp.stimuli.{config.task}` at canvas {config.canvas}, patch {config.patch}, "
-        f"cell {config.cell}, combinations {config.combinations}. Every training image was new: "
-        f"{config.steps} steps of {config.batch_size}, AdamW, one-cycle learning rate up to "
-        f"{config.learning_rate:g}, seed {config.seed}, mixed precision: {config.precision}. `training.json` "
+        f"cell {config.cell}, combinations {config.combinations}. {_shown(config)}: "
+        f"{config.steps} steps of {config.batch_size}, AdamW, {_rate(config)}, "
+        f"seed {config.seed}, mixed precision: {config.precision}. `training.json` "
         "has every setting, the versions and the metrics; `log.jsonl` has the course of the training. The "
         "weights are stored in half precision, and were measured as they are stored."
     )
     kept = (
         f"The best validation (step {progress['best_step']}, {progress['best']['accuracy']:.4f} on "
         f"{config.validation_images:,} images) was kept, and then measured on {config.test_images:,} "
-        f"images of every split. Those of train were trained on, and the first {config.validation_images:,} "
+        f"images of every split{_of_train(config)}. Those of train were trained on, and the first "
+        f"{config.validation_images:,} "
         "of val chose the checkpoint; the others did neither."
     )
     limits = (
@@ -127,6 +129,29 @@ def readme(name: str, document: Mapping[str, Any], weights: int) -> str:
 
 
 _TASKS = {"discrimination": "the discrimination task", "rmts": "relational match to sample"}
+
+
+def _start(config: TrainingConfig) -> str:
+    if config.initial is not None:
+        return config.initial
+    return "its own weights" if isinstance(config.model, str) and config.pretrained else "random weights"
+
+
+def _shown(config: TrainingConfig) -> str:
+    if config.train_images is None:
+        return "Every training image was new"
+    return f"The {config.train_images:,} training images were shuffled every epoch"
+
+
+def _of_train(config: TrainingConfig) -> str:
+    own = evaluation_count(config, "train")
+    return "" if own == config.test_images else f" ({own:,} of train)"
+
+
+def _rate(config: TrainingConfig) -> str:
+    if config.schedule == "one_cycle":
+        return f"one-cycle learning rate up to {config.learning_rate:g}"
+    return f"learning rate {config.learning_rate:g} ({config.schedule.replace('_', ' ')})"
 
 
 def _losses(config: TrainingConfig) -> str:
