@@ -27,7 +27,7 @@ from vit_mechinterp.training import (
     train,
 )
 from vit_mechinterp.training import loop as loop_module
-from vit_mechinterp.training.models import build_model
+from vit_mechinterp.training.models import build_model, build_vit
 
 IMAGES = {"canvas": 32, "patch": 8, "cell": 8}
 
@@ -248,6 +248,24 @@ def test_resuming_from_nothing_or_from_a_damaged_state_is_refused(tmp_path: Path
 def test_an_unknown_site_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"layer 9 is out of range"):
         train(tiny(auxiliary_site="blocks.9.resid_post"), tmp_path, progress=False)
+
+
+def test_frozen_probes_keep_their_weights_and_still_move_the_model(tmp_path: Path) -> None:
+    states = {}
+    for frozen in (False, True):
+        config = tiny(steps=2, validate_every=2, freeze_probes=frozen)
+        train(config, tmp_path / str(frozen), progress=False)
+        states[frozen] = load_file(tmp_path / str(frozen) / "state" / "state.safetensors")
+    drawn = loop_module._build_probes(build_vit(tiny()), tiny()).state_dict()
+    for name, first in drawn.items():
+        assert torch.equal(states[True][f"probes/{name}"], first)
+        assert not torch.equal(states[False][f"probes/{name}"], first)
+    train(tiny(steps=2, validate_every=2, auxiliary_weight=0.0), tmp_path / "off", progress=False)
+    off = load_file(tmp_path / "off" / "state" / "state.safetensors")
+    moved = [key for key, value in off.items() if key.startswith("model/") and not torch.equal(value, states[True][key])]
+    assert "model/blocks.0.mlp.fc1.weight" in moved
+    resumed = train(tiny(steps=2, validate_every=2, freeze_probes=True), tmp_path / "True", resume=True, progress=False)
+    assert resumed.best_step == 2
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,11 @@ class TrainingConfig(BaseModel):
         "the relation of a pair from all its tokens ('cls' in the authors' code); or, as a control, the "
         "object from the whole embedding ('control')",
     )
+    freeze_probes: bool = Field(
+        False,
+        description="leave the probes at the weights that they were drawn with, as the latest version of the "
+        "authors' code does, whose optimiser does not get them; by default they are trained with the model",
+    )
 
     pipeline: tuple[PipelineStage, ...] = Field((), description="stages of the pipeline loss; none: no loss")
     pipeline_weight: float = Field(1.0, ge=0, description="weight of the pipeline loss")

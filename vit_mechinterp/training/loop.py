@@ -123,7 +123,7 @@ def _train(
     vit = build_vit(config)
     normalization = normalization_of(vit) if isinstance(config.model, str) else NORMALIZATION
     _check_sites(vit, config)
-    probes = _build_probes(vit, config)
+    probes = _build_probes(vit, config).requires_grad_(not config.freeze_probes)
     learner = accelerator.prepare(_Learner(vit, probes, config))
     modules: dict[str, nn.Module] = {"model": vit.module, "probes": probes}
     parameters = [parameter for owner in modules.values() for parameter in owner.parameters()]

@@ -108,7 +108,7 @@ class Training:
         own = self.config.model_dump(exclude=_NO_MATTER)
         unused = set()
         if not self.config.auxiliary_weight:
-            unused |= {"auxiliary_weight", "auxiliary_site", "auxiliary_probe"}
+            unused |= {"auxiliary_weight", "auxiliary_site", "auxiliary_probe", "freeze_probes"}
         if not (self.config.pipeline and self.config.pipeline_weight):
             unused |= {"pipeline", "pipeline_weight"}
         return {name: value for name, value in own.items() if name not in unused}
