@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -9,6 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 import vit_mechinterp as vmi
 from vit_mechinterp.circuits.behaviour import behaviour
 from vit_mechinterp.errors import DataError, SpecError
+
+module: Any = importlib.import_module("vit_mechinterp.circuits.behaviour")  # the name is the function
 
 
 def model(seed: int) -> VisionTransformer:
@@ -58,3 +63,15 @@ def test_without_kinds_there_is_one_row_a_model() -> None:
         behaviour({"a": vmi.wrap(model(0))}, DATA, kinds="kinds")
     with pytest.raises(SpecError, match="at least one model"):
         behaviour({}, DATA)
+
+
+def test_what_does_not_fit_is_named_before_any_model_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "execute", lambda *arguments, **options: pytest.fail("a model was asked"))
+    one, other = vmi.wrap(model(0)), vmi.wrap(model(1))
+    with pytest.raises(DataError, match="column 'label', example 3: 2 is no class of a, which has classes 0 to 1"):
+        behaviour({"a": one}, {**DATA, "label": [0, 1, 0, 2] + [0] * 16})
+    with pytest.raises(DataError, match="behaviour: the data has no column 'image'"):
+        behaviour({"a": one}, DATA, base="image")
+    tokens = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=0, global_pool="")
+    with pytest.raises(SpecError, match=r"behaviour: b gives .* of shape \(17, 24\), not one logit per class"):
+        behaviour({"a": other, "b": vmi.wrap(tokens.eval())}, DATA)

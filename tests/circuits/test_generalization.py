@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import vit_mechinterp as vmi
 from vit_mechinterp.circuits.accuracy_intervals import over_images, over_seeds, verdict
@@ -18,6 +20,7 @@ from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.stimuli import DiscriminationGenerator, discrimination
 from vit_mechinterp.training import Training, TrainingConfig, by_condition, train, trainings
 
+module: Any = importlib.import_module("vit_mechinterp.circuits.generalization")  # the name is the function
 IMAGES: dict[str, Any] = {"canvas": 128, "patch": 16, "cell": 32}
 N = 24
 
@@ -177,7 +180,7 @@ def test_a_model_at_chance_is_reported_so(runs: Path) -> None:
     assert line["IID"].endswith("]")
 
 
-def test_bad_input_is_named_before_any_work(runs: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named_before_any_work(runs: Path) -> None:
     vit = vmi.load(f"timm/{runs}/plain")
     with pytest.raises(SpecError, match=r"no split 'ood_shape'\. Close matches: ood-shape"):
         generalization({"a": vit}, splits=["ood_shape"], progress=False)  # type: ignore[list-item]
@@ -187,6 +190,50 @@ def test_bad_input_is_named_before_any_work(runs: Path, tmp_path: Path) -> None:
         generalization({}, progress=False)
     with pytest.raises(SpecError, match="do not fit side by side"):
         generalization({"a": vit}, cell=80, progress=False)
+    with pytest.raises(SpecError, match="names no split"):
+        generalization({"a": vit}, combinations="1-2-3", progress=False)
+    with pytest.raises(SpecError, match="n=0: an accuracy takes at least one image"):
+        generalization({"a": vit}, n=0, progress=False)
+
+
+def test_what_does_not_fit_costs_no_model_that_does(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "answers", lambda *arguments, **options: pytest.fail("a model was asked"))
+    vit = vmi.load(f"timm/{runs}/plain")
+    torch.manual_seed(0)
+    thousand, odd = (
+        vmi.wrap(VisionTransformer(**{"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 64, **own}).eval())
+        for own in ({"num_classes": 1000}, {"num_classes": 2, "patch_size": 32})
+    )
+    with pytest.raises(SpecError, match=r"generalization, 'b': VisionTransformer gives logits of shape \(1000,\), not one logit"):
+        generalization({"a": vit, "b": thousand}, n=N, progress=False)
+    with pytest.raises(SpecError, match="do not fit side by side"):
+        generalization({"a": vit, "b": odd}, cell=64, n=N, progress=False)
+    data = discrimination("val", 4, progress=False, **IMAGES)
+    with pytest.raises(DataError, match=r"generalization, realistic: the data has no column 'label'"):
+        generalization({"a": vit}, n=N, realistic=data.remove_columns("label"), progress=False)
+
+
+def test_photographs_of_one_task_are_not_shown_to_models_of_the_other(runs: Path) -> None:
+    data = discrimination("val", 6, progress=False, **IMAGES)
+    record = trainings(runs)[2]
+    matched = Training(**{**vars(record), "config": record.config.model_copy(update={"task": "rmts"})})
+    models = {"discrimination": record, "rmts": matched}
+    table = generalization(models, n=N, splits=["test"], realistic=data, progress=False).table
+    assert set(table[table["split"] == "realistic"]["condition"]) == {"discrimination"}
+    other = generalization(models, n=N, splits=["test"], realistic=data, realistic_task="rmts", progress=False).table
+    assert set(other[other["split"] == "realistic"]["condition"]) == {"rmts"}
+
+
+def test_accuracy_on_a_finite_training_set_is_of_that_set(runs: Path) -> None:
+    record = trainings(runs)[2]
+    finite = Training(**{**vars(record), "config": record.config.model_copy(update={"train_images": 10})})
+    for recorded in (False, True):
+        own = Training(**{**vars(finite), "test": {"train": {"accuracy": 0.5}, "test": {"accuracy": 0.5}}})
+        table = generalization({"a": own}, n=N, splits=["train", "test"], recorded=recorded, progress=False).table
+        assert table.groupby("split")["n_images"].first().to_dict() == {"train": 10, "test": N}
+
+
+def test_records_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / ".partial").mkdir()
     (tmp_path / ".partial" / "training.json").write_text("half of it")
     with pytest.raises(DataError, match=r"holds no finished training\. Give the folder"):

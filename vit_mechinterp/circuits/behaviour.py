@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from vit_mechinterp.circuits.reading import outputs_shape
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import bootstrap_interval
 from vit_mechinterp.engine import execute
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run
 
@@ -53,7 +56,8 @@ def behaviour(
         Table: ``model, kind, accuracy, accuracy_low, accuracy_high, n`` (95 % bootstrap intervals); a figure.
 
     Raises:
-        SpecError: there is no model; DataError: a column is missing.
+        SpecError: there is no model, or one gives no logit per class; DataError: a column is missing, or a
+            label is no class of a model. Both are raised before the first forward on an image.
     """
     import pandas as pd
 
@@ -61,17 +65,12 @@ def behaviour(
         raise SpecError("behaviour needs at least one model.")
     rows: list[dict[str, Any]] = []
     origins = []
-    for name, vit in models.items():
-        columns = Data(data, vit)
-        for column in filter(None, (label, kinds)):
-            columns.require(column, "behaviour")
-        labels = torch.tensor([row[0] for row in columns.integers(label)])
+    checked = {name: _checked(name, vit, data, base, label, kinds) for name, vit in models.items()}
+    for name, (columns, labels) in checked.items():
+        vit = models[name]
         of_kind = [str(value) for value in columns.values(kinds)] if kinds else []
         results = execute(vit, Run(name="clean", base=base), data, batch_size=batch_size, progress=progress)
-        answers = results["clean"]
-        if answers.ndim != 2:
-            raise SpecError(f"behaviour: {name} gives {vit.layout.output}, not one logit per class.")
-        hits = (answers.argmax(dim=-1) == labels).double().numpy()
+        hits = (results["clean"].argmax(dim=-1) == labels).double().numpy()
         groups = {ALL: np.ones(len(hits), dtype=bool)}
         order = [kind for kind in dict.fromkeys([*(kind_names or {}), *of_kind]) if kind in of_kind]
         groups |= {kind: np.array(of_kind) == kind for kind in order}
@@ -102,11 +101,34 @@ def behaviour(
         table=table,
         provenance=provenance(*origins, seed=seed),
         summary=summary,
-        description="How often the models answer rightly, on images that none of them was trained on."
+        description="How often the models answer rightly."
         + (f"\n\nThe hardest kind of image: {'; '.join(found)}." if found else ""),
         captions={"accuracy": "Accuracy with 95 % bootstrap intervals over images."},
         draw=_draw,
     )
+
+
+def _checked(
+    name: str, vit: HookedViT, data: Any, base: str, label: str, kinds: str | None
+) -> tuple[Data, Int[Tensor, " example"]]:
+    """The columns and the classes that a model should answer."""
+    columns = Data(data, vit)
+    for column in filter(None, (base, label, kinds)):
+        columns.require(column, "behaviour")
+    shape = outputs_shape(vit)
+    if len(shape) != 1:
+        raise SpecError(
+            f"behaviour: {name} gives {vit.layout.output} of shape {shape}, not one logit per class."
+        )
+    labels = [row[0] for row in columns.integers(label)]
+    wrong = [example for example, own in enumerate(labels) if not 0 <= own < shape[0]]
+    if wrong:
+        raise DataError(
+            f"behaviour: column {label!r}, example {wrong[0]}: {labels[wrong[0]]} is no class of {name}, which "
+            f"has classes 0 to {shape[0] - 1}."
+        )
+    columns.check_images(base)
+    return columns, torch.tensor(labels)
 
 
 def _draw(result: CircuitResult) -> dict[str, Figure]:

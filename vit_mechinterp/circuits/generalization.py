@@ -12,13 +12,15 @@ import numpy as np
 
 from vit_mechinterp.circuits.accuracy_intervals import over_images, over_seeds, verdict
 from vit_mechinterp.circuits.behaviour import behaviour
+from vit_mechinterp.circuits.reading import outputs_shape
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.engine.columns import Columns
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.documents import validate
 from vit_mechinterp.training.config import EVALUATION_SPLITS, EvaluationSplit, TrainingConfig
 from vit_mechinterp.training.evaluate import answers
-from vit_mechinterp.training.images import evaluation_images
+from vit_mechinterp.training.images import evaluation_count, evaluation_images
 from vit_mechinterp.training.models import normalization_of, require_grid
 from vit_mechinterp.training.records import Training
 
@@ -54,6 +56,7 @@ def generalization(
     splits: Sequence[EvaluationSplit] = EVALUATION_SPLITS,
     n: int = 1000,
     realistic: Any = None,
+    realistic_task: str = "discrimination",
     pretraining: Mapping[str, str] | None = None,
     recorded: bool = True,
     seed: int = 0,
@@ -75,6 +78,7 @@ def generalization(
         n: images of each split.
         realistic: a dataset with ``base`` and ``label`` to be measured as well, preprocessed by each model's
             own transform.
+        realistic_task: the task that ``realistic`` is of; models of the other one are not asked about it.
         pretraining: condition to what its weights were trained on; presets know it.
         recorded: take accuracies from a training's own record where they are of at least ``n`` images.
         seed: of the images of a model given alone (in a list, the model's place is added), and of the
@@ -88,24 +92,31 @@ def generalization(
         accuracy_high, interval, chance, n_seeds, n_images``. ``interval`` says what the 95 % interval is
         over: the mean over seeds by Student's t where there are two or more, else a bootstrap over images.
         ``chance`` is "at chance" where it contains 0.5; where it does though every seed alone is off chance
-        on its images
-        (few seeds, a wide t), "undecided"; else "above" or "below". Two figures: ``table`` and ``accuracy``.
+        on its images (few seeds, a wide t), "undecided"; else "above" or "below". Two figures: ``table`` and
+        ``accuracy``.
 
     Raises:
-        SpecError: there is no model or no such split, or a model's patches do not fit the stimuli.
+        SpecError: there is no model or no such split, a model's patches do not fit the stimuli, or it does
+            not give two logits.
+        DataError: ``realistic`` lacks a column. Both are raised before any model is asked.
     """
     import pandas as pd
 
-    _check(models, splits)
+    _check(models, splits, n, realistic)
+    subjects = {
+        condition: [
+            (own_seed, model, _settings(condition, model, task, combinations, cell, own_seed))
+            for own_seed, model in _by_seed(given, seed)
+        ]
+        for condition, given in models.items()
+    }
     named = dict(pretraining or {})
     rows: list[dict[str, Any]] = []
     sources: dict[str, str] = {}
-    for condition, given in models.items():
+    for condition, given in subjects.items():
         by_seed: dict[str, dict[int, tuple[float, int]]] = {}
         facts: dict[str, Any] = {}
-        for own_seed, model in _by_seed(given, seed):
-            config = model.config if isinstance(model, Training) else None
-            config = config or _config(model, task, combinations, cell, own_seed)  # type: ignore[arg-type]
+        for own_seed, model, config in given:
             words = model.pretraining if isinstance(model, Training) else None
             facts = {
                 "condition": condition,
@@ -115,7 +126,8 @@ def generalization(
                 "combinations": config.combinations,
                 "pretraining": named.get(condition, words or "unknown"),
             }
-            found, source = _measured(model, config, splits, n, realistic, recorded, device, progress)
+            photographs = realistic if config.task == realistic_task else None
+            found, source = _measured(model, config, splits, n, photographs, recorded, device, progress)
             sources[f"{condition}, seed {own_seed}"] = source
             for split, value in found.items():
                 by_seed.setdefault(split, {})[own_seed] = value
@@ -153,9 +165,15 @@ def accuracy_by_split(result: CircuitResult) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("condition").reset_index()
 
 
-def _check(models: Mapping[str, Models], splits: Sequence[str]) -> None:
+def _check(models: Mapping[str, Models], splits: Sequence[str], n: int, realistic: Any) -> None:
     if not models:
         raise SpecError("generalization needs at least one condition with a model.")
+    if n < 1:
+        raise SpecError(f"n={n}: an accuracy takes at least one image of each split.")
+    if realistic is not None:
+        columns = Columns(realistic)
+        for column in ("base", "label"):
+            columns.require(column, "generalization, realistic")
     for split in splits:
         if split not in EVALUATION_SPLITS:
             raise SpecError(
@@ -172,6 +190,21 @@ def _by_seed(given: Models, seed: int) -> Iterator[tuple[int, Model]]:
             yield (model.config.seed if isinstance(model, Training) else seed + place), model
 
 
+def _settings(
+    condition: str, model: Model, task: str, combinations: str, cell: int | None, seed: int
+) -> TrainingConfig:
+    """What decides the images that a model is asked about: its training's settings, or those of the call."""
+    if isinstance(model, Training):
+        return model.config
+    if (shape := outputs_shape(model)) != (2,):
+        raise SpecError(
+            f"generalization, {condition!r}: {type(model.module).__name__} gives {model.layout.output} of "
+            f"shape {shape}, not one logit each for different and same. Train it with a two-way head first "
+            "(vit-mechinterp train)."
+        )
+    return _config(model, task, combinations, cell, seed)
+
+
 def _config(vit: HookedViT, task: str, combinations: str, cell: int | None, seed: int) -> TrainingConfig:
     """The settings whose images a model that comes without a record is asked about."""
     patch = vit.layout.tokens.patch_size[0]
@@ -186,6 +219,7 @@ def _config(vit: HookedViT, task: str, combinations: str, cell: int | None, seed
     }
     config = validate(TrainingConfig, given, "generalization")
     require_grid(vit, config)
+    evaluation_images(config, "test")  # combinations that there are not
     return config
 
 
@@ -203,7 +237,7 @@ def _measured(
     found: dict[str, tuple[float, int]] = {}
     if isinstance(model, Training) and recorded and config.test_images >= n:
         known = {split: metrics["accuracy"] for split, metrics in model.test.items() if split in splits}
-        found = {split: (value, config.test_images) for split, value in known.items()}
+        found = {split: (value, evaluation_count(config, split)) for split, value in known.items()}
     open_splits = [split for split in splits if split not in found]
     if not open_splits and realistic is None:
         return found, "recorded by the training"
@@ -212,7 +246,7 @@ def _measured(
         vit.module.to(device)
     for split in open_splits:
         images = evaluation_images(config, split, normalization_of(vit))
-        most = min(config.train_images or n, n) if split == "train" else n
+        most = evaluation_count(config, split, n)
         right = answers(vit, images, most, progress=progress).right
         found[split] = (float(right.mean()), most)
     if realistic is not None:
