@@ -337,6 +337,10 @@ def test_what_does_not_fit_is_said_before_the_first_forward(vit: vmi.HookedViT) 
         das(vit, data, data, epochs=0)
     with pytest.raises(SpecError, match="at least one attribute"):
         das_by_attribute(vit, {})
+    with pytest.raises(SpecError, match=r"'shape' needs two datasets, \(training pairs, held-out pairs\), not dict"):
+        das_by_attribute(vit, {"shape": data})  # type: ignore[dict-item]
+    with pytest.raises(SpecError, match="at least one entry of controls"):
+        das_by_attribute(vit, {"shape": (data, data)}, controls=[])
     with pytest.raises(DataError, match="has no column 'flipped'"):
         das(vit, data, data, label="flipped", **QUICK)
     with pytest.raises(DataError, match=r"example 2: \[2\] is no class; the model has classes 0 to 1"):

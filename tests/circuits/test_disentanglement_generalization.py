@@ -151,6 +151,10 @@ def test_results_of_other_models_are_refused_by_name(tmp_path: Path) -> None:
         disentanglement_generalization([das])
     with pytest.raises(DataError, match="shape was searched in runs/none before, in result 0"):
         disentanglement_generalization([das, das, generalization_result({"plain": "print0"})])
+    models = {"plain": "print0", "with loss": "print1"}
+    both = das_result("print1", "runs/disentangled", {"shape": [0.5], "color": [0.6]})
+    with pytest.raises(DataError, match=r"result 0 \(das\): color was not searched in runs/none, but in other models"):
+        disentanglement_generalization([das, both, generalization_result(models)])
     with pytest.raises(DataError, match="at least three models on one split; here are plain"):
         disentanglement_generalization([das, generalization_result({"plain": "print0"})])
     with pytest.raises(DataError, match="not measured on split 'ood', but on iid, compositional"):

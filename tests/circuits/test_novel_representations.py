@@ -281,9 +281,18 @@ def test_what_does_not_fit_is_said_before_any_work(
         novel_representations(vit, data, search, draws="batches")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"seeds=\[\]: name at least one"):
         novel_representations(vit, data, search, seeds=[])
-    with pytest.raises(SpecError, match="nothing to measure"):
+    with pytest.raises(SpecError, match=r"nothing to do: give at least one attribute with \(validation pairs, held-out pairs\)"):
         novel_representations(vit, {}, search)
+    with pytest.raises(SpecError, match=r"'shape' needs two datasets, \(validation pairs, held-out pairs\), not dict"):
+        novel_representations(vit, {"shape": test}, search)  # type: ignore[dict-item]
+    with pytest.raises(SpecError, match=r"takes data by attribute, .*, not list"):
+        novel_representations(vit, [(values, test)], search)  # type: ignore[arg-type]
     assert not runs
+    for column, one in (("base", test), ("source", values)):
+        without = {k: v for k, v in one.items() if k != column}
+        pair = (values, without) if column == "base" else (without, test)
+        with pytest.raises(DataError, match=f"novel_representations: the data has no column '{column}'"):
+            novel_representations(vit, {"shape": pair}, search)
     with pytest.raises(DataError, match="has no column 'other_box'"):
         novel_representations(vit, {"shape": (values, {k: v for k, v in test.items() if k != "other_box"})}, search)
     narrow = {**test, "other_box": test["other_box"] - torch.tensor([0, 0, 8, 0])}

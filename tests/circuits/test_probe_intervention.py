@@ -251,6 +251,7 @@ def test_bad_input_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> 
     refused(DataError, "a column 'display_box_1' of pixel boxes or 'display_1_tokens'", without("display_box_1"))
     refused(DataError, "display pair: the data has no column 'display_relation'", without("display_relation"))
     refused(DataError, "the data has no column 'lable'", label="lable")
+    refused(DataError, "image of 'box_1': the data has no column 'base'", without("base"))
     refused(DataError, r"column 'label', example 0: \[7\] is neither 0 \(different\) nor 1 \(same\)", test={**columns, "label": [7] * N})
     same = {**columns, "sample_relation": [1] * N, "display_relation": [1] * N}
     refused(DataError, "All pairs to train on are same; a probe for their relation needs both kinds", same)

@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import timm
 import torch
 
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
-from vit_mechinterp.errors import DataError
+from vit_mechinterp import HookedViT, Interchange, Run, execute, wrap
+from vit_mechinterp.circuits.probe_intervention import probe_intervention
+from vit_mechinterp.errors import DataError, SpecError
+from vit_mechinterp.model.geometry import Geometry
+from vit_mechinterp.stimuli import counterfactuals, discrimination
 
 Document = dict[str, Any]
 HERE, THERE, BOX = {"column": "here"}, {"column": "there"}, {"box": "box"}
@@ -146,6 +151,30 @@ def test_boxes_follow_images_through_resize_and_crop() -> None:
     world.check(runs, world.execute(runs, data=data))
     with pytest.raises(DataError, match=r"example 1: Nothing of the box .* is left"):
         world.execute(runs[1:], data={**data, "box": [boxes["box"][0], (0, 0, 3, 3), *boxes["box"][2:]]})
+
+
+def test_boxes_that_the_preprocessing_moves_are_said_to_be_moved() -> None:
+    """On stimuli of the model's own size and grid, boxes miss the grid where its transform cuts the borders."""
+    pairs = counterfactuals("shape", 8, canvas=64, patch=16, cell=16, progress=False)
+    swap_boxes = Interchange(
+        site="blocks.0.resid_post", tokens={"box": "edited_box"}, source="source", source_tokens={"box": "source_box"}
+    )
+    run = Run(name="swap", interventions=[swap_boxes])
+
+    def model(crop_pct: float) -> HookedViT:
+        torch.manual_seed(0)
+        facts = {"crop_pct": crop_pct, "input_size": (3, 64, 64)}
+        sizes = {"img_size": 64, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 2}
+        made = timm.create_model("vit_tiny_patch16_224", pretrained=False, pretrained_cfg_overlay=facts, **sizes)
+        return wrap(made.eval())
+
+    with pytest.raises(SpecError, match=r"Select equally many; .* cuts images of 64 x 64 px, which moves their boxes over the grid"):
+        execute(model(0.9), run, pairs, progress=False)
+    with pytest.raises(DataError, match=r"share a patch, .* resizes or cuts images of 64 x 64 px"):
+        probe_intervention(model(0.9), discrimination("test", 16, canvas=64, patch=16, cell=16, progress=False), progress=False)
+    assert execute(model(1.0), run, pairs, progress=False).logits.shape[1] == 8
+    assert Geometry().keeps((3, 3))
+    assert not Geometry(unknown="a warp").keeps((3, 3))
 
 
 def _back(size: tuple[int, int], box: tuple[int, ...]) -> tuple[float, ...]:

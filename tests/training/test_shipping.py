@@ -44,7 +44,7 @@ def test_a_shipped_model_is_measured_as_it_is_stored(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_the_training_was() -> None:
-    test = dict.fromkeys(EVALUATION_SPLITS, {"accuracy": 0.9})
+    test = {split: {"accuracy": 0.9} for split in EVALUATION_SPLITS}
     progress = {"best_step": 2, "best": {"accuracy": 0.9}}
 
     def card(config: TrainingConfig) -> str:

@@ -124,8 +124,8 @@ def _checked(
     wrong = [example for example, own in enumerate(labels) if not 0 <= own < shape[0]]
     if wrong:
         raise DataError(
-            f"behaviour: column {label!r}, example {wrong[0]}: {labels[wrong[0]]} is no class of {name}, which "
-            f"has classes 0 to {shape[0] - 1}."
+            f"behaviour: column {label!r}, example {wrong[0]}: {labels[wrong[0]]} is no class of {name}, "
+            f"which has classes 0 to {shape[0] - 1}."
         )
     columns.check_images(base)
     return columns, torch.tensor(labels)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 from vit_mechinterp.circuits.alignment import Permutation, Schedule
 from vit_mechinterp.circuits.backdrop import backdrop_of
 from vit_mechinterp.circuits.das_controls import CONTROLS, Control
-from vit_mechinterp.circuits.das_data import splits_of
+from vit_mechinterp.circuits.das_data import pairs_by_attribute, splits_of
 from vit_mechinterp.circuits.das_questions import Options, Question, interchange_run
 from vit_mechinterp.circuits.das_result import assemble
 from vit_mechinterp.circuits.das_search import answer
@@ -210,11 +210,12 @@ def das_by_attribute(
         SpecError, DataError: there is no attribute or no search, or an argument of `das` does not fit.
         TypeError: `das` has no such argument.
     """
-    if not data or not controls:
-        raise SpecError("There is nothing to search: give at least one attribute and one entry of controls.")
+    given_pairs = pairs_by_attribute(data, "das_by_attribute", "training pairs, held-out pairs")
+    if not controls:
+        raise SpecError("Nothing to search: give at least one entry of controls, None for no control.")
     if unknown := sorted(set(settings) - set(_SHARED)):
         raise TypeError(f"das_by_attribute takes no {', '.join(unknown)}. It takes {', '.join(_SHARED)}.")
-    parted = {attribute: (train, splits_of(test)) for attribute, (train, test) in data.items()}
+    parted = {attribute: (train, splits_of(test)) for attribute, (train, test) in given_pairs.items()}
     questions = [
         Question(attribute, control, train, tests, f"{attribute}.{f'{control}.' if control else ''}")
         for attribute, (train, tests) in parted.items()

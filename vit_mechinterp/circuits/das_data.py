@@ -15,11 +15,38 @@ from vit_mechinterp.errors import DataError, SpecError
 if TYPE_CHECKING:
     from vit_mechinterp.model import HookedViT
 
-__all__ = ["ONE_SPLIT", "labels_of", "n_classes", "splits_of", "variants_of"]
+__all__ = ["ONE_SPLIT", "labels_of", "n_classes", "pairs_by_attribute", "splits_of", "variants_of"]
 
 ONE_SPLIT: Final = "test"
 _RELATION, _PAIR = "intermediate_judgement", "edited_pair"
 _WORDS = ("different", "same")
+
+
+def pairs_by_attribute(data: Any, wanted_by: str, what: str) -> dict[str, tuple[Any, Any]]:
+    """Two datasets for each attribute, checked to be so.
+
+    Args:
+        data: attribute to its two datasets.
+        wanted_by: the circuit, for messages.
+        what: what the two are, for messages.
+
+    Raises:
+        SpecError: there is no attribute, or something else stands for one than two datasets.
+    """
+    if not isinstance(data, Mapping):
+        raise SpecError(
+            f'{wanted_by} takes data by attribute, {{"shape": ({what}), ...}}, not {type(data).__name__}.'
+        )
+    if not data:
+        raise SpecError(f"{wanted_by} has nothing to do: give at least one attribute with ({what}).")
+    found = {}
+    for attribute, both in data.items():
+        if not isinstance(both, tuple | list) or len(both) != 2:
+            raise SpecError(
+                f"{wanted_by}: {attribute!r} needs two datasets, ({what}), not {type(both).__name__}."
+            )
+        found[attribute] = both[0], both[1]
+    return found
 
 
 def splits_of(test: Any) -> dict[str, Any]:

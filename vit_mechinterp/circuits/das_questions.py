@@ -17,6 +17,7 @@ from vit_mechinterp.circuits.das_controls import (
 )
 from vit_mechinterp.circuits.token_sets import positions_of
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.positions import moved_note
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.spec import InjectSubspace, Run, TensorRef, Tokens
 
@@ -193,6 +194,7 @@ def tokens_of(vit: HookedViT, questions: Sequence[Question], options: Options) -
             "tied=False gives the first token of every object one subspace, the second another, and so on, "
             f"so all objects need equally many tokens; here they have {said}. Leave it out, or give stimuli "
             f"whose cells lie on the model's grid of {' x '.join(map(str, vit.layout.tokens.patch_size))} px."
+            + moved_note(vit, Data(questions[0].train, vit), options.base)
         )
     return next(iter(sizes))
 

@@ -70,11 +70,13 @@ def model_points(
         das_split: the split of the search's table; its first if left out.
 
     Raises:
-        DataError: a search has no accuracies of the same model, or an attribute was searched twice.
+        DataError: a search has no accuracies of the same model, an attribute was searched twice, or not in
+            every model.
     """
     import pandas as pd
 
     best = _disentanglement(results, das_split)
+    _check_attributes(best)
     measured = _accuracies(results)
     rows: list[dict[str, Any]] = []
     for fingerprint, (where, source, found) in best.items():
@@ -153,6 +155,19 @@ def _disentanglement(
             layers = by_layer(rows)
             attributes[attribute] = layers[max(layers, key=lambda layer: layers[layer][0])]
     return found
+
+
+def _check_attributes(best: Mapping[str, tuple[str, str, Mapping[str, Any]]]) -> None:
+    """Raise DataError unless the same attributes were searched in every model: a mean over others is another
+    quantity.
+    """
+    every = list(dict.fromkeys(attribute for _, _, found in best.values() for attribute in found))
+    for where, source, found in best.values():
+        if missing := [attribute for attribute in every if attribute not in found]:
+            raise DataError(
+                f"{where}: {', '.join(missing)} was not searched in {source}, but in other models. A point "
+                f"is the mean over all attributes ({', '.join(every)}): search the same in every model."
+            )
 
 
 def _accuracies(results: Mapping[str, CircuitResult]) -> list[tuple[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vit_mechinterp.circuits.token_sets import positions_of
 from vit_mechinterp.engine import execute
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.positions import moved_note
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.spec import Capture, Run, Tokens
 
@@ -70,10 +71,14 @@ def items_of(
     draw's first for both where it should become "same".
 
     Raises:
-        DataError: a column is missing, a relation is neither 0 nor 1, or objects differ in their tokens.
+        DataError: a column is missing, an image is none, a relation is neither 0 nor 1, or objects differ in
+            their tokens.
     """
     columns, donors = Data(test, vit), Data(values, vit)
     where = "novel_representations"
+    for own, image in ((columns, base), (donors, source)):
+        own.require(image, where)
+        own.check_images(image)
     column = judgement or (_JUDGEMENT if _JUDGEMENT in columns.columns else None)
     if column is None:
         becomes_same = labels == 1
@@ -90,7 +95,7 @@ def items_of(
         raise DataError(
             f"{where}: objects have {', '.join(map(str, sorted(counts)))} tokens, and a vector for each "
             "token of one object is written into another: give objects of equal size, on the grid of patches "
-            f"of {vit.layout.tokens.patch_size} pixels."
+            f"of {vit.layout.tokens.patch_size} pixels." + moved_note(vit, columns, base)
         )
     units = [example // size for example in range(columns.n)]
     first = [2 * unit for unit in units]

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.circuits.backdrop import backdrop_of
-from vit_mechinterp.circuits.das_data import labels_of
+from vit_mechinterp.circuits.das_data import labels_of, pairs_by_attribute
 from vit_mechinterp.circuits.novel_data import Items, items_of, object_values
 from vit_mechinterp.circuits.novel_result import SUBSPACE, WHOLE, assemble
 from vit_mechinterp.circuits.novel_vectors import METHODS, Method, novel_vectors
@@ -141,7 +141,8 @@ def novel_representations(
         SpecError, DataError: before the first forward, if anything does not fit: subspaces of another model,
             an attribute or layer that was not searched, objects of unequal numbers of tokens.
     """
-    _check(data, methods, draws, draw_batch, seeds)
+    data = pairs_by_attribute(data, "novel_representations", "validation pairs, held-out pairs")
+    _check(methods, draws, draw_batch, seeds)
     found = alignment_result(subspaces, vit)
     heat = backdrop_of(stages, vit)
     places = {attribute: trained_subspaces(found, attribute, layers) for attribute in data}
@@ -288,11 +289,7 @@ def _check_tokens(
                 )
 
 
-def _check(
-    data: Mapping[str, Any], methods: Sequence[str], draws: str, draw_batch: int, seeds: Sequence[int]
-) -> None:
-    if not data:
-        raise SpecError("There is nothing to measure: give at least one attribute with its pairs.")
+def _check(methods: Sequence[str], draws: str, draw_batch: int, seeds: Sequence[int]) -> None:
     for method in methods:
         if method not in METHODS:
             raise SpecError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.token_sets import object_tokens, positions_of
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.positions import moved_note
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 
@@ -122,7 +123,7 @@ def with_pairs(
         relations.append(binary_column(columns, pair.relation, where))
         places = [positions_of(tokens, vit, columns, base, where) for tokens in (pair.first, pair.second)]
         both = [[*one, *other] for one, other in zip(*places, strict=True)]
-        _check(both, first, where)
+        _check(both, first, where, lambda: moved_note(vit, columns, base))
         for example, own in enumerate(both):
             sizes.setdefault(len(own), (name, example))
         added[PairedData.tokens_of(name)] = [[token - first for token in own] for own in both]
@@ -135,19 +136,19 @@ def with_pairs(
         raise DataError(
             f"{wanted_by} concatenates the tokens of a pair, so every pair needs equally many; here they "
             f"cover {' and '.join(said[:2])} of the model's {grid} patches of {patch} pixels. Use stimuli "
-            "whose cells lie on this grid."
+            "whose cells lie on this grid." + moved_note(vit, columns, base)
         )
     return PairedData(_with_columns(data, added), torch.stack(relations), next(iter(sizes)))
 
 
-def _check(positions: Sequence[Sequence[int]], first: int, where: str) -> None:
+def _check(positions: Sequence[Sequence[int]], first: int, where: str, moved: Callable[[], str]) -> None:
     for example, tokens in enumerate(positions):
         if min(tokens) < first:
             raise DataError(f"{where}, example {example}: an object has a token outside the patch grid.")
         if len(set(tokens)) < len(tokens):
             raise DataError(
                 f"{where}, example {example}: the objects share a patch, so a direction for both has no one "
-                "meaning there. Give objects that share no patch."
+                "meaning there. Give objects that share no patch." + moved()
             )
 
 

@@ -13,7 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, source_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ops import operator_of
-from vit_mechinterp.engine.positions import Positions, resolve_tokens
+from vit_mechinterp.engine.positions import Positions, moved_note, resolve_tokens
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
@@ -177,7 +177,7 @@ def _bind_edit(
     source = mean = None
     if isinstance(spec, SourcedIntervention) and spec.source is not None:
         source = _bind_source(vit, run, spec, data, bound, where)
-        _check_pairing(vit, site, positions, source, data, where)
+        _check_pairing(vit, site, positions, source, data, run.base, where)
     elif isinstance(spec, Ablate) and spec.method == "resample":
         source = Read(ColumnOrigin(run.base, spec.seed), site, positions, spec.heads)
     elif isinstance(spec, Ablate) and spec.method == "mean" and spec.mean is None:
@@ -261,7 +261,13 @@ def check_heads(vit: HookedViT, site: Site, heads: tuple[int, ...] | None, where
 
 
 def _check_pairing(
-    vit: HookedViT, site: Site, positions: Positions, source: Read, data: Data | None, where: str
+    vit: HookedViT,
+    site: Site,
+    positions: Positions,
+    source: Read,
+    data: Data | None,
+    base: str,
+    where: str,
 ) -> None:
     if not site.has_tokens or data is None:
         return
@@ -276,6 +282,7 @@ def _check_pairing(
             f"{targets[example]} base tokens and {sources[example]} source tokens. Select equally many; a "
             "box selects every patch that it touches, so boxes of one size do so if their corners lie on the "
             f"model's grid of {' x '.join(map(str, vit.layout.tokens.patch_size))} px."
+            + moved_note(vit, data, base)
         )
 
 

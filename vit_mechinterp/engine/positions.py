@@ -15,7 +15,7 @@ from vit_mechinterp.model.geometry import patches_of_box
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TokenBox, TokenColumn, Tokens
 
-__all__ = ["Positions", "resolve_tokens"]
+__all__ = ["Positions", "moved_note", "resolve_tokens"]
 
 IntArray = NDArray[np.int64]
 
@@ -127,6 +127,20 @@ def resolve_tokens(
     return _from_list(tokens, vit, where)
 
 
+def moved_note(vit: HookedViT, data: Data, image_column: str) -> str:
+    """Return a sentence for messages about boxes where the model's preprocessing moves them, or ""."""
+    sizes = dict.fromkeys(data.original_sizes(image_column) or ())
+    moved = next((size for size in sizes if not vit.preprocess.geometry.keeps(size)), None)
+    if moved is None:
+        return ""
+    width, height = moved
+    return (
+        f" The model's preprocessing resizes or cuts images of {width} x {height} px, which moves their "
+        "boxes over the grid: give images as tensors of the model's input size, or a model that takes them as they "
+        "are."
+    )
+
+
 def _from_list(tokens: str | tuple[str | int, ...], vit: HookedViT, where: str) -> Positions:
     layout = vit.layout.tokens
     positions: list[int] = []
@@ -169,6 +183,7 @@ def _from_column(column: str, data: Data, vit: HookedViT, where: str) -> Positio
 
 def _from_boxes(column: str, data: Data, vit: HookedViT, image_column: str, where: str) -> Positions:
     layout = vit.layout.tokens
+    data.require(image_column, f"{where}, image of {column!r}")
     sizes = data.original_sizes(image_column)
     rows = []
     for example, box in enumerate(data.boxes(column, where)):

@@ -163,6 +163,13 @@ class Geometry:
             size = step.output_size(size)
         return size
 
+    def keeps(self, original_size: Size) -> bool:
+        """Whether an image of this size reaches the model pixel for pixel, neither resized nor cut."""
+        return self.unknown is None and all(
+            step.output_size(original_size) == original_size and step.offset(original_size) == (0, 0)
+            for step in self.steps
+        )
+
     def map_box(self, box: Sequence[float], original_size: Size) -> Box:
         """Carry a pixel box of the original image into pixels of the model input.
 

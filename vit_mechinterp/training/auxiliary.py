@@ -3,8 +3,8 @@
 
 Two linear probes, trained together with the model, read every object token: one predicts the shape from the
 first half of the embedding, the other the colour from the second half. Their cross-entropies, averaged over
-all object tokens of a batch, are added to the task's loss. (The latest version of the authors' code does not hand
-the probes to its optimiser, so they keep their first weights: ``TrainingConfig.freeze_probes``.)
+all object tokens of a batch, are added to the task's loss. (The latest version of the authors' code does not
+hand the probes to its optimiser, so they keep their first weights: ``TrainingConfig.freeze_probes``.)
 
 Two more kinds of probes take their place where it is asked what the disentanglement itself does:
 `RelationProbes` predict whether a pair of objects is the same from all its tokens at once, `IdentityProbe`

@@ -72,8 +72,8 @@ def _by_sizes(config: TrainingConfig, model: ModelConfig) -> nn.Module:
         made: nn.Module = timm.create_model(name, pretrained=False, **sizes_of(config, model))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise SpecError(
-            f"model.architecture={name!r}: timm cannot make it with these sizes ({error}). Name an entry point "
-            "of timm's VisionTransformer, such as vit_tiny_patch16_224."
+            f"model.architecture={name!r}: timm cannot make it with these sizes ({error}). Name an entry "
+            "point of timm's VisionTransformer, such as vit_tiny_patch16_224."
         ) from error
     return made
 
@@ -117,10 +117,11 @@ def _with_fresh_positions(vit: HookedViT, config: TrainingConfig) -> HookedViT:
 def require_grid(vit: HookedViT, config: TrainingConfig) -> None:
     """Raise SpecError unless the model's patches are those of the stimuli."""
     tokens, side = vit.layout.tokens, config.canvas // config.patch
+    name = config.model if isinstance(config.model, str) else config.model.architecture
     wanted = ((config.canvas,) * 2, (config.patch,) * 2, (side, side))
     if (tokens.image_size, tokens.patch_size, tokens.grid) != wanted:
         raise SpecError(
-            f"{config.model if isinstance(config.model, str) else config.model.architecture} sees images of {' x '.join(map(str, tokens.image_size))} px as {tokens}; the "
+            f"{name} sees images of {' x '.join(map(str, tokens.image_size))} px as {tokens}; the "
             f"stimuli are {config.canvas} px wide with patches of {config.patch} px. Set canvas, patch and "
             "cell so that they fit the model."
         )
