@@ -51,6 +51,14 @@ def test_the_other_attribute_alone_would_not_give_the_label(
     assert not is_same(whole).any()
 
 
+def test_sources_of_new_objects_may_have_every_known_value(attribute: str) -> None:
+    batch = CounterfactualGenerator(attribute, combinations="ood-shape-color", **SMALL).batch(0, 512)
+    analysed, second = ANALYSED[attribute], 1 - ANALYSED[attribute]
+    assert (batch.base_objects >= 16).all()
+    assert set(batch.source_objects[batch.label == 1][:, 0, analysed]) == set(range(16))
+    assert set(batch.source_objects[:, 0, second]) == set(range(16))
+
+
 def test_different_to_same(batch: CounterfactualBatch, attribute: str) -> None:
     analysed, second = ANALYSED[attribute], 1 - ANALYSED[attribute]
     base, source = batch.base_objects[batch.label == 0], batch.source_objects[batch.label == 0]

@@ -38,6 +38,14 @@ def test_excluded_values_never_come_and_the_others_are_uniform() -> None:
     assert stats.chisquare(np.delete(distance, [0, 5])).pvalue > 1e-3
 
 
+def test_excluded_values_beyond_the_limit_take_nothing_away() -> None:
+    one, other = np.tile(np.array([3, 17]), 8000), np.full(16_000, 19)
+    drawn = Stream(0, "beyond").excluding(16, one, other)
+    assert (drawn != one).all()
+    assert stats.chisquare(np.bincount(drawn[1::2], minlength=16)).pvalue > 1e-3
+    assert stats.chisquare(np.delete(np.bincount(drawn[::2], minlength=16), 3)).pvalue > 1e-3
+
+
 def test_normal_numbers_are_normal() -> None:
     drawn = Stream(0, "normal").normal(10.0, 200_000)
     assert drawn.dtype == np.int16

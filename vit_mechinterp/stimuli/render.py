@@ -1,9 +1,8 @@
 """From scenes (which objects, where) to pixels, and from pixels to the tensors that models take.
 
 Every object has a Gaussian texture: noise of standard deviation 10 around its colour, per pixel and channel,
-    clipped to 0 .. 250, drawn anew for
-every object of every image, so two objects that are the same are not the same pixels. The background is
-white.
+clipped to 0 .. 250, drawn anew for every object of every image, so two objects that are the same are not the
+same pixels. The background is white.
 """
 
 from __future__ import annotations

@@ -56,10 +56,11 @@ class Stream:
 
     def excluding(self, limit: int | NDArray[Any], *excluded: NDArray[np.int64]) -> NDArray[np.int64]:
         """Draw one integer of ``0 .. limit - 1`` per element, never one of the ``excluded`` (which differ
-        from one another); ``limit`` broadcasts to their shape.
+        from one another, and may lie beyond the limit); ``limit`` broadcasts to their shape.
         """
-        drawn = self.below(limit - len(excluded), *excluded[0].shape)
-        for value in np.sort(np.stack(excluded), axis=0):
+        ordered = np.sort(np.stack(excluded), axis=0)
+        drawn = self.below(limit - (ordered < limit).sum(axis=0), *excluded[0].shape)
+        for value in ordered:
             drawn += drawn >= value
         return drawn
 
