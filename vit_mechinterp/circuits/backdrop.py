@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vit_mechinterp.circuits.attention_kinds import layer_heat
 from vit_mechinterp.errors import DataError
@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from vit_mechinterp.circuits.result import CircuitResult
     from vit_mechinterp.model import HookedViT
 
-__all__ = ["backdrop_of"]
+__all__ = ["BACKDROP", "backdrop_of"]
+
+BACKDROP: Final = (
+    " The background of each layer is the mean over heads of its global score: blue where attention is "
+    "local, red where it is global."
+)
+"""What a caption says of the colours."""
 
 
 def backdrop_of(stages: CircuitResult | None, vit: HookedViT) -> list[float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from vit_mechinterp.circuits.backdrop import BACKDROP
 from vit_mechinterp.circuits.das_controls import control_words
 from vit_mechinterp.circuits.das_rows import NO_CONTROL
 
@@ -49,12 +50,7 @@ def captions(table: pd.DataFrame, stages: bool) -> dict[str, str]:
         if table["seed"].nunique() > 1
         else "Bands are 95 % bootstrap intervals over held-out pairs."
     )
-    tint = (
-        " The background of each layer is the mean over heads of its global score: blue where attention is "
-        "local, red where it is global."
-        if stages
-        else ""
-    )
+    tint = BACKDROP if stages else ""
     names = _figures(table)
     control = next((c for c in table["control"] if c != NO_CONTROL), None)
     dashed = (

@@ -236,8 +236,11 @@ def _measured(
     """Accuracy and number of images of every split; and where the numbers come from."""
     found: dict[str, tuple[float, int]] = {}
     if isinstance(model, Training) and recorded and config.test_images >= n:
-        known = {split: metrics["accuracy"] for split, metrics in model.test.items() if split in splits}
-        found = {split: (value, evaluation_count(config, split)) for split, value in known.items()}
+        found = {
+            split: (model.test[split]["accuracy"], evaluation_count(config, split))
+            for split in splits
+            if split in model.test
+        }
     open_splits = [split for split in splits if split not in found]
     if not open_splits and realistic is None:
         return found, "recorded by the training"

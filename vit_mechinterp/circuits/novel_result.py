@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from vit_mechinterp.circuits.backdrop import BACKDROP
 from vit_mechinterp.circuits.das_figures import LAYER_HEAT, by_layer
 from vit_mechinterp.circuits.result import CircuitResult
 
@@ -53,10 +54,6 @@ def assemble(
         if table["seed"].nunique() > 1
         else "Bands are 95 % bootstrap intervals over what was drawn."
     )
-    tint = (
-        " The background of each layer is the mean over heads of its global score: blue where attention is "
-        "local, red where it is global."
-    )
     return CircuitResult(
         name="novel_representations",
         title="Novel representations",
@@ -68,7 +65,7 @@ def assemble(
             "novel_representations": (
                 "Share of held-out pairs that get the counterfactual answer when novel vectors are written "
                 "into both objects, by layer and by how the vectors are made; stars mark the best layers. "
-                f"{band}{tint if heat is not None else ''}"
+                f"{band}{BACKDROP if heat is not None else ''}"
             )
         },
         draw=_draw,

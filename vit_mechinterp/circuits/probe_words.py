@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vit_mechinterp.circuits.backdrop import BACKDROP
 from vit_mechinterp.circuits.probe_sites import PairSites
 from vit_mechinterp.circuits.reading import interval_columns
 from vit_mechinterp.circuits.result import CircuitResult
@@ -155,11 +156,7 @@ def captions(table: pd.DataFrame, places: PairSites) -> dict[str, str]:
     several = ALL in set(table["pair"])
     alphas = _alphas(table)
     where = "at the same site" if not places.apart else f"at {places.intervene_at}"
-    tint = (
-        " Backgrounds: the mean global score of the layer's heads, blue local, red global."
-        if "global_score" in table
-        else ""
-    )
+    tint = BACKDROP if "global_score" in table else ""
     bars = f"Tints: 95 % bootstrap intervals over {int(table['n'].iloc[0])} images."
     made = {}
     for alpha in alphas:
