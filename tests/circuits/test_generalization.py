@@ -82,6 +82,8 @@ def test_other_settings_tell_trainings_apart_where_the_losses_do_not(runs: Path)
         "no auxiliary loss, initial runs/first", "no auxiliary loss, initial runs/second-1",
     ]  # fmt: skip
     assert starts[1].pretraining == "starts from runs/first-1"
+    assert starts[1].model == "ViT, 6 blocks of width 128"
+    assert other("new", initial=None).model == "ViT, 6 blocks of width 128, from scratch"
 
 
 def test_every_number_is_a_count_on_that_split(runs: Path) -> None:

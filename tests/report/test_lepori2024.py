@@ -83,6 +83,9 @@ def test_finished_sections_are_kept_and_others_are_not(tmp_path: Path) -> None:
 
 def test_a_group_stands_for_its_figures() -> None:
     assert REPRODUCTION.places(["fig3"]) == [("das_discrimination", "das_by_layer"), ("das_rmts", "das_by_layer")]
+    scaled = [("probe_rmts_dino", name) for name in ("alphas", "alpha_0.5", "alpha_1", "alpha_2")]
+    assert REPRODUCTION.places(["fig37"]) == scaled
+    assert SCALES["paper"].alphas == (0.5, 1.0, 2.0)
     assert {section for section, _ in REPRODUCTION.figures.values()} <= set(SECTIONS)
 
 
@@ -93,6 +96,7 @@ def test_a_group_stands_for_its_figures() -> None:
         (["--scale", "large"], "There is no scale 'large'. Scales: tiny, small, paper."),
         (["--only", "fig15_rmts"], "holds no dinov2 model trained on relational match to sample. Train one"),
         (["--model", "nowhere"], "nowhere holds no finished training."),
+        (["--data", "cifar10"], "data='cifar10': this paper is about its own stimuli, so no other images take their place"),
     ],
 )
 def test_what_cannot_be_made_is_said_first(

@@ -95,6 +95,37 @@ def test_verdicts_follow_the_numbers() -> None:
     assert good[0].published == "0.936 in layer 2 (logged for CLIP B/16); 0.007 in the last"
 
 
+def test_a_search_is_judged_on_the_objects_of_its_training() -> None:
+    rows = [("shape", "none", split, layer, value) for split, values in (("test_iid", (0.9, 0.1)), ("test", (0.2, 0.2)))
+            for layer, value in enumerate(values)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["attribute", "control", "split", "layer", "accuracy"])
+    (claim,) = verdicts({"das_discrimination": CircuitResult(name="das_discrimination", table=table)})
+    assert (claim.here, claim.holds) == ("0.900 in layer 0; 0.100 in layer 1, the last", True)
+
+
+@pytest.mark.parametrize(
+    ("task", "accuracies", "holds"),
+    [
+        ("discrimination", {"none": 0.8, "disentanglement": 0.9, "pipeline": 0.8, "both": 0.95}, [True, False, True]),
+        ("rmts", {"none": 0.5, "disentanglement": 0.52, "pipeline": 0.5, "both": 0.9}, [True, True, True]),
+        ("rmts", {"none": 0.5, "disentanglement": 0.9, "pipeline": 0.5, "both": 0.55}, [False, True, False]),
+    ],
+)
+def test_either_loss_helps_discrimination_and_relations_take_both(
+    task: str, accuracies: dict[str, float], holds: list[bool]
+) -> None:
+    table = pd.DataFrame({"losses": list(accuracies), "accuracy": list(accuracies.values())}).assign(
+        condition=list(accuracies), model="ViT", task=task, combinations="256-256-256", split="test_iid", seed="all", n_seeds=1,
+        pretraining="starts from a model",
+    )  # fmt: skip
+    claims = verdicts({f"accuracy_{task}": CircuitResult(name=f"accuracy_{task}", table=table)})[:3]
+    assert [claim.holds for claim in claims] == holds
+    assert all(claim.here.endswith("with (starts from a model)") for claim in claims)
+    said = claims[0].claim
+    assert ("does not teach" in said) == (task == "rmts")
+    assert claims[0].published.startswith("scratch B/")
+
+
 @pytest.mark.parametrize(("local", "holds"), [(0, True), (2, True), (3, False), (7, False)])
 def test_hardly_any_head_is_one_in_ten(local: int, holds: bool) -> None:
     name = "attention_discrimination_scratch"

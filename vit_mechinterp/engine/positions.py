@@ -136,8 +136,8 @@ def moved_note(vit: HookedViT, data: Data, image_column: str) -> str:
     width, height = moved
     return (
         f" The model's preprocessing resizes or cuts images of {width} x {height} px, which moves their "
-        "boxes over the grid: give images as tensors of the model's input size, or a model that takes them as they "
-        "are."
+        "boxes over the grid: give images as tensors of the model's input size, or a model that takes them "
+        "as they are."
     )
 
 

@@ -93,6 +93,7 @@ def _real(asked: Asked, sizes: dict[str, Any]) -> Iterator[CircuitResult]:
 
 
 REPRODUCTION = Reproduction(
+    takes_data=True,
     title="Do vision transformers learn spatial structure?",
     introduction=(
         "After Jelassi, Sander and Li, Vision Transformers provably learn spatial structure (2022). Their "

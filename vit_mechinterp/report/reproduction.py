@@ -83,6 +83,7 @@ class Reproduction:
         groups: name to the figures that it stands for, where one figure of the paper is several here.
         scales: how much can be computed, the least first.
         always: results that are shown whatever is asked for.
+        takes_data: whether an image set can be given in place of the default.
     """
 
     title: str
@@ -92,6 +93,7 @@ class Reproduction:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     scales: Sequence[str] = SCALES
     always: Sequence[str] = ()
+    takes_data: bool = False
 
     def places(self, only: Sequence[str]) -> list[tuple[str, str]]:
         """Return (result, figure) of the named figures, of all without a name.
@@ -149,8 +151,13 @@ def reproduce(
         progress: show progress bars.
 
     Raises:
-        SpecError: there is no such scale or figure; the message lists them.
+        SpecError: there is no such scale or figure (the message lists them), or the paper takes no images.
     """
+    if data is not None and not reproduction.takes_data:
+        raise SpecError(
+            f"data={data!r}: this paper is about its own stimuli, so no other images take their place. Leave "
+            "it out; model= gives other models."
+        )
     if scale not in reproduction.scales:
         raise SpecError(f"There is no scale {scale!r}. Scales: {', '.join(reproduction.scales)}.")
     wanted = reproduction.places(only)

@@ -90,8 +90,10 @@ class Training:
         if (known := PRESETS.get(self.config.preset or "")) is not None:
             return known.label
         if isinstance(model, str):
-            return model if self.config.pretrained else f"{model}, from scratch"
-        return f"ViT, {model.depth} blocks of width {model.embed_dim}, from scratch"
+            own = not self.config.pretrained
+        else:
+            own, model = True, f"ViT, {model.depth} blocks of width {model.embed_dim}"
+        return f"{model}, from scratch" if own and self.config.initial is None else model
 
     @property
     def pretraining(self) -> str | None:

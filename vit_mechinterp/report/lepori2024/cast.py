@@ -15,7 +15,17 @@ from vit_mechinterp.training.records import Training, by_condition, trainings
 if TYPE_CHECKING:
     from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["CHECKPOINTS", "HELD_OUT", "SUBJECT", "TASKS", "TASK_NAMES", "Cast", "Player", "digest_of"]
+__all__ = [
+    "ABOVE_CHANCE",
+    "CHECKPOINTS",
+    "HELD_OUT",
+    "SUBJECT",
+    "TASKS",
+    "TASK_NAMES",
+    "Cast",
+    "Player",
+    "digest_of",
+]
 
 CHECKPOINTS: Final = Path(__file__).parents[2] / "checkpoints"
 """The trained models that the package ships."""
@@ -36,7 +46,7 @@ _PRESETS: Final = {
     "imagenet": "imagenet21k-b16",
     "mae": "mae-b16",
 }
-_ABOVE_CHANCE: Final = 0.6
+ABOVE_CHANCE: Final = 0.6
 """A model at or below this accuracy on images of known objects has not learned its task: half are right by
 guessing, and the pairs that are easiest to tell add a little."""
 
@@ -61,7 +71,7 @@ class Player:
     @property
     def learned(self) -> bool:
         """Whether it is above chance."""
-        return self.accuracy > _ABOVE_CHANCE
+        return self.accuracy > ABOVE_CHANCE
 
     @property
     def words(self) -> str:

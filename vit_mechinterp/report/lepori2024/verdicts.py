@@ -42,8 +42,7 @@ def _stages(name: str, figure: str, order: tuple[str, ...]) -> Any:
         yield Claim(
             figure,
             f"attention peaks in the order {', '.join(order)}: within objects, then between them, then on "
-            "the "
-            "background",
+            "the background",
             "",
             f"the largest shares are {found}",
             "no peak lies before the one that it follows, and they are not all in one layer",
@@ -114,6 +113,8 @@ def _scratch(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
 def _das(task: str, figure: str) -> Any:
     def of(results: Mapping[str, CircuitResult]) -> Iterator[Claim]:
         table = results[f"das_{task}"].table
+        if "split" in table:  # the first is of known objects
+            table = table[table["split"] == table["split"].iloc[0]]
         for attribute, rows in table.groupby("attribute", sort=False):
             value, layer = best(
                 item="fig3", task=task, kind=attribute, quantity="interchange accuracy", model=_CLIP

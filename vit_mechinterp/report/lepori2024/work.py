@@ -96,9 +96,8 @@ class Work:
         if name not in self._found:
             if (reason := self.missing(name)) is not None:
                 raise SpecError(
-                    f"{name} cannot be made: {reason}. Train one (docs/training.md) and give the folder "
-                    "of all "
-                    "trainings with --model, or leave it out."
+                    f"{name} cannot be made: {reason}. Train one (docs/training.md) and give the folder of "
+                    "all trainings with --model, or leave it out."
                 )
             found = self.at_hand(name)
             if found is None:
@@ -135,9 +134,8 @@ class Work:
             title = f"{title}: {player.words}"
             if not player.learned:
                 said = (
-                    f"This model is right on {player.accuracy:.1%} of new images. It has hardly learned "
-                    "the task, "
-                    f"and what follows has to be read with that.\n\n{said}"
+                    f"This model is right on {player.accuracy:.1%} of new images. It has hardly learned the "
+                    f"task, and what follows has to be read with that.\n\n{said}"
                 )
         return replace(found, name=section.name, title=title, description=said)
 
