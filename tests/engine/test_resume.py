@@ -300,6 +300,10 @@ def test_a_folder_that_is_something_else_is_refused(world: World, tmp_path: Path
     (tmp_path / "chunks" / "experiment.json").write_text("{}")
     with pytest.raises(ExecutionError, match="is not what an experiment leaves there"):
         run(world, tmp_path)
+    (tmp_path / "chunks" / "experiment.json").unlink()
+    (tmp_path / "chunks" / "store.json").write_text("[2]")
+    with pytest.raises(ExecutionError, match=r"store\.json is not what an experiment leaves there\. Choose another"):
+        run(world, tmp_path, store=vmi.ActivationStore())
     (tmp_path / "file").write_text("")
     with pytest.raises(ExecutionError, match=r"Results cannot be written into .*file"):
         run(world, tmp_path / "file")

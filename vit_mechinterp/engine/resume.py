@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, replace
@@ -29,7 +28,14 @@ from vit_mechinterp.engine.joining import capture_names, join_chunks
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.tensorfiles import checksum, file_checksum, read_tensors, replacing, sweep, writing
+from vit_mechinterp.engine.tensorfiles import (
+    checksum,
+    file_checksum,
+    first_come,
+    read_tensors,
+    sweep,
+    writing,
+)
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.errors import ExecutionError, TensorFileError
 from vit_mechinterp.spec.digest import digest
@@ -100,35 +106,36 @@ class FinishedChunks:
 
     def _first(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """The document of whoever started first; ours, if it was us."""
-        path = self.folder / "experiment.json"
-        try:
-            stored = self.decided("experiment", document)
-            stored["experiment"], stored["schedule"], stored["circumstances"]
-        except (ValueError, LookupError, TypeError):
-            raise ExecutionError(
-                f"{path} is not what an experiment leaves there. Choose another folder, or delete "
-                f"{self.folder} to begin anew."
-            ) from None
+        stored = self.decided("experiment", document)
+        if not all(isinstance(stored.get(part), dict) for part in document):
+            raise self._foreign("experiment")
         return stored
 
     def decided(self, name: str, document: Mapping[str, Any]) -> dict[str, Any]:
         """What the first start decided under a name: ``document``, if this is it.
 
         Raises:
-            ValueError: what is there is no JSON.
+            ExecutionError: it cannot be written, or something else is there.
         """
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            own = path.with_name(f".{name}-{os.getpid()}.json.tmp")
-            with replacing(own) as file:
-                file.write(json.dumps(document, indent=2).encode())
-            try:
-                with suppress(FileExistsError):
-                    os.link(own, path)
-            finally:
-                own.unlink(missing_ok=True)
-        stored: dict[str, Any] = json.loads(path.read_text())
-        return stored
+        path = self._decision(name)
+        with self._disk():
+            if not path.exists():
+                first_come(path, json.dumps(document, indent=2).encode())
+            text = path.read_bytes()
+        with suppress(ValueError):
+            stored = json.loads(text)
+            if isinstance(stored, dict):
+                return stored
+        raise self._foreign(name)
+
+    def _decision(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _foreign(self, name: str) -> ExecutionError:
+        return ExecutionError(
+            f"{self._decision(name)} is not what an experiment leaves there. Choose another folder, or "
+            f"delete {self.folder} to begin anew."
+        )
 
     @contextmanager
     def _disk(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ __all__ = [
     "TensorWriter",
     "checksum",
     "file_checksum",
+    "first_come",
     "raw_bytes",
     "read_tensors",
     "replacing",
@@ -75,6 +76,27 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             own.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def first_come(path: Path, contents: bytes) -> bool:
+    """Write a file, complete and on the disk, unless there is one; whether it is ours that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with replacing(own) as file:
+        file.write(contents)
+    try:
+        os.link(own, path)
+    except OSError:
+        if path.exists():
+            return False
+        own.replace(path)  # this file system has no links
+    finally:
+        own.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

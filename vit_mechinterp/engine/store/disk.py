@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +20,14 @@ from torch import Tensor
 
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.store.keys import Entry, Key
-from vit_mechinterp.engine.tensorfiles import checksum, read_tensors, replacing, sweep, writing
+from vit_mechinterp.engine.tensorfiles import (
+    checksum,
+    first_come,
+    read_tensors,
+    replacing,
+    sweep,
+    writing,
+)
 
 __all__ = ["DiskTier", "Shard"]
 
@@ -26,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_OPEN = 256
 """Mapped files at most."""
+_USED_SECONDS = 10.0
+"""How far the time of last use, as every process sees it, may lag behind."""
 
 
 @dataclass
@@ -33,7 +44,7 @@ class Shard:
     """One block's file, mapped: bytes are read when they are looked at.
 
     ``stamp`` tells the file from another, or a changed one, of its name; ``checked`` says which slots have
-    been compared with their checksums since it was mapped.
+    been compared with their checksums since it was mapped, ``used`` when others were told that it is in use.
     """
 
     path: Path
@@ -41,6 +52,7 @@ class Shard:
     values: Tensor
     sums: IntArray
     checked: NDArray[np.bool_]
+    used: float = -math.inf
 
 
 class DiskTier:
@@ -104,16 +116,10 @@ class DiskTier:
         if known is not None:
             return known
         document = {"n": entry.n, "shape": entry.shape, "block": entry.block, "key": asdict(entry.key)}
-        own = home / f".entry-{os.getpid()}.json.tmp"
-        with replacing(own) as file:
-            file.write(json.dumps(document, indent=2).encode())
-        try:
-            os.link(own, path)
-        except FileExistsError:
-            if self.entry(entry.key, entry.starts) is None:
-                own.replace(path)  # what is there is not readable
-        finally:
-            own.unlink(missing_ok=True)
+        contents = json.dumps(document, indent=2).encode()
+        if not first_come(path, contents) and self.entry(entry.key, entry.starts) is None:
+            with replacing(path) as file:  # what is there is not readable
+                file.write(contents)
         return self.entry(entry.key, entry.starts) or entry
 
     def has(self, entry: Entry, block: int) -> bool:
@@ -141,7 +147,7 @@ class DiskTier:
         if nbytes > self.budget:
             return
         self._make_room(nbytes)
-        with writing(path, layout) as writer:
+        with writing(path, layout, {"slots": _said(entry, block)}) as writer:
             writer.write("values", tensor)
             writer.write("checksums", torch.tensor(sums, dtype=torch.int64))
 
@@ -157,7 +163,8 @@ class DiskTier:
                     with suppress(OSError):
                         if file.name.endswith(".safetensors"):
                             own = file.stat()
-                            found.append((own.st_mtime, own.st_size, Path(file.path)))
+                            used = max(own.st_atime, own.st_mtime)
+                            found.append((used, own.st_size, Path(file.path)))
         return found
 
     def _make_room(self, nbytes: int) -> None:
@@ -182,14 +189,17 @@ class DiskTier:
                 return None
             shard = self._open.get(path)
             if shard is None or shard.stamp != stamp:
-                with suppress(OSError):
-                    os.utime(path)  # counts as used, for every process
-                shard = self._map(path, entry, block)
+                shard = self._map(path, stamp, entry, block)
                 if shard is None:
                     return None
                 self._open[path] = shard
                 while len(self._open) > _MOST_OPEN:
                     self._open.popitem(last=False)
+            if time.monotonic() - shard.used > _USED_SECONDS:
+                shard.used = time.monotonic()
+                with suppress(OSError):
+                    # The time of access alone: to other processes the file is the same as before.
+                    os.utime(path, ns=(time.time_ns(), stamp[2]))
             self._open.move_to_end(path)
             return shard
 
@@ -197,17 +207,17 @@ class DiskTier:
         with self._guard:
             self._open.pop(path, None)
 
-    def _map(self, path: Path, entry: Entry, block: int) -> Shard | None:
+    def _map(self, path: Path, stamp: tuple[int, int, int], entry: Entry, block: int) -> Shard | None:
         from safetensors import SafetensorError
 
         try:
-            stamp = _stamp(path)
-            tensors, _ = read_tensors(path)
+            tensors, metadata = read_tensors(path)
             values, sums = tensors["values"], tensors["checksums"]
+            slots = metadata.get("slots", _said(entry, block))
             fits = (tuple(values.shape), values.dtype) == (entry.block_shape(block), entry.dtype)
-            if fits and len(sums) == len(entry.slots(block)):
+            if fits and len(sums) == len(entry.slots(block)) and slots == _said(entry, block):
                 return Shard(path, stamp, values, sums.numpy(), np.zeros(len(sums), dtype=np.bool_))
-            reason = f"it holds {values.dtype} of shape {tuple(values.shape)}"
+            reason = f"it holds {values.dtype} of shape {tuple(values.shape)} of slots {slots}"
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, LookupError, ValueError) as error:
@@ -233,7 +243,8 @@ class DiskTier:
         """Remove a damaged file, and say so."""
         logger.warning("Stored activations %s are damaged (%s): dropped, and computed again.", path, reason)
         self._forget(path)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that may only be read
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove every file."""
@@ -241,6 +252,12 @@ class DiskTier:
             self._open.clear()
         for _, _, path in self._files():
             path.unlink(missing_ok=True)
+
+
+def _said(entry: Entry, block: int) -> str:
+    """What a file says of the slots that it holds: blocks of other sizes have the same names."""
+    slots = entry.slots(block)
+    return f"{slots.start} to {slots.stop - 1}"
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
