@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -51,9 +52,11 @@ class Block:
         self.copying.append(event)
 
     def settle(self) -> None:
-        """Wait until no copy is under way."""
-        while self.copying:
-            self.copying.pop().synchronize()
+        """Wait until no copy is under way that was noted before, whoever else waits for it."""
+        for event in tuple(self.copying):
+            event.synchronize()
+            with suppress(ValueError):  # another thread has crossed it out
+                self.copying.remove(event)
 
 
 class MemoryTier:
@@ -125,20 +128,24 @@ class MemoryTier:
             fitting = [n for n, own in enumerate(self._free) if size <= len(own) <= 2 * size]
             if fitting:
                 return self._free.pop(min(fitting, key=lambda n: len(self._free[n])))
-            if self.used + size <= self.budget:
+            if self.used + size <= self.budget and (buffer := self._allocate(size)) is not None:
                 self.used += size
-                return self._allocate(size)
+                return buffer
             if self._free:
                 self.used -= len(self._free.pop())
             elif not makes_room():
                 return None
 
-    def _allocate(self, size: int) -> Tensor:
-        if self.device.type == "cpu" and not self.pinned and hasattr(mmap, "MAP_ANONYMOUS"):
-            # Pages of their own, so that the heap stays compact, and that go back once they are free.
-            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            return torch.frombuffer(pages, dtype=torch.uint8)
-        return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
+    def _allocate(self, size: int) -> Tensor | None:
+        """New memory; None where there is less than the budget says, so that the tier does with less."""
+        try:
+            if self.device.type == "cpu" and not self.pinned and hasattr(mmap, "MAP_ANONYMOUS"):
+                # Pages of their own, so that the heap stays compact, and that go back once they are free.
+                pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                return torch.frombuffer(pages, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            return None
 
     def _evict(self, key: str, unfinished: Unfinished) -> bool:
         """Drop the least recently used block; one that is still filling up, and so nowhere else, if asked."""

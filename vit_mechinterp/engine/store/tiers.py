@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,12 @@ from vit_mechinterp.engine.store.copying import copy_items, pick
 from vit_mechinterp.engine.store.disk import DiskTier
 from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier, Unfinished
+from vit_mechinterp.engine.store.writer import Writer
 
 __all__ = ["Tiers"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_PENDING = 2
-"""Blocks that wait to be written at most."""
 _AT_WORK = 32 * 1024**2
 """Bytes of the host's budget that are left for the batch at work and for images that wait; of a small budget
 a third, of a large one a sixteenth."""
@@ -49,12 +47,11 @@ class Tiers:
         at_work = max(host // 16, min(host // 3, _AT_WORK))
         self.host = MemoryTier(host - at_work, torch.device("cpu"), pinned=torch.cuda.is_available())
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
+        self._writes = self.disk is not None
         self.lock = threading.RLock()
-        self._counting = threading.Lock()  # of busy blocks; whoever holds the other lock may wait for a write
         self._entries: dict[Key, Entry] = {}
         self._assembling: dict[BlockName, Block] = {}  # beside the host's budget, until they are on disk
-        self._writer: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[None]] = deque()
+        self._writer = Writer()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _gpu(self, device: torch.device) -> MemoryTier | None:
@@ -73,27 +70,35 @@ class Tiers:
                     self._entries[key] = entry
             return self._entries.get(key)
 
+    @property
+    def filling(self) -> int:
+        """Bytes that blocks of all values which fill up together should take at most."""
+        return self.host.budget // 4 or _AT_WORK
+
     def rows_of(self, key: Key) -> set[int]:
         """Numbers of images per forward under which the same is stored."""
-        own = {known.rows for known in self._entries if known.family == key.family}
-        return own.union(() if self.disk is None else self.disk.rows_of(key))
+        with self.lock:
+            own = {known.rows for known in self._entries if known.family == key.family}
+            return own.union(() if self.disk is None else self.disk.rows_of(key))
 
     def add(self, entry: Entry) -> Entry:
         """Begin to store under a key; on disk, whoever comes first decides how large blocks are."""
         with self.lock:
             if entry.key not in self._entries:
-                try:
-                    self._entries[entry.key] = entry if self.disk is None else self.disk.add(entry)
-                except OSError as error:
-                    self._lose_disk(error)
-                    self._entries[entry.key] = entry
+                self._entries[entry.key] = entry
+                if self.disk is not None and self._writes:
+                    try:
+                        self._entries[entry.key] = self.disk.add(entry)
+                    except OSError as error:
+                        self._stop_writing(error)
             return self._entries[entry.key]
 
-    def _lose_disk(self, error: OSError) -> None:
-        if self.disk is not None:
-            self.disk = None
+    def _stop_writing(self, error: OSError) -> None:
+        if self._writes:
+            self._writes = False
             logger.warning(
-                "Activations can no longer be written (%s): the store goes on without the disk.", error
+                "Activations can no longer be written (%s): the store goes on with the files that it has.",
+                error,
             )
 
     def put(self, entry: Entry, slots: range, values: Tensor) -> None:
@@ -110,7 +115,7 @@ class Tiers:
         name = entry.key.name, number
         gpu = self._gpu(piece.device)
         if gpu is not None:
-            alone = self.disk is None and self.host.budget == 0
+            alone = not self._writes and self.host.budget == 0
             unfinished: Unfinished = "any" if alone else "none"
             block = gpu.get(name) or gpu.make(entry, number, evict=alone, unfinished=unfinished)
             if block is not None:
@@ -119,12 +124,8 @@ class Tiers:
         if block is None:
             return
         self._fill(block, entry, number, part, piece)
-        if block.complete and self.disk is not None and not block.saved:
-            block.saved = True
-            if self.disk.has(entry, number):
-                self._assembling.pop(name, None)
-            else:
-                self._save(entry, number, block)
+        if block.complete and not block.saved:
+            self._save(entry, number, block)
 
     def _assemble(self, entry: Entry, number: int) -> Block | None:
         """A block that fills up: within the host's budget, or, on its way to the disk, beside it where that
@@ -134,9 +135,9 @@ class Tiers:
         if block is None:
             self.flush()  # what waits to be written cannot be driven out
             # Entries that drove out each other's blocks would never complete one.
-            unfinished: Unfinished = "any" if self.disk is None else "own"
+            unfinished: Unfinished = "own" if self._writes else "any"
             block = self.host.make(entry, number, evict=True, unfinished=unfinished)
-        if block is None and self.disk is not None:
+        if block is None and self._writes:
             self._forget_oldest(key)
             tensor = torch.empty(entry.block_shape(number), dtype=entry.dtype)
             block = Block(tensor, tensor, np.zeros(len(entry.slots(number)), dtype=np.bool_))
@@ -172,31 +173,27 @@ class Tiers:
         block.have[part.start - own.start : part.stop - own.start] = True
 
     def _save(self, entry: Entry, number: int, block: Block) -> None:
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="activations")
-        while len(self._pending) >= _MOST_PENDING:
-            self._pending.popleft().result()
-        with self._counting:
-            block.busy += 1
-        self._pending.append(self._writer.submit(self._write, entry, number, block))
+        """Send a complete block to the disk, unless it is there; where nothing can be written, none stays
+        beside the host's budget."""
+        there = self.disk is not None and self.disk.has(entry, number)
+        if there or not self._writes:
+            self._assembling.pop((entry.key.name, number), None)
+        else:
+            self._writer.submit(block, partial(self._write, entry, number, block.tensor))
+        block.saved = there or self._writes
 
-    def _write(self, entry: Entry, number: int, block: Block) -> None:
-        disk = self.disk
+    def _write(self, entry: Entry, number: int, tensor: Tensor) -> None:
         try:
-            block.settle()
-            if disk is not None:
-                disk.write(entry, number, block.tensor)
+            if self.disk is not None and self._writes:
+                self.disk.write(entry, number, tensor)
         except OSError as error:
-            self._lose_disk(error)
+            self._stop_writing(error)
         finally:
             self._assembling.pop((entry.key.name, number), None)
-            with self._counting:
-                block.busy -= 1
 
     def flush(self) -> None:
         """Wait until every complete block is on disk."""
-        while self._pending:
-            self._pending.popleft().result()
+        self._writer.flush()
 
     def absent(self, entry: Entry, slots: IntArray) -> IntArray:
         """Those of some slots that no tier has, as far as can be said without reading."""
@@ -325,17 +322,13 @@ class Tiers:
 
     def close(self) -> None:
         """Finish writing, and give all memory back."""
-        self.flush()
-        if self._writer is not None:
-            self._writer.shutdown()
-            self._writer = None
+        self._writer.close()
         with self.lock:
             self._assembling.clear()
             for tier in (self.host, *self.gpus.values()):
                 tier.clear()
 
     def forget(self) -> None:
-        """Remove every file, and what is known of them."""
-        self._entries.clear()
+        """Remove every file. How large blocks are stays decided: whoever still reads goes by it."""
         if self.disk is not None:
             self.disk.clear()
