@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.engine.stores import N, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.store import source
+from vit_mechinterp.engine.store import source, tiers
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError, UnsupportedSiteError
 
 
@@ -136,6 +137,70 @@ def test_a_disk_that_is_full_is_left_out(
     assert caplog.text.count("can no longer be written") == 1
 
 
+@pytest.mark.parametrize("host", ["1GiB", 0])
+def test_files_are_read_past_a_disk_that_is_full(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: Any, small_blocks: None
+) -> None:
+    sites = ["blocks.0.resid_post", "pooled"]
+    expected = native(world)
+    captured(ActivationStore(tmp_path), world, sites[0])
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vit_mechinterp.engine.tensorfiles.TensorWriter.write", full)
+    with ActivationStore(tmp_path, host=host) as store:
+        other = captured(store, world, sites[1])
+        with Counted(world.module) as counted:
+            view = captured(store, world, sites[0])
+            assert torch.equal(view[sites[0]][:], expected[sites[0]])
+        assert counted.total == 0
+        assert torch.equal(other[sites[1]][:], expected[sites[1]])
+        assert not store.tiers._assembling
+
+
+def test_a_host_with_less_memory_than_the_budget_says_holds_less(
+    world: World, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    given: list[int] = []
+    original = mmap.mmap
+
+    def most(fileno: int, size: int, **options: Any) -> Any:
+        if len(given) == 3:
+            raise OSError(12, "Cannot allocate memory")
+        given.append(size)
+        return original(fileno, size, **options)
+
+    monkeypatch.setattr(mmap, "mmap", most)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with ActivationStore() as store:
+        view = captured(store, world, "blocks.*.resid_post")
+        assert all(torch.equal(view[name][:], native(world)[name]) for name in view)
+        assert 0 <= store.usage()["host"] <= sum(given)  # what was not given does not count
+        assert len(given) == 3
+
+
+def test_blocks_that_fill_up_without_a_budget_are_few_bytes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "_AT_WORK", 60_000)
+    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
+    beside = []
+    original = tiers.Tiers._fill
+
+    def fill(self: Any, *args: Any) -> None:
+        original(self, *args)
+        beside.append(sum(block.tensor.nbytes for block in self._assembling.values() if not block.complete))
+
+    monkeypatch.setattr(tiers.Tiers, "_fill", fill)
+    sites = ["embed", "blocks.*.resid_mid", "blocks.*.resid_post", "blocks.*.ln2", "blocks.*.ln1", "ln_final"]
+    with ActivationStore(tmp_path, host=0) as store:
+        view = captured(store, world, sites, batch_size=1)
+        assert len(view) * N * 17 * 24 * 4 > 500_000
+        assert torch.equal(view["embed"][:], native(world)["embed"])
+    assert 20_000 < max(beside) <= 60_000
+
+
 def test_memory_that_runs_out_is_one_line(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,7 +253,7 @@ def test_room_is_made_by_another_thread_while_a_file_is_opened(
         expected = captured(store, world, "pooled")["pooled"][:]
     threads = []
 
-    def interrupted(path: Path) -> None:
+    def interrupted(path: Path, **_: Any) -> None:
         threads.append(threading.Thread(target=tier._forget, args=(path,)))
         threads[-1].start()
         threads[-1].join(timeout=0.1)

@@ -8,7 +8,6 @@ that a value has the same bits whether it was stored before, is computed now, or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -17,19 +16,15 @@ from torch import Tensor
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import Stop
+from vit_mechinterp.engine.store.forward import Rows, Wanted, clean_forward
 from vit_mechinterp.engine.store.keys import Entry, Key, positions_digest
 from vit_mechinterp.engine.store.slots import Slots, slots_of
 from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.values import ColumnOrigin, Read, by_token, contiguous, gather
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.instrument import Instrument, StopForward
 from vit_mechinterp.spec import Site
 
 __all__ = ["Source", "Wanted", "rows_by_default"]
-
-Wanted = Read | None
-"""A value of a clean forward; None is its output."""
 
 Tick = Callable[[int], None]
 
@@ -169,8 +164,8 @@ class Source:
         if found is None:
             starts, shape = self._starts(read), tuple(value.shape[1:])
             draft = Entry(self.key(read), len(self._slots(read)), shape, 1, starts)
-            share = self.tiers.host.budget // (4 * len(self.reads))
-            wanted = max(_LEAST_BLOCK_BYTES, min(_BLOCK_BYTES, share or _BLOCK_BYTES))
+            share = self.tiers.filling // len(self.reads)
+            wanted = max(_LEAST_BLOCK_BYTES, min(_BLOCK_BYTES, share))
             block = max(1, min(draft.n, wanted * draft.n // max(1, draft.nbytes)))
             found = self._entries[read] = self.tiers.add(Entry(draft.key, draft.n, shape, block, starts))
         return found
@@ -212,21 +207,26 @@ class Source:
         return None if read is None else Read(ColumnOrigin(self.column), read.site)
 
     def _from_whole(self, read: Read, examples: IntArray) -> Tensor | None:
-        """A selection of tokens and heads from whole activations, if those are stored."""
+        """A selection of tokens and heads from whole activations, if those are stored; few of them are in
+        memory at once."""
         whole = self._whole(read)
         entry = self.entry(whole) if whole != read else None
-        if entry is None:
-            return None
-        once, which = self.stored_once(whole, examples)
-        slots = self._slots(whole).of[once]
-        if len(self.tiers.absent(entry, slots)):
-            return None
-        values = self._empty(entry, slots)
-        if len(self.tiers.read(entry, slots, values)):
+        if entry is None or len(self.tiers.absent(entry, self._slots(whole).of[examples])):
             return None
         own = Read(ColumnOrigin(self.column), read.site, read.positions, read.heads)
-        rows = contiguous(which)
-        return gather(read.site, by_token(read.site, values), which if rows is None else rows, own, examples)
+        few = max(1, _BLOCK_BYTES // max(1, entry.item_bytes))
+        pieces = []
+        for start in range(0, len(examples), few):
+            part = examples[start : start + few]
+            once, which = self.stored_once(whole, part)
+            slots = self._slots(whole).of[once]
+            values = self._empty(entry, slots)
+            if len(self.tiers.read(entry, slots, values)):
+                return None
+            rows = contiguous(which)
+            selected = which if rows is None else rows
+            pieces.append(gather(read.site, by_token(read.site, values), selected, own, part))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def absent(self, wanted: Mapping[Wanted, IntArray] | None = None) -> dict[Wanted, IntArray]:
         """Examples that are not stored, by value, of those that are wanted (of all by default)."""
@@ -277,43 +277,24 @@ class Source:
         return values
 
     def _forward(self, batch: range, reads: Sequence[Wanted]) -> dict[Wanted, Tensor]:
-        values: dict[Wanted, Tensor] = {}
-        instrument = Instrument(self.vit.module, self.vit.layout)
-
-        def keep(read: Read) -> Callable[[Tensor], None]:
-            slots = self._slots(read)
-            own = slots.of_images(batch)
-            examples = slots.examples[own.start : own.stop]
-            rows = self._by_image.of[examples] - batch.start
-            every = slice(0, len(batch)) if len(own) == len(batch) else None
-
-            def visitor(value: Tensor) -> None:
-                kept = gather(read.site, value, rows if every is None else every, read, examples)
-                values[read] = kept.to(self.dtype)
-
-            return visitor
-
-        explicit = {layer for read in reads for layer in self.key(read).explicit}
-        for read in reads:
-            if read is not None:
-                instrument.visit(read.site, keep(read))
-                if read.site.is_attention_matrix:
-                    explicit.discard(read.site.layer or 0)
-        for layer in explicit:
-            instrument.visit(Site(layer, "attn.scores"), lambda value: None)
-        n_layers = self.vit.layout.n_layers
-        stop = max(Stop(2 * n_layers) if r is None else Stop.for_site(r.site, n_layers) for r in reads)
-        place = stop.at(n_layers)
-        if place is not None:
-            instrument.stop(place[0], before=place[1])
-        with self.vit.lock, torch.no_grad(), instrument.installed():
-            with suppress(StopForward):
-                output = self.vit(self.data.images(self.column, self._examples(batch)))
-                if None in reads:
-                    values[None] = output.float()
-            instrument.verify()
-        self.tick(len(batch) * stop.blocks)
+        values, blocks = clean_forward(
+            self.vit,
+            lambda: self.data.images(self.column, self._examples(batch)),
+            {read: self._rows(read, batch) for read in reads},
+            {layer for read in reads for layer in self.key(read).explicit},
+            self.dtype,
+        )
+        self.tick(len(batch) * blocks)
         return values
+
+    def _rows(self, read: Wanted, batch: range) -> Rows:
+        """The rows of a batch that the slots of its images are filled from."""
+        slots = self._slots(read)
+        own = slots.of_images(batch)
+        examples = slots.examples[own.start : own.stop]
+        if len(own) == len(batch):
+            return Rows(slice(0, len(batch)), examples)
+        return Rows(self._by_image.of[examples] - batch.start, examples)
 
 
 def _copy(entry: Entry, given: range, value: Tensor, wanted: IntArray, out: Tensor) -> None:
