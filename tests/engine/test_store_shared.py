@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -202,16 +205,47 @@ def test_every_thread_waits_for_what_is_written() -> None:
     writer.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """SIGKILL around the moment when a file takes its name, and within its writing: the bits are the same afterwards,
+    blocks that are on the disk are not computed again, and then nothing is."""
+    command = [sys.executable, "-m", "tests.engine.killed_store", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["killed"] == found["points"] == 6
+    assert [again for _, again in found["images"]] == [0] * 6
+    once = [first for first, _ in found["images"]]
+    assert once[:3] == [N] * 3
+    assert 0 < min(once[3], once[5]) < N
+
+
 def test_a_view_outlives_what_its_store_forgets(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = native(world)
     blocks_of(8, monkeypatch)
     with ActivationStore() as store:
         view = captured(store, world, SITE)[SITE]
         store.clear()
+        assert store.usage() == {"gpu": 0, "host": 0, "disk": 0}
         blocks_of(2, monkeypatch)
         other = captured(store, world, SITE)[SITE]
         for rows in (view, other):
             assert torch.equal(rows[[20, 3, 9]], expected[SITE][[20, 3, 9]])
+
+
+def test_a_store_that_is_closed_holds_no_file_open(world: World, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, host=0)
+    view = captured(store, world, SITE)[SITE]
+    expected = view[[4, 21]]
+    assert store.tiers.disk is not None
+    assert store.tiers.disk._open
+    store.close()
+    assert not store.tiers.disk._open
+    with Counted(world.module) as counted:
+        assert torch.equal(view[[4, 21]], expected)
+    assert counted.total == 0
 
 
 def test_whole_activations_are_looked_through_a_few_at_a_time(

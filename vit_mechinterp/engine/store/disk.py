@@ -246,10 +246,14 @@ class DiskTier:
         with suppress(OSError):  # of a folder that may only be read
             path.unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Remove every file."""
+    def close(self) -> None:
+        """Hold no file open; those that are asked for are opened again."""
         with self._guard:
             self._open.clear()
+
+    def clear(self) -> None:
+        """Remove every file."""
+        self.close()
         for _, _, path in self._files():
             path.unlink(missing_ok=True)
 

@@ -327,6 +327,8 @@ class Tiers:
             self._assembling.clear()
             for tier in (self.host, *self.gpus.values()):
                 tier.clear()
+            if self.disk is not None:
+                self.disk.close()
 
     def forget(self) -> None:
         """Remove every file. How large blocks are stays decided: whoever still reads goes by it."""
