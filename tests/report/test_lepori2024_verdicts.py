@@ -120,7 +120,7 @@ def test_either_loss_helps_discrimination_and_relations_take_both(
     )  # fmt: skip
     claims = verdicts({f"accuracy_{task}": CircuitResult(name=f"accuracy_{task}", table=table)})[:3]
     assert [claim.holds for claim in claims] == holds
-    assert all(claim.here.endswith("with (starts from a model)") for claim in claims)
+    assert all(claim.here.count("(starts from a model)") == 2 for claim in claims)
     said = claims[0].claim
     assert ("does not teach" in said) == (task == "rmts")
     assert claims[0].published.startswith("scratch B/")

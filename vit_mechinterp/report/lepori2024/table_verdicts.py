@@ -57,7 +57,7 @@ def _auxiliary(task: str) -> Claims:
                     "Table 1" if task == "discrimination" else "Table 1 (RMTS)",
                     f"{said} {effect}{whose}",
                     _LOGGED.get((task, losses), ""),
-                    f"{_mean(plain)} without, {_mean(row)} with{_started(own)}",
+                    f"{_mean(plain)}{_started(plain)} without, {_mean(row)}{_started(row)} with",
                     rule,
                     holds,
                 )
@@ -78,10 +78,10 @@ def _effect(task: str, losses: str, accuracy: float, plain: float) -> tuple[str,
     return f"{verb} a model that is trained from scratch", more, accuracy > plain + 0.01
 
 
-def _started(rows: pd.DataFrame) -> str:
-    """That models began with the weights of others, where they did."""
-    began = sorted({str(words) for words in rows["pretraining"] if str(words).startswith("starts from")})
-    return f" ({'; '.join(began)})" if began else ""
+def _started(row: pd.Series[Any]) -> str:
+    """That a model began with the weights of another, if it did."""
+    words = str(row["pretraining"])
+    return f" ({words})" if words.startswith("starts from") else ""
 
 
 def _photographs(section: str, figure: str) -> Claims:
