@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 
 import vit_mechinterp as vmi
+from tests.model.raw import near
 from tests.model.zoo import CLIP, DINO, TRANSFORMERS, hf, two_towers
 from vit_mechinterp.errors import SpecError, TensorFileError, UnsupportedModelError
 from vit_mechinterp.model.loading import checkpoints
@@ -95,7 +96,9 @@ def test_a_checkpoint_of_two_towers_gives_the_vision_tower(tmp_path: Path) -> No
     assert type(vit.module).__name__ == "CLIPVisionModelWithProjection"
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(vit(x), module.get_image_features(x).pooler_output)
+        assert torch.equal(vit(x), vit.module(x).image_embeds)
+        # This copy of the weights lies elsewhere in memory; on some CPUs the last bits depend on where.
+        near(vit(x), module.get_image_features(x).pooler_output)
     random = vmi.load(f"hf/{tmp_path}", pretrained=False)
     assert type(random.module) is type(vit.module)
     assert random.fingerprint() != vit.fingerprint()
