@@ -208,6 +208,18 @@ def test_plan_prints_the_cost(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert str(plan) in capsys.readouterr().out
 
 
+def test_plan_and_run_share_a_store(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document, store = str(folder / "experiment.yaml"), ["--store", str(tmp_path / "store")]
+    stored = "everything that clean forwards give is stored"
+    assert main(["plan", document, *store]) == 0
+    assert stored not in capsys.readouterr().out
+    assert main(["run", document, "--out", str(tmp_path / "out"), "--quiet", *store]) == 0
+    assert main(["plan", document, *store]) == 0
+    assert stored in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("old", "new", "error", "text"),
     [

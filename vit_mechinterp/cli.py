@@ -138,11 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", analyses.run, "run an experiment, and save its results")
     run.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     run.add_argument("--out", type=Path, required=True, help="folder for the results")
-    text = "folder where clean activations are kept: another experiment on the same data reads them"
-    run.add_argument("--store", type=Path, metavar="FOLDER", help=text)
-    text = "most memory beside the model, such as 4GiB (by default 2GiB; on a GPU 40 %% of what is free)"
+    store = "folder where clean activations are kept: another experiment on the same data reads them"
+    memory = "most memory beside the model, such as 4GiB (by default 2GiB; on a GPU 40 %% of what is free)"
     for sub in (plan, run):
-        sub.add_argument("--memory", metavar="SIZE", help=text)
+        sub.add_argument("--store", type=Path, metavar="FOLDER", help=store)
+        sub.add_argument("--memory", metavar="SIZE", help=memory)
 
     train = add("train", training.train, "train a ViT on the discrimination task or on RMTS")
     train.add_argument("--out", type=Path, help="folder for the checkpoint and the log")

@@ -175,9 +175,7 @@ def test_an_experiment_computes_every_image_of_a_column_once(
 
     monkeypatch.setattr(disk.DiskTier, "write", slowly)  # what waits to be written is read meanwhile
     results = []
-    # The means of several chunks come first, in forwards of their own that stop at block 1.
-    means = IMAGES if chunks == "many" else 0
-    for clean in (means + IMAGES + SOURCES, 0):
+    for clean in (IMAGES + SOURCES, 0):
         with ActivationStore(tmp_path, host=host) as store, Counted(world.module) as counted:
             results.append(world.execute(DOCUMENTS, batch_size=4, store=store))
         # Every run starts behind block 1, so whatever passes through block 0 is a clean forward.
@@ -185,6 +183,43 @@ def test_an_experiment_computes_every_image_of_a_column_once(
     assert_same_bits(*results)
     world.check(DOCUMENTS, results[0], effect=None)
     assert all(float((results[0].logits[0] - row).abs().max()) > 1e-3 for row in results[0].logits[1:])
+
+
+MEANS_AND_MORE = [document for document in DOCUMENTS if "resample" not in document["name"]]
+RESAMPLED: list[dict[str, Any]] = [
+    {
+        "name": "resampled",
+        "interventions": [{"op": "ablate", "site": "blocks.1.mlp.post", "method": "resample", "seed": 3}],
+        "capture": ["blocks.2.resid_mid"],
+    },
+    {"name": "clean"},
+]
+
+
+@pytest.mark.parametrize(
+    ("documents", "host", "columns"),
+    [
+        pytest.param(MEANS_AND_MORE, 0, "both", id="means, on disk"),
+        pytest.param(MEANS_AND_MORE, "1GiB", "both", id="means, in memory"),
+        pytest.param(RESAMPLED, "1GiB", "base", id="resampled, in memory"),
+    ],
+)
+def test_what_one_chunk_needs_of_an_image_and_what_others_need_takes_one_forward(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_blocks: None,
+    documents: list[dict[str, Any]],
+    host: Any,
+    columns: str,
+) -> None:
+    world = World(TIMM_PLAIN, n=24)
+    world.vit.sites()  # takes a forward, once
+    cut_small(monkeypatch)
+    folder = tmp_path if host == 0 else None
+    with ActivationStore(folder, host=host) as store, Counted(world.module) as counted:
+        results = world.execute(documents, batch_size=4, store=store)
+    assert counted.rows[0] == world.n * (2 if columns == "both" else 1)  # edits begin behind block 0
+    world.check(documents, results, effect=None)
 
 
 def test_columns_with_the_same_images_share_what_is_theirs(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vit_mechinterp.engine import Results
+    from vit_mechinterp.engine import ActivationStore, Results
 
 __all__ = ["demo", "plan", "run", "schema"]
 
@@ -28,15 +29,17 @@ def plan(arguments: argparse.Namespace) -> int:
 
     experiment = read_experiment(arguments.experiment)
     data = None if arguments.per_example else load_data(experiment)
-    print(
-        plan(
-            load_model(experiment),
-            experiment,
-            data,
-            batch_size=experiment.batch_size,
-            memory=arguments.memory,
+    with _store(arguments.store) as store:
+        print(
+            plan(
+                load_model(experiment),
+                experiment,
+                data,
+                batch_size=experiment.batch_size,
+                memory=arguments.memory,
+                store=store,
+            )
         )
-    )
     return 0
 
 
@@ -44,12 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run an experiment and save its results."""
     from vit_mechinterp.experiment import run_experiment
 
-    with ExitStack() as stack:
-        store = None
-        if arguments.store is not None:
-            from vit_mechinterp.engine import ActivationStore
-
-            store = stack.enter_context(ActivationStore(arguments.store))
+    with _store(arguments.store) as store:
         results = run_experiment(
             arguments.experiment,
             arguments.out,
@@ -60,6 +58,15 @@ def run(arguments: argparse.Namespace) -> int:
     print(_summary(results))
     print(f"{results!r} in {arguments.out}")
     return 0
+
+
+def _store(folder: Path | None) -> AbstractContextManager[ActivationStore | None]:
+    """A store in a folder, closed behind the ``with`` block; None without a folder."""
+    if folder is None:
+        return nullcontext()
+    from vit_mechinterp.engine import ActivationStore
+
+    return ActivationStore(folder)
 
 
 def _summary(results: Results) -> str:

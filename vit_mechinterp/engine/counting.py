@@ -14,6 +14,7 @@ from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Part
+from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.engine.wave import distinct_rows
 from vit_mechinterp.model.hooked import HookedViT
@@ -29,7 +30,8 @@ class Counts:
 
     ``images`` counts by column and number of blocks; ``kept`` are the clean values held, ``outputs`` the
     columns whose clean output is wanted; ``again`` are images that pass through the model once more because
-    they occur in several chunks, and ``rows_again`` equal rows of different chunks.
+    they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
+    keeps columns apart, and ``rows_again`` equal rows of different chunks.
     """
 
     evaluations: int = 0
@@ -40,14 +42,15 @@ class Counts:
     clean: int = 0
     shared: int = 0
     again: int = 0
+    apart: int = 0
     rows_again: int = 0
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     kept: dict[Read, None] = field(default_factory=dict)
     outputs: set[str] = field(default_factory=set)
 
 
-def count(vit: HookedViT, schedule: Schedule) -> Counts:
-    """Count what a schedule computes."""
+def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) -> Counts:
+    """Count what a schedule computes; its clean forwards as a store foresees them, if there is one."""
     sharing, chunks = schedule.sharing, schedule.chunks
     total = Counts()
     shares = costs_of(vit.module, vit.layout, vit.layout.n_layers // 2) if schedule.spares else {}
@@ -55,12 +58,16 @@ def count(vit: HookedViT, schedule: Schedule) -> Counts:
     regular = _is_regular(schedule)
     for chunk in chunks:
         if not regular or len(chunk) not in known:
-            known[len(chunk)] = _count_chunk(schedule, chunk, shares)
+            known[len(chunk)] = _count_chunk(schedule, chunk, shares, clean=forecast is None)
         _add(total, known[len(chunk)])
     total.naive = _naive(schedule.bound, schedule.n_layers) * schedule.n_examples
     total.clean = sum(len(sharing.clean_rows(run.name)) for run in schedule.bound.runs)
     total.rows_again = sharing.n_edited_rows - total.shared - sharing.n_classes
-    if len(chunks) > 1:
+    if forecast is not None:
+        _add(total, _foreseen(forecast))
+        own = [np.unique(sharing.images[column]) for column in {column for column, _ in total.images}]
+        total.apart = sum(map(len, own)) - len(np.unique(np.concatenate(own))) if own else 0
+    elif len(chunks) > 1:
         used = [sharing.images_of(r.origin) for r in total.kept if isinstance(r.origin, ColumnOrigin)]
         used += [sharing.images[column] for column in total.outputs]
         first_pass = sum(total.images.values()) - sum(_means(schedule, Counts()).images.values())
@@ -68,11 +75,16 @@ def count(vit: HookedViT, schedule: Schedule) -> Counts:
     return total
 
 
-def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float]) -> Counts:
+def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, clean: bool) -> Counts:
     own = Counts()
-    if schedule.means_come_first:
+    if schedule.means_come_first and clean:
         _count_clean(own, schedule, chunk, means=True)
-    _count_clean(own, schedule, chunk, means=False)
+    if clean:
+        _count_clean(own, schedule, chunk, means=False)
+    else:
+        needs, outputs = schedule.clean_needs(chunk)
+        own.kept.update(dict.fromkeys(needs))
+        own.outputs |= set(outputs)
     for stage in schedule.bound.stages:
         rows = _count_rows(own, schedule, stage, chunk)
         if schedule.spares and _starts_late(schedule, stage):
@@ -84,6 +96,15 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float]) -> 
         else:
             own.launches += -(-rows // schedule.width)
             own.widest = max(own.widest, min(rows, schedule.width))
+    return own
+
+
+def _foreseen(forecast: Forecast) -> Counts:
+    own = Counts(launches=len(forecast.forwards))
+    for column, images, blocks in forecast.forwards:
+        own.evaluations += images * blocks
+        own.widest = max(own.widest, images)
+        own.images[column, blocks] += images
     return own
 
 

@@ -133,7 +133,7 @@ def execute(
         if kept is not None:
             clean.use_rows(kept.decided("store", clean.rows))
     frugal = nullcontext() if memory is None else thrifty()
-    with vit.lock, torch.no_grad(), frugal, _Bar(vit, schedule, progress) as tick:
+    with vit.lock, torch.no_grad(), frugal, _Bar(vit, schedule, clean, progress) as tick:
         most = None if memory is None else parse_bytes(memory) // 16
         collected, halvings = _chunks(vit, columns, schedule, resolved, clean, kept, tick, most)
     if store is not None:
@@ -150,8 +150,11 @@ def execute(
 class _Bar:
     """A progress bar over (row, block) pairs, shown after two seconds."""
 
-    def __init__(self, vit: HookedViT, schedule: Schedule, progress: bool) -> None:
-        total = describe(vit, schedule, per_example=False).block_evaluations if progress else None
+    def __init__(self, vit: HookedViT, schedule: Schedule, clean: CleanPass, progress: bool) -> None:
+        total = None
+        if progress:
+            forecast = clean.forecast(schedule) if isinstance(clean, StoredClean) else None
+            total = describe(vit, schedule, per_example=False, forecast=forecast).block_evaluations
         self._bar = tqdm(
             total=total,
             desc="interventions",
@@ -188,6 +191,8 @@ def _chunks(
     collected = Collected(schedule.bound)
     ahead = clean.requests if isinstance(clean, StoredClean) else requests_of
     waiting = [chunk for chunk in schedule.chunks if kept is None or not kept.has(chunk)]
+    if isinstance(clean, StoredClean):
+        clean.expect(schedule, waiting)
     if kept is not None:
         schedule = replace(schedule, width=kept.width())
     halvings = 0

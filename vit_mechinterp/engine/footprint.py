@@ -12,7 +12,7 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "footprint", "read_size"]
 
 
 _IMAGES = 4
@@ -44,9 +44,9 @@ def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
     """Reckon what one example and one row of a schedule take."""
     bound = schedule.bound
     element = torch.finfo(vit.dtype).bits // 8
-    held = sum(_read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk))))
-    kept = sum(_read_size(vit, read) for own in bound.reads_of.values() for read in own)
-    captures = sum(_read_size(vit, c.read) for run in bound.runs for c in run.captures)
+    held = sum(read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk))))
+    kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
+    captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
     shape = vit.sites().get("logits")
     outputs = 4 * len(bound.runs) * (shape.shape[-1] if shape else vit.layout.d_model)
     return Footprint(
@@ -57,7 +57,7 @@ def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
     )
 
 
-def _read_size(vit: HookedViT, read: Read) -> int:
+def read_size(vit: HookedViT, read: Read) -> int:
     """Numbers of one read, for the example that selects the most tokens."""
     size = math.prod(vit.sites()[str(read.site)].shape)
     return size if read.positions.is_all else size * read.positions.most // vit.layout.tokens.n_tokens

@@ -8,6 +8,7 @@ from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.counting import Counts
 from vit_mechinterp.engine.order import starts_late
 from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import why_nothing_is_spared
@@ -15,28 +16,22 @@ from vit_mechinterp.model.sparing import why_nothing_is_spared
 __all__ = ["notes_on"]
 
 
-def notes_on(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str]:
-    """Notes on one schedule."""
+def notes_on(
+    vit: HookedViT, schedule: Schedule, counts: Counts, forecast: Forecast | None = None
+) -> Iterator[str]:
+    """Notes on one schedule, whose clean forwards go through a store if there is a forecast."""
     bound = schedule.bound
     if schedule.one_image is not None:
         yield f"clean forwards take one image each: {schedule.one_image}"
-    if schedule.means_come_first:
-        yield "dataset means need a pass of their own, because the dataset spans several chunks"
-    if len(schedule.chunks) > 1:
-        permuted = {
-            read.origin.column
-            for read in counts.kept
-            if isinstance(read.origin, ColumnOrigin) and read.origin.permutation is not None
-        }
-        for column in sorted(permuted):
-            yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"
-        if counts.again and not permuted:
-            yield f"images that occur in several chunks pass through the model {counts.again} times more"
-        if counts.rows_again:
-            yield (
-                f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, "
-                "because their activations are kept or read"
-            )
+    if forecast is not None:
+        yield from _through_a_store(schedule, counts, forecast)
+    else:
+        yield from _over_chunks(schedule, counts)
+    if len(schedule.chunks) > 1 and counts.rows_again:
+        yield (
+            f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, because "
+            "their activations are kept or read"
+        )
     if len(bound.stages) > 1:
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
     gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]
@@ -45,6 +40,37 @@ def notes_on(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str
     if vit.compiled is not None:
         yield "blocks that are read or edited inside run as they are written, the others compiled"
     yield from _late(vit, schedule)
+
+
+def _over_chunks(schedule: Schedule, counts: Counts) -> Iterator[str]:
+    if schedule.means_come_first:
+        yield "dataset means need a pass of their own, because the dataset spans several chunks"
+    if len(schedule.chunks) == 1:
+        return
+    permuted = {
+        read.origin.column
+        for read in counts.kept
+        if isinstance(read.origin, ColumnOrigin) and read.origin.permutation is not None
+    }
+    for column in sorted(permuted):
+        yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"
+    if counts.again and not permuted:
+        yield f"images that occur in several chunks pass through the model {counts.again} times more"
+
+
+def _through_a_store(schedule: Schedule, counts: Counts, forecast: Forecast) -> Iterator[str]:
+    if not forecast.forwards:
+        yield "everything that clean forwards give is stored"
+    if counts.apart:
+        yield (
+            f"{counts.apart} images pass through the model once for each column that they stand in, because "
+            "a store keeps columns apart, for other experiments on them"
+        )
+    if not forecast.holds and (len(schedule.chunks) > 1 or schedule.means_come_first):
+        yield (
+            "the store cannot hold what all chunks need until they read it, so images pass through the model "
+            "again for what is asked for later, and for what it loses, which is not counted"
+        )
 
 
 def _late(vit: HookedViT, schedule: Schedule) -> Iterator[str]:

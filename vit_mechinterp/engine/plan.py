@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -16,10 +16,15 @@ from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.notes import notes_on
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import in_words
+from vit_mechinterp.engine.store.clean import Forecast, StoredClean
 from vit_mechinterp.engine.tensors import resolve_refs
 from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Run, Sweep
+
+if TYPE_CHECKING:
+    from vit_mechinterp.engine.store import ActivationStore
 
 __all__ = ["CleanForwards", "Plan", "Rows", "describe", "plan", "schedule_for"]
 
@@ -28,7 +33,7 @@ __all__ = ["CleanForwards", "Plan", "Rows", "describe", "plan", "schedule_for"]
 class CleanForwards:
     """Clean forwards of one image column: how many images pass through how many blocks, and what is kept.
 
-    An image that stands in several columns counts in one of them.
+    An image that stands in several columns counts in one of them; with a store, in each.
     """
 
     column: str
@@ -151,6 +156,7 @@ def plan(
     batch_size: int | Literal["auto"] = "auto",
     tensors: Mapping[str, Tensor] | None = None,
     memory: int | str | None = None,
+    store: ActivationStore | None = None,
 ) -> Plan:
     """Say what `execute` will compute, without computing it.
 
@@ -161,24 +167,36 @@ def plan(
         batch_size: most rows in one forward, or ``"auto"``.
         tensors: tensors that specs refer to by name; with them, rows whose gates are all zeros are found.
         memory: most bytes to hold beside the model, or a text such as ``"4GiB"``.
+        store: what the experiment will be given as its store; what it has is not computed. It needs data.
 
     Raises:
-        SpecError: a run does not fit the model; DataError: the data lacks what a run reads.
+        SpecError: a run does not fit the model, or a store is given without data.
+        DataError: the data lacks what a run reads.
     """
     if isinstance(runs, Experiment) and batch_size == "auto":
         batch_size = runs.batch_size
+    if store is not None and data is None:
+        raise SpecError(
+            "What a store has depends on the images, and this plan has no data. Give plan the data too, or "
+            "no store."
+        )
     flat = expand_runs(runs, vit.layout.n_layers)
     columns = None if data is None else Data(data, vit)
     bound = bind(vit, flat, columns)
     resolved = None if tensors is None else resolve_refs(bound, tensors, vit)
     schedule = schedule_for(vit, bound, columns, batch_size, memory=memory, tensors=resolved)
-    return describe(vit, schedule, per_example=columns is None)
+    forecast = None
+    if store is not None and columns is not None:
+        forecast = StoredClean(store.tiers, vit, columns, schedule, batch_size).forecast(schedule)
+    return describe(vit, schedule, per_example=columns is None, forecast=forecast)
 
 
-def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
-    """Count what a schedule computes."""
+def describe(
+    vit: HookedViT, schedule: Schedule, *, per_example: bool, forecast: Forecast | None = None
+) -> Plan:
+    """Count what a schedule computes; its clean forwards as a store foresees them, if there is one."""
     bound, n_layers = schedule.bound, schedule.n_layers
-    counts = count(vit, schedule)
+    counts = count(vit, schedule, forecast)
     clean = []
     for (column, blocks), images in counts.images.items():
         origins = ((read, read.origin) for read in counts.kept)
@@ -214,7 +232,7 @@ def describe(vit: HookedViT, schedule: Schedule, *, per_example: bool) -> Plan:
         naive_block_evaluations=counts.naive,
         launches=counts.launches,
         peak_bytes=held.peak(schedule.chunk, counts.widest),
-        notes=tuple(notes_on(vit, schedule, counts)),
+        notes=tuple(notes_on(vit, schedule, counts, forecast)),
         spared=counts.spared,
         result_bytes=held.result * schedule.n_examples,
         shared_rows=counts.shared,

@@ -15,15 +15,14 @@ from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.store.expectation import expectations, requests_for
+from vit_mechinterp.engine.store.needs import Needs, column_of, needs_of, places_of, stored_form
 from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
-from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, by_token, gather
+from vit_mechinterp.engine.values import Read, Values, by_token, gather
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["StoredClean"]
-
-Needs = Mapping[Read | str, IntArray]
-"""Reads, and image columns whose output is wanted, with their examples."""
+__all__ = ["Forecast", "StoredClean"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,19 @@ class _Asked:
         if self.form is None or self.form.positions.is_all:
             return np.ones(len(self.examples), dtype=np.int64)
         return np.asarray(self.form.positions.counts(self.examples, 0))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Clean forwards through a store.
+
+    Args:
+        forwards: of each, the image column, the number of images, and the blocks that they pass through.
+        holds: whether the store can hold what several chunks need until the last of them reads it.
+    """
+
+    forwards: list[tuple[str, int, int]]
+    holds: bool
 
 
 class StoredClean:
@@ -73,13 +85,11 @@ class StoredClean:
         most = min(schedule.clean_width, schedule.chunk)
         model = vit.fingerprint()
         reads: dict[str, dict[Wanted, None]] = defaultdict(dict)
-        for chunk in schedule.chunks:
-            for need in _needs(schedule, chunk, None):
-                reads[_column_of(need)][_stored_form(need)] = None
-        for read in schedule.mean_reads if schedule.means_come_first else ():
-            assert isinstance(read.origin, ColumnOrigin)
-            reads[read.origin.column][_stored_form(read)] = None
+        for request in requests_for(schedule, schedule.chunks):
+            for column, wanted in request.items():
+                reads[column].update(dict.fromkeys(wanted))
         self.tiers = tiers
+        self.device = vit.device
         self.sources: dict[str, Source] = {}
         for column, own in reads.items():
             rows = min(most, rows_by_default(vit))
@@ -99,13 +109,39 @@ class StoredClean:
             if rows.get(column, source.rows) != source.rows:
                 source.use_rows(rows[column])
 
+    def expect(self, schedule: Schedule, chunks: Iterable[range]) -> bool:
+        """Say which chunks will be asked for. Where the store can hold it until then, one forward gives all
+        that any of them needs of an image; whether it can."""
+        images = {column: source.images for column, source in self.sources.items()}
+        found = expectations(schedule, chunks, images)
+        wanted = [(self.sources[column], own.wanted) for column, own in found.items()]
+        needed = sum(source.nbytes(form) for source, forms in wanted for form in forms)
+        in_order = all(own.in_order for own in found.values())
+        holds = self.tiers.holds(needed, self.device, in_order=in_order)
+        for source, forms in wanted if holds else ():
+            source.expect(forms)
+        return holds
+
+    def forecast(self, schedule: Schedule) -> Forecast:
+        """The clean forwards that a schedule needs, as the store is, if it loses nothing meanwhile."""
+        holds = self.expect(schedule, schedule.chunks)
+        forwards = [
+            (column, *forward)
+            for request in requests_for(schedule, schedule.chunks)
+            for column, wanted in request.items()
+            for forward in self.sources[column].foresee(wanted)
+        ]
+        for source in self.sources.values():
+            source.imagine_nothing()
+        return Forecast(forwards, holds)
+
     def requests(
         self, schedule: Schedule, chunks: Iterable[range], reads: Sequence[Read] | None = None
     ) -> Iterator[Request]:
         """The batches of images that will be asked for, in order."""
         seen: set[Request] = set()
         for chunk in chunks:
-            asked = self._asked(schedule, _needs(schedule, chunk, reads))
+            asked = self._asked(schedule, needs_of(schedule, chunk, reads))
             for column, wanted in _by_column(asked).items():
                 for batch in self.sources[column].missing_batches(wanted):
                     if (column, batch) not in seen:
@@ -115,15 +151,15 @@ class StoredClean:
     def values(self, schedule: Schedule, need: Read | str, examples: IntArray) -> Values:
         """One value of some ascending examples, read on its own (the output of a column by its name)."""
         asked = self._asked(schedule, {need: examples})[need]
-        found = self.sources[_column_of(need)].take({asked.form: asked.examples})
+        found = self.sources[column_of(need)].take({asked.form: asked.examples})
         return _values(need, found[asked.form], asked, examples)
 
     def _asked(self, schedule: Schedule, needs: Needs) -> dict[Read | str, _Asked]:
         """What to ask the sources for: equal images once, where their values are stored once."""
         asked: dict[Read | str, _Asked] = {}
         for need, examples in needs.items():
-            form, own = _stored_form(need), _places(schedule, need, examples)
-            asked[need] = _Asked(form, *self.sources[_column_of(need)].stored_once(form, own))
+            form, own = stored_form(need), places_of(schedule, need, examples)
+            asked[need] = _Asked(form, *self.sources[column_of(need)].stored_once(form, own))
         return asked
 
     def __call__(
@@ -136,7 +172,7 @@ class StoredClean:
         tick: Callable[[int], None] = lambda n: None,
     ) -> Clean:
         """What `clean_pass` gives."""
-        needs = _needs(schedule, chunk, reads)
+        needs = needs_of(schedule, chunk, reads)
         asked = self._asked(schedule, needs)
         clean = Clean()
         for column, wanted in _by_column(asked).items():
@@ -147,7 +183,7 @@ class StoredClean:
             found = source.take(wanted)
             taken = dict.fromkeys(wanted, 0)
             for need, examples in needs.items():
-                if _column_of(need) != column:
+                if column_of(need) != column:
                     continue
                 form, begin = asked[need].form, taken[asked[need].form]
                 taken[form] += int(asked[need].counts.sum())
@@ -159,44 +195,11 @@ class StoredClean:
         return clean
 
 
-def _needs(schedule: Schedule, chunk: range, reads: Sequence[Read] | None) -> Needs:
-    values, outputs = schedule.clean_needs(chunk, reads)
-    needs: dict[Read | str, IntArray] = dict(values.items())
-    needs.update(outputs.items())
-    return needs
-
-
-def _column_of(need: Read | str) -> str:
-    if isinstance(need, str):
-        return need
-    assert isinstance(need.origin, ColumnOrigin)
-    return need.origin.column
-
-
-def _stored_form(read: Read | str) -> Wanted:
-    """What is stored for a need: the column's own values, of tokens that belong to the image."""
-    if isinstance(read, str):
-        return None
-    assert isinstance(read.origin, ColumnOrigin)
-    own = ColumnOrigin(read.origin.column)
-    if read.origin.permutation is not None and read.positions.each is not None:
-        return Read(own, read.site)
-    return Read(own, read.site, read.positions, read.heads)
-
-
-def _places(schedule: Schedule, need: Read | str, examples: IntArray) -> IntArray:
-    """The examples in whose place of the column the images stand."""
-    if isinstance(need, str):
-        return examples
-    assert isinstance(need.origin, ColumnOrigin)
-    return schedule.sharing.places_of(need.origin)[examples]
-
-
 def _by_column(asked: Mapping[Read | str, _Asked]) -> dict[str, dict[Wanted, IntArray]]:
     """What to take from every column: needs that are stored alike behind one another."""
     found: dict[str, dict[Wanted, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
     for need, own in asked.items():
-        found[_column_of(need)][own.form].append(own.examples)
+        found[column_of(need)][own.form].append(own.examples)
     return {
         column: {form: np.concatenate(parts) for form, parts in own.items()} for column, own in found.items()
     }

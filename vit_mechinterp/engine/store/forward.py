@@ -17,7 +17,7 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward
 from vit_mechinterp.spec import Site
 
-__all__ = ["Rows", "Wanted", "clean_forward"]
+__all__ = ["Rows", "Wanted", "clean_forward", "stop_behind"]
 
 Wanted = Read | None
 """A value of a clean forward; None is its output."""
@@ -29,6 +29,11 @@ class Rows:
 
     of: IntArray | slice
     examples: IntArray
+
+
+def stop_behind(wanted: Iterable[Wanted], n_layers: int) -> Stop:
+    """Where a forward that gives some values may stop."""
+    return max(Stop(2 * n_layers) if r is None else Stop.for_site(r.site, n_layers) for r in wanted)
 
 
 def clean_forward(
@@ -67,9 +72,8 @@ def clean_forward(
                 opened.add(read.site.layer)
     for layer in set(explicit) - opened:
         instrument.visit(Site(layer, "attn.scores"), lambda value: None)
-    n_layers = vit.layout.n_layers
-    stop = max(Stop(2 * n_layers) if r is None else Stop.for_site(r.site, n_layers) for r in wanted)
-    place = stop.at(n_layers)
+    stop = stop_behind(wanted, vit.layout.n_layers)
+    place = stop.at(vit.layout.n_layers)
     if place is not None:
         instrument.stop(place[0], before=place[1])
     with vit.lock, torch.no_grad(), instrument.installed():

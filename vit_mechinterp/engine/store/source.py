@@ -7,16 +7,19 @@ that a value has the same bits whether it was stored before, is computed now, or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.footprint import read_size
 from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.store.forward import Rows, Wanted, clean_forward
+from vit_mechinterp.engine.store.forward import Rows, Wanted, clean_forward, stop_behind
 from vit_mechinterp.engine.store.keys import Entry, Key, positions_digest
 from vit_mechinterp.engine.store.slots import Slots, slots_of
 from vit_mechinterp.engine.store.tiers import Tiers
@@ -93,6 +96,26 @@ class Source:
         self._repeats = self._by_image is not self._by_example
         self._keys: dict[Wanted, Key] = {}
         self._entries: dict[Wanted, Entry] = {}
+        self._expected: dict[Wanted, NDArray[np.bool_]] = {}
+        self._imagined: dict[Wanted, NDArray[np.bool_]] = {}
+
+    @property
+    def images(self) -> IntArray:
+        """The distinct image of every example, by number in the order in which they first appear."""
+        return self._by_image.of
+
+    def nbytes(self, read: Wanted) -> int:
+        """Bytes of a value of all examples at most, whether it was ever stored or not."""
+        if read is None:
+            return 4 * len(self._by_image) * math.prod(self.vit.sites()[self.vit.layout.output].shape)
+        return len(self._slots(read)) * read_size(self.vit, read) * self.dtype.itemsize
+
+    def expect(self, wanted: Mapping[Wanted, IntArray]) -> None:
+        """Say what will be asked for, of which examples. A forward that is needed for some of it then gives
+        and keeps the rest for its images, so that none of them needs another."""
+        self._expected = {read: np.zeros(len(self._slots(read)), dtype=np.bool_) for read in wanted}
+        for read, examples in wanted.items():
+            self._expected[read][self._slots(read).of[examples]] = True
 
     def _slots(self, read: Wanted) -> Slots:
         """Where the values of a column's examples stand."""
@@ -186,8 +209,9 @@ class Source:
             elif len(absent):
                 missing[read] = np.unique(absent)
         for grain, reads in self._grains(missing):
-            for read, value in self.compute(grain, reads).items():
-                entry, slots = self.ensure(read, value), self._slots(read)
+            values = self.compute(grain, [*reads, *self._beside(reads, grain)])
+            for read in reads:
+                entry, value, slots = self.ensure(read, values[read]), values[read], self._slots(read)
                 own = slots.of[wanted[read]]
                 if read not in found:
                     found[read] = self._empty(entry, own)
@@ -235,12 +259,30 @@ class Source:
         for read, examples in (wanted or dict.fromkeys(self.reads, everyone)).items():
             for own in dict.fromkeys((read, self._whole(read))):
                 entry, slots = self.entry(own), self._slots(own).of
+                if own in self._imagined:
+                    examples = examples[~self._imagined[own][slots[examples]]]
                 if entry is not None:
                     gone = self.tiers.absent(entry, slots[examples])
                     examples = examples[np.isin(slots[examples], gone)]
             if len(examples):
                 found[read] = examples
         return found
+
+    def foresee(self, wanted: Mapping[Wanted, IntArray]) -> Iterator[tuple[int, int]]:
+        """The forwards that `take` would need: their images, and the blocks that these pass through. Until
+        `imagine_nothing`, what they would give counts as stored."""
+        for grain, reads in self._grains(self.absent(wanted)):
+            every = [*reads, *self._beside(reads, grain)]
+            for read in every:
+                slots = self._slots(read)
+                imagined = self._imagined.setdefault(read, np.zeros(len(slots), dtype=np.bool_))
+                own = slots.of_images(grain)
+                imagined[own.start : own.stop] = True
+            yield len(grain), stop_behind(every, self.vit.layout.n_layers).blocks
+
+    def imagine_nothing(self) -> None:
+        """What was foreseen no longer counts as stored."""
+        self._imagined.clear()
 
     def _grains(self, missing: Mapping[Wanted, IntArray]) -> Iterator[tuple[range, list[Wanted]]]:
         """Batches of distinct images that missing examples hold, in order, and what is missing of them."""
@@ -249,6 +291,14 @@ class Source:
         for number in sorted({int(n) for own in grains.values() for n in own}):
             batch = range(number * self.rows, min(len(self._by_image), (number + 1) * self.rows))
             yield batch, [read for read, own in grains.items() if number in own]
+
+    def _beside(self, reads: Sequence[Wanted], grain: range) -> Iterator[Wanted]:
+        """What else is expected of a batch of images, and not stored."""
+        for read, slots in self._expected.items():
+            own = self._slots(read).of_images(grain)
+            examples = self._slots(read).examples[own.start : own.stop][slots[own.start : own.stop]]
+            if read not in reads and len(examples) and self.absent({read: examples}):
+                yield read
 
     def missing_batches(self, wanted: Mapping[Wanted, IntArray] | None = None) -> Iterator[tuple[int, ...]]:
         """Examples of the batches of images of which something that is wanted (everything by default) is not

@@ -75,6 +75,13 @@ class Tiers:
         """Bytes that blocks of all values which fill up together should take at most."""
         return self.host.budget // 4 or _AT_WORK
 
+    def holds(self, nbytes: int, device: torch.device, *, in_order: bool) -> bool:
+        """Whether so much stays until it is read: in a memory, or, if it comes in the order in which blocks
+        fill up, on disk, where only whole blocks go."""
+        memory = max(self.host.budget, self.gpu_budget if device.type == "cuda" else 0)
+        disk = self.disk.budget if self.disk is not None and self._writes and in_order else 0
+        return nbytes <= max(memory, disk)
+
     def rows_of(self, key: Key) -> set[int]:
         """Numbers of images per forward under which the same is stored."""
         with self.lock:

@@ -1,0 +1,91 @@
+"""A plan of an experiment with a store counts what the store would compute, and says why some of it twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vit_mechinterp as vmi
+from tests.engine.experiments import cut_small
+from tests.engine.test_store_repeats import DOCUMENTS, MEANS_AND_MORE, RESAMPLED
+from tests.engine.world import Counted, World
+from tests.tiny_models import TIMM_PLAIN
+from vit_mechinterp import ActivationStore, Run
+from vit_mechinterp.errors import SpecError
+
+N, IMAGES = 20, 7
+SWAP: list[dict[str, Any]] = [
+    {
+        "name": "swap",
+        "interventions": [{"op": "interchange", "site": "blocks.1.resid_post", "source": "source", "tokens": [0, 4]}],
+    }
+]
+
+
+@pytest.fixture
+def world() -> World:
+    """Both columns draw from the same few images."""
+    world = World(TIMM_PLAIN, N)
+    draw = torch.Generator().manual_seed(1)
+    images = TIMM_PLAIN.images(IMAGES, seed=5)
+    for column in ("base", "source"):
+        world.columns[column] = images[torch.randint(0, IMAGES, (N,), generator=draw)]
+    world.vit.sites()  # takes a forward, once
+    return world
+
+
+def planned(world: World, documents: list[dict[str, Any]], store: ActivationStore | None) -> vmi.Plan:
+    runs = [Run.model_validate(document) for document in documents]
+    return vmi.plan(
+        world.vit, runs, world.columns, batch_size=3, tensors=world.named(documents), store=store
+    )
+
+
+@pytest.mark.parametrize("chunks", ["one", "many"])
+@pytest.mark.parametrize("host", ["1GiB", 0])
+@pytest.mark.parametrize("documents", [DOCUMENTS, MEANS_AND_MORE, RESAMPLED, SWAP])
+def test_blocks_and_launches_are_those_that_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: str, host: Any, documents: Any
+) -> None:
+    if chunks == "many":
+        cut_small(monkeypatch)
+    totals = []
+    with ActivationStore(tmp_path if host == 0 else None, host=host) as store:
+        for _ in range(2):
+            plan = planned(world, documents, store)
+            with Counted(world.module) as counted:
+                world.execute(documents, batch_size=3, store=store)
+            assert (counted.total, counted.launches) == (plan.block_evaluations, plan.launches)
+            totals.append(counted.total)
+        assert totals[0] > totals[1]
+        assert plan.clean == ()
+        assert "everything that clean forwards give is stored" in plan.notes
+    without = planned(world, documents, None)
+    assert totals[1] < without.block_evaluations
+
+
+def test_it_says_what_a_store_keeps_apart(world: World) -> None:
+    with ActivationStore() as store:
+        (note,) = planned(world, SWAP, store).notes
+    both = IMAGES  # each of the images stands in both columns
+    assert note == (
+        f"{both} images pass through the model once for each column that they stand in, because a store keeps "
+        "columns apart, for other experiments on them"
+    )
+    assert planned(world, SWAP, None).notes == ()
+
+
+def test_it_says_that_a_store_is_too_small(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch)
+    with ActivationStore(host="4KiB") as store:
+        notes = planned(world, RESAMPLED, store).notes
+    assert any(note.startswith("the store cannot hold what all chunks need until they read it") for note in notes)
+
+
+def test_a_store_without_data_is_refused(world: World) -> None:
+    runs = [Run.model_validate(document) for document in SWAP]
+    with ActivationStore() as store, pytest.raises(SpecError, match=r"this plan has no data\. Give plan the data too"):
+        vmi.plan(world.vit, runs, store=store)

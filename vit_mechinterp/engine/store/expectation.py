@@ -1,0 +1,89 @@
+"""What an experiment will ask of a store, so that one forward of an image gives all of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.store.forward import Wanted
+from vit_mechinterp.engine.store.needs import Needs, column_of, needs_of, places_of, stored_form
+
+__all__ = ["Expectation", "expectations", "requests_for"]
+
+Request = dict[str, dict[Wanted, IntArray]]
+"""What is asked for at once: by image column and value, places of the column."""
+
+
+@dataclass
+class Expectation:
+    """What will be asked of one image column.
+
+    Args:
+        wanted: of every value, the examples that it is asked for.
+        in_order: whether every image is, each for the first time behind those before it, so that what is kept
+            fills up without gaps.
+    """
+
+    wanted: dict[Wanted, IntArray] = field(default_factory=dict)
+    in_order: bool = True
+
+
+def requests_for(schedule: Schedule, chunks: Iterable[range]) -> Iterator[Request]:
+    """What some chunks will ask for, one after another; dataset means that come first, over every chunk,
+    before them."""
+    if schedule.means_come_first:
+        for chunk in schedule.chunks:
+            yield _request(schedule, needs_of(schedule, chunk, schedule.mean_reads))
+    for chunk in chunks:
+        yield _request(schedule, needs_of(schedule, chunk))
+
+
+def _request(schedule: Schedule, needs: Needs) -> Request:
+    found: Request = defaultdict(dict)
+    for need, examples in needs.items():
+        own, form = found[column_of(need)], stored_form(need)
+        places = places_of(schedule, need, examples)
+        own[form] = np.concatenate([own[form], places]) if form in own else places
+    return found
+
+
+def expectations(
+    schedule: Schedule, chunks: Iterable[range], images: Mapping[str, IntArray]
+) -> dict[str, Expectation]:
+    """What some chunks will ask for, by image column.
+
+    Args:
+        schedule: the work.
+        chunks: the chunks.
+        images: numbers of each column's images, ``[example]``, counted as they first appear.
+    """
+    asked: dict[str, dict[Wanted, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, Expectation] = defaultdict(Expectation)
+    last = dict.fromkeys(images, -1)
+    seen = {column: np.zeros(len(own), dtype=np.bool_) for column, own in images.items()}
+    for request in requests_for(schedule, chunks):
+        for column, wanted in request.items():
+            for form, examples in wanted.items():
+                asked[column][form].append(examples)
+            numbers = np.unique(images[column][np.concatenate(list(wanted.values()))])
+            new = numbers[~seen[column][numbers]]
+            if len(new):
+                found[column].in_order &= int(new[0]) > last[column]
+                seen[column][new], last[column] = True, int(new[-1])
+    for column, values in asked.items():
+        own = found[column]
+        own.wanted = {form: np.unique(np.concatenate(parts)) for form, parts in values.items()}
+        whole = (_of_every_image(form, examples, images[column]) for form, examples in own.wanted.items())
+        own.in_order &= all(whole)
+    return dict(found)
+
+
+def _of_every_image(form: Wanted, examples: IntArray, images: IntArray) -> bool:
+    if form is not None and form.positions.each is not None:
+        return len(examples) == len(images)
+    return len(np.unique(images[examples])) == int(images.max()) + 1
