@@ -10,8 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from vit_mechinterp.spec import OPS
+
+settings.register_profile("tests", derandomize=True, deadline=None)  # how busy the machine is proves nothing
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from vit_mechinterp.spec import Experiment, Interchange, Intervention, Run, Swee
 from vit_mechinterp.spec.digest import canonical_json, digest
 
 few = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 
 
