@@ -95,6 +95,8 @@ def test_a_group_stands_for_its_figures() -> None:
         (["--only", "fig99"], "There is no figure 'fig99'. Figures: fig1, fig7,"),
         (["--scale", "large"], "There is no scale 'large'. Scales: tiny, small, paper."),
         (["--only", "fig15_rmts"], "holds no dinov2 model trained on relational match to sample. Train one"),
+        (["--only", "fig2", "--only", "fig2_dino"], "holds no dino model trained on relational match to sample. Train one"),
+        (["--only", "fig2", "--only", "fig37"], "holds no dino model trained on relational match to sample. Train one"),
         (["--model", "nowhere"], "nowhere holds no finished training."),
         (["--data", "cifar10"], "data='cifar10': this paper is about its own stimuli, so no other images take their place"),
     ],
@@ -105,6 +107,18 @@ def test_what_cannot_be_made_is_said_first(
     assert main(["reproduce", "lepori2024", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_of_a_group_what_no_model_plays_is_left_out_and_named(tmp_path: Path) -> None:
+    _training(tmp_path / "models" / "a", 0.9, {"auxiliary_weight": 0.0})
+    how: dict[str, Any] = {"model": str(tmp_path / "models"), "progress": False}
+    done = reproduce(REPRODUCTION, tmp_path / "out", only=["fig2"], **how)
+    made = [result.name for result in done.results]
+    assert made == ["attention_discrimination", "attention_discrimination_scratch", "agreement"]
+    assert "attention_rmts_dino (" in done.results[-1].description
+    assert "fig3" not in done.results[-1].description
+    assert done.page.is_file()
 
 
 def test_parts_go_to_the_models_that_fit(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ class Asked:
     Attributes:
         scale: one of the reproduction's scales.
         sections: names of the sections that are wanted.
+        named: for every name that was asked for, the sections with its figures; one of them is to be made, and
+            others are left out where there is no model for them. All sections if nothing was named.
         model: a model string, or a folder of trained models, in place of the default; or None.
         data: name of an image set in place of the default, or None.
         progress: show progress bars.
@@ -40,6 +42,7 @@ class Asked:
 
     scale: str
     sections: frozenset[str]
+    named: tuple[frozenset[str], ...]
     model: str | None = None
     data: str | None = None
     progress: bool = True
@@ -145,7 +148,7 @@ def reproduce(
         reproduction: the paper.
         out: a folder; made if need be. The page is its ``index.html``.
         scale: one of the reproduction's scales.
-        only: names of figures; what others need is not computed. All by default.
+        only: names of figures or of groups of them; what others need is not computed. All by default.
         model: a model string in place of the default.
         data: an image set in place of the default.
         progress: show progress bars.
@@ -162,8 +165,11 @@ def reproduce(
         raise SpecError(f"There is no scale {scale!r}. Scales: {', '.join(reproduction.scales)}.")
     wanted = reproduction.places(only)
     out = Path(out)
-    sections = frozenset([*(section for section, _ in wanted), *reproduction.always])
-    asked = Asked(scale, sections, model, data, progress, out)
+    named = tuple(
+        frozenset(section for section, _ in reproduction.places(names))
+        for names in ([[name] for name in only] or [[]])
+    )
+    asked = Asked(scale, frozenset().union(*named, reproduction.always), named, model, data, progress, out)
     results = []
     for result in reproduction.run(asked):
         if result.name in asked.sections:

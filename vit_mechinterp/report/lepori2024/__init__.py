@@ -22,12 +22,14 @@ def _run(asked: Asked) -> Iterator[CircuitResult]:
 
     work = Work(asked, Cast(asked.model), SCALES[asked.scale], SECTIONS)
     wanted = [name for name in SECTIONS if name in asked.sections]
-    everything = {section for section, _ in _FIGURES.values()} <= asked.sections
-    left_out = {name: work.missing(name) for name in wanted} if everything else {}
-    shown = [name for name in wanted if not left_out.get(name)]
+    left_out = {name: reason for name in wanted if (reason := work.missing(name)) is not None}
+    for sections in asked.named:
+        if sections <= left_out.keys():
+            work.check(next(name for name in wanted if name in sections))
+    shown = [name for name in wanted if name not in left_out]
     yield from map(work.result, shown)
     claims = verdicts({name: work.result(name) for name in shown})
-    yield agreement(claims, asked.scale, {name: reason for name, reason in left_out.items() if reason})
+    yield agreement(claims, asked.scale, left_out)
 
 
 _FIGURES: Final[Mapping[str, tuple[str, str]]] = {

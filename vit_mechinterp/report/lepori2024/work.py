@@ -87,6 +87,14 @@ class Work:
             return f"{self.cast.where} holds {models} trained on {task}; {section.needs} are needed"
         return None
 
+    def check(self, name: str) -> None:
+        """Raise SpecError if a section cannot be made with these models."""
+        if (reason := self.missing(name)) is not None:
+            raise SpecError(
+                f"{name} cannot be made: {reason}. Train one (docs/training.md) and give the folder of "
+                "all trainings with --model, or leave it out."
+            )
+
     def result(self, name: str) -> CircuitResult:
         """Return a section's result under its name.
 
@@ -94,11 +102,7 @@ class Work:
             SpecError: there is no model for it.
         """
         if name not in self._found:
-            if (reason := self.missing(name)) is not None:
-                raise SpecError(
-                    f"{name} cannot be made: {reason}. Train one (docs/training.md) and give the folder of "
-                    "all trainings with --model, or leave it out."
-                )
+            self.check(name)
             found = self.at_hand(name)
             if found is None:
                 question = self._question(name)
