@@ -126,6 +126,14 @@ def test_settings_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValidationError, match="model_options are for a model given by its string"):
         tiny(model_options={"depth": 2})
 
+    with pytest.raises(ValidationError, match="combinations='ood-shape' are objects that no training shows"):
+        tiny(combinations="ood-shape")
+    with pytest.raises(ValidationError, match="test_splits"):
+        tiny(test_splits=())
+    for name in ("learning_rate", "weight_decay", "auxiliary_weight", "pipeline_weight", "clip"):
+        with pytest.raises(ValidationError, match=f"(?s){name}.*finite number"):
+            tiny(**{name: math.inf})
+
     def refuses(**_: Any) -> None:
         raise ValueError("fp16 mixed precision requires a GPU")
 

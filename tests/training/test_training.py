@@ -5,6 +5,7 @@ nothing.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,16 @@ def test_the_seed_decides_everything(trained: Path, tmp_path: Path) -> None:
     assert lines_of(tmp_path / "other")[0]["task_loss"] != lines_of(trained)[0]["task_loss"]
 
 
-def test_without_the_auxiliary_loss_the_probes_are_left_alone(tmp_path: Path) -> None:
-    train(tiny(auxiliary_weight=0.0, steps=4), tmp_path, progress=False)
-    assert not any(name.startswith("probe") for line in lines_of(tmp_path) for name in line)
+def test_without_the_auxiliary_loss_there_are_no_probes(tmp_path: Path) -> None:
+    odd = ModelConfig(embed_dim=15, depth=2, num_heads=3)  # a width that has no halves
+    train(tiny(auxiliary_weight=0.0, steps=4, model=odd), tmp_path / "off", progress=False)
+    assert not any(name.startswith("probe") for line in lines_of(tmp_path / "off") for name in line)
+    kept = load_file(tmp_path / "off" / "state" / "state.safetensors")
+    assert kept
+    assert not any(name.startswith("probes/") for name in kept)
+    with pytest.raises(SpecError, match="halves the embedding, whose width is 15"):
+        train(tiny(model=odd), tmp_path / "on", progress=False)
+    assert not (tmp_path / "on").exists()
 
 
 def test_threads_are_restored(tmp_path: Path) -> None:
@@ -222,8 +230,6 @@ def test_resuming_with_other_settings_is_refused(trained: Path) -> None:
 
 
 def test_a_record_that_lacks_later_settings_is_read_and_resumed(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(trained, tmp_path / "earlier")
     path = tmp_path / "earlier" / "training.json"
     document = json.loads(path.read_text())
@@ -243,6 +249,26 @@ def test_resuming_from_nothing_or_from_a_damaged_state_is_refused(tmp_path: Path
     state.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(TensorFileError, match=r"missing or damaged"):
         train(tiny(), tmp_path / "damaged", resume=True, progress=False)
+
+
+@pytest.mark.parametrize("record", ['{"config": {"ste', "{}", "[]", '{"config": {"foo": 1}, "progress": {}}'])
+def test_resuming_with_a_damaged_record_is_refused(record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "build_vit", lambda config: pytest.fail("a model was built"))
+    (tmp_path / "training.json").write_text(record)
+    with pytest.raises(DataError, match=r"holds no readable record of a training \(.*Give a folder that"):
+        train(tiny(), tmp_path, resume=True, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file is a file, and a training takes a folder"):
+        train(tiny(), tmp_path / "file", progress=False)
+
+
+def test_damaged_lines_of_a_log_are_dropped(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    whole = lines_of(tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("ab") as log:
+        log.write(b'{"step": \xff\n\x00\n[1]\n{"step": 4')
+    train(tiny(), tmp_path / "run", resume=True, progress=False)
+    assert lines_of(tmp_path / "run") == whole
 
 
 def test_an_unknown_site_is_refused_before_the_first_step(tmp_path: Path) -> None:

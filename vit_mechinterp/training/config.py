@@ -58,7 +58,7 @@ class TrainingConfig(BaseModel):
     stages in ``pipeline`` add the pipeline loss (see `pipeline`). Without either the task is all there is.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     task: Literal["discrimination", "rmts"] = Field(
         "discrimination", description="same or different, or relational match to sample"
@@ -133,7 +133,7 @@ class TrainingConfig(BaseModel):
         1024, gt=1, description="held-out images of each validation, the same every time"
     )
     test_splits: tuple[EvaluationSplit, ...] = Field(
-        ("test", "test_iid"), description="what the best checkpoint is evaluated on at the end"
+        ("test", "test_iid"), min_length=1, description="what the best checkpoint is evaluated on at the end"
     )
     test_images: int = Field(
         6400, gt=1,
@@ -160,6 +160,11 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"train_images={self.train_images} is less than batch_size={self.batch_size}: an epoch would "
                 "have no step"
+            )
+        if self.combinations.startswith("ood-"):
+            raise ValueError(
+                f"combinations={self.combinations!r} are objects that no training shows, and the probes know "
+                f"none of them: train on 256-256-256 or 32-32-224, and name {self.combinations} in test_splits"
             )
         if self.model_options and not isinstance(self.model, str):
             raise ValueError("model_options are for a model given by its string; give sizes in `model`")

@@ -27,6 +27,7 @@ from vit_mechinterp.training.images import TrainingImages, evaluation_count, eva
 from vit_mechinterp.training.models import build_vit, normalization_of
 from vit_mechinterp.training.objective import objective
 from vit_mechinterp.training.processes import accelerator_for, on_main
+from vit_mechinterp.training.records import Training
 from vit_mechinterp.training.saving import load_trained, save_model
 from vit_mechinterp.training.schedules import Schedule
 
@@ -80,7 +81,8 @@ def train(
         progress: show a progress bar.
 
     Raises:
-        DataError: the folder holds a training and ``resume`` is false, or one with other settings.
+        DataError: the folder holds a training and ``resume`` is false, or one with other settings or an
+            unreadable record; or it is no folder.
         TensorFileError: ``resume`` is true and the folder holds no state, or that of another model.
         SpecError: the settings do not fit one another, the model, or this machine.
         UnsupportedModelError: the model cannot be given a two-way head.
@@ -97,7 +99,7 @@ def train(
 class _Learner(nn.Module):
     """The objective as one module, so that several processes average its gradients."""
 
-    def __init__(self, vit: HookedViT, probes: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, vit: HookedViT, probes: nn.Module | None, config: TrainingConfig) -> None:
         super().__init__()
         self.model, self.probes = vit.module, probes
         self.vit, self.config = vit, config
@@ -123,9 +125,10 @@ def _train(
     vit = build_vit(config)
     normalization = normalization_of(vit) if isinstance(config.model, str) else NORMALIZATION
     _check_sites(vit, config)
-    probes = _build_probes(vit, config).requires_grad_(not config.freeze_probes)
-    learner = accelerator.prepare(_Learner(vit, probes, config))
-    modules: dict[str, nn.Module] = {"model": vit.module, "probes": probes}
+    modules: dict[str, nn.Module] = {"model": vit.module}
+    if config.auxiliary_weight:
+        modules["probes"] = _build_probes(vit, config).requires_grad_(not config.freeze_probes)
+    learner = accelerator.prepare(_Learner(vit, modules.get("probes"), config))
     parameters = [parameter for owner in modules.values() for parameter in owner.parameters()]
     native = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer = accelerator.prepare(native)
@@ -257,12 +260,13 @@ def _build_probes(vit: HookedViT, config: TrainingConfig) -> nn.Module:
 
 
 def _check_folder(folder: Path, config: TrainingConfig, resume: bool) -> None:
-    path = folder / "training.json"
-    if not path.exists():
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file, and a training takes a folder. Choose another name.")
+    if not (folder / "training.json").exists():
         return
     if not resume:
         raise DataError(f"{folder} holds a training already. Resume it, or choose another folder.")
-    before = TrainingConfig.model_validate(json.loads(path.read_text())["config"]).model_dump()
+    before = Training.read(folder).config.model_dump()
     wanted = config.model_dump()
     changed = [
         f"{name}: {before.get(name)} -> {wanted[name]}" for name in wanted if before.get(name) != wanted[name]
@@ -293,11 +297,17 @@ def _means(accelerator: Accelerator, lines: list[dict[str, Tensor]]) -> dict[str
 
 
 def _keep_log(path: Path, steps: int) -> None:
-    """Drop what an interrupted run had logged after the state from which it resumes."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text(
-        "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps)
-    )
+    """Drop what an interrupted run had logged after the state from which it resumes, and damaged lines."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and _step(line) <= steps))
+
+
+def _step(line: str) -> float:
+    """The step that a line of the log is about; infinite if the line is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
 
 
 def _write_line(log: Any, line: dict[str, Any]) -> None:

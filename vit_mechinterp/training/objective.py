@@ -35,7 +35,7 @@ def token_positions(
 
 def objective(
     vit: HookedViT,
-    probes: nn.Module,
+    probes: nn.Module | None,
     batch: TaskBatch,
     config: TrainingConfig,
     step: int = 0,
@@ -43,8 +43,8 @@ def objective(
     """Compute the task's cross-entropy on a batch, plus the auxiliary losses that are on at this step.
 
     The probes read the tokens of all objects at ``config.auxiliary_site``, which holds one embedding per
-    token; the pipeline loss reads the attention patterns of its stages. What no loss reads is not captured,
-    and the probes are not used with a weight of 0.
+    token; the pipeline loss reads the attention patterns of its stages. What no loss reads is not captured.
+    With a weight of 0 the probes are not used, and None can stand for them.
     """
     device = vit.device
     labels = batch.labels().to(device)
@@ -59,6 +59,7 @@ def objective(
         numbers = {"task_loss": loss, "accuracy": (logits.argmax(-1) == labels).float().mean()}
         tokens = token_positions(vit, torch.from_numpy(batch.tokens))
         if config.auxiliary_weight:
+            assert probes is not None
             shape, color = torch.from_numpy(batch.shape).to(device), torch.from_numpy(batch.color).to(device)
             terms = probes(cache[config.auxiliary_site].float(), tokens, shape, color)
             loss = loss + config.auxiliary_weight * terms.total
