@@ -345,6 +345,10 @@ def test_errors_say_what_is_wrong() -> None:
         attention_stages(vit, columns, [{"box": "box_1"}])
     with pytest.raises(SpecError, match="first_peak_layer=3 is out of range; layers are 0 to 2"):
         attention_stages(vit, columns, first_peak_layer=3)
+    with pytest.raises(SpecError, match="resamples=0: an interval takes at least 1"):
+        attention_stages(vit, columns, resamples=0)
+    with pytest.raises(SpecError, match="seed=-1: a seed is a whole number, 0 or more"):
+        attention_stages(vit, columns, seed=-1)
     with pytest.raises(SpecError, match="example=5 is out of range; there are 5 images"):
         attention_stages(vit, columns, example=5)
     with pytest.raises(DataError, match="'display_box_2' of pixel boxes or 'display_2_tokens'"):

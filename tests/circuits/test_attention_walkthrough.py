@@ -163,7 +163,7 @@ def test_bad_input_is_named() -> None:
     from PIL import Image
 
     vit, columns = vmi.wrap(TIMM_PLAIN.module()), columns_of(TIMM_PLAIN)
-    for heads, said in (([(3, 0)], r"heads, '1': \(3, 0\) is no \(layer, head\) of this model; layers are 0 to 2, heads 0 to 2"), ([], "heads is empty")):
+    for heads, said in (([1, 2], r"heads, '1': 1 is no head; name heads as \(layer, head\)"), ([(3, 0)], r"heads, '1': \(3, 0\) is no \(layer, head\) of this model; layers are 0 to 2, heads 0 to 2"), ([], "heads is empty")):
         with pytest.raises(SpecError, match=said):
             attention_walkthrough(vit, columns, heads=heads)
     with pytest.raises(SpecError, match="example=4 is out of range; there are 4 images"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -335,6 +336,9 @@ def test_what_does_not_fit_is_said_before_the_first_forward(vit: vmi.HookedViT) 
         das(vit, data, data, layers=[3], **QUICK)
     with pytest.raises(SpecError, match="epochs=0: training takes at least 1"):
         das(vit, data, data, epochs=0)
+    for name, value in (("learning_rate", math.nan), ("mask_learning_rate", math.inf), ("sparsity", -1.0)):
+        with pytest.raises(SpecError, match=f"{name}={value}: it must be a finite number, 0 or more"):
+            das(vit, data, data, **{name: value})  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="at least one attribute"):
         das_by_attribute(vit, {})
     with pytest.raises(SpecError, match=r"'shape' needs two datasets, \(training pairs, held-out pairs\), not dict"):

@@ -165,6 +165,13 @@ def test_results_of_other_models_are_refused_by_name(tmp_path: Path) -> None:
         disentanglement_generalization(folder, splits=[])
     with pytest.raises(DataError, match="The points lack split; they have model, accuracy, disentanglement"):
         disentanglement_generalization(pd.DataFrame({"model": ["a"], "accuracy": [1.0], "disentanglement": [1.0]}))
+    for wrong in (float("nan"), "high"):
+        odd = points(RMTS).astype({"accuracy": object})
+        odd.loc[0, "accuracy"] = wrong
+        with pytest.raises(DataError, match=rf"The accuracy of '\w+' on split '\w+' is '?{wrong}'?; a point takes two finite"):
+            disentanglement_generalization(odd)
+    with pytest.raises(SpecError, match="resamples=0: an interval takes at least 1"):
+        disentanglement_generalization(points(RMTS), resamples=0)
     twice = pd.concat([points(RMTS), points({"CLIP": RMTS["CLIP"]})])
     with pytest.raises(DataError, match="'CLIP' occurs twice on split 'test_iid'"):
         disentanglement_generalization(twice)

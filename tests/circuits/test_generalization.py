@@ -190,6 +190,11 @@ def test_bad_input_is_named_before_any_work(runs: Path) -> None:
         generalization({"a": vit}, task="rtms", progress=False)
     with pytest.raises(SpecError, match="at least one condition"):
         generalization({}, progress=False)
+    for none in ([], {}, "vmi/rmts-both", [vit, "vmi/rmts-both"]):
+        with pytest.raises(SpecError, match=r"generalization, 'b': .* is no model\. Give a HookedViT"):
+            generalization({"a": vit, "b": none}, progress=False)  # type: ignore[dict-item]
+    with pytest.raises(SpecError, match="at least one split"):
+        generalization({"a": vit}, splits=[], progress=False)
     with pytest.raises(SpecError, match="do not fit side by side"):
         generalization({"a": vit}, cell=80, progress=False)
     with pytest.raises(SpecError, match="names no split"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 
 import numpy as np
@@ -223,7 +224,7 @@ def test_probes_trained_together_are_trained_as_if_alone() -> None:
         assert torch.allclose(bias, alone.bias, atol=1e-5)
     longer = train_probes(x, y, ProbeTraining(epochs=60, batch_size=16), progress=False)
     assert longer.right(x, y).double().mean(1)[0] > 0.95
-    for options, said in (({"epochs": 0}, "epochs=0"), ({"learning_rate": -1.0}, "learning_rate=-1.0 is negative")):
+    for options, said in (({"epochs": 0}, "epochs=0"), ({"learning_rate": -1.0}, "learning_rate=-1.0: it must be a finite")):
         with pytest.raises(SpecError, match=said):
             ProbeTraining(**options)
 
@@ -246,7 +247,12 @@ def test_bad_input_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> 
     refused(SpecError, r"no direction for blocks\.0\.mlp\.pre: a token there has the shape \[96\], not \[24\]", intervene_at="mlp.pre")
     refused(SpecError, r"layers=\[3\]: name at least one block, each once, of the model's 0 to 2", layers=[3])
     refused(SpecError, r"alphas=\[1\.0, 1\.0\]: give at least one strength, finite, each once", alphas=[1.0, 1.0])
-    refused(SpecError, r"held_out=1\.0 leaves no images to train or to measure on; there are 12", test=None, held_out=1.0)
+    refused(SpecError, r"alphas=\[nan\]: give at least one strength, finite, each once", alphas=[math.nan])
+    refused(SpecError, "weight_decay=inf: it must be a finite number, 0 or more", weight_decay=math.inf)
+    refused(SpecError, "learning_rate=nan: it must be a finite number, 0 or more", learning_rate=math.nan)
+    refused(SpecError, "resamples=0: an interval takes at least 1", resamples=0)
+    for share in (1.0, math.nan, -1.0):
+        refused(SpecError, rf"held_out={share} leaves no images to train or to measure on; there are 12", test=None, held_out=share)
     refused(SpecError, "there is no pair of objects", pairs={})
     refused(DataError, "a column 'display_box_1' of pixel boxes or 'display_1_tokens'", without("display_box_1"))
     refused(DataError, "display pair: the data has no column 'display_relation'", without("display_relation"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,9 +49,14 @@ def test_build_makes_what_the_functions_make() -> None:
         ),
         ("discrimination_counterfactuals", {}, r"missing a required argument: 'attribute'"),
         ("discrimination", {"n": 2, "canvas": 65}, r"canvas=65"),
+        ("discrimination", {"n": 2.5}, r"n takes int, not 2\.5"),
+        ("discrimination", {"n": True}, r"n takes int, not True"),
+        ("rmts", {"n": 2, "split": 5}, r"split takes str, not 5"),
+        ("rmts", {"n": 2, "combinations": ["32"]}, r"combinations takes str, not \['32'\]"),
+        ("rmts_counterfactuals", {"attribute": "shape", "n": 2, "seed": -1}, r"seed=-1: a seed is a whole number, 0 or more"),
     ],
 )
-def test_bad_requests_say_what_there_is(name: str, options: dict[str, int], message: str) -> None:
+def test_bad_requests_say_what_there_is(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         stimuli.build(name, **options)
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from vit_mechinterp.circuits.training_settings import check_settings
 from vit_mechinterp.errors import SpecError, suggest
 
 __all__ = [
@@ -72,12 +73,9 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name}={getattr(self, name)}: training takes at least 1.")
-        for name in ("learning_rate", "mask_learning_rate", "sparsity", "seed"):
-            if getattr(self, name) < 0:
-                raise SpecError(f"{name}={getattr(self, name)} is negative; it must be 0 or more.")
+        check_settings(
+            self, ("epochs", "batch_size"), ("learning_rate", "mask_learning_rate", "sparsity", "seed")
+        )
         for name, known in (("permutation", get_args(Permutation)), ("schedule", get_args(Schedule))):
             if (value := getattr(self, name)) not in known:
                 near = suggest(value, known)

@@ -187,6 +187,8 @@ def named_heads(vit: HookedViT, heads: Heads) -> dict[str, tuple[int, int]]:
         raise SpecError("heads is empty; name heads as (layer, head), or leave it out.")
     layers, n_heads = vit.layout.n_layers, vit.layout.n_heads
     for name, place in named.items():
+        if not isinstance(place, Sequence):
+            raise SpecError(f"heads, {name!r}: {place!r} is no head; name heads as (layer, head).")
         if len(place) != 2 or not (0 <= place[0] < layers and 0 <= place[1] < n_heads):
             raise SpecError(
                 f"heads, {name!r}: {tuple(place)} is no (layer, head) of this model; layers are 0 to "

@@ -24,6 +24,7 @@ from vit_mechinterp.circuits.attention_parts import TokenSets, default_objects, 
 from vit_mechinterp.circuits.attention_shares import measure_shares
 from vit_mechinterp.circuits.attention_words import captions, description, drawing, findings
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.checks import refuse_dropout
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
@@ -85,8 +86,8 @@ def attention_stages(
         attend to in one image).
 
     Raises:
-        SpecError: the model has no attention patterns, there is no such layer or example, or ``wo_mode`` is
-            neither.
+        SpecError: the model has no attention patterns, there is no such layer or example, ``wo_mode`` is
+            neither, or an interval cannot be drawn.
         DataError: a column is missing, or objects have no patches of their own.
     """
     if wo_mode not in ("direct", "complement"):
@@ -95,6 +96,7 @@ def attention_stages(
         raise SpecError(
             f"first_peak_layer={first_peak_layer} is out of range; layers are 0 to {vit.layout.n_layers - 1}."
         )
+    check_resampling(resamples, seed)
     refuse_dropout(vit)
     columns = Data(data, vit)
     compared, others = default_objects(columns, objects, display, "attention_stages")

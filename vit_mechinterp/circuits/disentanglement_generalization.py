@@ -15,6 +15,7 @@ import numpy as np
 from vit_mechinterp.circuits.correlation import Correlation, correlation, fisher_interval
 from vit_mechinterp.circuits.model_points import checked_points, model_points, read_results
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.errors import SpecError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def disentanglement_generalization(
         ``disentanglement_generalization``.
 
     Raises:
-        SpecError: no split is asked for.
+        SpecError: no split is asked for, or an interval cannot be drawn.
         DataError: a folder holds no results, a search has no accuracies of the model with the same
             fingerprint, or there are fewer than three models.
     """
@@ -68,6 +69,7 @@ def disentanglement_generalization(
 
     if not splits:
         raise SpecError(f"Name at least one split to correlate with, such as {', '.join(_SPLITS)}.")
+    check_resampling(resamples, seed)
     if isinstance(results, pd.DataFrame):
         points, origins = checked_points(results), []
         points = points[points["split"].isin(list(splits))]

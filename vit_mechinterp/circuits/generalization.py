@@ -168,6 +168,16 @@ def accuracy_by_split(result: CircuitResult) -> pd.DataFrame:
 def _check(models: Mapping[str, Models], splits: Sequence[str], n: int, realistic: Any) -> None:
     if not models:
         raise SpecError("generalization needs at least one condition with a model.")
+    for condition, given in models.items():
+        own = list(given.values()) if isinstance(given, Mapping) else given
+        own = [own] if isinstance(own, HookedViT | Training) else own
+        if isinstance(own, str) or not own or not all(isinstance(one, HookedViT | Training) for one in own):
+            raise SpecError(
+                f"generalization, {condition!r}: {given!r} is no model. Give a HookedViT (load, wrap) or a "
+                "Training (trainings), or several of them."
+            )
+    if not splits and realistic is None:
+        raise SpecError(f"Name at least one split. Splits: {', '.join(EVALUATION_SPLITS)}.")
     if n < 1:
         raise SpecError(f"n={n}: an accuracy takes at least one image of each split.")
     if realistic is not None:

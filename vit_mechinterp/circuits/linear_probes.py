@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.circuits.training_settings import check_settings
 
 __all__ = ["LinearProbes", "ProbeTraining", "train_probes"]
 
@@ -34,12 +34,7 @@ class ProbeTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name}={getattr(self, name)}: training takes at least 1.")
-        for name in ("learning_rate", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise SpecError(f"{name}={getattr(self, name)} is negative; it must be 0 or more.")
+        check_settings(self, ("epochs", "batch_size"), ("learning_rate", "weight_decay", "seed"))
 
 
 @dataclass(frozen=True)

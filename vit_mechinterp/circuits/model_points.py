@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from vit_mechinterp.circuits.das_figures import by_layer
 from vit_mechinterp.circuits.das_rows import NO_CONTROL
 from vit_mechinterp.circuits.result import CircuitResult
@@ -102,8 +104,11 @@ def checked_points(points: pd.DataFrame) -> pd.DataFrame:
     and ``color``, whose mean it is.
 
     Raises:
-        DataError: a column is missing, or a model occurs twice on one split.
+        DataError: a column is missing or holds something else than finite numbers, or a model occurs twice on
+            one split.
     """
+    import pandas as pd
+
     table = points.copy()
     if "disentanglement" not in table and {"shape", "color"} <= set(table.columns):
         table["disentanglement"] = (table["shape"] + table["color"]) / 2
@@ -112,6 +117,16 @@ def checked_points(points: pd.DataFrame) -> pd.DataFrame:
             f"The points lack {', '.join(missing)}; they have {', '.join(table.columns)}. Give model, split, "
             "accuracy, and disentanglement or shape and color."
         )
+    for name in ("disentanglement", "accuracy"):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        wrong = table[~np.isfinite(numbers)]
+        if len(wrong):
+            row = wrong.iloc[0]
+            raise DataError(
+                f"The {name} of {row['model']!r} on split {row['split']!r} is {row[name]!r}; a point takes "
+                "two finite numbers."
+            )
+        table[name] = numbers
     if "task" not in table:
         table.insert(0, "task", "")
     twice = table[table.duplicated(["task", "model", "split"])]

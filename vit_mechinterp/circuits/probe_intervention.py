@@ -25,6 +25,7 @@ from vit_mechinterp.circuits.object_pairs import (
 from vit_mechinterp.circuits.probe_sites import PairSites, pair_sites
 from vit_mechinterp.circuits.probe_words import captions, description, draw, findings, measured_table
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine import execute
 from vit_mechinterp.engine.checks import refuse_dropout
 from vit_mechinterp.engine.data import Data
@@ -123,6 +124,7 @@ def probe_intervention(
     """
     refuse_dropout(vit)
     training = ProbeTraining(epochs, batch_size, learning_rate, weight_decay, seed)
+    check_resampling(resamples, seed)
     _check_alphas(alphas)
     places = pair_sites(vit, site, intervene_at, layers)
     backdrop = backdrop_of(stages, vit)
@@ -268,7 +270,7 @@ def _check_outputs(vit: HookedViT) -> None:
 def _parted(data: Any, vit: HookedViT, held_out: float) -> tuple[Any, Any]:
     """Cut the data in two, the last part to measure on; neighbours, which can share places, stay together."""
     n = Data(data, vit).n
-    cut = n - round(n * held_out)
+    cut = n - round(n * held_out) if 0 < held_out < 1 else 0
     if not 0 < cut < n:
         raise SpecError(f"held_out={held_out} leaves no images to train or to measure on; there are {n}.")
     if isinstance(data, Mapping):

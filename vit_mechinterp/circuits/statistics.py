@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vit_mechinterp.errors import DataError
+from vit_mechinterp.errors import DataError, SpecError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["bootstrap_interval", "bootstrap_ratio", "sign_flip_p_values"]
+__all__ = ["bootstrap_interval", "bootstrap_ratio", "check_resampling", "sign_flip_p_values"]
 
 _AT_ONCE = 1024
 """Quantities whose statistics under every assignment of signs are held at once."""
+
+
+def check_resampling(resamples: int, seed: int) -> None:
+    """Raise SpecError unless intervals can be drawn like this; circuits ask before any work."""
+    if resamples < 1:
+        raise SpecError(f"resamples={resamples}: an interval takes at least 1, and 2000 are usual.")
+    if seed < 0:
+        raise SpecError(f"seed={seed}: a seed is a whole number, 0 or more.")
 
 
 def bootstrap_interval(

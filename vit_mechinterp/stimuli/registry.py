@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from vit_mechinterp.errors import SpecError, suggest
@@ -31,6 +32,25 @@ _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "rmts_counterfactuals": rmts_counterfactuals,
     "spatially_structured": spatially_structured,
 }
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (Integral,),
+    "float": (Real,),
+    "str": (str,),
+    "bool": (bool,),
+    "None": (type(None),),
+}
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value is of one of the plain kinds that an annotation names; any is, where it names others."""
+    kinds = annotation.split(" | ")
+    if not set(kinds) <= set(_KINDS):
+        return True
+    if isinstance(value, bool):
+        return "bool" in kinds
+    return isinstance(value, tuple(kind for name in kinds for kind in _KINDS[name]))
 
 
 def names() -> list[str]:
@@ -85,4 +105,8 @@ def build(name: str, *, progress: bool = True, **options: Any) -> Dataset:
         signature.bind(**options)
     except TypeError as error:
         raise SpecError(f"Stimuli {name!r}: {error}. Options: {', '.join(signature.parameters)}.") from error
+    for option, value in options.items():
+        wanted = str(signature.parameters[option].annotation)
+        if not _fits(value, wanted):
+            raise SpecError(f"Stimuli {name!r}: {option} takes {wanted}, not {value!r}.")
     return function(**options)

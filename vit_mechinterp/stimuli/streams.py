@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vit_mechinterp.errors import SpecError
+
 __all__ = ["Stream"]
 
 _LEVELS = 1 << 16
@@ -38,9 +40,14 @@ class Stream:
     Args:
         seed: a non-negative integer.
         path: words and non-negative integers that tell this stream from every other one of the same seed.
+
+    Raises:
+        SpecError: the seed is negative.
     """
 
     def __init__(self, seed: int, *path: str | int) -> None:
+        if seed < 0:
+            raise SpecError(f"seed={seed}: a seed is a whole number, 0 or more.")
         key = tuple(part if isinstance(part, int) else zlib.crc32(part.encode()) for part in path)
         self._bits = np.random.Philox(np.random.SeedSequence(entropy=seed, spawn_key=key))
 
