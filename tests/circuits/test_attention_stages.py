@@ -246,6 +246,13 @@ def test_boxes_and_patch_indices_mean_the_same() -> None:
     assert boxes.table.equals(tokens.table)
     selected = attention_stages(vit, columns, [{"box": "box_1"}, {"column": "object_2_tokens"}])
     assert boxes.table.equals(selected.table)
+    part = {**columns, "object_2_tokens": [own[:1] for own in columns["object_2_tokens"]]}
+    fewer = attention_stages(vit, part, [{"box": "box_1"}, {"column": "object_2_tokens"}])
+    assert not boxes.table.equals(fewer.table)
+    there = {f"display_{k}_tokens": columns[f"object_{k}_tokens"] for k in (2, 1)}
+    there |= {"display_box_1": columns["box_2"], "display_box_2": columns["box_1"]}
+    with pytest.raises(DataError, match=r"column 'display_1_tokens', example 0: patch \d+ .* outside the object's box \('display_box_1'\)"):
+        attention_stages(vit, {**columns, **there}, display=[{"column": "display_1_tokens"}, {"column": "display_2_tokens"}])
 
 
 def test_batches_change_nothing_and_no_hook_remains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,6 +300,24 @@ def test_token_columns_and_boxes_mean_the_same(vit: vmi.HookedViT) -> None:
     assert torch.equal(das(vit, train, test, **columns, **QUICK).tensors["gate_0"], boxes.tensors["gate_0"])
 
 
+def test_patch_indices_of_another_grid_are_refused_where_boxes_betray_them(vit: vmi.HookedViT) -> None:
+    columns = {"tokens": {"column": "edited_tokens"}, "source_tokens": {"column": "source_tokens"}}
+    sets = []
+    for seed, name in ((4, "edited"), (5, "source")):
+        data = pairs(4, seed, vit)
+        for own in ("edited", "source"):
+            data[f"{own}_tokens"] = tokens_of(data[f"{own}_box"]) - 1
+        # The last item's indices are valid patches, but not those of its object.
+        data[f"{name}_tokens"][3] = (data[f"{name}_tokens"][3] + 2) % GRID**2
+        sets.append((name, data))
+    for name, data in sets:
+        said = rf"das, shape, column '{name}_tokens', example 3: patch \d+ of the model's 4x4 patches of 8x8 px lies outside"
+        with pytest.raises(DataError, match=rf"{said} the object's box \('{name}_box'\), so the indices are those of another grid"):
+            das(vit, data, data, attribute="shape", **columns, **QUICK)
+        del data[f"{name}_box"]
+        das(vit, data, data, **columns, **QUICK)  # nothing tells whose the indices are
+
+
 def test_attributes_and_controls_come_together_in_one_result(vit: vmi.HookedViT, tmp_path: Any) -> None:
     data = {"shape": (pairs(8, 1, vit), pairs(8, 2, vit)), "color": (pairs(8, 3, vit), pairs(8, 4, vit))}
     result = das_by_attribute(vit, data, **QUICK)

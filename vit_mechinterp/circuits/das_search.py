@@ -25,11 +25,12 @@ from vit_mechinterp.circuits.das_questions import (
 from vit_mechinterp.circuits.das_rows import NO_CONTROL, rows_of
 from vit_mechinterp.circuits.result import provenance
 from vit_mechinterp.circuits.subspace_training import Search, Trained, train_subspaces
+from vit_mechinterp.circuits.token_sets import check_grid
 from vit_mechinterp.engine import Results, execute
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_images
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.spec import Run, Site
+from vit_mechinterp.spec import InjectSubspace, Run, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,10 +176,14 @@ def _check_data(vit: HookedViT, cases: Sequence[Case]) -> None:
     for data in datasets.values():
         own = [case for case in cases if any(one is data for one in data_of(case.question))]
         columns = Data(data, vit)
-        bound = bind(
-            vit, expand_runs([next(iter(c.runs.values())) for c in own], vit.layout.n_layers), columns
-        )
-        check_images(columns, bound)
+        runs = [next(iter(case.runs.values())) for case in own]
+        check_images(columns, bind(vit, expand_runs(runs, vit.layout.n_layers), columns))
+        for case, run in zip(own, runs, strict=True):
+            swap = run.interventions[0]
+            assert isinstance(swap, InjectSubspace)
+            where = f"das, {case.question.attribute}"
+            check_grid(swap.tokens, vit, columns, run.base, where)
+            check_grid(swap.source_tokens, vit, columns, str(swap.source), where)
 
 
 def _by_id(tests: Mapping[str, Any]) -> Iterable[tuple[int, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -10,13 +11,21 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import resolve_tokens
+from vit_mechinterp.engine.positions import moved_note, resolve_tokens
 from vit_mechinterp.errors import DataError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TokenBox, TokenColumn, Tokens
 from vit_mechinterp.spec.tokens import parse_tokens
 
-__all__ = ["BACKGROUND", "TokenPair", "object_tokens", "positions_of", "token_mask", "with_background"]
+__all__ = [
+    "BACKGROUND",
+    "TokenPair",
+    "check_grid",
+    "object_tokens",
+    "positions_of",
+    "token_mask",
+    "with_background",
+]
 
 BACKGROUND = "background_tokens"
 """The column of background patches that `with_background` adds."""
@@ -58,10 +67,48 @@ def positions_of(tokens: Any, vit: HookedViT, data: Data, image: str, where: str
     Raises:
         SpecError, DataError: the selector fits neither the model nor the data.
     """
-    found = resolve_tokens(parse_tokens(tokens), vit, data, image, where)
+    selector = parse_tokens(tokens)
+    found = resolve_tokens(selector, vit, data, image, where)
+    check_grid(selector, vit, data, image, where)
     everything = tuple(range(vit.layout.tokens.n_tokens))
     each = [found.of(example) for example in range(data.n)]
     return [everything if positions is None else positions for positions in each]
+
+
+_NUMBERED = re.compile(r"(object|display)_(\d+)_tokens")
+
+
+def check_grid(tokens: Tokens, vit: HookedViT, data: Data, image: str, where: str) -> None:
+    """Refuse patch indices that were made for another grid than the model's, as far as data can tell: where it
+    has the object's box as well, by the names of the stimuli (``edited_box`` beside ``edited_tokens``,
+    ``box_1`` beside ``object_1_tokens``).
+
+    Args:
+        tokens, vit, data, image, where: as for `positions_of`; the indices are on the model's grid.
+
+    Raises:
+        DataError: an index lies outside the box.
+    """
+    if not isinstance(tokens, TokenColumn) or (name := _box_beside(tokens.column)) not in data.columns:
+        return
+    indices, box = (resolve_tokens(own, vit, data, image, where) for own in (tokens, TokenBox(box=name)))
+    layout = vit.layout.tokens
+    for example in range(data.n):
+        if outside := set(indices.of(example) or ()) - set(box.of(example) or ()):
+            grid, patch = ("x".join(map(str, sides)) for sides in (layout.grid, layout.patch_size))
+            raise DataError(
+                f"{where}, column {tokens.column!r}, example {example}: patch {min(outside) - len(layout.prefix)} "
+                f"of the model's {grid} patches of {patch} px lies outside the object's box ({name!r}), so the "
+                f"indices are those of another grid. Select the object by its box, {{'box': {name!r}}}, or "
+                "make stimuli with the model's canvas and patch." + moved_note(vit, data, image)
+            )
+
+
+def _box_beside(column: str) -> str:
+    """What the stimuli call the box of an object whose patch indices have this name."""
+    if (numbered := _NUMBERED.fullmatch(column)) is not None:
+        return f"{'display_' if numbered[1] == 'display' else ''}box_{numbered[2]}"
+    return column.removesuffix("tokens") + "box" if column.endswith("_tokens") else ""
 
 
 def token_mask(positions: Iterable[Sequence[int]], n_tokens: int) -> Bool[Tensor, "example token"]:
