@@ -78,6 +78,22 @@ def test_saving_twice_gives_equal_files(tmp_path) -> None:
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
+def test_a_result_in_the_place_of_another_has_nothing_of_it(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example().save(tmp_path)
+    example(name="attention", tensors={}).save(tmp_path)
+    assert CircuitResult.load(tmp_path).name == "attention"
+    assert CircuitResult.load(tmp_path).tensors == {}
+
+    def stopped(self: CircuitResult) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CircuitResult, "figures", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        example(tensors={"rotation": torch.zeros(3, 3)}).save(tmp_path)
+    with pytest.raises(DataError, match=r"is not the folder of a circuit result: it has no result\.json"):
+        CircuitResult.load(tmp_path)
+
+
 def test_values_of_numpy_and_nan_become_plain_json(tmp_path) -> None:
     summary = {"best": np.float32(0.5), "count": np.int64(3), "none": float("nan")}
     example(summary=summary, tensors={}).save(tmp_path)

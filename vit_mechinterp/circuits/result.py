@@ -71,12 +71,15 @@ class CircuitResult:
 
         ``table.parquet`` and ``table.csv`` hold the table; ``result.json`` name, description and summary;
         ``provenance.json`` the provenance; ``<figure>.png`` and ``<figure>.pdf`` each figure;
-        ``tensors.safetensors`` the tensors, if there are any.
+        ``tensors.safetensors`` the tensors, if there are any. ``result.json`` comes last: a folder that saving
+        was stopped in holds no result, and not parts of two.
         """
         from vit_mechinterp.figures.style import save_figure
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", "tensors.safetensors"):  # of another result
+            (folder / name).unlink(missing_ok=True)
         self.table.to_parquet(folder / "table.parquet", index=False)
         self.table.to_csv(folder / "table.csv", index=False)
         figures = self.figures()
@@ -88,7 +91,6 @@ class CircuitResult:
             "captions": self.captions,
             "figures": list(dict.fromkeys([*figures, *self.pictures])),
         }
-        _write_json(folder / "result.json", result)
         _write_json(folder / "provenance.json", self.provenance)
         if self.tensors:
             from safetensors.torch import save_file
@@ -100,6 +102,7 @@ class CircuitResult:
         for name in set(self.pictures) - set(figures):
             _check_file_name(name, "figure")
             (folder / f"{name}.png").write_bytes(self.pictures[name])
+        _write_json(folder / "result.json", result)
         return folder
 
     @classmethod
