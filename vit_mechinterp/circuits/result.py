@@ -71,8 +71,8 @@ class CircuitResult:
 
         ``table.parquet`` and ``table.csv`` hold the table; ``result.json`` name, description and summary;
         ``provenance.json`` the provenance; ``<figure>.png`` and ``<figure>.pdf`` each figure;
-        ``tensors.safetensors`` the tensors, if there are any. ``result.json`` comes last: a folder that saving
-        was stopped in holds no result, and not parts of two.
+        ``tensors.safetensors`` the tensors, if there are any. ``result.json`` comes last: a folder that
+        saving was stopped in holds no result, and not parts of two.
         """
         from vit_mechinterp.figures.style import save_figure
 

@@ -79,8 +79,8 @@ _NUMBERED = re.compile(r"(object|display)_(\d+)_tokens")
 
 
 def check_grid(tokens: Tokens, vit: HookedViT, data: Data, image: str, where: str) -> None:
-    """Refuse patch indices that were made for another grid than the model's, as far as data can tell: where it
-    has the object's box as well, by the names of the stimuli (``edited_box`` beside ``edited_tokens``,
+    """Refuse patch indices that were made for another grid than the model's, as far as data can tell: where
+    it has the object's box as well, by the names of the stimuli (``edited_box`` beside ``edited_tokens``,
     ``box_1`` beside ``object_1_tokens``).
 
     Args:
@@ -97,10 +97,11 @@ def check_grid(tokens: Tokens, vit: HookedViT, data: Data, image: str, where: st
         if outside := set(indices.of(example) or ()) - set(box.of(example) or ()):
             grid, patch = ("x".join(map(str, sides)) for sides in (layout.grid, layout.patch_size))
             raise DataError(
-                f"{where}, column {tokens.column!r}, example {example}: patch {min(outside) - len(layout.prefix)} "
-                f"of the model's {grid} patches of {patch} px lies outside the object's box ({name!r}), so the "
-                f"indices are those of another grid. Select the object by its box, {{'box': {name!r}}}, or "
-                "make stimuli with the model's canvas and patch." + moved_note(vit, data, image)
+                f"{where}, column {tokens.column!r}, example {example}: patch "
+                f"{min(outside) - len(layout.prefix)} of the model's {grid} patches of {patch} px lies "
+                f"outside the object's box ({name!r}), so the indices are those of another grid. Select the "
+                f"object by its box, {{'box': {name!r}}}, or make stimuli with the model's canvas and patch."
+                + moved_note(vit, data, image)
             )
 
 

@@ -32,8 +32,8 @@ class Asked:
     Attributes:
         scale: one of the reproduction's scales.
         sections: names of the sections that are wanted.
-        named: for every name that was asked for, the sections with its figures; one of them is to be made, and
-            others are left out where there is no model for them. All sections if nothing was named.
+        named: for every name that was asked for, the sections with its figures; one of them is to be made,
+            and others are left out where there is no model for them. All sections if nothing was named.
         model: a model string, or a folder of trained models, in place of the default; or None.
         data: name of an image set in place of the default, or None.
         progress: show progress bars.

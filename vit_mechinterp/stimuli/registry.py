@@ -44,7 +44,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether a value is of one of the plain kinds that an annotation names; any is, where it names others."""
+    """Whether a value is of one of the plain kinds that an annotation names; any fits, where it names
+    others.
+    """
     kinds = annotation.split(" | ")
     if not set(kinds) <= set(_KINDS):
         return True

@@ -164,7 +164,8 @@ class TrainingConfig(BaseModel):
         if self.combinations.startswith("ood-"):
             raise ValueError(
                 f"combinations={self.combinations!r} are objects that no training shows, and the probes know "
-                f"none of them: train on 256-256-256 or 32-32-224, and name {self.combinations} in test_splits"
+                f"none of them: train on 256-256-256 or 32-32-224, and put {self.combinations} into "
+                "test_splits"
             )
         if self.model_options and not isinstance(self.model, str):
             raise ValueError("model_options are for a model given by its string; give sizes in `model`")
