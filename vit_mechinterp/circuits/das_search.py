@@ -181,6 +181,7 @@ def _check_data(vit: HookedViT, cases: Sequence[Case]) -> None:
         for case, run in zip(own, runs, strict=True):
             swap = run.interventions[0]
             assert isinstance(swap, InjectSubspace)
+            assert swap.source_tokens is not None
             where = f"das, {case.question.attribute}"
             check_grid(swap.tokens, vit, columns, run.base, where)
             check_grid(swap.source_tokens, vit, columns, str(swap.source), where)

@@ -165,11 +165,12 @@ def reproduce(
         raise SpecError(f"There is no scale {scale!r}. Scales: {', '.join(reproduction.scales)}.")
     wanted = reproduction.places(only)
     out = Path(out)
-    named = tuple(
+    by_name = tuple(
         frozenset(section for section, _ in reproduction.places(names))
         for names in ([[name] for name in only] or [[]])
     )
-    asked = Asked(scale, frozenset().union(*named, reproduction.always), named, model, data, progress, out)
+    every = frozenset[str]().union(*by_name, reproduction.always)
+    asked = Asked(scale, every, by_name, model, data, progress, out)
     results = []
     for result in reproduction.run(asked):
         if result.name in asked.sections:
