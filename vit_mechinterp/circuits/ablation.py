@@ -20,6 +20,7 @@ from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.patching_cells import chosen_layers, n_heads_at
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError, suggest
 from vit_mechinterp.model.hooked import HookedViT
@@ -82,6 +83,7 @@ def ablation_sweep(
     Raises:
         SpecError: a part, method, layer, neuron or selector is none; DataError: there is no image.
     """
+    check_resampling(resamples, seed)
     for part in parts:
         if part not in PARTS:
             raise SpecError(f"There is no part {part!r}.{suggest(part, PARTS)} Parts: {', '.join(PARTS)}.")

@@ -30,6 +30,7 @@ from vit_mechinterp.circuits.patching_cells import (
 from vit_mechinterp.circuits.patching_figures import captions_of, drawing, shown_column
 from vit_mechinterp.circuits.patching_table import patching_table
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.circuits.token_sets import TokenPair
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
@@ -105,6 +106,7 @@ def activation_patching(
         SpecError: a site, layer or metric does not fit the model; UnsupportedSiteError: it has none of them.
         DataError: the images are none, or a pair differs in size.
     """
+    check_resampling(resamples, seed)
     if direction not in ("denoising", "noising", "both"):
         raise SpecError(f"direction={direction!r} is not known. Choose 'denoising', 'noising' or 'both'.")
     directions = ("denoising", "noising") if direction == "both" else (direction,)

@@ -30,6 +30,7 @@ from vit_mechinterp.circuits.reading import (
     reading_data,
 )
 from vit_mechinterp.circuits.result import CircuitResult
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.positions import resolve_tokens
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
@@ -86,6 +87,7 @@ def attention(
     Raises:
         UnsupportedSiteError: no layer has a pattern; SpecError: the query or the metric does not fit.
     """
+    check_resampling(resamples, seed)
     data = image_column(images, vit, column=base)
     columns = reading_data(vit, data, base, example, progress=progress)
     layers, left_out = _patterned(vit)

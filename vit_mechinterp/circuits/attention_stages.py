@@ -90,13 +90,13 @@ def attention_stages(
             neither, or an interval cannot be drawn.
         DataError: a column is missing, or objects have no patches of their own.
     """
+    check_resampling(resamples, seed)
     if wo_mode not in ("direct", "complement"):
         raise SpecError(f"wo_mode={wo_mode!r} is not known. Choose 'direct' or 'complement'.")
     if not 0 <= first_peak_layer < vit.layout.n_layers:
         raise SpecError(
             f"first_peak_layer={first_peak_layer} is out of range; layers are 0 to {vit.layout.n_layers - 1}."
         )
-    check_resampling(resamples, seed)
     refuse_dropout(vit)
     columns = Data(data, vit)
     compared, others = default_objects(columns, objects, display, "attention_stages")

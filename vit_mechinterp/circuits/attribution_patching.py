@@ -35,6 +35,7 @@ from vit_mechinterp.circuits.patching_cells import (
 from vit_mechinterp.circuits.patching_figures import captions_of, drawing
 from vit_mechinterp.circuits.patching_table import patching_table
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -95,6 +96,7 @@ def attribution_patching(
         SpecError: something does not fit the model, or the metric or a site has no gradient.
         DataError: the images are none, or a pair differs in size.
     """
+    check_resampling(resamples, seed)
     if direction not in ("denoising", "noising"):
         raise SpecError(f"direction={direction!r} is not known. Choose 'denoising' or 'noising'.")
     check_sample(sample)

@@ -21,7 +21,7 @@ from vit_mechinterp.circuits.effects import effect_columns, gap_problem
 from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.result import CircuitResult, provenance
-from vit_mechinterp.circuits.statistics import bootstrap_interval
+from vit_mechinterp.circuits.statistics import bootstrap_interval, check_resampling
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -77,6 +77,7 @@ def cumulative_ablation(
     Raises:
         SpecError: a head or the method is none; DataError: the method needs more images.
     """
+    check_resampling(resamples, seed)
     data = image_column(images, vit, column=base)
     n = Data(data, vit).n
     possible_methods([method], n)

@@ -42,6 +42,7 @@ from vit_mechinterp.circuits.nodes import (
 from vit_mechinterp.circuits.path_figures import captions_of, draw_paths
 from vit_mechinterp.circuits.path_patching import path_runs, path_table, run_name
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
@@ -97,6 +98,7 @@ def edge_attribution(
         SpecError: a node is none, no sender comes before a receiver, or the metric has no gradient.
         DataError: the images are none, or a pair differs in size.
     """
+    check_resampling(resamples, seed)
     if direction not in ("noising", "denoising"):
         raise SpecError(f"direction={direction!r} is not known. Choose 'noising' or 'denoising'.")
     check_sample(sample)

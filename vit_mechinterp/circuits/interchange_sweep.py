@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vit_mechinterp.circuits.result import CircuitResult, provenance
-from vit_mechinterp.circuits.statistics import bootstrap_interval
+from vit_mechinterp.circuits.statistics import bootstrap_interval, check_resampling
 from vit_mechinterp.circuits.token_sets import BACKGROUND, TokenPair, object_tokens, with_background
 from vit_mechinterp.engine import execute
 from vit_mechinterp.engine import plan as make_plan
@@ -83,6 +83,7 @@ def interchange_sweep(
         SpecError: the site or a selector does not fit the model.
         DataError: a column is missing, or the labels are no classes of the model.
     """
+    check_resampling(resamples, seed)
     if token_sets is None:
         data, token_sets = _default_sets(vit, data, base, source)
     label, counterfactual = _labels(vit, Data(data, vit))

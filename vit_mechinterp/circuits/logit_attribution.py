@@ -30,6 +30,7 @@ from vit_mechinterp.circuits.reading import (
     reading_data,
 )
 from vit_mechinterp.circuits.result import CircuitResult
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import ExecutionError, SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
@@ -91,6 +92,7 @@ def logit_attribution(
         SpecError: the readout is not linear, a class is out of range, or a model without classes was given
             no directions; ExecutionError: the parts do not sum to the logit.
     """
+    check_resampling(resamples, seed)
     for part in parts:
         if part not in KINDS:
             raise SpecError(f"There is no part {part!r}.{suggest(part, KINDS)} Parts: {', '.join(KINDS)}.")

@@ -31,6 +31,7 @@ from vit_mechinterp.circuits.reading import (
     reading_data,
 )
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine import execute
 from vit_mechinterp.errors import UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
@@ -92,6 +93,7 @@ def logit_lens(
     Raises:
         SpecError: a class or layer is out of range, or a model without classes was given no directions.
     """
+    check_resampling(resamples, seed)
     data = image_column(images, vit, column=base)
     columns = reading_data(vit, data, base, example, progress=progress)
     along, n_classes = directed(vit, directions, "The logit lens")

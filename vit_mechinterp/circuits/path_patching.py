@@ -33,6 +33,7 @@ from vit_mechinterp.circuits.nodes import (
 from vit_mechinterp.circuits.path_figures import captions_of, draw_paths
 from vit_mechinterp.circuits.path_words import description_of, findings_of, summary_of
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -106,6 +107,7 @@ def path_patching(
             no site to hold a later node at.
         DataError: the images are none, or a pair differs in size.
     """
+    check_resampling(resamples, seed)
     if mlps not in ("frozen", "recomputed"):
         raise SpecError(f"mlps={mlps!r} is not known. Choose 'frozen' or 'recomputed'.")
     if direction not in ("noising", "denoising"):

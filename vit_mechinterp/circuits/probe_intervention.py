@@ -122,9 +122,9 @@ def probe_intervention(
             not pair up, or ``stages`` is of another model. Both are raised before the first forward on an
             image.
     """
+    check_resampling(resamples, seed)
     refuse_dropout(vit)
     training = ProbeTraining(epochs, batch_size, learning_rate, weight_decay, seed)
-    check_resampling(resamples, seed)
     _check_alphas(alphas)
     places = pair_sites(vit, site, intervene_at, layers)
     backdrop = backdrop_of(stages, vit)

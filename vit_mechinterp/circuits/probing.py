@@ -25,6 +25,7 @@ from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.kept_readings import KeptReadings
 from vit_mechinterp.circuits.reading import interval_columns, read_from, reading_data
 from vit_mechinterp.circuits.result import CircuitResult
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site
@@ -81,6 +82,7 @@ def probing(
     Raises:
         DataError: there is no such column, a label is rarer than ``folds``; SpecError: a site is none.
     """
+    check_resampling(resamples, seed)
     data = image_column(images, vit, column=base)
     columns = reading_data(vit, data, base, progress=progress)
     labels, names = labels_of(columns, label)

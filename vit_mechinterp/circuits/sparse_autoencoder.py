@@ -19,6 +19,7 @@ from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.reading import reading_data
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.positions import resolve_tokens
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -90,6 +91,7 @@ def sparse_autoencoder(
         SpecError: the dictionary does not fit the site, or a feature is out of range.
         TensorFileError, DataError: the file holds no dictionary.
     """
+    check_resampling(resamples, seed)
     if not isinstance(dictionary, Dictionary):
         dictionary = load_dictionary(dictionary)
     name = dictionary.check_site(vit, site)

@@ -20,6 +20,7 @@ from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.reading import interval_columns
 from vit_mechinterp.circuits.result import CircuitResult, provenance
+from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -74,6 +75,7 @@ def steering(
     Raises:
         SpecError: there is no direction or strength, or a direction does not fit its site.
     """
+    check_resampling(resamples, seed)
     if not directions or not alphas:
         raise SpecError("Steering needs at least one direction and one strength.")
     if len(set(alphas)) != len(alphas):
