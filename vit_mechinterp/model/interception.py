@@ -160,8 +160,7 @@ class Interception(TorchFunctionMode):
         if grouped:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        scores = query @ key.transpose(-2, -1)
-        scores.mul_(1 / math.sqrt(query.shape[-1]) if scale is None else scale)  # in place: they are large
+        scores = _scaled_product(query, key, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
         if is_causal:
             causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~causal, -math.inf)
@@ -174,6 +173,14 @@ class Interception(TorchFunctionMode):
         if dropout_p > 0:
             pattern = F.dropout(pattern, dropout_p)
         return pattern @ value
+
+
+def _scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Every query by every key, scaled by the product itself: a pass over all scores is slow."""
+    leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    q, k = (x.expand(*leading, *x.shape[-2:]).flatten(0, -3) for x in (query, key))
+    nothing = q.new_empty(())
+    return torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=scale).unflatten(0, leading)
 
 
 class PackedInterception(Interception):
