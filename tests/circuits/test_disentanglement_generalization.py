@@ -52,7 +52,10 @@ def test_the_published_accuracies_give_the_known_coefficients() -> None:
     assert [round(first["rmts", split], 3) for split in SPLITS] == [0.954, 0.615, 0.637]
     scratch = result.table[result.table["model"] == "scratch"].set_index("split")
     assert [round(scratch["pearson_without"][split], 3) for split in SPLITS] == [0.272, 0.497, 0.497]
-    assert "Discrimination, IID: r = 0.95 [0.59, 0.99], rank correlation 0.77; lowest without scratch, 0.27 (6 models)" in result.description
+    assert (
+        'Discrimination, IID: r = 0.95 [0.59, 0.99], rank correlation 0.77; lowest without "scratch", 0.27 (6 models)'
+        in result.description
+    )
     assert result.summary["Pearson r, discrimination, compositional"] == pytest.approx(0.974, abs=5e-4)
     clip = result.table.iloc[0]
     assert (clip["n_models"], clip["disentanglement"]) == (6, pytest.approx(0.9325))

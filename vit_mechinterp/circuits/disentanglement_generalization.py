@@ -148,7 +148,7 @@ def _sentence(name: str, found: Correlation, models: Sequence[str]) -> str:
     if np.isnan(without).all():
         return f"{text}, over {found.n} models."
     least = int(np.nanargmin(without))
-    return f"{text}; lowest without {models[least]}, {without[least]:.2f} ({found.n} models)."
+    return f'{text}; lowest without "{models[least]}", {without[least]:.2f} ({found.n} models).'
 
 
 def _name(task: Any, split: Any, one_task: bool = False) -> str:
