@@ -177,10 +177,10 @@ class Interception(TorchFunctionMode):
 
 def _scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Every query by every key, scaled by the product itself: a pass over all scores is slow."""
-    leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    leading = query.shape[:-2]
     q, k = (x.expand(*leading, *x.shape[-2:]).flatten(0, -3) for x in (query, key))
-    nothing = q.new_empty(())
-    return torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=scale).unflatten(0, leading)
+    product = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    return product.reshape(*leading, *product.shape[-2:])
 
 
 class PackedInterception(Interception):
