@@ -78,6 +78,18 @@ def test_it_says_what_a_store_keeps_apart(world: World) -> None:
     assert planned(world, SWAP, None).notes == ()
 
 
+def test_what_is_stored_of_one_column_is_not_computed_for_both(world: World) -> None:
+    images = TIMM_PLAIN.images(IMAGES, seed=5)
+    for column, first in (("base", 0), ("source", 1)):  # no row is its own source
+        world.columns[column] = images[[(first + n) % IMAGES for n in range(N)]]
+    with ActivationStore() as store:
+        assert any("once for each column" in note for note in planned(world, SWAP, store).notes)
+        store.capture(world.vit, world.columns, "blocks.1.resid_post", batch_size=3, progress=False)
+        plan = planned(world, SWAP, store)
+    assert plan.notes == ()
+    assert [(forward.column, forward.images) for forward in plan.clean] == [("source", IMAGES)]
+
+
 def test_it_says_that_a_store_is_too_small(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch)
     with ActivationStore(host="4KiB") as store:

@@ -65,8 +65,7 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
     total.rows_again = sharing.n_edited_rows - total.shared - sharing.n_classes
     if forecast is not None:
         _add(total, _foreseen(forecast))
-        own = [np.unique(sharing.images[column]) for column in {column for column, _ in total.images}]
-        total.apart = sum(map(len, own)) - len(np.unique(np.concatenate(own))) if own else 0
+        total.apart = _apart(schedule, forecast)
     elif len(chunks) > 1:
         used = [sharing.images_of(r.origin) for r in total.kept if isinstance(r.origin, ColumnOrigin)]
         used += [sharing.images[column] for column in total.outputs]
@@ -102,10 +101,18 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
 def _foreseen(forecast: Forecast) -> Counts:
     own = Counts(launches=len(forecast.forwards))
     for column, images, blocks in forecast.forwards:
-        own.evaluations += images * blocks
-        own.widest = max(own.widest, images)
-        own.images[column, blocks] += images
+        own.evaluations += len(images) * blocks
+        own.widest = max(own.widest, len(images))
+        own.images[column, blocks] += len(images)
     return own
+
+
+def _apart(schedule: Schedule, forecast: Forecast) -> int:
+    """Images of one column's forwards that are in another's too."""
+    by_column: dict[str, set[int]] = {}
+    for column, examples, _ in forecast.forwards:
+        by_column.setdefault(column, set()).update(schedule.sharing.images[column][list(examples)].tolist())
+    return sum(map(len, by_column.values())) - len(set().union(*by_column.values()))
 
 
 def _count_rows(own: Counts, schedule: Schedule, stage: Sequence[BoundRun], chunk: range) -> int:

@@ -191,14 +191,18 @@ def _chunks(
     collected = Collected(schedule.bound)
     ahead = clean.requests if isinstance(clean, StoredClean) else requests_of
     waiting = [chunk for chunk in schedule.chunks if kept is None or not kept.has(chunk)]
-    if isinstance(clean, StoredClean):
-        clean.expect(schedule, waiting)
     if kept is not None:
         schedule = replace(schedule, width=kept.width())
+
+    def expect(*, means: bool) -> None:
+        if isinstance(clean, StoredClean):
+            clean.expect(schedule, waiting, means=means)
+
     halvings = 0
     means: Mapping[Read, Tensor] | None = {}
     if waiting and schedule.means_come_first:
         with nullcontext() if kept is None else kept.computing_means() as means:
+            expect(means=means is None)
             while means is None:
                 batches = ahead(schedule, schedule.chunks, schedule.mean_reads)
                 with memory_may_run_out(), data.ahead(batches, most):
@@ -209,6 +213,8 @@ def _chunks(
                     halvings += 1
                 elif kept is not None:
                     kept.add_means(means)
+    else:
+        expect(means=False)
     assert means is not None
 
     def earlier(run: str, examples: IntArray) -> Tensor:

@@ -52,11 +52,11 @@ class Forecast:
     """Clean forwards through a store.
 
     Args:
-        forwards: of each, the image column, the number of images, and the blocks that they pass through.
+        forwards: of each, the image column, an example of every image, and the blocks that they pass through.
         holds: whether the store can hold what several chunks need until the last of them reads it.
     """
 
-    forwards: list[tuple[str, int, int]]
+    forwards: list[tuple[str, tuple[int, ...], int]]
     holds: bool
 
 
@@ -85,7 +85,7 @@ class StoredClean:
         most = min(schedule.clean_width, schedule.chunk)
         model = vit.fingerprint()
         reads: dict[str, dict[Wanted, None]] = defaultdict(dict)
-        for request in requests_for(schedule, schedule.chunks):
+        for request in requests_for(schedule, schedule.chunks, means=schedule.means_come_first):
             for column, wanted in request.items():
                 reads[column].update(dict.fromkeys(wanted))
         self.tiers = tiers
@@ -109,11 +109,11 @@ class StoredClean:
             if rows.get(column, source.rows) != source.rows:
                 source.use_rows(rows[column])
 
-    def expect(self, schedule: Schedule, chunks: Iterable[range]) -> bool:
-        """Say which chunks will be asked for. Where the store can hold it until then, one forward gives all
-        that any of them needs of an image; whether it can."""
+    def expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> bool:
+        """Say which chunks will be asked for, and whether dataset means will be before. Where the store can
+        hold it until then, one forward gives all that any of them needs of an image; whether it can."""
         images = {column: source.images for column, source in self.sources.items()}
-        found = expectations(schedule, chunks, images)
+        found = expectations(requests_for(schedule, chunks, means=means), images)
         wanted = [(self.sources[column], own.wanted) for column, own in found.items()]
         needed = sum(source.nbytes(form) for source, forms in wanted for form in forms)
         in_order = all(own.in_order for own in found.values())
@@ -124,10 +124,11 @@ class StoredClean:
 
     def forecast(self, schedule: Schedule) -> Forecast:
         """The clean forwards that a schedule needs, as the store is, if it loses nothing meanwhile."""
-        holds = self.expect(schedule, schedule.chunks)
+        means = schedule.means_come_first
+        holds = self.expect(schedule, schedule.chunks, means=means)
         forwards = [
             (column, *forward)
-            for request in requests_for(schedule, schedule.chunks)
+            for request in requests_for(schedule, schedule.chunks, means=means)
             for column, wanted in request.items()
             for forward in self.sources[column].foresee(wanted)
         ]

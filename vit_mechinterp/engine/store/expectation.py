@@ -33,10 +33,10 @@ class Expectation:
     in_order: bool = True
 
 
-def requests_for(schedule: Schedule, chunks: Iterable[range]) -> Iterator[Request]:
-    """What some chunks will ask for, one after another; dataset means that come first, over every chunk,
-    before them."""
-    if schedule.means_come_first:
+def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) -> Iterator[Request]:
+    """What some chunks will ask for, one after another, and before them, if so asked, what dataset means over
+    every chunk will."""
+    if means:
         for chunk in schedule.chunks:
             yield _request(schedule, needs_of(schedule, chunk, schedule.mean_reads))
     for chunk in chunks:
@@ -52,21 +52,18 @@ def _request(schedule: Schedule, needs: Needs) -> Request:
     return found
 
 
-def expectations(
-    schedule: Schedule, chunks: Iterable[range], images: Mapping[str, IntArray]
-) -> dict[str, Expectation]:
-    """What some chunks will ask for, by image column.
+def expectations(requests: Iterable[Request], images: Mapping[str, IntArray]) -> dict[str, Expectation]:
+    """What requests come to, by image column.
 
     Args:
-        schedule: the work.
-        chunks: the chunks.
+        requests: the requests, in order.
         images: numbers of each column's images, ``[example]``, counted as they first appear.
     """
     asked: dict[str, dict[Wanted, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
     found: dict[str, Expectation] = defaultdict(Expectation)
     last = dict.fromkeys(images, -1)
     seen = {column: np.zeros(len(own), dtype=np.bool_) for column, own in images.items()}
-    for request in requests_for(schedule, chunks):
+    for request in requests:
         for column, wanted in request.items():
             for form, examples in wanted.items():
                 asked[column][form].append(examples)

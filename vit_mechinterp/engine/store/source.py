@@ -268,9 +268,9 @@ class Source:
                 found[read] = examples
         return found
 
-    def foresee(self, wanted: Mapping[Wanted, IntArray]) -> Iterator[tuple[int, int]]:
-        """The forwards that `take` would need: their images, and the blocks that these pass through. Until
-        `imagine_nothing`, what they would give counts as stored."""
+    def foresee(self, wanted: Mapping[Wanted, IntArray]) -> Iterator[tuple[tuple[int, ...], int]]:
+        """The forwards that `take` would need: examples of their images, and the blocks that these pass
+        through. Until `imagine_nothing`, what they would give counts as stored."""
         for grain, reads in self._grains(self.absent(wanted)):
             every = [*reads, *self._beside(reads, grain)]
             for read in every:
@@ -278,7 +278,7 @@ class Source:
                 imagined = self._imagined.setdefault(read, np.zeros(len(slots), dtype=np.bool_))
                 own = slots.of_images(grain)
                 imagined[own.start : own.stop] = True
-            yield len(grain), stop_behind(every, self.vit.layout.n_layers).blocks
+            yield self._examples(grain), stop_behind(every, self.vit.layout.n_layers).blocks
 
     def imagine_nothing(self) -> None:
         """What was foreseen no longer counts as stored."""
