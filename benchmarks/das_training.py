@@ -3,7 +3,9 @@ hooks, against pyvene, and against TransformerLens's ``fit_das``.
 
 With the model frozen and s blocks behind the layer, a step needs s blocks forward and s backward. Run as the
 published code does it, a step needs a full source forward, a full base forward and s blocks backward: of L
-blocks the arithmetic allows (2L + s) / 2s, and 2.68 for the twelve layers of a base model together.
+blocks the arithmetic allows (2L + s) / 2s, and 2.68 for the twelve layers of a base model together. Where the
+output reads CLS alone, most of the last block is left out besides, forward and backward, so figures go beyond
+that.
 
     python -m benchmarks.das_training --model vit_small --layers 10
 """

@@ -1,4 +1,8 @@
-"""Time of an experiment over the floor of its own plan: what its blocks would take as plain forwards."""
+"""Time of an experiment over the floor of its own plan: what its blocks would take as plain forwards.
+
+The floor counts whole blocks. Beside it stands what is left of them once the plan has taken off the work that
+rows share inside a block and the tokens that nobody reads.
+"""
 
 from __future__ import annotations
 
@@ -78,12 +82,17 @@ def over_floor(
             **fields,
         )
     )
+    left = (plan.block_evaluations - plan.spared - plan.unread) / plan.block_evaluations
+    over_left = Row.timed(f"{name}, over what is left", timed, scale=1 / (floor * left), unit="of the work")
+    report.rows.append(over_left)
     planned = [seconds(lambda: vmi.plan(vit, runs, data), chosen.torch_device) for _ in range(3)]
     share = Spread.of([s / Spread.of(timed.seconds).median for s in planned])
     report.rows.append(Row(f"{name}, planning", share, "of the time", target=PLANNING))
     report.note(
         f"{name}: {n_runs} runs x {n_examples} examples; {plan.forwards:.5g} forwards' worth of blocks "
-        f"instead of {plan.naive_forwards:.5g}; {plan.launches} launches of at most {plan.widest} rows. "
+        f"instead of {plan.naive_forwards:.5g}, of which rows share {plan.spared / vit.layout.n_layers:.4g} "
+        f"and nobody reads {plan.unread / vit.layout.n_layers:.4g}; {plan.launches} launches of at most "
+        f"{plan.widest} rows. "
         f"{len(sample)} runs drawn at random agree with plain hooks to {worst:.1g} of the output's scale; "
         f"{moved} of them have an effect above 1e-3 of it."
     )

@@ -78,8 +78,9 @@ def chunk_of(
         parts, copies = schedule.rows(stage, chunk)
         material.copies = _by_owner(copies)
         captured: Pieces = defaultdict(list)
+        tokens = schedule.tokens_read(stage)
         for segments in schedule.waves(parts):
-            result = run_wave(vit, segments, material, spares=schedule.spares)
+            result = run_wave(vit, segments, material, spares=schedule.spares, tokens=tokens)
             for segment, output in zip(segments, result.outputs, strict=True):
                 outputs.put(segment.run.name, np.array(segment.examples), output.cpu())
             for key, pieces in result.captured.items():

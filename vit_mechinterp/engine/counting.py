@@ -18,7 +18,7 @@ from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.engine.wave import distinct_rows
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.sparing import costs_of
+from vit_mechinterp.model.sparing import PARTS, costs_of
 from vit_mechinterp.spec import RunSource
 
 __all__ = ["Counts", "count"]
@@ -31,7 +31,8 @@ class Counts:
     ``images`` counts by column and number of blocks; ``kept`` are the clean values held, ``outputs`` the
     columns whose clean output is wanted; ``again`` are images that pass through the model once more because
     they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
-    keeps columns apart, and ``rows_again`` equal rows of different chunks.
+    keeps columns apart, and ``rows_again`` equal rows of different chunks; ``spared`` and ``unread`` are
+    parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads.
     """
 
     evaluations: int = 0
@@ -39,6 +40,7 @@ class Counts:
     launches: int = 0
     widest: int = 0
     spared: float = 0.0
+    unread: float = 0.0
     clean: int = 0
     shared: int = 0
     again: int = 0
@@ -91,7 +93,7 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
             for segments in schedule.waves(schedule.rows(stage, chunk)[0]):
                 own.launches += 1
                 own.widest = max(own.widest, sum(len(s.examples) for s in segments))
-                own.spared += _spared(schedule, segments, shares)
+                own.spared += _spared(schedule, segments, shares, schedule.tokens_read(stage))
         else:
             own.launches += -(-rows // schedule.width)
             own.widest = max(own.widest, min(rows, schedule.width))
@@ -124,6 +126,10 @@ def _count_rows(own: Counts, schedule: Schedule, stage: Sequence[BoundRun], chun
     whole = schedule.whole_parts(stage)
     of_whole = _blocks(schedule, ("blocks of whole", stage[0].name), whole)
     own.evaluations += int(blocks[table.part_of[rows]].sum()) + len(chunk) * int(of_whole.sum())
+    tokens = schedule.tokens_read(stage)
+    if tokens is not None and schedule.read is not None:
+        through = int((blocks[table.part_of[rows]] > 0).sum()) + len(chunk) * int((of_whole > 0).sum())
+        own.unread += through * schedule.read.saved(tokens)
     return len(rows) + len(chunk) * len(whole)
 
 
@@ -165,13 +171,18 @@ def _means(schedule: Schedule, own: Counts) -> Counts:
     return own
 
 
-def _spared(schedule: Schedule, segments: list[Segment], shares: dict[str, float]) -> float:
+def _spared(
+    schedule: Schedule, segments: list[Segment], shares: dict[str, float], tokens: tuple[int, ...] | None
+) -> float:
     found = distinct_rows(segments, [schedule.sharing.images] * len(segments), schedule.n_layers)
-    return sum(
-        shares[part] * (len(rows.index) - len(rows.first))
-        for parts in found.values()
-        for part, rows in parts.items()
-    )
+    few = 1.0 if tokens is None or schedule.read is None else len(tokens) / schedule.read.n_tokens
+    narrowed = PARTS[PARTS.index("attn.z") :]
+    total = 0.0
+    for layer, parts in found.items():
+        for part, rows in parts.items():
+            last = layer == schedule.n_layers - 1 and part in narrowed
+            total += shares[part] * (few if last else 1.0) * (len(rows.index) - len(rows.first))
+    return total
 
 
 def _is_regular(schedule: Schedule) -> bool:
@@ -193,6 +204,7 @@ def _add(total: Counts, own: Counts) -> None:
     total.launches += own.launches
     total.widest = max(total.widest, own.widest)
     total.spared += own.spared
+    total.unread += own.unread
     total.shared += own.shared
     total.images.update(own.images)
     total.kept.update(own.kept)

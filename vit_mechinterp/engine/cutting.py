@@ -20,6 +20,7 @@ from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.throughput import likely_width, measured_width, remembered_width
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.read_tokens import read_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import TensorRef
 
@@ -72,7 +73,8 @@ def schedule_for(
     sharing = Sharing(bound, images, tensors, imagined=data is None)
     spares = why_nothing_is_spared(vit.layout) is None
     n = sharing.n_examples
-    draft = Schedule(sharing, vit.layout.n_layers, n, 1, vit.layout.family.one_image, spares)
+    one_image, read = vit.layout.family.one_image, read_tokens(vit)
+    draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)
     held = footprint(vit, draft)
     least = held.peak(1, 1 if batch_size == "auto" else int(batch_size))
     if memory is not None and least > budget:

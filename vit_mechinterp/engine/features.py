@@ -54,7 +54,7 @@ def encoded(
     return torch.zeros_like(features).scatter(-1, top.indices, top.values)
 
 
-@register_operator(EditFeature)
+@register_operator(EditFeature, by_token=True)
 def edit_feature(spec: EditFeature, h: Tensor, inputs: Inputs) -> Tensor:
     """See `EditFeature`."""
     given = {name: tensor.to(h.dtype) for name, tensor in inputs.tensors.items()}

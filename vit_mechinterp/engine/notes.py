@@ -38,7 +38,8 @@ def notes_on(
     if gates and schedule.sharing.tensors is None:
         yield "gates are not known here, so rows whose gate is all zeros count as changed"
     if vit.compiled is not None:
-        yield "blocks that are read or edited inside run as they are written, the others compiled"
+        last = "" if counts.unread == 0 else ", and so does the last one, most of whose tokens are left out"
+        yield f"blocks that are read or edited inside run as they are written{last}; the others compiled"
     yield from _late(vit, schedule)
 
 

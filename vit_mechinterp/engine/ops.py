@@ -18,7 +18,7 @@ from torch import Tensor
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.spec import Ablate, AddDirection, InjectSubspace, Interchange, Intervention
 
-__all__ = ["Inputs", "Operator", "apply", "register_operator"]
+__all__ = ["Inputs", "Operator", "acts_by_token", "apply", "register_operator"]
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,35 @@ class Inputs:
 Operator = Callable[[Any, Tensor, Inputs], Tensor]
 
 _OPERATORS: dict[type[Intervention], Operator] = {}
+_BY_TOKEN: set[type[Intervention]] = set()
 
 
-def register_operator(spec_type: type[Intervention]) -> Callable[[Operator], Operator]:
+def register_operator(
+    spec_type: type[Intervention], *, by_token: bool = False
+) -> Callable[[Operator], Operator]:
     """Decorator: let the engine carry out interventions of ``spec_type`` with the function.
 
     The function is ``(spec, h [m, *features], inputs) -> [m, *features]`` and is pure. A field ``source``
     (with ``source_tokens`` and ``source_site``), fields that hold a `TensorRef`, and ``choose`` are resolved
     into `Inputs`.
+
+    Args:
+        spec_type: the spec.
+        by_token: whether each row that the function returns depends on that row of ``h`` and of the inputs
+            alone. Then tokens that nobody reads behind the last attention call need not be computed for it.
     """
 
     def decorate(operator: Operator) -> Operator:
         _OPERATORS[spec_type] = operator
+        (_BY_TOKEN.add if by_token else _BY_TOKEN.discard)(spec_type)
         return operator
 
     return decorate
+
+
+def acts_by_token(spec: Intervention) -> bool:
+    """Whether what an intervention makes of a token depends on no other token's activation."""
+    return type(spec) in _BY_TOKEN
 
 
 def apply(
@@ -107,21 +121,21 @@ def _per_feature(rows: Tensor, h: Tensor) -> Tensor:
     return rows[:, None, :] if h.ndim == 3 else rows
 
 
-@register_operator(Interchange)
+@register_operator(Interchange, by_token=True)
 def interchange(spec: Interchange, h: Tensor, inputs: Inputs) -> Tensor:
     """``h[T] <- h_src[T_src]``."""
     assert inputs.source is not None
     return inputs.source.to(h.dtype)
 
 
-@register_operator(AddDirection)
+@register_operator(AddDirection, by_token=True)
 def add_direction(spec: AddDirection, h: Tensor, inputs: Inputs) -> Tensor:
     """``h[T] += alpha * v``."""
     direction = inputs.rows_of(inputs.tensors["vector"].to(h.dtype), h.shape[-1])
     return h + spec.alpha * _per_feature(direction, h)
 
 
-@register_operator(InjectSubspace)
+@register_operator(InjectSubspace, by_token=True)
 def inject_subspace(spec: InjectSubspace, h: Tensor, inputs: Inputs) -> Tensor:
     """``h[T] += (g * (v - h[T] R)) R^T``."""
     basis = inputs.tensors["basis"].to(h.dtype)
@@ -157,7 +171,7 @@ def _inject_by_token(
     return h + (change @ basis.transpose(-2, -1)).transpose(-3, -2).flatten(-3, -2)
 
 
-@register_operator(Ablate)
+@register_operator(Ablate, by_token=True)
 def ablate(spec: Ablate, h: Tensor, inputs: Inputs) -> Tensor:
     """``h[T] <- 0``, its mean, or another example's value."""
     if spec.method == "zero":

@@ -61,7 +61,8 @@ class Plan:
 
     ``block_evaluations`` counts (row, block) pairs, clean ones included; ``naive_block_evaluations`` what one
     run at a time would need, with every source and base forward run anew. ``spared`` is the part of these
-    pairs, in blocks' worth of work, that rows share inside the blocks where they join. ``peak_bytes`` bounds
+    pairs, in blocks' worth of work, that rows share inside the blocks where they join, ``unread`` the part
+    that nobody reads: tokens behind the last attention call. ``peak_bytes`` bounds
     what the engine holds beside the model while it computes, ``result_bytes`` is what it hands over, and
     ``launches`` the number of forwards of the native module. ``width`` is the most rows that one forward may
     hold, ``widest`` the most that one does; ``clean_runs`` are changed by no edit, so clean forwards answer
@@ -84,6 +85,7 @@ class Plan:
     peak_bytes: int
     notes: tuple[str, ...]
     spared: float = 0.0
+    unread: float = 0.0
     result_bytes: int = 0
     shared_rows: int = 0
     clean_rows: int = 0
@@ -130,6 +132,11 @@ class Plan:
         if self.spared > 0:
             lines.append(
                 f"  {self.spared:.4g} blocks' worth spared inside the blocks where rows of one image join"
+            )
+        if self.unread > 0:
+            lines.append(
+                f"  {self.unread:.4g} blocks' worth left out of the last block, behind whose attention most "
+                "tokens are not read"
             )
         for stage in sorted({rows.stage for rows in self.rows}):
             lines.append(f"  rows that join one growing batch{f' (stage {stage + 1})' if stage else ''}")
@@ -234,6 +241,7 @@ def describe(
         peak_bytes=held.peak(schedule.chunk, counts.widest),
         notes=tuple(notes_on(vit, schedule, counts, forecast)),
         spared=counts.spared,
+        unread=counts.unread,
         result_bytes=held.result * schedule.n_examples,
         shared_rows=counts.shared,
         clean_rows=counts.clean - len(untouched) * n,

@@ -32,6 +32,7 @@ from vit_mechinterp.engine.values import Read
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.read_tokens import read_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import Experiment, Run, Sweep
 
@@ -85,8 +86,9 @@ def prepare(
     check_images(columns, bound)
     images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
     one_image, spares = vit.layout.family.one_image, why_nothing_is_spared(vit.layout) is None
+    read = read_tokens(vit)
     sharing = Sharing(bound, images, rows=False)
-    schedule = Schedule(sharing, vit.layout.n_layers, columns.n, batch_size, one_image, spares)
+    schedule = Schedule(sharing, vit.layout.n_layers, columns.n, batch_size, one_image, spares, read)
     budget = budget_of(vit) if memory is None else parse_bytes(memory)
     streams = footprint(vit, schedule).example * columns.n > budget
     parameters = [p for p in vit.module.parameters() if p.requires_grad]

@@ -23,6 +23,7 @@ from vit_mechinterp.engine.reads import clean_sources
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import resolve_refs
 from vit_mechinterp.engine.throughput import likely_width
+from vit_mechinterp.engine.unread import union
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.errors import SpecError, suggest
@@ -206,7 +207,9 @@ def run_together(
         raise SpecError("Batches that run together are of one model; these were prepared on several.")
     runs_of = [batch.checked() for batch in batches]
     images = _images([batch.prepared for batch in batches])
-    spares = batches[0].prepared.schedule.spares
+    schedules = [batch.prepared.schedule for batch in batches]
+    spares = schedules[0].spares
+    tokens = union(own.tokens_read(stage) for own in schedules for stage in own.bound.stages)
     placed: list[_Rows] = []
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
@@ -224,7 +227,7 @@ def run_together(
             segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
             # Beforehand, because no forward can run inside another, whose hooks it would set off.
             materials = [rows.in_memory(examples, vit.layout.n_layers) for rows, examples in wave]
-            result = run_wave(vit, segments, materials, spares=spares)
+            result = run_wave(vit, segments, materials, spares=spares, tokens=tokens)
             for (rows, _), output in zip(wave, result.outputs, strict=True):
                 pieces[rows].append(output)
     for rows, own in pieces.items():

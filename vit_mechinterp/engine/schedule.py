@@ -15,7 +15,9 @@ from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
 from vit_mechinterp.engine.sharing import Part, Sharing
 from vit_mechinterp.engine.table import StageRows
+from vit_mechinterp.engine.unread import tokens_read
 from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.model.read_tokens import ReadTokens
 
 __all__ = ["CleanGroup", "Copies", "Schedule", "Segment", "Stop"]
 
@@ -35,6 +37,7 @@ class Schedule:
         one_image: why the model takes one image per forward, or None (see `Family`). Rows that join behind
             its embeddings are not limited by it.
         spares: whether parts of a joining block run once for rows that are still equal there.
+        read: the tokens that the output reads of the last block, if these are not all.
     """
 
     sharing: Sharing
@@ -43,6 +46,7 @@ class Schedule:
     width: int
     one_image: str | None = None
     spares: bool = False
+    read: ReadTokens | None = None
 
     @property
     def bound(self) -> Bound:
@@ -139,6 +143,17 @@ class Schedule:
     def waves(self, parts: Sequence[Part]) -> Iterator[list[Segment]]:
         """Rows that fit into one growing batch, in the order in which they join."""
         return in_waves(parts, self.width, self.n_layers, spares=self.spares)
+
+    def tokens_read(self, stage: Sequence[BoundRun]) -> tuple[int, ...] | None:
+        """Tokens that somebody reads behind the last attention call, of rows of one stage; None for all."""
+        return self.sharing.once(
+            ("tokens", stage[0].name, self.n_layers),
+            lambda: tokens_read(
+                self.read,
+                [(part.run, self.bound.reads_of[part.run.name]) for part in self._parts(stage)],
+                self.n_layers,
+            ),
+        )
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:
         """(row, block) pairs of one wave."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import TAP_SITES
+from vit_mechinterp.model.narrowing import Narrowing, is_watched
 from vit_mechinterp.model.sparing import PARTS, Distinct, Sparing
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
@@ -51,6 +53,7 @@ def run_wave(
     material: Material | Sequence[Material],
     *,
     spares: bool = False,
+    tokens: Sequence[int] | None = None,
 ) -> WaveResult:
     """Carry out one wave, in the ambient grad mode.
 
@@ -59,6 +62,7 @@ def run_wave(
         segments: rows by run, in the order in which they join.
         material: what the rows read; where segments differ in it, one for each.
         spares: run parts of joining blocks once for rows that are equal there.
+        tokens: positions that are read behind the last attention call; None for all.
 
     Raises:
         ExecutionError: an intervention did not fire.
@@ -67,8 +71,11 @@ def run_wave(
     wave = _Wave(vit, segments, each)
     if spares:
         wave.spare()
+    narrowed: AbstractContextManager[None] = nullcontext()
+    if tokens is not None and not is_watched(vit.module):
+        narrowed = Narrowing(vit.module, vit.layout, tokens).installed()
     with wave.instrument.installed():
-        with wave.sparing.installed():
+        with wave.sparing.installed(), narrowed:
             output = vit(vit.beginning(wave.starts[-1]))
         wave.instrument.verify()
     wave.verify()

@@ -9,7 +9,7 @@ module by construction; each is shadowed on the instance for one forward, and ho
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.model.ports import Port, lookup
 from vit_mechinterp.model.tap import shadowed_forward
 
-__all__ = ["PARTS", "Distinct", "Sparing", "costs_of", "why_nothing_is_spared"]
+__all__ = ["PARTS", "Distinct", "Sparing", "costs_of", "share_of", "why_nothing_is_spared"]
 
 PARTS = ("ln1", "attn.q", "attn.z", "attn.result", "attn_out", "ln2", "mlp.pre", "mlp.post")
 """Parts by the first site behind them: the norm, the projections to q, k and v, the attention call, the
@@ -85,17 +85,24 @@ def parts_of(module: nn.Module, layout: Layout, layer: int) -> dict[str, list[nn
 def costs_of(module: nn.Module, layout: Layout, layer: int) -> dict[str, float]:
     """Share of a block's multiplications that each part makes, for one row; the whole attention module's
     share is that of its parts."""
-
-    def multiplications(modules: list[nn.Module]) -> int:
-        weights = {id(w): w for m in modules for w in m.parameters() if w.ndim == 2}
-        return sum(w.numel() for w in weights.values())
-
     parts = parts_of(module, layout, layer)
-    call = 2 * layout.tokens.n_tokens * layout.n_heads * layout.d_head
+    shares = {part: share_of(module, layout, layer, own) for part, own in parts.items()}
+    return shares | {"attn.z": share_of(module, layout, layer, (), call=True), "attn_out": 0.0}
+
+
+def share_of(
+    module: nn.Module, layout: Layout, layer: int, parts: Iterable[nn.Module], *, call: bool = False
+) -> float:
+    """Share of a block's multiplications that some of its modules make, and its attention call if asked."""
     block: nn.Module = lookup(module, layout.block_path(layer))
-    total = multiplications([block]) + call
-    shares = {part: multiplications(own) / total for part, own in parts.items()}
-    return shares | {"attn.z": call / total, "attn_out": 0.0}
+    of_call = 2 * layout.tokens.n_tokens * layout.n_heads * layout.d_head
+    return (_multiplications(parts) + call * of_call) / (_multiplications([block]) + of_call)
+
+
+def _multiplications(modules: Iterable[nn.Module]) -> int:
+    """By one token, in layers with a matrix of weights."""
+    weights = {id(w): w for m in modules for w in m.parameters() if w.ndim == 2}
+    return sum(w.numel() for w in weights.values())
 
 
 class Sparing:

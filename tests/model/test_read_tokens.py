@@ -1,0 +1,149 @@
+"""Which tokens of the last block an output reads is found out by trying, and doubt means all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vit_mechinterp as vmi
+from tests.tiny_models import (
+    HF_CLIP,
+    HF_DINOV2,
+    HF_VIT,
+    TIMM_PLAIN,
+    TIMM_POOLED,
+    TIMM_REGISTERS,
+    Tiny,
+    stirred,
+)
+from tests.zoo.shrink import shrunk
+from vit_mechinterp.model.read_tokens import read_tokens
+
+
+@pytest.mark.parametrize(
+    "tiny", [TIMM_PLAIN, TIMM_REGISTERS, HF_VIT, HF_CLIP, HF_DINOV2, TIMM_POOLED], ids=lambda tiny: tiny.name
+)
+def test_the_tokens_are_those_whose_change_moves_the_output(tiny: Tiny) -> None:
+    vit = vmi.wrap(tiny.module())
+    found = read_tokens(vit)
+    x = tiny.images(1)
+    last = f"blocks.{vit.layout.n_layers - 1}.resid_post"
+    clean, moving = vit(x), []
+    for token in range(tiny.n_tokens):
+
+        def push(h: Tensor, token: int = token) -> None:
+            h[:, token] += 3 * torch.randn(h.shape[-1], generator=torch.Generator().manual_seed(token))
+
+        with torch.no_grad(), vit.hooks({last: push}):
+            if not torch.allclose(vit(x), clean, atol=1e-5 * float(clean.abs().max())):
+                moving.append(token)
+    assert moving
+    if len(moving) == tiny.n_tokens or moving[-1] >= len(tiny.prefix):
+        assert found is None
+    else:
+        assert found is not None
+        assert list(found.tokens) == moving
+
+
+def test_two_tokens_are_read_where_there_are_two_heads() -> None:
+    vit = vmi.wrap(stirred(shrunk("deit_tiny_distilled_patch16_224")).eval())
+    found = read_tokens(vit)
+    assert found is not None
+    assert found.tokens == (0, 1)
+    assert found.names == ("cls", "distillation")
+
+
+def test_the_share_is_what_stands_behind_the_attention_call() -> None:
+    found = read_tokens(vmi.wrap(TIMM_PLAIN.module()))
+    d, tokens, hidden = 24, 17, 96
+    whole = 3 * d * d + 2 * tokens * d + d * d + 2 * d * hidden
+    assert found is not None
+    assert found.share == pytest.approx((whole - 3 * d * d) / whole)
+    assert found.saved((0,)) == pytest.approx(found.share * 16 / 17)
+
+
+def test_another_head_is_noticed() -> None:
+    module: Any = TIMM_PLAIN.module()
+    vit = vmi.wrap(module)
+    assert read_tokens(vit) is not None
+    module.global_pool = "avg"
+    assert read_tokens(vit) is None
+    module.global_pool = "token"
+    assert read_tokens(vit) is not None
+
+
+class Mixing(nn.Module):
+    """An MLP that hands the mean over tokens to each of them."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = mlp.fc1, mlp.act, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x))
+        return self.fc2(x + x.mean(dim=1, keepdim=True))
+
+
+def test_a_block_that_mixes_tokens_behind_its_attention_is_left_whole() -> None:
+    module: Any = TIMM_PLAIN.module()
+    module.blocks[2].mlp = Mixing(module.blocks[2].mlp)
+    assert read_tokens(vmi.wrap(module)) is None
+
+
+class Shifting(nn.Module):
+    """A module without parts that is not what it is for one token alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.roll(1, dims=1)
+
+
+def test_a_part_that_mixes_tokens_is_found_out() -> None:
+    module: Any = TIMM_PLAIN.module()
+    module.blocks[2].ls2 = Shifting()
+    vit = vmi.wrap(module)
+    assert read_tokens(vit) is None
+
+
+def test_another_function_of_a_part_is_noticed() -> None:
+    module: Any = TIMM_PLAIN.module()
+    vit = vmi.wrap(module)
+    assert read_tokens(vit) is not None
+    mlp = module.blocks[2].mlp
+    native = mlp.forward
+    mlp.forward = lambda x: native(x) + x.mean(dim=1, keepdim=True)
+    assert read_tokens(vit) is None
+    mlp.forward = lambda x: 2 * native(x)
+    assert read_tokens(vit) is not None
+
+
+def test_hooks_of_other_people_are_not_set_off_and_see_everything() -> None:
+    module: Any = TIMM_PLAIN.module()
+    vit = vmi.wrap(module)
+    seen: list[Tensor] = []
+    hook = module.blocks[2].mlp.register_forward_hook(lambda m, args, output: seen.append(output))
+    assert read_tokens(vit) is None
+    assert not seen
+    hook.remove()
+    assert read_tokens(vit) is not None
+
+
+def test_recording_hooks_of_transformers_are_no_obstacle() -> None:
+    module: Any = HF_VIT.module()
+    module(HF_VIT.images(1), output_hidden_states=True)
+    assert any(part._forward_hooks for part in module.modules())
+    assert read_tokens(vmi.wrap(module)) is not None
+
+
+def test_nothing_is_left_behind() -> None:
+    module = TIMM_PLAIN.module()
+    vit = vmi.wrap(module)
+    before = {name: dict(vars(part)) for name, part in module.named_modules()}
+    assert read_tokens(vit) is not None
+    assert {name: dict(vars(part)) for name, part in module.named_modules()} == before
+
+
+def test_a_model_without_weights_is_not_tried() -> None:
+    assert read_tokens(vmi.wrap(TIMM_PLAIN.module().to("meta"))) is None

@@ -1,0 +1,71 @@
+"""Tokens that nobody reads behind the last attention call, and that waves leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from vit_mechinterp.engine.bound import BoundRun
+from vit_mechinterp.engine.ops import acts_by_token
+from vit_mechinterp.engine.positions import Positions
+from vit_mechinterp.engine.values import Read
+from vit_mechinterp.model.read_tokens import ReadTokens
+from vit_mechinterp.spec import BLOCK_SITES, Site
+
+__all__ = ["tokens_read", "union"]
+
+PAYS = 0.5
+"""Tokens are left out where those that are read are at most this share of all."""
+
+_BEHIND = BLOCK_SITES[BLOCK_SITES.index("attn.z") :]
+"""Sites of a block at which its attention call has been made."""
+
+
+def tokens_read(
+    read: ReadTokens | None, runs: Iterable[tuple[BoundRun, Sequence[Read]]], n_layers: int
+) -> tuple[int, ...] | None:
+    """Tokens that are read behind the last attention call: by the output, by what is captured of some runs
+    or read by others, and by operators that may look at several tokens at once.
+
+    Args:
+        read: what the output reads; None for all tokens.
+        runs: each with what is read of its rows.
+        n_layers: number of blocks.
+
+    Returns:
+        Positions, ascending; None where all tokens are computed.
+    """
+    if read is None:
+        return None
+    found = set(read.tokens)
+    for positions in _positions(runs, n_layers):
+        if positions.is_all:
+            return None
+        for own in positions.each or (positions.shared or (),):
+            found.update(own)
+    return tuple(sorted(found)) if len(found) <= PAYS * read.n_tokens else None
+
+
+def union(several: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    """All tokens that one of several readers reads; None where one of them reads all."""
+    found: set[int] = set()
+    for own in several:
+        if own is None:
+            return None
+        found.update(own)
+    return tuple(sorted(found))
+
+
+def _positions(runs: Iterable[tuple[BoundRun, Sequence[Read]]], n_layers: int) -> Iterator[Positions]:
+    for run, reads in runs:
+        for read in reads:
+            if _is_behind(read.site, n_layers) and not run.is_clean_at(read.site):
+                yield read.positions
+        for edit in run.edits:
+            if _is_behind(edit.site, n_layers) and not acts_by_token(edit.spec):
+                yield edit.positions
+
+
+def _is_behind(site: Site, n_layers: int) -> bool:
+    if site.layer is None:
+        return site.name == "ln_final"
+    return site.layer == n_layers - 1 and site.name in _BEHIND
