@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -29,20 +30,37 @@ def limits(calls: list[tuple[str, tuple[int, ...]]]) -> list[tuple[int, ...]]:
     return [arguments for name, arguments in calls if name == "mallopt"]
 
 
+THRIFTY = [(MMAP_THRESHOLD, 128 * 2**10), (TRIM_THRESHOLD, 64 * 2**20)]
+KEEPING = [(MMAP_THRESHOLD, 256 * 2**20), (TRIM_THRESHOLD, 2**30)]
+AFTERWARDS = [(MMAP_THRESHOLD, 32 * 2**20), (TRIM_THRESHOLD, 64 * 2**20)]
+
+
 def test_the_first_lowers_the_limit_and_the_last_raises_it(calls: list[tuple[str, tuple[int, ...]]]) -> None:
     with heap.thrifty():
-        assert limits(calls) == [(MMAP_THRESHOLD, 128 * 2**10)]
+        assert limits(calls) == THRIFTY
         with heap.thrifty():
             pass
-        assert limits(calls) == [(MMAP_THRESHOLD, 128 * 2**10)]
+        assert limits(calls) == THRIFTY
         assert calls[-1] == ("malloc_trim", (0,))
-    assert limits(calls)[1:] == [(MMAP_THRESHOLD, 32 * 2**20), (TRIM_THRESHOLD, 64 * 2**20)]
+    assert limits(calls) == THRIFTY + AFTERWARDS
 
 
-def test_the_limit_is_raised_after_an_exception(calls: list[tuple[str, tuple[int, ...]]]) -> None:
-    with pytest.raises(KeyboardInterrupt), heap.thrifty():
+def test_blocks_are_kept_while_nobody_is_thrifty(calls: list[tuple[str, tuple[int, ...]]]) -> None:
+    with heap.keeping():
+        assert limits(calls) == KEEPING
+        with heap.thrifty(), heap.keeping():
+            assert limits(calls) == KEEPING + THRIFTY
+        assert limits(calls) == KEEPING + THRIFTY + KEEPING
+    assert limits(calls) == KEEPING + THRIFTY + KEEPING + AFTERWARDS
+
+
+@pytest.mark.parametrize("manner", [heap.thrifty, heap.keeping])
+def test_the_limit_is_as_before_after_an_exception(
+    calls: list[tuple[str, tuple[int, ...]]], manner: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), manner():
         raise KeyboardInterrupt
-    assert limits(calls)[-1] == (TRIM_THRESHOLD, 64 * 2**20)
+    assert limits(calls)[-2:] == AFTERWARDS
 
 
 @pytest.mark.parametrize("name", ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
@@ -50,7 +68,7 @@ def test_limits_from_outside_are_left_alone(
     calls: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(heap.os, "environ", {name: "1"})
-    with heap.thrifty():
+    with heap.thrifty(), heap.keeping():
         pass
     assert limits(calls) == []
 

@@ -22,7 +22,7 @@ from vit_mechinterp.engine.collect import collected_results
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
-from vit_mechinterp.engine.heap import give_back, thrifty
+from vit_mechinterp.engine.heap import give_back, keeping, thrifty
 from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
 from vit_mechinterp.engine.positions import IntArray
@@ -132,8 +132,8 @@ def execute(
         clean = StoredClean(store.tiers, vit, columns, schedule, batch_size)
         if kept is not None:
             clean.use_rows(kept.decided("store", clean.rows))
-    frugal = nullcontext() if memory is None else thrifty()
-    with vit.lock, torch.no_grad(), frugal, _Bar(vit, schedule, clean, progress) as tick:
+    heap = keeping() if memory is None else thrifty()
+    with vit.lock, torch.no_grad(), heap, _Bar(vit, schedule, clean, progress) as tick:
         most = None if memory is None else parse_bytes(memory) // 16
         collected, halvings = _chunks(vit, columns, schedule, resolved, clean, kept, tick, most)
     if store is not None:

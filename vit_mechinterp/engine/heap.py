@@ -1,7 +1,8 @@
-"""Memory that was freed goes back to the operating system.
+"""What becomes of memory that was freed: kept for the next forward, or given back to the operating system.
 
-glibc keeps freed blocks for later, as many as it likes, so a process holds more than what is alive in it.
-Where a budget was given, that counts too.
+A large block that glibc gets anew from the operating system costs a page fault for every 4 KiB of it, which
+every forward pays if blocks go back as soon as they are freed. What it keeps, a process holds beside what is
+alive in it; where a budget was given, that counts too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-__all__ = ["give_back", "thrifty"]
+__all__ = ["give_back", "keeping", "thrifty"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of ``mallopt``."""
@@ -21,11 +22,13 @@ _LARGE = 128 * 2**10
 """Blocks of so many bytes are returned as soon as they are freed, in `thrifty`: where glibc begins."""
 _LARGEST = 32 * 2**20
 """Up to here glibc raises that limit by itself in a process that frees large blocks."""
+_KEPT, _UNTRIMMED = 256 * 2**20, 2**30
+"""In `keeping`, smaller blocks stay in the process, and as much as that behind the last block in use."""
 
 _TUNED_BY = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
 
 _lock = threading.Lock()
-_users = 0
+_users = {"thrifty": 0, "keeping": 0}
 
 
 def give_back() -> None:
@@ -43,21 +46,50 @@ def thrifty() -> Iterator[None]:
     about a tenth more time in exchange. Afterwards the limit is where glibc takes it by itself in a process
     that frees large tensors. Nothing happens in other C libraries, or where the environment sets the limit.
     """
-    global _users
+    with _tuned("thrifty"):
+        try:
+            yield
+        finally:
+            give_back()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Keep freed blocks for the next forward, for a ``with`` block in which nobody is `thrifty`.
+
+    By itself glibc gives the large blocks of a forward back at its end, or keeps them, as their sizes happen
+    to fall; faults then take about a twentieth of the time. Afterwards limits are as `thrifty` leaves them.
+    """
+    with _tuned("keeping"):
+        yield
+
+
+@contextmanager
+def _tuned(manner: str) -> Iterator[None]:
     tune = None if _is_tuned() else _function("mallopt", ctypes.c_int, ctypes.c_int)
-    with _lock:
-        _users += 1
-        if _users == 1 and tune is not None:
-            tune(_MMAP_THRESHOLD, _LARGE)
+
+    def count(change: int) -> None:
+        with _lock:
+            before = _limits()
+            _users[manner] += change
+            if tune is not None and _limits() != before:
+                for parameter, limit in zip((_MMAP_THRESHOLD, _TRIM_THRESHOLD), _limits(), strict=True):
+                    tune(parameter, limit)
+
+    count(1)
     try:
         yield
     finally:
-        give_back()
-        with _lock:
-            _users -= 1
-            if _users == 0 and tune is not None:
-                tune(_MMAP_THRESHOLD, _LARGEST)
-                tune(_TRIM_THRESHOLD, 2 * _LARGEST)
+        count(-1)
+
+
+def _limits() -> tuple[int, int]:
+    """Bytes from which a block stands alone, and from which free memory behind all others goes back."""
+    if _users["thrifty"]:
+        return _LARGE, 2 * _LARGEST
+    if _users["keeping"]:
+        return _KEPT, _UNTRIMMED
+    return _LARGEST, 2 * _LARGEST
 
 
 def _is_tuned() -> bool:

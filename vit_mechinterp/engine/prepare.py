@@ -20,6 +20,7 @@ from vit_mechinterp.engine.clean import Clean, clean_pass, dataset_means, means_
 from vit_mechinterp.engine.cutting import budget_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
+from vit_mechinterp.engine.heap import keeping
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.prepared import Prepared
 from vit_mechinterp.engine.schedule import Schedule
@@ -105,6 +106,8 @@ def prepare(
             for parameter in parameters:
                 parameter.requires_grad_(False)
             with ExitStack() as stack:
+                if memory is None:
+                    stack.enter_context(keeping())
                 if streams and store is None:
                     store = stack.enter_context(_temporary(vit, budget))
                 with bar:
