@@ -128,6 +128,10 @@ def test_hooks_of_other_people_are_not_set_off_and_see_everything() -> None:
     assert not seen
     hook.remove()
     assert read_tokens(vit) is not None
+    hook = nn.modules.module.register_module_forward_hook(lambda m, args, output: seen.append(output))
+    assert read_tokens(vit) is None
+    assert not seen
+    hook.remove()
 
 
 def test_recording_hooks_of_transformers_are_no_obstacle() -> None:

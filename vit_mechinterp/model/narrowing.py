@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode
 
 from vit_mechinterp.model.layout import Layout
@@ -38,6 +39,8 @@ _RECORDERS = "transformers."
 
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks of anybody's are on a model or in it, which would see tokens that are not computed."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
     for part in module.modules():
         for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
             if not (getattr(hook, "__module__", None) or "").startswith(_RECORDERS):
