@@ -83,6 +83,13 @@ def test_the_plan_says_what_is_left_out() -> None:
     # Run b joins behind the last block, so the two rows of run a alone pass through it.
     assert plan.unread == pytest.approx(2 * (1 - 3 * 24 * 24 / whole) * 16 / 17)
     assert "left out of the last block" in str(plan)
+    looking = [runs[0].model_copy(update={"capture": (vmi.Capture(site="blocks.2.attn.pattern"),)})]
+    plan = vmi.plan(world.vit, looking, world.columns)
+    assert plan.unread == pytest.approx(2 * 2 * 24 * 96 / whole * 16 / 17)
+    everything = [runs[0].model_copy(update={"capture": (vmi.Capture(site="blocks.2.resid_post"),)})]
+    plan = vmi.plan(world.vit, everything, world.columns)
+    assert plan.unread == 0
+    assert "all tokens of the last block are computed, because" in str(plan)
     pooled = world_of(TIMM_POOLED, 2)
     plan = vmi.plan(pooled.vit, runs, pooled.columns)
     assert plan.unread == 0

@@ -62,6 +62,7 @@ def test_the_share_is_what_stands_behind_the_attention_call() -> None:
     whole = 3 * d * d + 2 * tokens * d + d * d + 2 * d * hidden
     assert found is not None
     assert found.share == pytest.approx((whole - 3 * d * d) / whole)
+    assert found.share_outside == pytest.approx(2 * d * hidden / whole)
     assert found.saved((0,)) == pytest.approx(found.share * 16 / 17)
 
 
@@ -75,6 +76,27 @@ def test_another_head_is_noticed() -> None:
     assert read_tokens(vit) is not None
 
 
+def of_timm(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class that passes for one of timm's own: modules of the user's are left whole without a trial."""
+    kind.__module__ = kind.forward.__module__ = "timm.layers"
+    return kind
+
+
+class Foreign(nn.Linear):
+    """A head of the user's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_modules_of_the_users_own_are_left_whole() -> None:
+    module: Any = TIMM_PLAIN.module()
+    assert read_tokens(vmi.wrap(module)) is not None
+    module.head = Foreign(24, 5)
+    assert read_tokens(vmi.wrap(module)) is None
+
+
+@of_timm
 class Mixing(nn.Module):
     """An MLP that hands the mean over tokens to each of them."""
 
@@ -93,6 +115,7 @@ def test_a_block_that_mixes_tokens_behind_its_attention_is_left_whole() -> None:
     assert read_tokens(vmi.wrap(module)) is None
 
 
+@of_timm
 class Shifting(nn.Module):
     """A module without parts that is not what it is for one token alone."""
 
@@ -100,11 +123,58 @@ class Shifting(nn.Module):
         return x + x.roll(1, dims=1)
 
 
-def test_a_part_that_mixes_tokens_is_found_out() -> None:
+@of_timm
+class Faint(nn.Module):
+    """Mixes tokens by less than the output shows, but not by nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e-3 * x.mean(dim=1, keepdim=True)
+
+
+@of_timm
+class AmongPatches(nn.Module):
+    """Leaves the first token alone, and mixes the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1], x[:, 1:] - x[:, 1:].mean(dim=1, keepdim=True)], dim=1)
+
+
+@of_timm
+class ByPlace(nn.Module):
+    """Adds to every token what belongs to its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+
+
+@pytest.mark.parametrize("part", [Shifting, Faint, AmongPatches, ByPlace])
+def test_a_part_that_mixes_tokens_is_found_out(part: type[nn.Module]) -> None:
     module: Any = TIMM_PLAIN.module()
-    module.blocks[2].ls2 = Shifting()
     vit = vmi.wrap(module)
+    assert read_tokens(vit) is not None
+    module.blocks[2].ls2 = part()
     assert read_tokens(vit) is None
+
+
+def test_pooled_counts_as_read() -> None:
+    """A classifier that ignores half of what is pooled does not make that half unread."""
+    module: Any = HF_DINOV2.module()
+    with torch.no_grad():
+        module.classifier.weight[:, module.config.hidden_size :] = 0
+    assert read_tokens(vmi.wrap(module)) is None
+
+
+def test_a_trial_that_fails_costs_no_more_than_the_whole_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = TIMM_PLAIN.module()
+    vit = vmi.wrap(module)
+
+    def fail(*args: Any, **kwargs: Any) -> Tensor:
+        raise AttributeError("a head that looks for what a block has left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(module), "forward_head", fail)
+        assert read_tokens(vit) is None
+    assert read_tokens(vit) is not None
 
 
 def test_another_function_of_a_part_is_noticed() -> None:
@@ -115,7 +185,7 @@ def test_another_function_of_a_part_is_noticed() -> None:
     native = mlp.forward
     mlp.forward = lambda x: native(x) + x.mean(dim=1, keepdim=True)
     assert read_tokens(vit) is None
-    mlp.forward = lambda x: 2 * native(x)
+    del mlp.forward
     assert read_tokens(vit) is not None
 
 

@@ -126,10 +126,8 @@ def _count_rows(own: Counts, schedule: Schedule, stage: Sequence[BoundRun], chun
     whole = schedule.whole_parts(stage)
     of_whole = _blocks(schedule, ("blocks of whole", stage[0].name), whole)
     own.evaluations += int(blocks[table.part_of[rows]].sum()) + len(chunk) * int(of_whole.sum())
-    tokens = schedule.tokens_read(stage)
-    if tokens is not None and schedule.read is not None:
-        through = int((blocks[table.part_of[rows]] > 0).sum()) + len(chunk) * int((of_whole > 0).sum())
-        own.unread += through * schedule.read.saved(tokens)
+    through = int((blocks[table.part_of[rows]] > 0).sum()) + len(chunk) * int((of_whole > 0).sum())
+    own.unread += through * schedule.unread(stage)
     return len(rows) + len(chunk) * len(whole)
 
 

@@ -58,7 +58,8 @@ def keeping() -> Iterator[None]:
     """Keep freed blocks for the next forward, for a ``with`` block in which nobody is `thrifty`.
 
     By itself glibc gives the large blocks of a forward back at its end, or keeps them, as their sizes happen
-    to fall; faults then take about a twentieth of the time. Afterwards limits are as `thrifty` leaves them.
+    to fall; faults then take about a twentieth of the time. Afterwards limits are as `thrifty` leaves them,
+    and what is free stays in the process until the next large block behind all others is freed.
     """
     with _tuned("keeping"):
         yield

@@ -40,6 +40,11 @@ def notes_on(
     if vit.compiled is not None:
         last = "" if counts.unread == 0 else ", and so does the last one, most of whose tokens are left out"
         yield f"blocks that are read or edited inside run as they are written{last}; the others compiled"
+    if schedule.read is not None and any(schedule.tokens_read(stage) is None for stage in bound.stages):
+        yield (
+            "all tokens of the last block are computed, because most are captured there, read by other runs, "
+            "or given to operators that may look at several at once"
+        )
     yield from _late(vit, schedule)
 
 

@@ -167,6 +167,9 @@ def plan(
 ) -> Plan:
     """Say what `execute` will compute, without computing it.
 
+    The model itself is run on random values behind its last block, and once in it, to find out which tokens
+    its output reads.
+
     Args:
         vit: the model.
         runs: runs, sweeps or an experiment.

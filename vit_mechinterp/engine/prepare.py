@@ -58,6 +58,8 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Do the clean forwards of an experiment once, and keep what its runs read, with the model frozen.
 
+    Inside the ``with`` block the model stays as it is: its head, its parts and its weights.
+
     Args:
         vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.
         runs: runs, sweeps or an experiment; none may read another edited run.

@@ -15,7 +15,7 @@ from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
 from vit_mechinterp.engine.sharing import Part, Sharing
 from vit_mechinterp.engine.table import StageRows
-from vit_mechinterp.engine.unread import tokens_read
+from vit_mechinterp.engine.unread import looks_inside, tokens_read
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.model.read_tokens import ReadTokens
 
@@ -148,12 +148,23 @@ class Schedule:
         """Tokens that somebody reads behind the last attention call, of rows of one stage; None for all."""
         return self.sharing.once(
             ("tokens", stage[0].name, self.n_layers),
-            lambda: tokens_read(
-                self.read,
-                [(part.run, self.bound.reads_of[part.run.name]) for part in self._parts(stage)],
-                self.n_layers,
-            ),
+            lambda: tokens_read(self.read, self._read_of(stage), self.n_layers),
         )
+
+    def unread(self, stage: Sequence[BoundRun]) -> float:
+        """The part of the last block that each row of a stage is spared, because nobody reads it. (A little
+        more, where scores or pattern of that block are looked at in some waves and not in others.)"""
+        tokens = self.tokens_read(stage)
+        if tokens is None or self.read is None:
+            return 0.0
+        outside = self.sharing.once(
+            ("inside", stage[0].name, self.n_layers),
+            lambda: looks_inside(self._read_of(stage), self.n_layers),
+        )
+        return self.read.saved(tokens, outside=outside)
+
+    def _read_of(self, stage: Sequence[BoundRun]) -> list[tuple[BoundRun, Sequence[Read]]]:
+        return [(part.run, self.bound.reads_of[part.run.name]) for part in self._parts(stage)]
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:
         """(row, block) pairs of one wave."""

@@ -11,7 +11,7 @@ from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.read_tokens import ReadTokens
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
-__all__ = ["tokens_read", "union"]
+__all__ = ["looks_inside", "tokens_read", "union"]
 
 PAYS = 0.5
 """Tokens are left out where those that are read are at most this share of all."""
@@ -43,6 +43,16 @@ def tokens_read(
         for own in positions.each or (positions.shared or (),):
             found.update(own)
     return tuple(sorted(found)) if len(found) <= PAYS * read.n_tokens else None
+
+
+def looks_inside(runs: Iterable[tuple[BoundRun, Sequence[Read]]], n_layers: int) -> bool:
+    """Whether scores or pattern of the last block are read or edited: then its call is made in full."""
+    inside = {Site(n_layers - 1, "attn.scores"), Site(n_layers - 1, "attn.pattern")}
+    return any(
+        any(edit.site in inside for edit in run.edits)
+        or any(read.site in inside and not run.is_clean_at(read.site) for read in reads)
+        for run, reads in runs
+    )
 
 
 def union(several: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:

@@ -28,7 +28,7 @@ from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import TAP_SITES
-from vit_mechinterp.model.narrowing import Narrowing, is_watched
+from vit_mechinterp.model.narrowing import Narrowing, is_as_made
 from vit_mechinterp.model.sparing import PARTS, Distinct, Sparing
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
@@ -72,7 +72,7 @@ def run_wave(
     if spares:
         wave.spare()
     narrowed: AbstractContextManager[None] = nullcontext()
-    if tokens is not None and not is_watched(vit.module):
+    if tokens is not None and is_as_made(vit.module):
         narrowed = Narrowing(vit.module, vit.layout, tokens).installed()
     with wave.instrument.installed():
         with wave.sparing.installed(), narrowed:

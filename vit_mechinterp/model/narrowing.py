@@ -24,7 +24,7 @@ from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.model.ports import lookup
 from vit_mechinterp.model.tap import shadowed_forward
 
-__all__ = ["Narrowing", "forget", "is_watched"]
+__all__ = ["Narrowing", "forget", "is_as_made", "mixes_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +35,30 @@ _MIXING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _FREE = (nn.Identity, nn.Dropout)
 _RECORDERS = "transformers."
 """Recording hooks of transformers stay on a module once used; they keep nothing unless they are asked to."""
+_LIBRARIES = frozenset({"open_clip", "timm", "torch", "torchvision", "transformers", "vit_mechinterp"})
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks of anybody's are on a model or in it, which would see tokens that are not computed."""
+def is_as_made(module: nn.Module) -> bool:
+    """Whether a model consists of its library's own modules, with no hooks on them and no other forwards.
+
+    Hooks and forwards of the user's would see tokens that are not computed; and what code of the user's reads
+    of other tokens may depend on the data, so that trying it out proves little.
+    """
     if _global_forward_hooks or _global_forward_pre_hooks:
-        return True
+        return False
     for part in module.modules():
+        kind = type(part)
+        if "forward" in vars(part) or not {_library(kind), _library(kind.forward)} <= _LIBRARIES:
+            return False
         for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
             if not (getattr(hook, "__module__", None) or "").startswith(_RECORDERS):
-                return True
-    return False
+                return False
+    return True
+
+
+def _library(code: Any) -> str:
+    """The top-level package that a class or function comes from."""
+    return str(getattr(code, "__module__", "")).partition(".")[0]
 
 
 def forget(block: nn.Module) -> None:
@@ -55,6 +68,11 @@ def forget(block: nn.Module) -> None:
         _MIXING.discard(part)
 
 
+def mixes_tokens(block: nn.Module) -> bool:
+    """Whether a part of a block was seen to give a token other values alone than among all."""
+    return any(part in _MIXING for part in block.modules())
+
+
 class Narrowing:
     """The last block of one native module, narrowed to some tokens while `installed`.
 
@@ -62,16 +80,20 @@ class Narrowing:
         module: the native module.
         layout: what is where in it.
         tokens: positions that are read behind the attention call, ascending.
+        opened: narrow the smallest modules, as if something looked into all others.
 
     Attributes:
         called: whether the attention call ran on fewer tokens.
         narrowed: modules that did.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, tokens: Sequence[int]) -> None:
+    def __init__(
+        self, module: nn.Module, layout: Layout, tokens: Sequence[int], *, opened: bool = False
+    ) -> None:
         self.block: nn.Module = lookup(module, layout.block_path(layout.n_layers - 1))
         self.attention: nn.Module = lookup(module, layout.attention_path(layout.n_layers - 1))
         self.tokens = list(tokens)
+        self.opened = opened
         self.n_tokens = layout.tokens.n_tokens
         self.behind = False
         self.called = False
@@ -84,7 +106,8 @@ class Narrowing:
             stack.callback(self.block.register_forward_pre_hook(self._begin).remove)
             for part in self._parts(self.block):
                 stack.enter_context(shadowed_forward(part, _Narrowed(part, self)))
-            stack.enter_context(shadowed_forward(self.attention, _Attending(self.attention.forward, self)))
+            attend = _AttentionModule(self.attention.forward, self)
+            stack.enter_context(shadowed_forward(self.attention, attend))
             yield
 
     def narrow(self, x: Tensor, axis: int = 1) -> Tensor:
@@ -110,10 +133,12 @@ class Narrowing:
         self.behind = False
 
     def _parts(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The largest modules that nothing looks into, without those that hold the attention call."""
+        """The largest modules that nothing looks into, without those that hold the attention call. Lists of
+        modules have no forward, and their members are left whole."""
         for child in module.children():
             holds_call = any(part is self.attention for part in child.modules())
-            if holds_call or (any(child.children()) and _is_opened(child)):
+            inside = any(True for _ in child.children())
+            if holds_call or (inside and (self.opened or _is_opened(child))):
                 yield from self._parts(child)
             elif not isinstance(child, (*_FREE, nn.ModuleList, nn.ModuleDict)):
                 yield child
@@ -194,7 +219,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return [x for x in (values if isinstance(values, tuple) else (values,)) if isinstance(x, Tensor)]
 
 
-class _Attending:
+class _AttentionModule:
     """The forward of the attention module; behind its call, or behind itself, tokens are for themselves."""
 
     def __init__(self, native: Callable[..., Any], narrowing: Narrowing) -> None:
@@ -202,13 +227,13 @@ class _Attending:
         self.narrowing = narrowing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Call(self.narrowing):
+        with _AttentionCall(self.narrowing):
             output = self.native(*args, **kwargs)
         self.narrowing.behind = True
         return output
 
 
-class _Call(TorchFunctionMode):
+class _AttentionCall(TorchFunctionMode):
     """The one attention call, on the queries of the tokens that are read."""
 
     def __init__(self, narrowing: Narrowing) -> None:

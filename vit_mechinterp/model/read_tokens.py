@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument
 from vit_mechinterp.model.layout import lookup
-from vit_mechinterp.model.narrowing import Narrowing, forget, is_watched
+from vit_mechinterp.model.narrowing import Narrowing, forget, is_as_made, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
 from vit_mechinterp.spec import Site
 
 __all__ = ["ReadTokens", "read_tokens"]
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], float | None]] = (
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
     weakref.WeakKeyDictionary()
 )
-"""By last block, and by what it consists of and the tokens: the share of the block that is left out for each
-other token, or None if the block cannot be narrowed to them."""
+"""By last block, and by what it consists of, its precision and the tokens: the shares of `ReadTokens`, or
+None if the block cannot be narrowed."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,63 +38,68 @@ class ReadTokens:
         tokens: positions, ascending.
         names: what these tokens are called.
         n_tokens: number of tokens of the stream.
-        share: the part of the last block's work that its attention call is the beginning of.
+        share: the part of the last block's work that a token is spared which nobody reads.
+        share_outside: the same where scores or pattern are looked at, so that the attention call and the
+            output projection run for all tokens.
     """
 
     tokens: tuple[int, ...]
     names: tuple[str, ...]
     n_tokens: int
     share: float
+    share_outside: float
 
-    def saved(self, tokens: tuple[int, ...]) -> float:
+    def saved(self, tokens: tuple[int, ...], *, outside: bool = False) -> float:
         """Share of the last block's work that a row is spared, if it goes on with some tokens alone."""
-        return self.share * (1 - len(tokens) / self.n_tokens)
+        return (self.share_outside if outside else self.share) * (1 - len(tokens) / self.n_tokens)
 
 
 def read_tokens(vit: HookedViT) -> ReadTokens | None:
     """Try out which tokens the output reads, and whether the last block gives the same without the others.
 
-    Random streams take the place of the last block's output: what changes the output is read. The head may
-    be another one tomorrow, so this is done anew at every call; it costs a forward without blocks. Whether
-    the block itself can be narrowed is tried once for what it consists of.
+    Random streams take the place of the last block's output: what changes the output, or ``pooled``, is read.
+    The head may be another one tomorrow, so this is done anew at every call; it costs a forward without
+    blocks. Whether the block itself can be narrowed is tried once for what it consists of.
 
     Returns:
-        None where all tokens are read, the model has no others than patches, hooks of the user's would see
-        what is left out, the block's parts do not work token by token, or memory does not suffice to try.
+        None where all tokens are read, the model has no others than patches, it is not as its library made it
+        (see `is_as_made`), the block's parts do not work token by token, or trying failed.
     """
-    try:
-        return _tried(vit)
-    except torch.OutOfMemoryError:
+    last = vit.layout.n_layers - 1
+    absent = {f"blocks.{last}.resid_pre", f"blocks.{last}.resid_post"} & set(vit.layout.absent)
+    if why_nothing_is_spared(vit.layout) is not None or absent or next(vit.module.parameters()).is_meta:
         return None
+    with vit.lock, torch.no_grad():
+        if not is_as_made(vit.module):
+            return None
+        try:
+            return _found(vit)
+        except Exception as error:  # an experiment is not worse off for it: every token is computed
+            logger.debug("%s was not tried out: %s", type(vit.module).__name__, error)
+            return None
 
 
-def _tried(vit: HookedViT) -> ReadTokens | None:
+def _found(vit: HookedViT) -> ReadTokens | None:
     layout = vit.layout
-    last = layout.n_layers - 1
-    if why_nothing_is_spared(layout) is not None or next(vit.module.parameters()).is_meta:
-        return None
-    if {f"blocks.{last}.resid_pre", f"blocks.{last}.resid_post"} & set(layout.absent):
-        return None
     prefix, n = len(layout.tokens.prefix), layout.tokens.n_tokens
     special = [*range(prefix), *range(prefix + layout.tokens.n_patches, n)]
-    block: nn.Module = lookup(vit.module, layout.block_path(last))
-    with vit.lock, torch.no_grad():
-        if not special or is_watched(vit.module):
-            return None
-        tokens = _read_by_output(vit, special)
-        if not tokens:
-            return None
-        known, key = _KNOWN.setdefault(block, {}), (tokens, *_parts_of(block))
-        if key not in known:
-            known.clear()
-            forget(block)
-            known[key] = _share(vit, tokens)
-    share = known[key]
-    if share is None:
+    tokens = _read_by_output(vit, special) if special else ()
+    if not tokens:
+        return None
+    block: nn.Module = lookup(vit.module, layout.block_path(layout.n_layers - 1))
+    kind = vit.device.type
+    precision = vit.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    known, key = _KNOWN.setdefault(block, {}), (tokens, precision, *_parts_of(block))
+    if key not in known:
+        known.clear()
+        forget(block)
+        known[key] = _shares(vit, block, tokens)
+    shares = known[key]
+    if shares is None:
         return None
     every = (*layout.tokens.prefix, *layout.tokens.suffix)
     names = dict.fromkeys(name for place, name in zip(special, every, strict=True) if place in tokens)
-    return ReadTokens(tokens, tuple(names), n, share)
+    return ReadTokens(tokens, tuple(names), n, *shares)
 
 
 def _parts_of(block: nn.Module) -> list[tuple[int, int, int]]:
@@ -99,48 +108,70 @@ def _parts_of(block: nn.Module) -> list[tuple[int, int, int]]:
 
 
 def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
-    """Those of some tokens that the output reads; none if it reads others too."""
+    """Those of some tokens that the output or ``pooled`` reads; none if either reads others too."""
     n_layers, n = vit.layout.n_layers, vit.layout.tokens.n_tokens
     others = sorted(set(range(n)) - set(special))
+    rows, moved = 2 + len(special), torch.zeros(2 + len(special), dtype=torch.bool)
+    for seed, scale in enumerate((1.0, 1.0, 0.1, 10.0)):
 
-    def streams(value: Tensor) -> Tensor:
-        pair = _random(2, value)
-        rows = pair[:1].repeat(2 + len(special), 1, 1)
-        rows[1, others] = pair[1, others]
-        for row, token in enumerate(special, start=2):
-            rows[row, token] = pair[1, token]
-        return rows
+        def streams(value: Tensor, seed: int = seed, scale: float = scale) -> Tensor:
+            pair = scale * _random(2, value, seed)
+            changed = pair[:1].repeat(rows, 1, 1)
+            changed[1, others] = pair[1, others]
+            for row, token in enumerate(special, start=2):
+                changed[row, token] = pair[1, token]
+            return changed
 
-    output = _run(vit, Site(n_layers - 1, "resid_post"), range(n_layers), streams, 2 + len(special))
-    if output is None:
-        return ()
-    # A row that nothing changed may still be rounded otherwise than its neighbour.
-    precise = vit.dtype in (torch.float32, torch.float64)
-    rounding = 4 * torch.finfo(torch.float32).eps * float(output.abs().max()) if precise else 0.0
-    moved = ((output - output[0]).abs().flatten(1).amax(1) > rounding).tolist()
+        site = Site(n_layers - 1, "resid_post")
+        found = _run(vit, site, range(n_layers), streams, rows, ("pooled",))
+        if found is None:
+            return ()
+        # A row that nothing changed may still be rounded otherwise than its neighbour.
+        precise = vit.dtype in (torch.float32, torch.float64)
+        for values in found.values():
+            rounding = 4 * torch.finfo(torch.float32).eps * float(values.abs().max()) if precise else 0.0
+            moved |= ~((values - values[0]).abs().flatten(1).amax(1) <= rounding).cpu()
     return () if moved[1] else tuple(token for token, own in zip(special, moved[2:], strict=True) if own)
 
 
-def _share(vit: HookedViT, tokens: tuple[int, ...]) -> float | None:
-    """The share of the last block that is narrowed to some tokens; None if the output is another then."""
+def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[float, float] | None:
+    """The shares of the last block's work that narrowing spares; None if the values of the tokens that are
+    read, or the output, are others then."""
     n_layers = vit.layout.n_layers
     site, before = Site(n_layers - 1, "resid_pre"), range(n_layers - 1)
-    narrowing = Narrowing(vit.module, vit.layout, tokens)
-    whole = _run(vit, site, before, lambda value: _random(2, value), 2)
-    for _ in range(2):  # the first call of a module is there to compare it with itself
-        few = _run(vit, site, before, lambda value: _random(2, value), 2, narrowing)
-    if whole is None or few is None:
-        return None
-    tolerance = 1e-4 if vit.dtype in (torch.float32, torch.float64) else 3e-2
-    if not bool((whole - few).abs().max() <= tolerance * whole.abs().max()):
-        return None
-    share = share_of(vit.module, vit.layout, n_layers - 1, narrowing.narrowed, call=narrowing.called)
-    return share or None
+    last = f"blocks.{n_layers - 1}.resid_post"
+    n_patches, prefix = vit.layout.tokens.n_patches, len(vit.layout.tokens.prefix)
+    patches = prefix + np.random.default_rng(0).permutation(n_patches)[: max(1, n_patches // 4)]
+    some = tuple(sorted({*tokens, *patches.tolist()}))
+    precise = vit.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(vit.device.type)
+
+    def run(narrowing: Narrowing | None = None) -> dict[str, Tensor] | None:
+        return _run(vit, site, before, lambda value: _random(2, value), 2, (last,), narrowing)
+
+    whole, narrowing = run(), Narrowing(vit.module, vit.layout, tokens)
+    for few, opened in ((tokens, True), (some, True), (some, False), (tokens, False)):
+        narrowing = Narrowing(vit.module, vit.layout, few, opened=opened)
+        for _ in range(2):  # the first call of a module is there to compare it with itself
+            found = run(narrowing)
+        if whole is None or found is None or mixes_tokens(block):
+            return None
+        for name, values in found.items():
+            expected = whole[name]
+            if name == last:
+                values, expected = values[:, list(few)], expected[:, list(few)]
+            tolerance = (2e-6 if precise else 3e-2) * expected.abs().max()
+            if not bool((values - expected).abs().max() <= tolerance):
+                return None
+    parts = narrowing.narrowed
+    attention: nn.Module = lookup(vit.module, vit.layout.attention_path(n_layers - 1))
+    outside = parts - set(attention.modules())
+    share = share_of(vit.module, vit.layout, n_layers - 1, parts, call=narrowing.called)
+    return (share, share_of(vit.module, vit.layout, n_layers - 1, outside)) if share else None
 
 
-def _random(rows: int, like: Tensor) -> Tensor:
+def _random(rows: int, like: Tensor, seed: int = 0) -> Tensor:
     """Streams that are the same at every call, ``[row, token, d_model]``."""
-    draw = torch.randn(rows, *like.shape[1:], generator=torch.Generator().manual_seed(0))
+    draw = torch.randn(rows, *like.shape[1:], generator=torch.Generator().manual_seed(seed))
     return draw.to(like)
 
 
@@ -150,22 +181,28 @@ def _run(
     skipped: range,
     streams: Callable[[Tensor], Tensor],
     rows: int,
+    keep: Sequence[str],
     narrowing: Narrowing | None = None,
-) -> Tensor | None:
-    """The output ``[row, ...]`` in float32 if a site's value is replaced and the blocks before are skipped;
-    None where the stream has other axes than the layout says."""
+) -> dict[str, Tensor] | None:
+    """The output, and values at some sites that the model has, ``[row, ...]`` in float32, if a site's value
+    is replaced and blocks are skipped; None where the stream has other axes than the layout says."""
     fits = True
+    found: dict[str, Tensor] = {}
 
     def visitor(value: Tensor) -> Tensor:
         nonlocal fits
         fits = value.ndim == 3 and value.shape[1] == vit.layout.tokens.n_tokens
         return streams(value) if fits else value
 
+    def keeping(name: str) -> Callable[[Tensor], None]:
+        return lambda value: found.update({name: value.float()})
+
     instrument = Instrument(vit.module, vit.layout)
     instrument.skip(skipped)
     instrument.visit(site, visitor)
+    for name in keep:
+        if name not in vit.layout.absent:
+            instrument.visit(Site.parse(name), keeping(name))
     with instrument.installed(), nullcontext() if narrowing is None else narrowing.installed():
-        output: Tensor = vit(vit.beginning(rows))
-    if not fits or len(output) != rows:
-        return None
-    return output.float()
+        found["output"] = vit(vit.beginning(rows)).float()
+    return found if fits and all(len(values) == rows for values in found.values()) else None
