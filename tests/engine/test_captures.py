@@ -232,6 +232,7 @@ def test_out_of_memory_halves_the_rows(
 
 def test_out_of_memory_with_one_row_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_of(TIMM_PLAIN)
+    world.vit.sites()
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory, or so it says.")
