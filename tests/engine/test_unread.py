@@ -90,6 +90,11 @@ def test_the_plan_says_what_is_left_out() -> None:
     plan = vmi.plan(world.vit, everything, world.columns)
     assert plan.unread == 0
     assert "all tokens of the last block are computed, because" in str(plan)
+    hook = world.module.register_forward_hook(lambda module, args, output: None)
+    plan = vmi.plan(world.vit, runs, world.columns)
+    hook.remove()
+    assert plan.unread == 0
+    assert "because hooks, forwards or modules that are not its library's are on the model" in str(plan)
     pooled = world_of(TIMM_POOLED, 2)
     plan = vmi.plan(pooled.vit, runs, pooled.columns)
     assert plan.unread == 0

@@ -53,7 +53,7 @@ def test_two_tokens_are_read_where_there_are_two_heads() -> None:
     found = read_tokens(vit)
     assert found is not None
     assert found.tokens == (0, 1)
-    assert found.names == ("cls", "distillation")
+    assert vit.layout.tokens.prefix == ("cls", "distillation")
 
 
 def test_the_share_is_what_stands_behind_the_attention_call() -> None:

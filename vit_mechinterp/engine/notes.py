@@ -11,6 +11,7 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.narrowing import is_as_made
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 
 __all__ = ["notes_on"]
@@ -44,6 +45,11 @@ def notes_on(
         yield (
             "all tokens of the last block are computed, because most are captured there, read by other runs, "
             "or given to operators that may look at several at once"
+        )
+    elif schedule.read is None and not is_as_made(vit.module):
+        yield (
+            "all tokens of the last block are computed, because hooks, forwards or modules that are not its "
+            "library's are on the model"
         )
     yield from _late(vit, schedule)
 

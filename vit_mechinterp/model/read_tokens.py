@@ -36,7 +36,6 @@ class ReadTokens:
 
     Args:
         tokens: positions, ascending.
-        names: what these tokens are called.
         n_tokens: number of tokens of the stream.
         share: the part of the last block's work that a token is spared which nobody reads.
         share_outside: the same where scores or pattern are looked at, so that the attention call and the
@@ -44,7 +43,6 @@ class ReadTokens:
     """
 
     tokens: tuple[int, ...]
-    names: tuple[str, ...]
     n_tokens: int
     share: float
     share_outside: float
@@ -58,8 +56,8 @@ def read_tokens(vit: HookedViT) -> ReadTokens | None:
     """Try out which tokens the output reads, and whether the last block gives the same without the others.
 
     Random streams take the place of the last block's output: what changes the output, or ``pooled``, is read.
-    The head may be another one tomorrow, so this is done anew at every call; it costs a forward without
-    blocks. Whether the block itself can be narrowed is tried once for what it consists of.
+    The head may be another one tomorrow, so this is done anew at every call; it costs a few forwards
+    without blocks. Whether the block itself can be narrowed is tried once for what it consists of.
 
     Returns:
         None where all tokens are read, the model has no others than patches, it is not as its library made it
@@ -95,16 +93,12 @@ def _found(vit: HookedViT) -> ReadTokens | None:
         forget(block)
         known[key] = _shares(vit, block, tokens)
     shares = known[key]
-    if shares is None:
-        return None
-    every = (*layout.tokens.prefix, *layout.tokens.suffix)
-    names = dict.fromkeys(name for place, name in zip(special, every, strict=True) if place in tokens)
-    return ReadTokens(tokens, tuple(names), n, *shares)
+    return None if shares is None else ReadTokens(tokens, n, *shares)
 
 
-def _parts_of(block: nn.Module) -> list[tuple[int, int, int]]:
+def _parts_of(block: nn.Module) -> list[tuple[int, int]]:
     """What a block consists of: its modules, and the functions that they run."""
-    return [(id(part), id(type(part).forward), id(vars(part).get("forward"))) for part in block.modules()]
+    return [(id(part), id(type(part).forward)) for part in block.modules()]
 
 
 def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
@@ -148,7 +142,7 @@ def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[
     def run(narrowing: Narrowing | None = None) -> dict[str, Tensor] | None:
         return _run(vit, site, before, lambda value: _random(2, value), 2, (last,), narrowing)
 
-    whole, narrowing = run(), Narrowing(vit.module, vit.layout, tokens)
+    whole = run()
     for few, opened in ((tokens, True), (some, True), (some, False), (tokens, False)):
         narrowing = Narrowing(vit.module, vit.layout, few, opened=opened)
         for _ in range(2):  # the first call of a module is there to compare it with itself
