@@ -49,7 +49,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
     """Chunks of few examples, whatever memory allows."""
     from vit_mechinterp.engine import cutting
 
-    few: dict[str, Any] = {"ROWS": {"cpu": 8}}
+    few: dict[str, Any] = {"FEWEST_ROWS": 8, "MOST_ROWS": 8}
     for name, value in few.items():
         if monkeypatch is None:
             setattr(cutting, name, value)

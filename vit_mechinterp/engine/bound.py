@@ -108,8 +108,14 @@ class BoundRun:
 
     def join(self, n_layers: int) -> Join:
         """Where the run's rows enter the growing batch; only for runs with edits."""
-        assert self.first is not None
-        return _join(self.first, self.starts_at_mlp_out, n_layers)
+        if n_layers not in self._joins:
+            assert self.first is not None
+            self._joins[n_layers] = _join(self.first, self.starts_at_mlp_out, n_layers)
+        return self._joins[n_layers]
+
+    @cached_property
+    def _joins(self) -> dict[int, Join]:
+        return {}
 
     @cached_property
     def starts_at_mlp_out(self) -> bool:

@@ -81,8 +81,9 @@ def chunk_of(
         tokens = schedule.tokens_read(stage)
         for segments in schedule.waves(parts):
             result = run_wave(vit, segments, material, spares=schedule.spares, tokens=tokens)
-            for segment, output in zip(segments, result.outputs, strict=True):
-                outputs.put(segment.run.name, np.array(segment.examples), output.cpu())
+            sizes = [len(segment.examples) for segment in segments]
+            for segment, rows in zip(segments, result.output.cpu().split(sizes), strict=True):
+                outputs.put(segment.run.name, np.array(segment.examples), rows)
             for key, pieces in result.captured.items():
                 captured[key] += pieces
             tick(schedule.wave_blocks(segments))
@@ -112,7 +113,7 @@ def chunk_of(
         rows = schedule.clean_rows(run.name, chunk)
         if len(rows):
             outputs.put(run.name, rows, clean.outputs[run.run.base].whole(rows).cpu())
-        part.outputs[run.name] = [outputs.get(run.name, np.arange(chunk.start, chunk.stop))]
+        part.outputs[run.name] = [outputs.whole(run.name)]
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]
             kept = values.whole(chunk) if values.starts is None else values.rows(chunk)
@@ -130,6 +131,9 @@ class _Outputs:
 
     def put(self, run: str, examples: IntArray, rows: Tensor) -> None:
         """Rows of some examples."""
+        if len(examples) == len(self.chunk):  # each once, and they ascend
+            self._by_run[run] = rows
+            return
         if run not in self._by_run:
             self._by_run[run] = rows.new_empty(len(self.chunk), *rows.shape[1:])
         self._by_run[run][torch.as_tensor(examples - self.chunk.start)] = rows
@@ -137,6 +141,10 @@ class _Outputs:
     def get(self, run: str, examples: IntArray) -> Tensor:
         """Rows of some examples, a copy."""
         return self._by_run[run][torch.as_tensor(examples - self.chunk.start)]
+
+    def whole(self, run: str) -> Tensor:
+        """Rows of all examples."""
+        return self._by_run[run]
 
 
 def _by_owner(copies: Sequence[Copies]) -> dict[tuple[str, int], list[tuple[str, int]]]:

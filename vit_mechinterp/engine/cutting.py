@@ -30,10 +30,12 @@ BUDGET = 2 * 1024**3
 """Bytes held beside the model on a CPU, unless something else is asked for."""
 SHARE = 0.4
 """On a GPU, the share of the free memory."""
-ROWS = {"cpu": 2048}
-MORE_ROWS = 16384
-"""Rows per chunk, by device and elsewhere: a chunk is what is lost if an experiment is killed, and what must
-be done again if memory runs out."""
+WORK = {"cpu": 10**13}
+MORE_WORK = 10**15
+"""Multiply-adds per chunk, by device and elsewhere: a minute or so. A chunk is what is lost if an experiment
+is killed, and what must be done again if memory runs out."""
+FEWEST_ROWS, MOST_ROWS = 2048, 16384
+"""Rows per chunk, whatever they cost: in a chunk of few examples, runs share little of what each edit takes."""
 
 
 def schedule_for(
@@ -95,9 +97,17 @@ def schedule_for(
         width = int(batch_size)
     left = budget - width * held.row
     per_example = max(1.0, rows / n)
-    at_once = max(ROWS.get(vit.device.type, MORE_ROWS), 4 * width) / per_example
+    at_once = max(_rows_per_chunk(vit), 4 * width) / per_example
     chunk = max(1, min(n, int(left // max(1, held.example)), int(at_once)))
     return replace(draft, chunk=chunk, width=width)
+
+
+def _rows_per_chunk(vit: HookedViT) -> int:
+    """Rows that a chunk should have, by what one costs in all blocks."""
+    tokens, d_model = vit.layout.tokens.n_tokens, vit.layout.d_model
+    row = vit.layout.n_layers * tokens * d_model * (12 * d_model + 2 * tokens)
+    work = WORK.get(vit.device.type, MORE_WORK)
+    return max(FEWEST_ROWS, min(MOST_ROWS, work // row))
 
 
 def _is_large(schedule: Schedule, rows: int) -> bool:

@@ -228,7 +228,8 @@ def run_together(
             # Beforehand, because no forward can run inside another, whose hooks it would set off.
             materials = [rows.in_memory(examples, vit.layout.n_layers) for rows, examples in wave]
             result = run_wave(vit, segments, materials, spares=spares, tokens=tokens)
-            for (rows, _), output in zip(wave, result.outputs, strict=True):
+            sizes = [len(examples) for _, examples in wave]
+            for (rows, _), output in zip(wave, result.output.split(sizes), strict=True):
                 pieces[rows].append(output)
     for rows, own in pieces.items():
         output = torch.cat(own)

@@ -1,7 +1,9 @@
-"""Subspaces of several runs at one site, injected as one: their bases stacked, one batched product each.
+"""Interventions of several runs at one site, carried out as one: one gather, one operation, one write.
 
-Trainings of several subspaces at one site (seeds, attributes, controls) differ in their tensors alone. Taken
-one by one, each would copy the activation's gradient and launch its own small products.
+Rows of many runs share a growing batch, and most of their interventions differ only in what they read: another
+source, another strength, another subspace. Taken one by one, each would build its own indices and launch its
+own small kernels (and in a training copy the activation's gradient), which with few examples per run costs as
+much as a block of a small model.
 """
 
 from __future__ import annotations
@@ -12,17 +14,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Edit
 from vit_mechinterp.engine.editing import Material, inputs_of
-from vit_mechinterp.engine.ops import Inputs, apply
-from vit_mechinterp.spec import InjectSubspace
+from vit_mechinterp.engine.ops import (
+    Inputs,
+    ablate,
+    add_direction,
+    apply,
+    inject_subspace,
+    interchange,
+    operator_of,
+)
+from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.values import by_token
+from vit_mechinterp.spec import Ablate, AddDirection
 
 __all__ = ["Placed", "edit_stack", "stacked"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placed:
     """One intervention on the rows of one segment.
 
@@ -39,7 +52,7 @@ class Placed:
     edit: int
     spec: Edit
     rows: slice
-    examples: Sequence[int]
+    examples: tuple[int, ...]
     material: Material
 
 
@@ -55,46 +68,116 @@ def stacked(edits: Sequence[Placed], value: Tensor) -> list[list[Placed]]:
     for own in edits:
         rank = before[own.segment]
         before[own.segment] += 1
-        kind = _kind(own) if value.ndim == 3 else ()
+        kind = _kind(own, value)
         groups[(rank, *kind) if kind else (rank, own.segment, own.edit, "alone")].append(own)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # type: ignore[arg-type,return-value]
 
 
-def _kind(own: Placed) -> tuple[object, ...]:
+def _kind(own: Placed, value: Tensor) -> tuple[object, ...]:
     """What interventions must have in common; empty for one that stands alone."""
-    edit = own.spec
-    if type(edit.spec) is not InjectSubspace or edit.source is None or edit.positions.is_all:
+    edit, spec = own.spec, own.spec.spec
+    if edit.positions.is_all or not edit.keys.is_all:
         return ()
-    if edit.spec.heads is not None or not edit.keys.is_all:
+    operator = operator_of(spec)
+    if operator is interchange:
+        return operator, spec.heads
+    if operator is ablate and isinstance(spec, Ablate):
+        return operator, spec.heads, spec.method == "zero"
+    if spec.heads is not None or value.ndim != 3:
         return ()
-    tokens = int(edit.positions.counts(own.examples, 0).sum())
+    if operator is not add_direction and (operator is not inject_subspace or edit.source is None):
+        return ()
     tensors = tuple(
         (field, tuple(tensor.shape), tensor.dtype)
         for field, ref in edit.refs
         for tensor in (own.material.tensors[ref],)
     )
-    return tokens, tensors
+    return operator, _n_tokens(edit.positions, own.examples), edit.choice is None, tensors
+
+
+def _n_tokens(positions: Positions, examples: Sequence[int]) -> int:
+    if positions.each is None:
+        return len(positions.shared or ()) * len(examples)
+    return int(positions.counts(examples, 0).sum())
 
 
 def edit_stack(value: Tensor, group: Sequence[Placed]) -> None:
-    """Inject the subspaces of a group that `stacked` made into an activation that is ours to write."""
-    device = value.device
-    flat = [own.spec.positions.flat(own.examples) for own in group]
-    row = np.concatenate([rows + own.rows.start for own, (rows, _, _) in zip(group, flat, strict=True)])
-    position = np.concatenate([positions for _, positions, _ in flat])
-    where = torch.as_tensor(row, device=device), torch.as_tensor(position, device=device)
-    h = value[where]
-    h = h.view(len(group), -1, h.shape[-1])
+    """Carry out a group that `stacked` made on an activation that is ours to write."""
+    first = group[0].spec
+    view = by_token(first.site, value)
+    where, ordinals = _selected(group, value.device)
+    h = view[where]
     inputs = [
-        inputs_of(
-            own.spec, own.examples, own.spec.positions.counts(own.examples, 0),
-            torch.as_tensor(order, device=device), own.material,
-        )
-        for own, (_, _, order) in zip(group, flat, strict=True)
-    ]  # fmt: skip
+        inputs_of(own.spec, own.examples, own.spec.positions.counts(own.examples, 0), ordinal, own.material)
+        for own, ordinal in zip(group, ordinals, strict=True)
+    ]
+    operator = operator_of(first.spec)
+    if operator in (interchange, ablate):
+        new = _replaced(h, group, inputs)
+    else:
+        by_run = h.view(len(group), -1, h.shape[-1])
+        moved = _directions_added if operator is add_direction else _subspaces_injected
+        new = moved(by_run, group, inputs).flatten(0, 1)
+    view[where] = new
+
+
+def _selected(
+    group: Sequence[Placed], device: torch.device
+) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
+    """Rows and positions of all selected tokens, and each intervention's ordinals."""
+    known: dict[tuple[int, tuple[int, ...]], tuple[IntArray, IntArray, Tensor]] = {}
+    rows: list[IntArray] = []
+    positions: list[IntArray] = []
+    ordinals: list[Tensor] = []
+    for own in group:
+        # Runs of a sweep select the same tokens of the same examples.
+        key = id(own.spec.positions), own.examples
+        if key not in known:
+            row, position, ordinal = own.spec.positions.flat(own.examples)
+            known[key] = row, position, torch.as_tensor(ordinal, device=device)
+        row, position, order = known[key]
+        rows.append(row + own.rows.start)
+        positions.append(position)
+        ordinals.append(order)
+    row, position = np.concatenate(rows), np.concatenate(positions)
+    return (torch.as_tensor(row, device=device), torch.as_tensor(position, device=device)), ordinals
+
+
+def _replaced(
+    h: Float[Tensor, "m *features"], group: Sequence[Placed], inputs: Sequence[Inputs]
+) -> Float[Tensor, "m *features"]:
+    """Values of elsewhere, or zeros, put in place."""
+    spec = group[0].spec.spec
+    selected = h if spec.heads is None else h[:, list(spec.heads)]
+    sources = [
+        one.source.expand(len(one.ordinal), *selected.shape[1:]) for one in inputs if one.source is not None
+    ]
+    joined = Inputs(
+        ordinal=torch.cat([one.ordinal for one in inputs]), source=torch.cat(sources) if sources else None
+    )
+    new = apply(spec, selected, joined)
+    if spec.heads is None:
+        return new
+    return h.index_copy(1, torch.as_tensor(spec.heads, device=h.device), new)
+
+
+def _directions_added(
+    h: Float[Tensor, "run m d"], group: Sequence[Placed], inputs: Sequence[Inputs]
+) -> Float[Tensor, "run m d"]:
+    """Each run's direction, in its strength."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    directions = [one.rows_of(one.tensors["vector"].to(wide), h.shape[-1]) for one in inputs]
+    alphas = [own.spec.spec.alpha for own in group if isinstance(own.spec.spec, AddDirection)]
+    strength = torch.tensor(alphas, dtype=wide, device=h.device)[:, None, None]
+    return (h.to(wide) + strength * torch.stack(directions)).to(h.dtype)
+
+
+def _subspaces_injected(
+    h: Float[Tensor, "run m d"], group: Sequence[Placed], inputs: Sequence[Inputs]
+) -> Float[Tensor, "run m d"]:
+    """Each run's subspace: their bases stacked, one batched product each."""
     sources = torch.stack([one.source for one in inputs if one.source is not None])
     tensors = {field: torch.stack([one.tensors[field] for one in inputs]) for field in inputs[0].tensors}
     if "gate" in tensors and tensors["gate"].ndim == 2:  # one gate for all tokens
         tensors["gate"] = tensors["gate"][:, None]
-    new = apply(group[0].spec.spec, h, Inputs(ordinal=inputs[0].ordinal, source=sources, tensors=tensors))
-    value[where] = new.flatten(0, 1)
+    return apply(group[0].spec.spec, h, Inputs(ordinal=inputs[0].ordinal, source=sources, tensors=tensors))

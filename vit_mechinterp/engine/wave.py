@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import BoundRun, Edit, Join
@@ -40,10 +41,10 @@ PAYS = 0.75
 
 @dataclass
 class WaveResult:
-    """What one wave gave: outputs (float32) by segment, and by run and read the pieces captured, each with
-    the examples that it holds."""
+    """What one wave gave: outputs (float32), segment by segment, and by run and read the pieces captured, each
+    with the examples that it holds."""
 
-    outputs: list[Tensor]
+    output: Float[Tensor, "row *output"]
     captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 
@@ -79,7 +80,7 @@ def run_wave(
             output = vit(vit.beginning(wave.starts[-1]))
         wave.instrument.verify()
     wave.verify()
-    return WaveResult([output[wave.span(n)].float() for n in range(len(segments))], wave.captured)
+    return WaveResult(output.float(), wave.captured)
 
 
 def distinct_rows(
