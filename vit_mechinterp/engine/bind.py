@@ -151,7 +151,8 @@ def _bind_run(
             origin = ColumnOrigin(run.base)
             captures.append(BoundCapture(name, Read(origin, site, positions, capture.heads)))
     names = [c.name for c in captures]
-    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+    if len(set(names)) < len(names):
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
         raise SpecError(
             f"run {run.name!r} captures {', '.join(twice)} more than once; one capture per site and run."
         )

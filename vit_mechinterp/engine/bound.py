@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
-from vit_mechinterp.spec import Column, Intervention, Run, RunSource, Site, TensorRef, TokenBox, TokenColumn
+from vit_mechinterp.spec import (
+    Capture,
+    Column,
+    Intervention,
+    Run,
+    RunSource,
+    Site,
+    TensorRef,
+    TokenBox,
+    TokenColumn,
+)
 
 __all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
 
@@ -35,7 +45,6 @@ class Join:
         return self.layer + self.behind
 
 
-@lru_cache(maxsize=4096)
 def _join(first: Site, starts_at_mlp_out: bool, n_layers: int) -> Join:
     if first.layer is None:
         return Join(0, False) if first.name == "embed" else Join(n_layers - 1, True)
@@ -87,12 +96,12 @@ class BoundRun:
     captures: tuple[BoundCapture, ...]
     through: frozenset[int] = frozenset()
 
-    @cached_property
+    @property
     def name(self) -> str:
         """The run's name."""
         return self.run.name
 
-    @cached_property
+    @property
     def first(self) -> Site | None:
         """The site of the first edit; None for a clean run."""
         return self.edits[0].site if self.edits else None
@@ -108,16 +117,17 @@ class BoundRun:
 
     def join(self, n_layers: int) -> Join:
         """Where the run's rows enter the growing batch; only for runs with edits."""
-        if n_layers not in self._joins:
+        known = self._joins
+        if n_layers not in known:
             assert self.first is not None
-            self._joins[n_layers] = _join(self.first, self.starts_at_mlp_out, n_layers)
-        return self._joins[n_layers]
+            known[n_layers] = _join(self.first, self.starts_at_mlp_out, n_layers)
+        return known[n_layers]
 
     @cached_property
     def _joins(self) -> dict[int, Join]:
         return {}
 
-    @cached_property
+    @property
     def starts_at_mlp_out(self) -> bool:
         """Whether the run's rows join behind a block with an MLP increment of their own."""
         first = self.first
@@ -167,14 +177,14 @@ def source_of(spec: Intervention) -> str | RunSource | None:
 
 
 @cache
-def _fields(kind: type[Intervention]) -> frozenset[str]:
+def _fields(kind: type[Intervention | Capture]) -> frozenset[str]:
     return frozenset(kind.model_fields)
 
 
 def _selecting_columns(run: Run) -> Iterator[str]:
     """Columns that a run's selectors and choices read, whatever the fields are called."""
     for part in (*run.interventions, *run.capture):
-        for field in type(part).model_fields:
+        for field in _fields(type(part)):
             value = getattr(part, field)
             if isinstance(value, (Column, TokenColumn)):
                 yield value.column

@@ -82,8 +82,8 @@ def chunk_of(
         for segments in schedule.waves(parts):
             result = run_wave(vit, segments, material, spares=schedule.spares, tokens=tokens)
             sizes = [len(segment.examples) for segment in segments]
-            for segment, rows in zip(segments, result.output.cpu().split(sizes), strict=True):
-                outputs.put(segment.run.name, np.array(segment.examples), rows)
+            for segment, output in zip(segments, torch.split(result.output.cpu(), sizes), strict=True):
+                outputs.put(segment.run.name, np.array(segment.examples), output)
             for key, pieces in result.captured.items():
                 captured[key] += pieces
             tick(schedule.wave_blocks(segments))

@@ -35,7 +35,7 @@ MORE_WORK = 10**15
 """Multiply-adds per chunk, by device and elsewhere: a minute or so. A chunk is what is lost if an experiment
 is killed, and what must be done again if memory runs out."""
 FEWEST_ROWS, MOST_ROWS = 2048, 16384
-"""Rows per chunk, whatever they cost: in a chunk of few examples, runs share little of what each edit takes."""
+"""Rows per chunk, whatever they cost: in a chunk of few examples, runs share little of what edits take."""
 
 
 def schedule_for(

@@ -89,6 +89,10 @@ class Positions:
         return self._hash
 
 
+ALL = Positions()
+"""Every token, or no token axis."""
+
+
 def resolve_tokens(
     tokens: Tokens, vit: HookedViT, data: Data | None, image_column: str, where: str
 ) -> Positions:
@@ -107,7 +111,7 @@ def resolve_tokens(
         DataError: the column is missing or holds something else, or a box leaves no patch.
     """
     if isinstance(tokens, str) and tokens == "all":
-        return Positions()
+        return ALL
     if isinstance(tokens, TokenColumn):
         if data is None:
             return Positions(shared=(0,))

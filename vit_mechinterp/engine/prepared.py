@@ -229,7 +229,7 @@ def run_together(
             materials = [rows.in_memory(examples, vit.layout.n_layers) for rows, examples in wave]
             result = run_wave(vit, segments, materials, spares=spares, tokens=tokens)
             sizes = [len(examples) for _, examples in wave]
-            for (rows, _), output in zip(wave, result.output.split(sizes), strict=True):
+            for (rows, _), output in zip(wave, torch.split(result.output, sizes), strict=True):
                 pieces[rows].append(output)
     for rows, own in pieces.items():
         output = torch.cat(own)

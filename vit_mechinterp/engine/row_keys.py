@@ -93,18 +93,28 @@ class RowKeys:
 
     def _options(self, edit: Edit) -> object:
         """Every field of an intervention that is not resolved into the bound edit."""
-        resolved = set() if self.sharing.imagined else {"site", "tokens", "heads", "keys"}
-        if isinstance(edit.spec, SourcedIntervention) and not self.sharing.imagined:
-            resolved |= {"source", "source_tokens", "source_site"}
-        if edit.choice is not None and not self.sharing.imagined:
-            resolved.add("choose")
-        if isinstance(edit.spec, Ablate) and edit.source is not None:
-            resolved.add("seed")
-        values = [getattr(edit.spec, name) for name in _fields(type(edit.spec)) if name not in resolved]
+        resolved = _resolved(
+            type(edit.spec), self.sharing.imagined, edit.choice is not None, edit.source is not None
+        )
+        spec = edit.spec
+        values = [getattr(spec, name) for name in _fields(type(spec)) if name not in resolved]
         if all(value is None or type(value) in _PLAIN for value in values):
             # Numbers are told apart by how they are written, as in a document: 0.0 is not -0.0, 1 not True.
             return tuple(repr(value) if type(value) in (float, bool) else value for value in values)
-        return edit.spec.model_dump_json(exclude=resolved)
+        return spec.model_dump_json(exclude=set(resolved))
+
+
+@cache
+def _resolved(kind: type[Intervention], imagined: bool, chosen: bool, sourced: bool) -> frozenset[str]:
+    """Fields whose meaning the bound edit holds."""
+    resolved = set() if imagined else {"site", "tokens", "heads", "keys"}
+    if issubclass(kind, SourcedIntervention) and not imagined:
+        resolved |= {"source", "source_tokens", "source_site"}
+    if chosen and not imagined:
+        resolved.add("choose")
+    if issubclass(kind, Ablate) and sourced:
+        resolved.add("seed")
+    return frozenset(resolved)
 
 
 @cache

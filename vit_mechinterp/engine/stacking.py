@@ -1,9 +1,9 @@
 """Interventions of several runs at one site, carried out as one: one gather, one operation, one write.
 
-Rows of many runs share a growing batch, and most of their interventions differ only in what they read: another
-source, another strength, another subspace. Taken one by one, each would build its own indices and launch its
-own small kernels (and in a training copy the activation's gradient), which with few examples per run costs as
-much as a block of a small model.
+Rows of many runs share a growing batch, and most of their interventions differ only in what they read:
+another source, another strength, another subspace. Taken one by one, each would build its own indices and
+launch its own small kernels (and in a training copy the activation's gradient), which with few examples per
+run costs as much as a block of a small model.
 """
 
 from __future__ import annotations

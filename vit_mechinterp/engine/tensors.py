@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -122,14 +123,32 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
             choice beyond the leading axis, or what is no dictionary of features.
     """
     checks = {"vector": _check_vector, "basis": _check_basis, "gate": _check_gate, "mean": _check_mean}
+
+    # Many runs use one tensor, and its numbers are looked at once.
+    @cache
+    def is_finite(ref: TensorRef) -> bool:
+        return tensors[ref].is_floating_point() and bool(torch.isfinite(tensors[ref]).all())
+
+    @cache
+    def skew(ref: TensorRef) -> float:
+        basis = tensors[ref].detach().double()
+        gram = basis.mT @ basis
+        return float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max())
+
     for run in bound.runs:
         for edit in run.edits:
             own = {field: tensors[ref].detach() for field, ref in edit.refs}
-            for field, tensor in own.items():
-                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            for field, ref in edit.refs:
+                if not is_finite(ref):
                     raise SpecError(f"{edit.where}: {field} must hold finite floating-point numbers.")
                 if field in checks:
-                    checks[field](vit, edit, tensor, own, n_examples)
+                    checks[field](vit, edit, own[field], own, n_examples)
+                if field == "basis" and skew(ref) > ORTHONORMAL_TOLERANCE:
+                    raise SpecError(
+                        f"{edit.where}: the columns of basis are not orthonormal (R^T R differs from the "
+                        f"identity by {skew(ref):.2g}). Take its QR decomposition first: "
+                        "torch.linalg.qr(basis).Q."
+                    )
             if isinstance(edit.spec, EditFeature):
                 check_feature(edit.spec, own, _features(vit, edit), edit.where)
             if "vectors" in own:
@@ -193,13 +212,6 @@ def _check_basis(
         raise SpecError(
             f"{edit.where}: basis has shape {tuple(tensor.shape)}; {edit.site} holds {d} features, so "
             f"[{d}, r] fits{also}."
-        )
-    gram = tensor.detach().double().mT @ tensor.detach().double()
-    off = float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max())
-    if off > ORTHONORMAL_TOLERANCE:
-        raise SpecError(
-            f"{edit.where}: the columns of basis are not orthonormal (R^T R differs from the identity by "
-            f"{off:.2g}). Take its QR decomposition first: torch.linalg.qr(basis).Q."
         )
 
 

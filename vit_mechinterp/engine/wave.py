@@ -41,8 +41,8 @@ PAYS = 0.75
 
 @dataclass
 class WaveResult:
-    """What one wave gave: outputs (float32), segment by segment, and by run and read the pieces captured, each
-    with the examples that it holds."""
+    """What one wave gave: outputs (float32), segment by segment, and by run and read the pieces captured,
+    each with the examples that it holds."""
 
     output: Float[Tensor, "row *output"]
     captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
