@@ -12,6 +12,7 @@ from vit_mechinterp.spec import (
     AddDirection,
     Capture,
     Column,
+    CrossEntropy,
     DataSource,
     Experiment,
     InjectSubspace,
@@ -19,6 +20,7 @@ from vit_mechinterp.spec import (
     Intervention,
     Run,
     RunSource,
+    SelectedLogits,
     Site,
     Sweep,
     TensorRef,
@@ -108,6 +110,13 @@ data_sources = st.one_of(
         st.dictionaries(plain_names, st.one_of(json_values, st.lists(json_values, max_size=2)), max_size=3),
     ),
 )
+classes = st.one_of(st.integers(0, 999), names.map(lambda name: Column(column=name)))
+readouts = st.one_of(
+    classes.map(lambda answer: CrossEntropy(answer=answer)),
+    st.lists(classes, min_size=1, max_size=3, unique_by=lambda entry: getattr(entry, "column", str(entry))).map(
+        lambda several: SelectedLogits(classes=several)
+    ),
+)
 file_tensors = st.builds(lambda key: TensorRef("t.safetensors", key), plain_names)
 experiments = st.builds(
     Experiment,
@@ -116,5 +125,6 @@ experiments = st.builds(
     runs=st.lists(st.one_of(runs, sweeps), min_size=1, max_size=3).map(tuple),
     tensors=st.dictionaries(plain_names, file_tensors, max_size=2),
     batch_size=st.one_of(st.just("auto"), st.integers(1, 512)),
+    readout=st.none() | readouts,
     description=names,
 )

@@ -13,6 +13,7 @@ from vit_mechinterp.spec.ops import (
     SourcedIntervention,
     register_op,
 )
+from vit_mechinterp.spec.readouts import CrossEntropy, Readout, SelectedLogits
 from vit_mechinterp.spec.runs import Capture, Run
 from vit_mechinterp.spec.sites import BLOCK_SITES, GLOBAL_SITES, Site, expand, is_glob, site_names
 from vit_mechinterp.spec.sweeps import Sweep
@@ -28,14 +29,17 @@ __all__ = [
     "AnyIntervention",
     "Capture",
     "Column",
+    "CrossEntropy",
     "DataSource",
     "EditFeature",
     "Experiment",
     "InjectSubspace",
     "Interchange",
     "Intervention",
+    "Readout",
     "Run",
     "RunSource",
+    "SelectedLogits",
     "Site",
     "SourcedIntervention",
     "Sweep",

@@ -5,14 +5,22 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.spec.digest import digest
 from vit_mechinterp.spec.problems import as_spec_error
 
-__all__ = ["Index", "SpecModel", "as_index", "nested"]
+__all__ = ["Index", "SpecModel", "TaggedSpec", "as_index", "nested"]
 
 
 class SpecModel(BaseModel):
@@ -83,6 +91,17 @@ class SpecModel(BaseModel):
             ]
             raise ValidationError.from_exception_data(cls.__name__, details)
         return data
+
+
+class TaggedSpec(SpecModel):
+    """A spec that documents tell from others of its kind by its ``op``."""
+
+    op: str
+
+    @model_serializer(mode="wrap")
+    def _always_say_op(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # op is a default of its class, but a document without it could not be read back.
+        return {"op": self.op, **handler(self)}
 
 
 _Model = TypeVar("_Model", bound=SpecModel)

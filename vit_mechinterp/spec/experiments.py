@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr, model_valid
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.spec.base import SpecModel, as_index, nested
 from vit_mechinterp.spec.documents import dump_yaml, load_json, load_yaml, read_text, validate
+from vit_mechinterp.spec.readouts import AnyReadout
 from vit_mechinterp.spec.runs import Run
 from vit_mechinterp.spec.sweeps import Sweep
 from vit_mechinterp.spec.tensors import TensorRef
@@ -72,9 +73,9 @@ class Experiment(SpecModel):
     """Everything needed to repeat an experiment, in one document.
 
     ``model`` is a string for ``load``; ``data`` says where the examples come from; ``tensors`` gives files to
-    the names that interventions use. Model and data may be left out and given in Python instead. Relative
-    paths are relative to the folder of the document (:meth:`resolve`). Equality and digest leave that folder
-    out.
+    the names that interventions use; ``readout`` says what is kept of every output, all of it if left out.
+    Model and data may be left out and given in Python instead. Relative paths are relative to the folder of
+    the document (:meth:`resolve`). Equality and digest leave that folder out.
     """
 
     model: str | None = None
@@ -82,6 +83,7 @@ class Experiment(SpecModel):
     runs: tuple[RunOrSweep, ...]
     tensors: dict[str, TensorRef] = Field(default_factory=dict)
     batch_size: BatchSize = "auto"
+    readout: AnyReadout | None = None
     description: str = ""
     _folder: Path | None = PrivateAttr(default=None)
 

@@ -10,15 +10,13 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     SerializeAsAny,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from vit_mechinterp.errors import SpecError, suggest
-from vit_mechinterp.spec.base import SpecModel, as_index, nested
+from vit_mechinterp.spec.base import SpecModel, TaggedSpec, as_index, nested
 from vit_mechinterp.spec.sites import Site
 from vit_mechinterp.spec.tokens import Tokens
 
@@ -77,7 +75,7 @@ Source: TypeAlias = Annotated[
 ]
 
 
-class Intervention(SpecModel):
+class Intervention(TaggedSpec):
     """What all interventions have: an ``op``, one ``site``, and which tokens, heads and keys of it are meant.
 
     ``heads`` selects along the head axis and exists at head sites only. At attention matrices ``tokens``
@@ -85,7 +83,6 @@ class Intervention(SpecModel):
     ``tokens="all"`` fits.
     """
 
-    op: str
     site: SiteName
     tokens: Tokens = "all"
     heads: Heads | None = None
@@ -101,11 +98,6 @@ class Intervention(SpecModel):
             )
         check_selectors(self.site, self.tokens, self.heads)
         return self
-
-    @model_serializer(mode="wrap")
-    def _always_say_op(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # op is a default of its class, but a document without it could not be read back.
-        return {"op": self.op, **handler(self)}
 
     def at(self, layer: int | None = None, **changes: Any) -> Self:
         """Return a validated copy with ``changes`` made and, if ``layer`` is given, ``site`` moved to that
