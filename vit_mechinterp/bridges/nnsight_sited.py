@@ -19,7 +19,7 @@ from vit_mechinterp.engine.execute import execute
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.ports import lookup
-from vit_mechinterp.spec import Experiment, Run, Site, Sweep
+from vit_mechinterp.spec import Experiment, Readout, Run, Site, Sweep
 
 __all__ = ["Sited", "by_module", "sited"]
 
@@ -78,6 +78,7 @@ class Sited:
         remote: bool | str = True,
         batch_size: int = 32,
         progress: bool = True,
+        readout: Readout | None = None,
     ) -> Results:
         """Carry out runs on a deployment, one at a time; see `vit_mechinterp.execute`.
 
@@ -85,7 +86,7 @@ class Sited:
         precision there is refused.
 
         Args:
-            runs, data, tensors, progress: as there.
+            runs, data, tensors, progress, readout: as there.
             remote: as in `trace`.
             batch_size: most images in one request.
 
@@ -105,9 +106,8 @@ class Sited:
         )
         register_backend(name)(carry_out)
         try:
-            return execute(
-                self.vit, runs, data, tensors, batch_size=batch_size, progress=progress, backend=name
-            )
+            options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "readout": readout}
+            return execute(self.vit, runs, data, tensors, backend=name, **options)
         finally:
             del BACKENDS[name]
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -123,18 +124,19 @@ class _Experiment:
     ) -> None:
         self.vit, self.data, self.tensors, self.forward = vit, data, tensors, forward
         self.batches = [range(i, min(i + batch_size, data.n)) for i in range(0, data.n, batch_size)]
-        self.runs = {run.name: run for run in bound.runs}
+        self.runs, self.readout = {run.name: run for run in bound.runs}, bound.readout
         self._means: dict[tuple[Read, bool], Tensor] = {}
 
     def collect(
         self, run: BoundRun, done: Callable[[int], Any]
     ) -> tuple[Tensor, dict[str, Tensor | list[Tensor]]]:
-        """Outputs of a run on all examples, and its captures."""
+        """Outputs of a run on all examples, or what is kept of them, and its captures."""
         outputs = []
         captures: dict[str, list[Tensor]] = {capture.name: [] for capture in run.captures}
         for examples in self.batches:
             output, values = self.carry_out(run, examples, [capture.read.site for capture in run.captures])
-            outputs.append(output.float().cpu())
+            output = output.float().cpu()
+            outputs.append(output if self.readout is None else self.readout(output, np.array(examples)))
             for capture in run.captures:
                 site = capture.read.site
                 for row, example in enumerate(examples):

@@ -249,8 +249,7 @@ def _classes(value: Classes, data: Data, shape: tuple[int, ...], what: str) -> I
     if value is None:
         return None
     if isinstance(value, str):
-        data.require(value, f"the metric's {what}")
-        rows = [row[0] if len(row) == 1 else -1 for row in data.integers(value)]
+        rows = data.one_integer(value, f"the metric's {what}")
     elif (number := one_class(value)) is not None:
         rows = [number] * data.n
     else:

@@ -31,7 +31,7 @@ class Backend(Protocol):
         batch_size: int,
         progress: bool,
     ) -> Results:
-        """Outputs and captures of all runs."""
+        """Outputs (of which ``bound.readout`` says what is kept) and captures of all runs."""
 
 
 BACKENDS: dict[str, Backend] = {}

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.readout import BoundReadout
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import (
     Capture,
@@ -145,6 +146,8 @@ class Bound:
     stages: tuple[tuple[BoundRun, ...], ...]
     run_reads: tuple[Read, ...]
     """Values of edited runs that other runs read."""
+    readout: BoundReadout | None = None
+    """What is kept of every output; None for all of it."""
 
     @cached_property
     def image_columns(self) -> frozenset[str]:
@@ -164,8 +167,9 @@ class Bound:
 
     @cached_property
     def columns(self) -> frozenset[str]:
-        """Names of all columns that the runs read: images, and those that select or choose."""
-        return self.image_columns | {name for run in self.runs for name in _selecting_columns(run.run)}
+        """Names of all columns that decide the results: images, and those that select, choose or read out."""
+        own = {name for run in self.runs for name in _selecting_columns(run.run)}
+        return self.image_columns | own | (self.readout.spec.columns if self.readout else frozenset())
 
 
 def source_of(spec: Intervention) -> str | RunSource | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound
@@ -29,7 +30,7 @@ Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 
 class Collected:
-    """Outputs and captures on the CPU, written chunk by chunk."""
+    """Outputs (or what is kept of them) and captures on the CPU, written chunk by chunk."""
 
     def __init__(self, bound: Bound) -> None:
         self.outputs: dict[str, list[Tensor]] = {run.name: [] for run in bound.runs}
@@ -113,7 +114,7 @@ def chunk_of(
         rows = schedule.clean_rows(run.name, chunk)
         if len(rows):
             outputs.put(run.name, rows, clean.outputs[run.run.base].whole(rows).cpu())
-        part.outputs[run.name] = [outputs.whole(run.name)]
+        part.outputs[run.name] = [_kept(schedule, chunk, outputs.whole(run.name))]
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]
             kept = values.whole(chunk) if values.starts is None else values.rows(chunk)
@@ -145,6 +146,18 @@ class _Outputs:
     def whole(self, run: str) -> Tensor:
         """Rows of all examples."""
         return self._by_run[run]
+
+
+def _kept(
+    schedule: Schedule, chunk: range, outputs: Float[Tensor, "example *output"]
+) -> Float[Tensor, "example *kept"]:
+    """What is kept of a run's outputs, read off a few rows at a time; the rest goes with the chunk."""
+    readout = schedule.bound.readout
+    if readout is None:
+        return outputs
+    examples = np.arange(chunk.start, chunk.stop)
+    spans = (slice(i, i + schedule.width) for i in range(0, len(chunk), schedule.width))
+    return torch.cat([readout(outputs[span], examples[span]) for span in spans])
 
 
 def _by_owner(copies: Sequence[Copies]) -> dict[tuple[str, int], list[tuple[str, int]]]:

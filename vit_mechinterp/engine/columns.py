@@ -123,6 +123,21 @@ class Columns:
             rows.append([int(i) for i in array.reshape(-1).tolist()])
         return rows
 
+    def one_integer(self, column: str, where: str) -> list[int]:
+        """A column of one integer per example; ``where`` is what messages name.
+
+        Raises:
+            DataError: there is no such column, or an entry holds something else.
+        """
+        self.require(column, where)
+        rows = self.integers(column, where)
+        for example, row in enumerate(rows):
+            if len(row) != 1:
+                raise DataError(
+                    f"{_placed(column, where)}, example {example}: {row} is not one integer per example."
+                )
+        return [row[0] for row in rows]
+
     def boxes(self, column: str, where: str = "") -> list[tuple[float, float, float, float]]:
         """A column of pixel boxes ``(x0, y0, x1, y1)``; ``where`` is what messages name.
 

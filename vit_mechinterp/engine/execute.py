@@ -27,6 +27,7 @@ from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import circumstances, provenance_of
+from vit_mechinterp.engine.readout import bind_readout
 from vit_mechinterp.engine.results import Results
 from vit_mechinterp.engine.resume import FinishedChunks
 from vit_mechinterp.engine.schedule import Schedule
@@ -36,7 +37,7 @@ from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.spec import Experiment, Run, Sweep, TensorRef
+from vit_mechinterp.spec import Experiment, Readout, Run, Sweep, TensorRef
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine.store import ActivationStore
@@ -63,6 +64,7 @@ def execute(
     store: ActivationStore | None = None,
     out: str | Path | None = None,
     backend: str | None = None,
+    readout: Readout | None = None,
 ) -> Results:
     """Carry out runs on every example of a dataset.
 
@@ -90,9 +92,13 @@ def execute(
         backend: ``"hooks"``, ``"nnsight"``, ``"pyvene"`` or ``"transformer_lens"`` to carry the runs out
             there, one at a time, with at most ``batch_size`` images per forward; a backend takes neither
             memory, store nor out.
+        readout: what is kept of every output: `vit_mechinterp.CrossEntropy` or
+            `vit_mechinterp.SelectedLogits`, in place of an experiment's own; all of it by default. Whole
+            outputs are there until their chunk of examples is done, and, of clean images, in a store.
 
     Returns:
-        Outputs ``[run, example, *output]`` and captures, on the CPU.
+        Outputs ``[run, example, *output]``, or with a readout ``[run, example]`` (a loss) or
+        ``[run, example, k]`` (logits of k classes), and captures, on the CPU.
 
     Raises:
         SpecError, DataError, TensorFileError: before the first forward, if anything does not fit.
@@ -102,6 +108,8 @@ def execute(
     folder = runs.folder if isinstance(runs, Experiment) else None
     if isinstance(runs, Experiment) and batch_size == "auto":
         batch_size = runs.batch_size
+    if isinstance(runs, Experiment) and readout is None:
+        readout = runs.readout
     files = dict(runs.tensors) if isinstance(runs, Experiment) else {}
     carry_out = None if backend is None else backend_named(backend)
     if carry_out is not None and (memory, store, out) != (None, None, None):
@@ -112,7 +120,7 @@ def execute(
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_dropout(vit)
     columns = Data(data, vit, progress=progress)
-    bound = bind(vit, flat, columns)
+    bound = replace(bind(vit, flat, columns), readout=bind_readout(vit, readout, columns))
     resolved = resolve_refs(bound, tensors, vit, folder, files)
     check_tensors(bound, resolved, vit, columns.n)
     check_images(columns, bound)

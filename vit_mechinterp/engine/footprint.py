@@ -28,7 +28,7 @@ class Footprint:
         example: bytes held for every example of a chunk: clean values, values of runs, and captures until
             they are handed on.
         row: bytes of one row while its forward runs.
-        result: bytes of outputs and captures of one example, which are the caller's.
+        result: bytes of captures, and of what is kept of the outputs, of one example, which are the caller's.
     """
 
     example: int
@@ -48,12 +48,14 @@ def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
     captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
     shape = vit.sites().get("logits")
-    outputs = 4 * len(bound.runs) * (shape.shape[-1] if shape else vit.layout.d_model)
+    width = shape.shape[-1] if shape else vit.layout.d_model
+    outputs = 4 * len(bound.runs) * width
+    handed_over = outputs if bound.readout is None else 4 * len(bound.runs) * bound.readout.size
     return Footprint(
         # A run's values come in pieces that are then joined, so for a moment both are there.
         example=element * (held + 2 * kept) + 2 * outputs,
         row=element * _row_size(vit, bound),
-        result=element * captures + outputs,
+        result=element * captures + handed_over,
     )
 
 

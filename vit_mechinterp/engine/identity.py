@@ -33,7 +33,7 @@ def identity_of(
         name = ref.name or ref.key or ""
         own = contents[str(ref)]
         by_name[name] = own if name not in by_name else digest([by_name[name], own])
-    return {
+    identity: dict[str, Any] = {
         "model": vit.fingerprint(),
         "dtype": str(vit.dtype).removeprefix("torch."),
         "examples": data.n,
@@ -43,6 +43,9 @@ def identity_of(
         "order of runs": [run.name for run in bound.runs],
         "tensor": by_name,
     }
+    if bound.readout is not None:
+        identity["readout"] = bound.readout.spec.model_dump(mode="json")
+    return identity
 
 
 def _run_digest(run: Run, contents: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from vit_mechinterp.engine.order import starts_late
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.errors import listed
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.narrowing import is_as_made
 from vit_mechinterp.model.sparing import why_nothing_is_spared
@@ -29,10 +30,13 @@ def notes_on(
     else:
         yield from _over_chunks(schedule, counts)
     if len(schedule.chunks) > 1 and counts.rows_again:
+        why = "activations are kept or read" if bound.readout is None else "outputs are not kept as a whole"
         yield (
             f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, because "
-            "their activations are kept or read"
+            f"their {why}"
         )
+    if bound.readout is not None:
+        yield f"of every output this is kept: {listed(bound.readout.spec.names)}"
     if len(bound.stages) > 1:
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
     gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.notes import notes_on
+from vit_mechinterp.engine.readout import bind_readout
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import in_words
 from vit_mechinterp.engine.store.clean import Forecast, StoredClean
@@ -21,7 +22,7 @@ from vit_mechinterp.engine.tensors import resolve_refs
 from vit_mechinterp.engine.values import ColumnOrigin
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.spec import Experiment, Run, Sweep
+from vit_mechinterp.spec import Experiment, Readout, Run, Sweep
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine.store import ActivationStore
@@ -164,6 +165,7 @@ def plan(
     tensors: Mapping[str, Tensor] | None = None,
     memory: int | str | None = None,
     store: ActivationStore | None = None,
+    readout: Readout | None = None,
 ) -> Plan:
     """Say what `execute` will compute, without computing it.
 
@@ -178,13 +180,16 @@ def plan(
         tensors: tensors that specs refer to by name; with them, rows whose gates are all zeros are found.
         memory: most bytes to hold beside the model, or a text such as ``"4GiB"``.
         store: what the experiment will be given as its store; what it has is not computed. It needs data.
+        readout: what will be kept of every output, as for `execute`.
 
     Raises:
-        SpecError: a run does not fit the model, or a store is given without data.
-        DataError: the data lacks what a run reads.
+        SpecError: a run or the readout does not fit the model, or a store is given without data.
+        DataError: the data lacks what a run or the readout reads.
     """
     if isinstance(runs, Experiment) and batch_size == "auto":
         batch_size = runs.batch_size
+    if isinstance(runs, Experiment) and readout is None:
+        readout = runs.readout
     if store is not None and data is None:
         raise SpecError(
             "What a store has depends on the images, and this plan has no data. Give plan the data too, or "
@@ -192,7 +197,7 @@ def plan(
         )
     flat = expand_runs(runs, vit.layout.n_layers)
     columns = None if data is None else Data(data, vit)
-    bound = bind(vit, flat, columns)
+    bound = replace(bind(vit, flat, columns), readout=bind_readout(vit, readout, columns))
     resolved = None if tensors is None else resolve_refs(bound, tensors, vit)
     schedule = schedule_for(vit, bound, columns, batch_size, memory=memory, tensors=resolved)
     forecast = None

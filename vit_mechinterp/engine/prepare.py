@@ -62,7 +62,8 @@ def prepare(
 
     Args:
         vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.
-        runs: runs, sweeps or an experiment; none may read another edited run.
+        runs: runs, sweeps or an experiment; none may read another edited run. Outputs are whole, whatever the
+            experiment's readout.
         data: a ``datasets.Dataset`` or a mapping of columns.
         tensors: initial values of the tensors that the specs name, for checking.
         batch_size: images per clean forward.

@@ -30,7 +30,8 @@ def provenance_of(
 
     ``halvings`` counts how often the rows per forward were halved because memory ran out.
     """
-    used = columns_read(data, schedule.bound)
+    used, readout = columns_read(data, schedule.bound), schedule.bound.readout
+    own = {} if readout is None else {"readout": readout.spec.model_dump(mode="json")}
     return {
         "spec": digest([run.run.model_dump(mode="json") for run in schedule.bound.runs]),
         "model": vit.fingerprint(),
@@ -43,6 +44,7 @@ def provenance_of(
         "rows_per_forward": schedule.width,
         "halvings": halvings,
         "dtype": str(vit.dtype).removeprefix("torch."),
+        **own,
         **circumstances(vit),
     }
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from vit_mechinterp.engine.tensorfiles import file_checksum, read_tensors, replacing, writing
 from vit_mechinterp.errors import TensorFileError, suggest
 from vit_mechinterp.model.cache import BySite
+from vit_mechinterp.spec import Readout
+from vit_mechinterp.spec.readouts import parse_readout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +52,8 @@ class Results:
     """Outputs of every run on every example.
 
     Args:
-        logits: the model's output, ``[run, example, *output]``, float32 (what it is: ``vit.layout.output``).
+        logits: the model's output, ``[run, example, *output]``, float32 (what it is: ``vit.layout.output``);
+            where the experiment has a readout, what it keeps, ``[run, example, *readout]``.
         run_names: names of the runs, in order.
         captures: captured values by run and site, in the model's dtype.
         labels: integer columns of the data by name, for tables.
@@ -67,15 +70,22 @@ class Results:
         object.__setattr__(self, "captures", _ByRun(self.captures))
 
     def __getitem__(self, run: str) -> Float[Tensor, "example *output"]:
-        """The outputs of one run."""
+        """The outputs of one run, or what was kept of them."""
         if run not in self.run_names:
             raise KeyError(_no_run(run, self.run_names))
         return self.logits[self.run_names.index(run)]
 
+    @property
+    def readout(self) -> Readout | None:
+        """What was kept of every output; None where all of it was."""
+        document = self.provenance.get("readout")
+        return None if document is None else parse_readout(document)
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per run and example: the output (``logit_0``, ...), the prediction, and the data's labels.
 
-        Outputs of more than two axes are left out; read them from ``logits``.
+        With a readout, what it keeps: ``cross_entropy``, or ``logit_`` and class or column, without a
+        prediction. Outputs of more than two axes are left out; read them from ``logits``.
         """
         import pandas as pd
 
@@ -84,7 +94,10 @@ class Results:
             "run": [name for name in self.run_names for _ in range(n_examples)],
             "example": list(range(n_examples)) * n_runs,
         }
-        if self.logits.ndim == 3:
+        if (readout := self.readout) is not None:
+            kept = self.logits.reshape(-1, len(readout.names))
+            table |= {name: kept[:, i].numpy() for i, name in enumerate(readout.names)}
+        elif self.logits.ndim == 3:
             flat = self.logits.flatten(0, 1)
             table |= {f"logit_{i}": flat[:, i].numpy() for i in range(flat.shape[1])}
             table["prediction"] = flat.argmax(dim=1).numpy()

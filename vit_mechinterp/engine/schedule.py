@@ -126,6 +126,9 @@ class Schedule:
 
     @cached_property
     def _read_runs(self) -> frozenset[str]:
+        """Names of the runs whose rows are computed in every chunk that holds one of them."""
+        if self.bound.readout is not None:  # whole outputs are gone with their chunk, and labels may differ
+            return frozenset(run.name for run in self.bound.runs)
         return frozenset(name for name, reads in self.bound.reads_of.items() if reads)
 
     def whole_parts(self, stage: Sequence[BoundRun]) -> list[Part]:

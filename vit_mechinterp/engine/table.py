@@ -23,7 +23,8 @@ class StageRows:
         sharing: which rows are equal.
         parts: the parts.
         chunk: examples per chunk.
-        read: names of the runs whose values somebody reads beside their outputs.
+        read: names of the runs whose values somebody reads beside their outputs, or whose outputs are not
+            kept; equal rows of other chunks are no use to them.
     """
 
     sharing: Sharing
