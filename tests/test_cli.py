@@ -219,3 +219,21 @@ def test_a_run_without_labels_shows_mean_outputs() -> None:
     assert title == "Mean output over the 2 examples:"
     assert head.split() == ["logit_0", "logit_1"]
     assert [row.split() for row in rows] == [["clean", "2.000", "2.000"], ["swap", "0.000", "2.000"]]
+
+
+def test_a_run_with_a_readout_shows_means_of_what_it_keeps() -> None:
+    import torch
+
+    from vit_mechinterp.commands.analyses import _summary
+
+    names, labels = ("clean", "swap"), {"label": [0, 1]}
+    loss = {"readout": {"op": "cross_entropy", "answer": "label"}}
+    logits = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    results = vit_mechinterp.Results(logits, names, captures={}, labels=labels, provenance=loss)
+    title, head, *rows = _summary(results).splitlines()
+    assert title == "Mean over the 2 examples:"
+    assert head.split() == ["cross_entropy"]
+    assert [row.split() for row in rows] == [["clean", "1.500"], ["swap", "4.000"]]
+    some = {"readout": {"op": "selected_logits", "classes": [7, "label"]}}
+    selected = vit_mechinterp.Results(logits[:, :, None].expand(2, 2, 2), names, captures={}, labels=labels, provenance=some)
+    assert _summary(selected).splitlines()[1].split() == ["logit_7", "logit_label"]

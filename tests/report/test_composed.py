@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import vit_mechinterp as vmi
-from vit_mechinterp.errors import DataError
+from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.experiment import load_data
 from vit_mechinterp.report.composed import composed_run
 
@@ -125,3 +125,10 @@ def test_data_without_pairs_are_refused(vit: vmi.HookedViT, tmp_path: Path) -> N
     (tmp_path / "plain.yaml").write_text(text)
     with pytest.raises(DataError, match="the data lack 'source'"):
         composed_run(tmp_path / "plain.yaml", vit=vit)
+
+
+def test_a_readout_is_refused(vit: vmi.HookedViT, tmp_path: Path) -> None:
+    readout = "readout: {op: cross_entropy, answer: label}\n"
+    (tmp_path / "loss.yaml").write_text(DOCUMENT.read_text() + readout)
+    with pytest.raises(SpecError, match=r"the experiment's readout keeps cross_entropy alone\. Leave readout out"):
+        composed_run(tmp_path / "loss.yaml", vit=vit)

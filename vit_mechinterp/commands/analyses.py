@@ -70,13 +70,18 @@ def _store(folder: Path | None) -> AbstractContextManager[ActivationStore | None
 
 
 def _summary(results: Results) -> str:
-    """How often each run predicts what the data's label columns say, or, without any, its mean outputs."""
+    """How often each run predicts what the data's label columns say, or, without any, its mean outputs (or
+    the mean of what was kept of them)."""
     table = results.to_pandas()
     n = results.logits.shape[1]
-    if "prediction" not in table:
+    readout = results.readout
+    if readout is None and "prediction" not in table:
         return f"Outputs of shape {tuple(results.logits.shape[2:])} for {n} examples a run."
     labels = [name for name in ("label", "counterfactual_label") if name in table]
-    if labels:
+    if readout is not None:
+        title = f"Mean over the {n} examples:"
+        shown = table.groupby("run", sort=False)[list(readout.names)].mean()
+    elif labels:
         title = f"Share of the {n} examples whose prediction equals the column:"
         right = table[labels].eq(table["prediction"], axis=0)
         shown = right.groupby(table["run"], sort=False).mean()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vit_mechinterp.engine import plan as make_plan
-from vit_mechinterp.errors import DataError
+from vit_mechinterp.errors import DataError, SpecError, listed
 from vit_mechinterp.experiment import load_data, load_model, run_experiment
 from vit_mechinterp.portable import save_portable
 from vit_mechinterp.report.page import ComposedRun, Example
@@ -56,6 +56,11 @@ def composed_run(
     from vit_mechinterp.figures import examples_by_run
 
     experiment = Experiment.from_yaml(path)
+    if experiment.readout is not None:
+        raise SpecError(
+            f"{path}: a composed run is shown by the logits of all classes, and the experiment's readout "
+            f"keeps {listed(experiment.readout.names)} alone. Leave readout out of the document."
+        )
     vit = load_model(experiment) if vit is None else vit
     data = load_data(experiment, progress=progress)
     for column in ("source", "label", "counterfactual_label", "edited_box", "source_box"):
