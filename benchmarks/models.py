@@ -30,6 +30,7 @@ class Geometry:
 
 SIZES = {
     "micro": Geometry(32, 3, 4, 64, image=32, patch=8),
+    "vit_cifar": Geometry(192, 6, 3, 768, image=32, patch=4),
     "vit_tiny": Geometry(192, 12, 3, 768),
     "vit_small": Geometry(384, 12, 6, 1536),
     "vit_base": Geometry(768, 12, 12, 3072),

@@ -180,3 +180,23 @@ def test_planning_takes_time_in_proportion_to_the_rows() -> None:
         times.append((time.process_time() - begin) / (n * 400))
     assert times[1] < 2 * times[0]
     assert times[1] < 50e-6, "seconds of planning per row"
+
+
+def test_chunks_hold_more_rows_of_a_model_whose_rows_cost_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vit_mechinterp.engine import cutting
+
+    world = world_of(HF_DINOV2, 40)
+    runs = [Run.model_validate(run(f"run {n}", swap("blocks.0.resid_post", tokens=[n]))) for n in range(4)]
+
+    def chunk() -> int:
+        return vmi.plan(world.vit, runs, world.columns, batch_size=2).chunk
+
+    tokens, d, layers = world.vit.layout.tokens.n_tokens, world.module_width, world.vit.layout.n_layers
+    row = layers * tokens * (12 * d * d + 2 * tokens * d)  # weights, then scores and their sums
+    monkeypatch.setattr(cutting, "FEWEST_ROWS", 8)
+    monkeypatch.setattr(cutting, "MOST_ROWS", 120)
+    chunks = []
+    for rows in (1, 20, 64, 1000):
+        monkeypatch.setattr(cutting, "WORK", {"cpu": rows * row})
+        chunks.append(chunk())
+    assert chunks == [2, 5, 16, 30]  # 4 rows an example, between 8 and 120 of them
