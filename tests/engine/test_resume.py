@@ -347,3 +347,25 @@ def test_memory_that_runs_out_is_one_line(
     assert results.provenance["rows_per_forward"] == 4
     again = world.execute(DOCUMENTS, batch_size=4)
     assert float((again.logits - results.logits).abs().max()) < 1e-5 * world.scale
+
+
+def test_a_chunk_that_another_process_removes_while_it_is_opened_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has joined all chunks by then, so this is no damage."""
+    from safetensors.torch import save_file
+
+    from vit_mechinterp.engine.tensorfiles import read_tensors
+
+    path = tmp_path / "chunk.safetensors"
+    save_file({"outputs": torch.ones(3)}, path)
+    assert read_tensors(path)[0]["outputs"].sum() == 3
+    opened = torch.UntypedStorage.from_file
+
+    def late(*args: Any, **options: Any) -> Any:
+        path.unlink()
+        return opened(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", late)
+    with pytest.raises(FileNotFoundError, match=r"chunk\.safetensors"):
+        read_tensors(path)

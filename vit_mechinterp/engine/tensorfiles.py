@@ -6,6 +6,7 @@ that processes that write into one folder never see, or spoil, each other's unfi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -176,5 +177,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except RuntimeError as error:
+        # The file is opened twice, for its header and to be mapped: another process may remove it in between.
+        if path.exists():
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
