@@ -352,6 +352,8 @@ def test_what_does_not_fit_is_said_before_the_first_forward(vit: vmi.HookedViT) 
         das(vit, data, data, layers=[1, 1], **QUICK)
     with pytest.raises(SpecError, match="layer 3 is out of range"):
         das(vit, data, data, layers=[3], **QUICK)
+    with pytest.raises(SpecError, match=r"site='attn.pattern' holds one number per key"):
+        das(vit, data, data, site="attn.pattern", **QUICK)
     with pytest.raises(SpecError, match="epochs=0: training takes at least 1"):
         das(vit, data, data, epochs=0)
     for name, value in (("learning_rate", math.nan), ("mask_learning_rate", math.inf), ("sparsity", -1.0)):

@@ -205,8 +205,13 @@ def data_of(question: Question) -> list[Any]:
 
 
 def check(layers: Sequence[int], options: Options) -> None:
-    """Raise SpecError unless layers, seeds and groups can be meant."""
+    """Raise SpecError unless layers, site, seeds and groups can be meant."""
     seeds = options.numbers
+    if options.site in ("attn.scores", "attn.pattern"):
+        raise SpecError(
+            f"site={options.site!r} holds one number per key, which are no features to search a subspace of. "
+            "Search at 'resid_post' or 'attn_out'."
+        )
     if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
         raise SpecError(f"layers={list(layers)}: name at least one block, each once, counted from 0.")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
