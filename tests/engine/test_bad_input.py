@@ -163,19 +163,20 @@ CASES: dict[str, tuple[Document, dict[str, Any], type[Exception], str]] = {
     "not a number": (add(), {"v": torch.full((24,), float("nan"))}, SpecError, "vector must hold finite floating-point"),
     "integers": (add(), {"v": torch.zeros(24, dtype=torch.int64)}, SpecError, "vector must hold finite floating-point"),
     "basis of another width": (inject(), {"b": torch.eye(23)[:, :3]}, SpecError,
-        r"basis has shape \(23, 3\); blocks\.1\.resid_post holds 24 features, so \[24, r\] fits"),
+        r"basis has shape \(23, 3\); blocks\.1\.resid_post holds 24 features, so \[24, r\] with r from 1 to 24 fits"),
     "flat basis": (inject(), {"b": torch.zeros(24)}, SpecError, r"basis has shape \(24,\)"),
     "basis too wide": (inject(), {"b": torch.zeros(24, 25)}, SpecError, r"basis has shape \(24, 25\)"),
+    "empty basis": (inject(), {"b": torch.zeros(24, 0)}, SpecError, r"basis has shape \(24, 0\); .* \[24, r\] with r from 1 to 24 fits"),
     "oblique basis": (inject(), {"b": torch.ones(24, 2)}, SpecError,
         r"columns of basis are not orthonormal \(R\^T R differs from the identity by 24\)\. Take its QR decomposition first"),
     "gate too large": (inject(gate="g"), {"b": R, "g": torch.tensor([0, 1.5, 1])}, SpecError,
         r"gate must lie in 0\.\.1, got 0 to 1\.5\."),
     "basis of each of another number of tokens": (inject(tokens=[0, 1, 2], source_tokens=[3, 4, 5]), {"b": torch.zeros(2, 24, 3)},
-        SpecError, r"basis has shape \(2, 24, 3\); .* holds 24 features, so \[24, r\] fits, or \[3, 24, r\] for a basis of each"),
+        SpecError, r"basis has shape \(2, 24, 3\); .* holds 24 features, so \[24, r\] with r from 1 to 24 fits, or \[3, 24, r\] for a basis of each"),
     "basis of each of varying tokens": (inject(tokens={"column": "patches"}, source_tokens={"column": "patches"}),
         {"b": torch.zeros(1, 24, 3)}, SpecError, "a basis for each token takes equally many tokens in every example"),
     "basis of each token at heads": (inject(site="blocks.1.attn.q", tokens=[0, 1]), {"b": torch.zeros(2, 8, 3)}, SpecError,
-        r"basis has shape \(2, 8, 3\); .* holds 8 features, so \[8, r\] fits\."),
+        r"basis has shape \(2, 8, 3\); .* holds 8 features, so \[8, r\] with r from 1 to 8 fits\."),
     "one gate for a basis of each token": (inject(tokens=[0, 1], gate="g"), {"b": torch.stack([R, R]), "g": torch.ones(3)}, SpecError,
         r"gate has shape \(3,\); the basis has 3 columns for each of 2 tokens, so \[2, 3\] fits"),
     "one basis of each token that is not orthonormal": (inject(tokens=[0, 1]), {"b": torch.stack([R, 2 * R])}, SpecError,
@@ -297,7 +298,7 @@ def test_tensors_that_are_no_mapping(guarded: dict[Tiny, World]) -> None:
             vmi.execute(guarded[TIMM_PLAIN].vit, [Run(name="r")], COLUMNS, tensors=tensors)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("batch_size", [0, -4, 2.5, "big", None])
+@pytest.mark.parametrize("batch_size", [0, -4, 2.5, "big", None, True])
 def test_bad_batch_sizes(guarded: dict[Tiny, World], batch_size: Any) -> None:
     with pytest.raises(SpecError, match=r"batch_size is 'auto' or a positive integer, got"):
         vmi.execute(guarded[TIMM_PLAIN].vit, [Run(name="r")], COLUMNS, batch_size=batch_size)

@@ -19,6 +19,7 @@ from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, TIMM_POOLED, Tiny, stirred
 from vit_mechinterp import Run, Sweep
 from vit_mechinterp.engine import Inputs, register_operator
+from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.spec import OPS, Intervention, SourcedIntervention, TensorRef, register_op
 
 Document = dict[str, Any]
@@ -34,10 +35,12 @@ def run(name: str, *edits: Document, **fields: Any) -> Document:
 
 def test_clean_runs_are_the_native_output_bit_for_bit() -> None:
     world = world_of(HF_VIT, 4)
-    results = world.execute([run("a"), run("b", base="source"), run("c", capture=["blocks.1.mlp.post"])])
-    with torch.no_grad():
-        for name, column in (("a", "base"), ("b", "source"), ("c", "base")):
-            assert torch.equal(results[name], world.vit(world.columns[column]))
+    for column in ("base", "source"):  # apart, so that forwards hold the images that native ones hold
+        results = world.execute([run("a", base=column), run("b", base=column, capture=["blocks.1.mlp.post"])])
+        with torch.no_grad():
+            native = world.vit(world.columns[column])
+        assert torch.equal(results["a"], native)
+        assert torch.equal(results["b"], native)
 
 
 def test_nothing_added_changes_nothing() -> None:
@@ -283,3 +286,42 @@ def test_a_thousand_runs_are_as_good_as_one() -> None:
     results = world.execute([run(f"{n}", edit) for n, edit in enumerate(edits)], batch_size=256)
     some = [run(f"{n}", edits[n]) for n in (0, 99, 199, 298)]
     world.check(some, results, effect=None)
+
+
+def test_options_are_told_apart_by_their_types() -> None:
+    """A number and the text that looks like it are two options of an operation."""
+
+    @register_op
+    class Marked(Intervention):
+        """``h`` plus one for a text, plus two for a number, plus three for a truth value."""
+
+        op: Literal["marked"] = "marked"
+        mark: bool | float | str
+
+    @register_operator(Marked)
+    def marked(spec: Marked, h: Tensor, inputs: Inputs) -> Tensor:
+        return h + {str: 1.0, float: 2.0, bool: 3.0}[type(spec.mark)]
+
+    try:
+        world = world_of(TIMM_PLAIN)
+        marks = ["1.0", 1.0, "True", True]
+        edits = [{"op": "marked", "site": "logits", "mark": mark} for mark in marks]
+        runs = [Run.model_validate(run(f"r{n}", edit)) for n, edit in enumerate(edits)]
+        results = vmi.execute(world.vit, runs, world.columns, progress=False)
+        clean = world.oracle.clean("base")[0]
+        for n, change in enumerate((1.0, 2.0, 1.0, 3.0)):
+            assert torch.allclose(results[f"r{n}"], clean + change, atol=1e-5)
+    finally:
+        OPS.pop("marked")
+
+
+def test_a_model_that_would_normalise_by_the_batch_is_refused() -> None:
+    world = World(TIMM_PLAIN, 2)
+    module: Any = world.module
+    module.fc_norm = torch.nn.BatchNorm1d(24)
+    run_ = Run.model_validate(run("clean"))
+    with pytest.raises(ExecutionError, match=r"would normalise by the images .* \(at fc_norm\)\. Call module\.eval\(\) first"):
+        vmi.execute(world.vit, run_, world.columns, progress=False)
+    assert int(module.fc_norm.num_batches_tracked) == 0
+    module.fc_norm.eval()
+    assert vmi.execute(world.vit, run_, world.columns, progress=False).logits.shape[:2] == (1, 2)

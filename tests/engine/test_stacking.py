@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.engine.world import World
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, Tiny
 from vit_mechinterp.engine import ops, stacking, wave
-from vit_mechinterp.spec import AddDirection
+from vit_mechinterp.spec import OPS, AddDirection, Intervention, TensorRef, register_op
 
 HERE, THERE = {"column": "here"}, {"column": "there"}
 BOXES = {"box": "box"}
@@ -43,6 +43,9 @@ def residual(world: World) -> list[dict[str, Any]]:
             "source_tokens": THERE, **fields,
         }  # fmt: skip
 
+    def point(**fields: Any) -> dict[str, Any]:
+        return {"op": "inject_subspace", "site": site, "basis": f"basis.{d}", "vectors": "point.3", "tokens": HERE, **fields}
+
     def drop(method: str, **fields: Any) -> dict[str, Any]:
         return {"op": "ablate", "site": site, "method": method, "tokens": HERE, **fields}
 
@@ -64,6 +67,9 @@ def residual(world: World) -> list[dict[str, Any]]:
         run("write in part", write(gate="gate")),
         run("push, then swap", push(2.0, tokens=["cls"]), swap(tokens=HERE)),
         run("swap, then push", swap(tokens=HERE), push(3.0)),
+        run("push what is swapped then", push(2.0), swap(tokens=HERE, source_tokens=THERE)),
+        run("write a point", point()),
+        run("write a point in part", point(gate="gate")),
         run("drop", drop("zero")),
         run("drop two", drop("zero", tokens=[0, 3])),
         run("drop to the mean", drop("mean")),
@@ -84,6 +90,8 @@ def heads(world: World) -> list[dict[str, Any]]:
     return [
         run("both", edit(z)),
         run("both, there", edit(z, source_tokens=THERE)),
+        run("both in turn", edit(z, heads=[1, 0])),
+        run("both in turn, there", edit(z, heads=[1, 0], source_tokens=THERE)),
         run("first", edit(z, heads=[0])),
         run("first at cls", edit(z, heads=[0], tokens=["cls"])),
         run("second", edit(z, heads=[1])),
@@ -111,7 +119,7 @@ def test_one_operation_serves_all_that_can_go_together(
     groups: list[list[str]] = []
 
     def noted(value: Tensor, group: Any) -> None:
-        groups.append([own.spec.spec.op for own in group])
+        groups.append([own.edit.spec.op for own in group])
         stacking.edit_stack(value, group)
 
     monkeypatch.setattr(wave, "edit_stack", noted)
@@ -126,6 +134,51 @@ def test_one_operation_serves_all_that_can_go_together(
     ]
     world.check([*pushes, *swaps], world.execute([*pushes, *swaps], batch_size=64))
     assert groups == [["add_direction"] * 4, ["interchange"] * 3]
+
+
+def test_directions_are_added_in_float32_and_rounded_once() -> None:
+    world = World(TIMM_PLAIN, n=2, dtype=torch.bfloat16)
+    alphas = [1 / 3, 0.7, -1.1]
+    vector = world.tensors[f"direction.{world.module_width}"]
+    pushes = [
+        run(f"push {n}", {"op": "add_direction", "site": "embed", "vector": f"direction.{world.module_width}", "alpha": alpha,
+                          "tokens": ["cls", 2]})
+        for n, alpha in enumerate(alphas)
+    ]  # fmt: skip
+    documents = [{**document, "capture": ["embed"]} for document in pushes]
+    results = world.execute(documents, batch_size=64)
+    clean = world.oracle.clean("base")[1]["embed"]
+    for n, alpha in enumerate(alphas):
+        expected = clean.clone()
+        expected[:, [0, 3]] = (clean[:, [0, 3]].float() + alpha * vector).bfloat16()
+        assert torch.equal(results.captures[f"push {n}"]["embed"], expected)
+        rounded_twice = clean[:, [0, 3]] + (alpha * vector).bfloat16()
+        assert not torch.equal(expected[:, [0, 3]], rounded_twice)
+
+
+def test_a_built_in_operator_serves_specs_of_ones_own() -> None:
+    @register_op
+    class Push(Intervention):
+        """``h + v``."""
+
+        op: Literal["push"] = "push"
+        vector: TensorRef
+        alpha: float = 1.0
+
+    ops.register_operator(Push, by_token=True)(ops.add_direction)
+    try:
+        world = World(TIMM_PLAIN, n=3)
+        d = world.module_width
+        pushes = [
+            run(f"push {alpha}", {"op": "push", "site": "blocks.1.resid_post", "vector": f"direction.{d}", "alpha": alpha, "tokens": HERE})
+            for alpha in (1.0, 2.0)
+        ]
+        results = world.execute(pushes, batch_size=64)
+        by_name = {name: [{**edit, "op": "add_direction"} for edit in document["interventions"]]
+                   for document in pushes for name in [document["name"]]}  # fmt: skip
+        world.check([run(name, *edits) for name, edits in by_name.items()], results)
+    finally:
+        OPS.pop("push")
 
 
 def test_an_operator_of_ones_own_is_given_one_run_at_a_time(

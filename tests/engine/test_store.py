@@ -15,7 +15,7 @@ import vit_mechinterp as vmi
 from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
 from tests.engine.stores import SITES, N, captured, native
 from tests.engine.world import Counted, World
-from tests.tiny_models import TIMM_PLAIN
+from tests.tiny_models import HF_CLIP, TIMM_PLAIN
 from vit_mechinterp import ActivationStore
 from vit_mechinterp.engine.store import disk, source, tiers
 from vit_mechinterp.errors import SpecError
@@ -297,3 +297,21 @@ def test_trainings_read_their_clean_part(world: World, tmp_path: Path) -> None:
     assert torch.equal(answers[0][1], answers[1][1])
     assert float(answers[0][1].abs().max()) > 0
     assert (answers[0][2], answers[1][2]) == (4 * N, 0)
+
+
+def test_outputs_that_are_no_logits_are_stored_too(tmp_path: Path) -> None:
+    world = World(HF_CLIP, 6)
+    output = world.vit.layout.output
+    assert output not in world.vit.sites()
+    edit = {"op": "interchange", "site": "blocks.1.resid_post", "source": "source", "tokens": [1, 2]}
+    documents = [{"name": "clean"}, {"name": "swap", "interventions": [edit]}]
+    with ActivationStore(tmp_path) as store:
+        first = world.execute(documents, store=store)
+        world.check(documents, first)
+        runs = [vmi.Run.model_validate(document) for document in documents]
+        assert "everything that clean forwards give is stored" in str(vmi.plan(world.vit, runs, world.columns, store=store))
+        with Counted(world.module) as counted:  # whose hooks keep the last block whole, which rounds otherwise
+            again = world.execute(documents, store=store)
+        assert torch.equal(again["clean"], first["clean"])
+        assert torch.allclose(again["swap"], first["swap"], atol=1e-5 * world.scale)
+        assert counted.total == 6  # the one block behind the edit

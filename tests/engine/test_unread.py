@@ -13,8 +13,8 @@ import vit_mechinterp as vmi
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
+from vit_mechinterp.engine import Batch, prepare, run_together
 from vit_mechinterp.engine.ops import register_operator
-from vit_mechinterp.engine.prepare import prepare
 from vit_mechinterp.spec import Intervention, register_op
 
 Document = dict[str, Any]
@@ -156,6 +156,36 @@ def test_an_operator_that_looks_at_several_tokens_sees_them_all() -> None:
     assert not torch.allclose(found["a"], vit(x), atol=1e-3 * world.scale)
 
 
+def test_preparations_that_run_together_compute_what_either_reads() -> None:
+    @register_op
+    class Mean(Intervention):
+        """Every selected token becomes the mean over tokens and examples."""
+
+        op: Any = "mean_of_test_unread"
+
+    @register_operator(Mean)
+    def mean(spec: Mean, h: Tensor, inputs: Any) -> Tensor:
+        return h.mean(dim=0, keepdim=True).expand_as(h)
+
+    world = World(TIMM_PLAIN, 2)
+    vector = {"v": world.tensors["direction.24"]}
+    push = vmi.AddDirection(site="blocks.0.resid_post", vector=vmi.TensorRef("v"), alpha=2.0)
+    runs = [Run(name="a", interventions=[push]), Run(name="b", interventions=[push, Mean(site="blocks.2.mlp_out")])]
+    with (
+        prepare(world.vit, runs[:1], world.columns, vector, progress=False) as one,
+        prepare(world.vit, runs[1:], world.columns, vector, progress=False) as other,
+    ):
+        first, second = run_together([Batch(one, [0, 1], ["a"]), Batch(other, [0, 1], ["b"])], vector)
+    hooks: dict[str, Any] = {"blocks.0.resid_post": lambda h: h + 2 * vector["v"]}
+    with torch.no_grad(), world.vit.hooks(hooks):
+        a = world.vit(world.columns["base"])
+    with torch.no_grad(), world.vit.hooks({**hooks, "blocks.2.mlp_out": lambda h: h.mean(dim=(0, 1), keepdim=True).expand_as(h)}):
+        b = world.vit(world.columns["base"])
+    assert torch.allclose(first[0], a, atol=1e-5 * world.scale)
+    assert torch.allclose(second[0], b, atol=1e-5 * world.scale)
+    assert not torch.allclose(a, b, atol=1e-2 * world.scale)
+
+
 def test_hooks_of_other_people_see_every_token() -> None:
     world = World(TIMM_PLAIN, 2)
     documents = [run("a", swap("blocks.0.resid_post"))]
@@ -201,6 +231,7 @@ def test_nothing_is_left_behind_when_a_wave_fails(monkeypatch: pytest.MonkeyPatc
         native(self, *args, **kwargs)
         raise KeyboardInterrupt
 
+    fail.__module__ = native.__module__  # a foreign method would keep the model whole
     monkeypatch.setattr(type(world.module), "forward_head", fail)
     with pytest.raises(KeyboardInterrupt):
         world.execute(documents)

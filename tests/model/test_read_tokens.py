@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -78,7 +79,10 @@ def test_another_head_is_noticed() -> None:
 
 def of_timm(kind: type[nn.Module]) -> type[nn.Module]:
     """A class that passes for one of timm's own: modules of the user's are left whole without a trial."""
-    kind.__module__ = kind.forward.__module__ = "timm.layers"
+    kind.__module__ = "timm.layers"
+    for method in vars(kind).values():
+        if isinstance(method, FunctionType):
+            method.__module__ = kind.__module__
     return kind
 
 
@@ -171,6 +175,7 @@ def test_a_trial_that_fails_costs_no_more_than_the_whole_block(monkeypatch: pyte
     def fail(*args: Any, **kwargs: Any) -> Tensor:
         raise AttributeError("a head that looks for what a block has left")
 
+    fail.__module__ = "timm.models"
     with monkeypatch.context() as patch:
         patch.setattr(type(module), "forward_head", fail)
         assert read_tokens(vit) is None
@@ -186,6 +191,49 @@ def test_another_function_of_a_part_is_noticed() -> None:
     mlp.forward = lambda x: native(x) + x.mean(dim=1, keepdim=True)
     assert read_tokens(vit) is None
     del mlp.forward
+    assert read_tokens(vit) is not None
+
+
+@of_timm
+class Zeroed(nn.Module):
+    """Attention of the block's second kind, as an adapter begins: its projection is zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(24, 24)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(x.mean(dim=1, keepdim=True))
+
+
+def test_weights_that_no_longer_hide_what_a_part_does_are_noticed() -> None:
+    module: Any = TIMM_PLAIN.module()
+    module.blocks[2].ls2 = part = Zeroed()
+    vit = vmi.wrap(module)
+    assert read_tokens(vit) is not None
+    part.proj.weight.data.normal_()  # which the parameter's own count of versions does not see
+    assert read_tokens(vit) is None
+
+
+def test_methods_of_the_users_own_are_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some read other tokens for some images alone, which no trial shows."""
+    module: Any = TIMM_PLAIN.module()
+    vit = vmi.wrap(module)
+    native = module.forward_head
+
+    def rarely(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        moved = x + (x[:, :1, :7] > 0).all(dim=-1, keepdim=True) * x[:, 4:5]
+        return native(moved, *args, **kwargs)
+
+    assert read_tokens(vit) is not None
+    module.forward_head = rarely
+    assert read_tokens(vit) is None
+    del module.forward_head
+    assert read_tokens(vit) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(type(module), "forward_head", lambda self, x, **kwargs: rarely(x, **kwargs))
+        assert read_tokens(vit) is None
     assert read_tokens(vit) is not None
 
 

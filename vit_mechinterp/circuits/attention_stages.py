@@ -25,7 +25,7 @@ from vit_mechinterp.circuits.attention_shares import measure_shares
 from vit_mechinterp.circuits.attention_words import captions, description, drawing, findings
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.checks import refuse_dropout
+from vit_mechinterp.engine.checks import refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -97,7 +97,7 @@ def attention_stages(
         raise SpecError(
             f"first_peak_layer={first_peak_layer} is out of range; layers are 0 to {vit.layout.n_layers - 1}."
         )
-    refuse_dropout(vit)
+    refuse_train_mode(vit)
     columns = Data(data, vit)
     compared, others = default_objects(columns, objects, display, "attention_stages")
     tokens = part_tokens(vit, columns, compared, base, others)

@@ -23,7 +23,7 @@ from vit_mechinterp.circuits.attention_roles import (
 )
 from vit_mechinterp.circuits.attention_stages import origin
 from vit_mechinterp.circuits.result import CircuitResult, provenance
-from vit_mechinterp.engine.checks import refuse_dropout
+from vit_mechinterp.engine.checks import refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import UnsupportedModelError
 from vit_mechinterp.model.hooked import HookedViT
@@ -69,7 +69,7 @@ def attention_walkthrough(
         DataError: a column is missing, or objects have no patches of their own.
         UnsupportedModelError: the model's patches form no plane grid, so there is nothing to draw on.
     """
-    refuse_dropout(vit)
+    refuse_train_mode(vit)
     if len(vit.layout.tokens.grid) != 2:
         grid = "x".join(map(str, vit.layout.tokens.grid))
         raise UnsupportedModelError(f"attention_walkthrough draws on an image; this model's grid is {grid}.")

@@ -27,7 +27,7 @@ from vit_mechinterp.circuits.probe_words import captions, description, draw, fin
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine import execute
-from vit_mechinterp.engine.checks import refuse_dropout
+from vit_mechinterp.engine.checks import refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
@@ -123,7 +123,7 @@ def probe_intervention(
             image.
     """
     check_resampling(resamples, seed)
-    refuse_dropout(vit)
+    refuse_train_mode(vit)
     training = ProbeTraining(epochs, batch_size, learning_rate, weight_decay, seed)
     _check_alphas(alphas)
     places = pair_sites(vit, site, intervene_at, layers)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.result import provenance
 from vit_mechinterp.circuits.statistics import bootstrap_interval
-from vit_mechinterp.engine.checks import refuse_dropout
+from vit_mechinterp.engine.checks import refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.provenance import circumstances
 from vit_mechinterp.errors import SpecError
@@ -37,7 +37,7 @@ def reading_data(vit: HookedViT, data: Any, column: str, example: int = 0, *, pr
     Raises:
         SpecError: there is no such example; DataError: an image is none; ExecutionError: dropout is on.
     """
-    refuse_dropout(vit)
+    refuse_train_mode(vit)
     columns = Data(data, vit, progress=progress)
     columns.check_images(column)
     if not 0 <= example < columns.n:

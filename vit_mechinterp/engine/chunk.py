@@ -131,8 +131,8 @@ class _Outputs:
         self._by_run: dict[str, Tensor] = {}
 
     def put(self, run: str, examples: IntArray, rows: Tensor) -> None:
-        """Rows of some examples."""
-        if len(examples) == len(self.chunk):  # each once, and they ascend
+        """Rows of some examples, which ascend."""
+        if len(examples) == len(self.chunk):
             self._by_run[run] = rows
             return
         if run not in self._by_run:
@@ -144,7 +144,7 @@ class _Outputs:
         return self._by_run[run][torch.as_tensor(examples - self.chunk.start)]
 
     def whole(self, run: str) -> Tensor:
-        """Rows of all examples."""
+        """Rows of all examples: a view, perhaps, of what a wave gave."""
         return self._by_run[run]
 
 

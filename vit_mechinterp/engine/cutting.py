@@ -30,12 +30,13 @@ BUDGET = 2 * 1024**3
 """Bytes held beside the model on a CPU, unless something else is asked for."""
 SHARE = 0.4
 """On a GPU, the share of the free memory."""
-WORK = {"cpu": 10**13}
-MORE_WORK = 10**15
-"""Multiply-adds per chunk, by device and elsewhere: a minute or so. A chunk is what is lost if an experiment
-is killed, and what must be done again if memory runs out."""
+MULTIPLY_ADDS = {"cpu": 10**13}
+MORE_MULTIPLY_ADDS = 10**15
+"""Work per chunk, by device and elsewhere: a minute or so. A chunk is what is lost if an experiment is
+killed, and what must be done again if memory runs out."""
 FEWEST_ROWS, MOST_ROWS = 2048, 16384
-"""Rows per chunk, whatever they cost: in a chunk of few examples, runs share little of what edits take."""
+"""Rows per chunk, whatever they cost. In a chunk of few examples runs share little of what edits take; and a
+chunk's outputs are in memory."""
 
 
 def schedule_for(
@@ -64,7 +65,8 @@ def schedule_for(
     Raises:
         SpecError: ``batch_size`` or ``memory`` is no such thing, or too little for one row.
     """
-    if batch_size != "auto" and not (hasattr(batch_size, "__index__") and batch_size > 0):
+    whole = hasattr(batch_size, "__index__") and not isinstance(batch_size, bool)
+    if batch_size != "auto" and not (whole and int(batch_size) > 0):
         raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
     budget = budget_of(vit) if memory is None else parse_bytes(memory)
     columns = sorted(bound.image_columns)
@@ -105,8 +107,9 @@ def schedule_for(
 def _rows_per_chunk(vit: HookedViT) -> int:
     """Rows that a chunk should have, by what one costs in all blocks."""
     tokens, d_model = vit.layout.tokens.n_tokens, vit.layout.d_model
-    row = vit.layout.n_layers * tokens * d_model * (12 * d_model + 2 * tokens)
-    work = WORK.get(vit.device.type, MORE_WORK)
+    # A token's weights, and its scores and sums over all others.
+    row = vit.layout.n_layers * tokens * (12 * d_model * d_model + 2 * tokens * d_model)
+    work = MULTIPLY_ADDS.get(vit.device.type, MORE_MULTIPLY_ADDS)
     return max(FEWEST_ROWS, min(MOST_ROWS, work // row))
 
 

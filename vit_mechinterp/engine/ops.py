@@ -2,7 +2,8 @@
 
 A function is given the activation at the selected tokens, ``h [m, *features]`` with one row per selected
 token (of any example), and `Inputs` paired with it row by row; it returns the new rows. Functions are found
-by the type of the spec; a third party adds one with `register_operator`.
+by the type of the spec; a third party adds one with `register_operator`. The functions of this module may be
+given tokens of several runs at once, and `inject_subspace` also subspaces of several runs, stacked in front.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from torch import Tensor
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.spec import Ablate, AddDirection, InjectSubspace, Interchange, Intervention
 
-__all__ = ["Inputs", "Operator", "acts_by_token", "apply", "register_operator"]
+__all__ = [
+    "Inputs",
+    "Operator",
+    "ablate",
+    "acts_by_token",
+    "add_direction",
+    "apply",
+    "inject_subspace",
+    "interchange",
+    "operator_of",
+    "register_operator",
+]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ __all__ = ["RowKeys"]
 
 BoolArray = NDArray[np.bool_]
 
+_NUMBERS = (bool, int, float)
 _PLAIN = (str, bool, int, float, TensorRef)
 """Types of fields that are compared as they are."""
 
@@ -99,8 +100,8 @@ class RowKeys:
         spec = edit.spec
         values = [getattr(spec, name) for name in _fields(type(spec)) if name not in resolved]
         if all(value is None or type(value) in _PLAIN for value in values):
-            # Numbers are told apart by how they are written, as in a document: 0.0 is not -0.0, 1 not True.
-            return tuple(repr(value) if type(value) in (float, bool) else value for value in values)
+            # Told apart by type and by how they are written, as in a document: 1.0 is not "1.0", nor 1 True.
+            return tuple((type(value), repr(value)) if type(value) in _NUMBERS else value for value in values)
         return spec.model_dump_json(exclude=set(resolved))
 
 

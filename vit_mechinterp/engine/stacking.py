@@ -41,16 +41,16 @@ class Placed:
 
     Args:
         segment: number of the segment.
-        edit: its place among the run's interventions.
-        spec: the intervention.
+        place: the intervention's place among those of its run.
+        edit: the intervention.
         rows: the segment's rows in the batch.
         examples: the example of every row.
         material: what the rows read.
     """
 
     segment: int
-    edit: int
-    spec: Edit
+    place: int
+    edit: Edit
     rows: slice
     examples: tuple[int, ...]
     material: Material
@@ -63,19 +63,18 @@ def stacked(edits: Sequence[Placed], value: Tensor) -> list[list[Placed]]:
         edits: segment by segment, each segment's in the order in which they act.
         value: the activation that they edit.
     """
-    groups: dict[tuple[object, ...], list[Placed]] = defaultdict(list)
+    groups: dict[tuple[int, tuple[object, ...]], list[Placed]] = defaultdict(list)
     before: dict[int, int] = defaultdict(int)
     for own in edits:
         rank = before[own.segment]
         before[own.segment] += 1
-        kind = _kind(own, value)
-        groups[(rank, *kind) if kind else (rank, own.segment, own.edit, "alone")].append(own)
-    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # type: ignore[arg-type,return-value]
+        groups[rank, _kind(own, value) or ("alone", own.segment, own.place)].append(own)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
 def _kind(own: Placed, value: Tensor) -> tuple[object, ...]:
     """What interventions must have in common; empty for one that stands alone."""
-    edit, spec = own.spec, own.spec.spec
+    edit, spec = own.edit, own.edit.spec
     if edit.positions.is_all or not edit.keys.is_all:
         return ()
     operator = operator_of(spec)
@@ -85,14 +84,13 @@ def _kind(own: Placed, value: Tensor) -> tuple[object, ...]:
         return operator, spec.heads, spec.method == "zero"
     if spec.heads is not None or value.ndim != 3:
         return ()
-    if operator is not add_direction and (operator is not inject_subspace or edit.source is None):
+    if not (operator is add_direction and isinstance(spec, AddDirection)) and not (
+        operator is inject_subspace and edit.source is not None
+    ):
         return ()
-    tensors = tuple(
-        (field, tuple(tensor.shape), tensor.dtype)
-        for field, ref in edit.refs
-        for tensor in (own.material.tensors[ref],)
-    )
-    return operator, _n_tokens(edit.positions, own.examples), edit.choice is None, tensors
+    given = ((field, own.material.tensors[ref]) for field, ref in edit.refs)
+    tensors = tuple((field, tuple(tensor.shape), tensor.dtype) for field, tensor in given)
+    return operator, _n_tokens(edit.positions, own.examples), tensors
 
 
 def _n_tokens(positions: Positions, examples: Sequence[int]) -> int:
@@ -103,12 +101,12 @@ def _n_tokens(positions: Positions, examples: Sequence[int]) -> int:
 
 def edit_stack(value: Tensor, group: Sequence[Placed]) -> None:
     """Carry out a group that `stacked` made on an activation that is ours to write."""
-    first = group[0].spec
+    first = group[0].edit
     view = by_token(first.site, value)
     where, ordinals = _selected(group, value.device)
     h = view[where]
     inputs = [
-        inputs_of(own.spec, own.examples, own.spec.positions.counts(own.examples, 0), ordinal, own.material)
+        inputs_of(own.edit, own.examples, own.edit.positions.counts(own.examples, 0), ordinal, own.material)
         for own, ordinal in zip(group, ordinals, strict=True)
     ]
     operator = operator_of(first.spec)
@@ -131,9 +129,9 @@ def _selected(
     ordinals: list[Tensor] = []
     for own in group:
         # Runs of a sweep select the same tokens of the same examples.
-        key = id(own.spec.positions), own.examples
+        key = id(own.edit.positions), own.examples
         if key not in known:
-            row, position, ordinal = own.spec.positions.flat(own.examples)
+            row, position, ordinal = own.edit.positions.flat(own.examples)
             known[key] = row, position, torch.as_tensor(ordinal, device=device)
         row, position, order = known[key]
         rows.append(row + own.rows.start)
@@ -147,7 +145,7 @@ def _replaced(
     h: Float[Tensor, "m *features"], group: Sequence[Placed], inputs: Sequence[Inputs]
 ) -> Float[Tensor, "m *features"]:
     """Values of elsewhere, or zeros, put in place."""
-    spec = group[0].spec.spec
+    spec = group[0].edit.spec
     selected = h if spec.heads is None else h[:, list(spec.heads)]
     sources = [
         one.source.expand(len(one.ordinal), *selected.shape[1:]) for one in inputs if one.source is not None
@@ -167,7 +165,8 @@ def _directions_added(
     """Each run's direction, in its strength."""
     wide = torch.promote_types(h.dtype, torch.float32)
     directions = [one.rows_of(one.tensors["vector"].to(wide), h.shape[-1]) for one in inputs]
-    alphas = [own.spec.spec.alpha for own in group if isinstance(own.spec.spec, AddDirection)]
+    specs = [own.edit.spec for own in group]
+    alphas = [spec.alpha for spec in specs if isinstance(spec, AddDirection)]
     strength = torch.tensor(alphas, dtype=wide, device=h.device)[:, None, None]
     return (h.to(wide) + strength * torch.stack(directions)).to(h.dtype)
 
@@ -180,4 +179,5 @@ def _subspaces_injected(
     tensors = {field: torch.stack([one.tensors[field] for one in inputs]) for field in inputs[0].tensors}
     if "gate" in tensors and tensors["gate"].ndim == 2:  # one gate for all tokens
         tensors["gate"] = tensors["gate"][:, None]
-    return apply(group[0].spec.spec, h, Inputs(ordinal=inputs[0].ordinal, source=sources, tensors=tensors))
+    # Ordinals pair given vectors with tokens, and these have sources.
+    return apply(group[0].edit.spec, h, Inputs(ordinal=inputs[0].ordinal, source=sources, tensors=tensors))

@@ -21,6 +21,7 @@ from vit_mechinterp.spec import EditFeature, TensorRef
 __all__ = ["check_tensors", "digest_of", "load_tensor", "resolve_refs"]
 
 ORTHONORMAL_TOLERANCE = 1e-3
+"""How far an entry of R^T R may be from the identity's."""
 
 
 def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
@@ -203,7 +204,7 @@ def _check_basis(
     d = _features(vit, edit)
     counts = _token_counts(vit, edit, n_examples)
     by_token = tensor.ndim == 3 and counts == {tensor.shape[0]} and not edit.site.has_heads
-    if (tensor.ndim != 2 and not by_token) or tensor.shape[-2] != d or tensor.shape[-1] > d:
+    if (tensor.ndim != 2 and not by_token) or tensor.shape[-2] != d or not 1 <= tensor.shape[-1] <= d:
         also = ""
         if edit.site.has_tokens and not edit.site.has_heads:
             also = "; a basis for each token takes equally many tokens in every example"
@@ -211,7 +212,7 @@ def _check_basis(
                 also = f", or [{next(iter(counts))}, {d}, r] for a basis of each token"
         raise SpecError(
             f"{edit.where}: basis has shape {tuple(tensor.shape)}; {edit.site} holds {d} features, so "
-            f"[{d}, r] fits{also}."
+            f"[{d}, r] with r from 1 to {d} fits{also}."
         )
 
 

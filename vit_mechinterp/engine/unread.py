@@ -13,7 +13,7 @@ from vit_mechinterp.spec import BLOCK_SITES, Site
 
 __all__ = ["looks_inside", "tokens_read", "union"]
 
-PAYS = 0.5
+NARROWING_PAYS = 0.5
 """Tokens are left out where those that are read are at most this share of all."""
 
 _BEHIND = BLOCK_SITES[BLOCK_SITES.index("attn.z") :]
@@ -42,7 +42,7 @@ def tokens_read(
             return None
         for own in positions.each or (positions.shared or (),):
             found.update(own)
-    return tuple(sorted(found)) if len(found) <= PAYS * read.n_tokens else None
+    return tuple(sorted(found)) if len(found) <= NARROWING_PAYS * read.n_tokens else None
 
 
 def looks_inside(runs: Iterable[tuple[BoundRun, Sequence[Read]]], n_layers: int) -> bool:

@@ -29,13 +29,13 @@ from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import TAP_SITES
-from vit_mechinterp.model.narrowing import Narrowing, is_as_made
+from vit_mechinterp.model.narrowing import Narrowing, is_untouched
 from vit_mechinterp.model.sparing import PARTS, Distinct, Sparing
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
 __all__ = ["WaveResult", "distinct_rows", "run_wave"]
 
-PAYS = 0.75
+SPARING_PAYS = 0.75
 """Parts of a block run on distinct rows where these are at most this share of all rows."""
 
 
@@ -73,7 +73,7 @@ def run_wave(
     if spares:
         wave.spare()
     narrowed: AbstractContextManager[None] = nullcontext()
-    if tokens is not None and is_as_made(vit.module):
+    if tokens is not None and is_untouched(vit.module):
         narrowed = Narrowing(vit.module, vit.layout, tokens).installed()
     with wave.instrument.installed():
         with wave.sparing.installed(), narrowed:
@@ -86,7 +86,7 @@ def run_wave(
 def distinct_rows(
     segments: Sequence[Segment], images: Sequence[Mapping[str, IntArray]], n_layers: int
 ) -> dict[int, dict[str, Distinct]]:
-    """By layer and part, the distinct rows where that makes the part's work at most `PAYS` of the whole.
+    """By layer and part, the distinct rows where they are at most `SPARING_PAYS` of all.
 
     ``images`` holds the image numbers by column that each segment's rows start from.
     """
@@ -110,7 +110,7 @@ def distinct_rows(
                     keys[starts[n] : starts[n + 1]] = own[list(segments[n].examples)]
                 _, first, index = np.unique(keys, return_index=True, return_inverse=True)
                 known[equal] = Distinct(first, index.reshape(-1))
-            if len(known[equal].first) <= PAYS * rows:
+            if len(known[equal].first) <= SPARING_PAYS * rows:
                 parts[part] = known[equal]
         if parts:
             found[layer] = parts
@@ -219,10 +219,10 @@ class _Wave:
             for group in stacked([self._placed(n, k, edit) for n, k, edit in edits], value):
                 if len(group) > 1:
                     edit_stack(value, group)
-                    self.applied.update((own.segment, own.edit) for own in group)
+                    self.applied.update((own.segment, own.place) for own in group)
                     continue
                 own = group[0]
-                self._edit(value, own.rows, own.segment, own.edit, own.spec)
+                self._edit(value, own.rows, own.segment, own.place, own.edit)
             return value
 
         return visitor

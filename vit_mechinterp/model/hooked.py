@@ -59,7 +59,7 @@ class HookedViT:
         self.layout = layout
         self.source = source
         self.origin = absolute(source) if origin is None and source is not None else origin
-        self._sites: dict[str, SiteInfo] | None = None
+        self._shapes: tuple[dict[str, SiteInfo], tuple[int, ...]] | None = None
         self._preprocess: Preprocess | None = None
         self.compiled: CompiledBlocks | None = None
         self.lock = lock_of(module)
@@ -259,11 +259,17 @@ class HookedViT:
 
         Shapes are read off one forward of a blank image, once per wrapper.
         """
-        if self._sites is None:
-            self._sites = self._probe()
-        return dict(self._sites)
+        if self._shapes is None:
+            self._shapes = self._probe()
+        return dict(self._shapes[0])
 
-    def _probe(self) -> dict[str, SiteInfo]:
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the model's output for one example, whether it is a site or not; found as `sites` are."""
+        if self._shapes is None:
+            self._shapes = self._probe()
+        return self._shapes[1]
+
+    def _probe(self) -> tuple[dict[str, SiteInfo], tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
 
         def note(name: str) -> Visitor:
@@ -277,9 +283,10 @@ class HookedViT:
             instrument.visit(Site.parse(name), note(name))
         devices = [self.device] if self.device.type == "cuda" else []
         with self.lock, torch.no_grad(), torch.random.fork_rng(devices), instrument.installed():
-            self._forward(self.blank(1))
+            output = self._forward(self.blank(1))
             instrument.verify()
-        return {name: describe(Site.parse(name), shapes[name]) for name in self.site_names()}
+        sites = {name: describe(Site.parse(name), shapes[name]) for name in self.site_names()}
+        return sites, tuple(output.shape[1:])
 
     def blank(self, batch: int) -> Tensor:
         """Blank images ``[batch, 3, height, width]`` (videos: with frames), as the model takes them."""

@@ -24,8 +24,8 @@ __all__ = ["ReadTokens", "read_tokens"]
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
     weakref.WeakKeyDictionary()
 )
-"""By last block, and by what it consists of, its precision and the tokens: the shares of `ReadTokens`, or
-None if the block cannot be narrowed."""
+"""By last block, and by what it consists of, its weights, its precision and the tokens: the shares of
+`ReadTokens`, or None if the block cannot be narrowed."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def read_tokens(vit: HookedViT) -> ReadTokens | None:
 
     Random streams take the place of the last block's output: what changes the output, or ``pooled``, is read.
     The head may be another one tomorrow, so this is done anew at every call; it costs a few forwards
-    without blocks. Whether the block itself can be narrowed is tried once for what it consists of.
+    without blocks. Whether the block itself can be narrowed is tried once for its parts and weights.
 
     Returns:
         None where all tokens are read, the model has no others than patches, it is not as its library made it
@@ -87,7 +87,7 @@ def _found(vit: HookedViT) -> ReadTokens | None:
     block: nn.Module = lookup(vit.module, layout.block_path(layout.n_layers - 1))
     kind = vit.device.type
     precision = vit.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    known, key = _KNOWN.setdefault(block, {}), (tokens, precision, *_parts_of(block))
+    known, key = _KNOWN.setdefault(block, {}), (tokens, precision, *_parts_of(block), *_norms_of(block))
     if key not in known:
         known.clear()
         forget(block)
@@ -99,6 +99,14 @@ def _found(vit: HookedViT) -> ReadTokens | None:
 def _parts_of(block: nn.Module) -> list[tuple[int, int]]:
     """What a block consists of: its modules, and the functions that they run."""
     return [(id(part), id(type(part).forward)) for part in block.modules()]
+
+
+def _norms_of(block: nn.Module) -> list[float]:
+    """Norms of a block's weights: a part whose weights are zeros hides what it would make of other tokens."""
+    own = (*block.parameters(), *block.buffers())
+    norms = [torch.linalg.vector_norm(x.float()) for x in own if x.is_floating_point()]
+    found: list[float] = torch.stack(norms).tolist() if norms else []
+    return found
 
 
 def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
@@ -156,7 +164,7 @@ def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[
             tolerance = (2e-6 if precise else 3e-2) * expected.abs().max()
             if not bool((values - expected).abs().max() <= tolerance):
                 return None
-    parts = narrowing.narrowed
+    parts = narrowing.narrowed  # of the last trial, which is how waves run: the tokens read, nothing opened
     attention: nn.Module = lookup(vit.module, vit.layout.attention_path(n_layers - 1))
     outside = parts - set(attention.modules())
     share = share_of(vit.module, vit.layout, n_layers - 1, parts, call=narrowing.called)

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.bind import check_heads
-from vit_mechinterp.engine.checks import refuse_dropout
+from vit_mechinterp.engine.checks import refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.heap import thrifty
@@ -104,7 +104,7 @@ class ActivationStore:
             DataError: a column is missing, or holds something else.
             ExecutionError: the model would drop activations at random, or one image does not fit.
         """
-        refuse_dropout(vit)
+        refuse_train_mode(vit)
         if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
             raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
         columns = Data(data, vit, progress=progress)

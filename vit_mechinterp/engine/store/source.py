@@ -107,7 +107,7 @@ class Source:
     def nbytes(self, read: Wanted) -> int:
         """Bytes of a value of all examples at most, whether it was ever stored or not."""
         if read is None:
-            return 4 * len(self._by_image) * math.prod(self.vit.sites()[self.vit.layout.output].shape)
+            return 4 * len(self._by_image) * math.prod(self.vit.output_shape())
         return len(self._slots(read)) * read_size(self.vit, read) * self.dtype.itemsize
 
     def expect(self, wanted: Mapping[Wanted, IntArray]) -> None:
