@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.clean import CleanPass, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
@@ -29,23 +29,13 @@ Earlier = Callable[[str, IntArray], Tensor]
 Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 
+@dataclass
 class Collected:
-    """Outputs (or what is kept of them) and captures on the CPU, written chunk by chunk."""
+    """What one chunk gave, on the CPU: outputs by run, and captures by run and name, with the number of tokens
+    of each example where tokens are selected."""
 
-    def __init__(self, bound: Bound) -> None:
-        self.outputs: dict[str, list[Tensor]] = {run.name: [] for run in bound.runs}
-        self.captures: dict[tuple[str, str], list[tuple[Tensor, list[int] | None]]] = {}
-
-    def outputs_of(self, run: str, examples: IntArray, chunk: int) -> Tensor:
-        """Outputs of a run for some examples of the chunks that are here, of ``chunk`` examples each."""
-        return torch.stack([self.outputs[run][i // chunk][i % chunk] for i in examples.tolist()])
-
-    def extend(self, part: Collected) -> None:
-        """Add what the next chunk gave."""
-        for run, output in part.outputs.items():
-            self.outputs[run] += output
-        for key, pieces in part.captures.items():
-            self.captures.setdefault(key, []).extend(pieces)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    captures: dict[tuple[str, str], tuple[Tensor, list[int] | None]] = field(default_factory=dict)
 
 
 def chunk_of(
@@ -109,17 +99,17 @@ def chunk_of(
             material.run_values.pop(read, None)
             if not schedule.is_kept(read):
                 clean.values.pop(read, None)
-    part = Collected(bound)
+    part = Collected()
     for run in bound.runs:
         rows = schedule.clean_rows(run.name, chunk)
         if len(rows):
             outputs.put(run.name, rows, clean.outputs[run.run.base].whole(rows).cpu())
-        part.outputs[run.name] = [_kept(schedule, chunk, outputs.whole(run.name))]
+        part.outputs[run.name] = _kept(schedule, chunk, outputs.whole(run.name))
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]
             kept = values.whole(chunk) if values.starts is None else values.rows(chunk)
             counts = None if values.starts is None else capture.read.positions.counts(chunk, 0).tolist()
-            part.captures[run.name, capture.name] = [(kept.cpu(), counts)]
+            part.captures[run.name, capture.name] = kept.cpu(), counts
     return part
 
 

@@ -16,9 +16,9 @@ from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.backends import backend_named
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_images, refuse_train_mode
-from vit_mechinterp.engine.chunk import Collected, chunk_of
+from vit_mechinterp.engine.chunk import chunk_of
 from vit_mechinterp.engine.clean import CleanPass, clean_pass, dataset_means
-from vit_mechinterp.engine.collect import collected_results
+from vit_mechinterp.engine.collect import Gathering
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
@@ -154,7 +154,7 @@ def execute(
         provenance["images_per_stored_forward"] = clean.rows
     if kept is not None:
         return kept.finish(labels, provenance)
-    return collected_results(bound, collected, labels, provenance)
+    return collected.results(labels, provenance)
 
 
 class _Bar:
@@ -193,12 +193,12 @@ def _chunks(
     kept: FinishedChunks | None,
     tick: Tick,
     most: int | None,
-) -> tuple[Collected, int]:
+) -> tuple[Gathering, int]:
     """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again.
 
     Chunks go to ``kept``, if it is given, and those that it has are left out. ``most`` bytes of images wait.
     """
-    collected = Collected(schedule.bound)
+    collected = Gathering(schedule.bound, schedule.n_examples)
     ahead = clean.requests if isinstance(clean, StoredClean) else requests_of
     waiting = [chunk for chunk in schedule.chunks if kept is None or not kept.has(chunk)]
     if kept is not None:
@@ -230,7 +230,7 @@ def _chunks(
     def earlier(run: str, examples: IntArray) -> Tensor:
         if kept is not None:
             return kept.outputs_of(run, examples)
-        return collected.outputs_of(run, examples, schedule.chunk)
+        return collected.outputs_of(run, examples)
 
     while waiting:
         with (
@@ -241,7 +241,7 @@ def _chunks(
             for chunk in chunks:
                 part = chunk_of(vit, data, schedule, chunk, tensors, means, tick, clean, earlier)
                 if kept is None:
-                    collected.extend(part)
+                    collected.add(chunk, part)
                 else:
                     kept.add(chunk, part, schedule.width, halvings)
                 if most is not None:

@@ -254,12 +254,10 @@ class FinishedChunks:
     def add(self, chunk: range, part: Collected, width: int, halvings: int) -> None:
         """Keep what a chunk gave."""
         runs = self.schedule.bound.runs
-        tensors = {"outputs": torch.stack([torch.cat(part.outputs[run.name]) for run in runs])}
+        tensors = {"outputs": torch.stack([part.outputs[run.name] for run in runs])}
         for key, (n, name) in capture_names(self.schedule.bound).items():
-            pieces = part.captures[runs[n].name, name]
-            tensors[key] = pieces[0][0] if len(pieces) == 1 else torch.cat([tensor for tensor, _ in pieces])
-            if pieces[0][1] is not None:
-                counts = [count for _, own in pieces for count in (own or ())]
+            tensors[key], counts = part.captures[runs[n].name, name]
+            if counts is not None:
                 tensors[f"counts.{key}"] = torch.tensor(counts, dtype=torch.int64)
         self._write(self.path(chunk), tensors, width=width, halvings=halvings)
         self._checked[chunk] = True
