@@ -315,3 +315,14 @@ def test_outputs_that_are_no_logits_are_stored_too(tmp_path: Path) -> None:
         assert torch.equal(again["clean"], first["clean"])
         assert torch.allclose(again["swap"], first["swap"], atol=1e-5 * world.scale)
         assert counted.total == 6  # the one block behind the edit
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, "float16"])
+def test_activations_are_kept_as_floating_point_numbers(world: World, tmp_path: Path, dtype: Any) -> None:
+    with ActivationStore(tmp_path) as store, pytest.raises(SpecError, match=r"kept as torch\.float16, .*; got"):
+        store.capture(world.vit, world.columns, "embed", dtype=dtype, progress=False)
+
+
+def test_a_truth_value_is_no_batch_size(world: World, tmp_path: Path) -> None:
+    with ActivationStore(tmp_path) as store, pytest.raises(SpecError, match="positive integer, got True"):
+        store.capture(world.vit, world.columns, "embed", batch_size=True, progress=False)

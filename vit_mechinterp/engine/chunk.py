@@ -31,8 +31,8 @@ Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 @dataclass
 class Collected:
-    """What one chunk gave, on the CPU: outputs by run, and captures by run and name, with the number of tokens
-    of each example where tokens are selected."""
+    """What one chunk gave, on the CPU: outputs by run; captures by run and name, with the number of tokens of
+    each example where tokens are selected."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     captures: dict[tuple[str, str], tuple[Tensor, list[int] | None]] = field(default_factory=dict)

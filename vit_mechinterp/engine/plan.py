@@ -109,7 +109,8 @@ class Plan:
             f"({_counted(self.block_evaluations, 'block evaluation')}) instead of "
             f"{self.naive_forwards:.4g} ({self.naive_block_evaluations})",
             f"  {_counted(self.launches, 'launch', 'launches')}, {self._chunks()}, at most "
-            f"{_counted(self.widest, 'row')} each, at most {in_words(self.peak_bytes)} beside the model",
+            f"{_counted(self.widest, 'row')} each, at most {in_words(self.peak_bytes)} beside the model and "
+            f"results of {in_words(self.result_bytes)}",
             "  clean forwards",
         ]
         for forward in self.clean:

@@ -30,6 +30,8 @@ __all__ = ["ActivationStore"]
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class ActivationStore:
     """Activations of clean forwards, by the digests of model, images, site, tokens and dtype.
@@ -100,13 +102,17 @@ class ActivationStore:
             progress: show a bar if it takes longer than two seconds.
 
         Raises:
-            SpecError: a site, token or head does not exist.
+            SpecError: a site, token or head does not exist, or ``dtype`` holds no such numbers.
             DataError: a column is missing, or holds something else.
             ExecutionError: the model would drop activations at random, or one image does not fit.
         """
         refuse_train_mode(vit)
-        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+        if batch_size != "auto" and (not whole or batch_size < 1):
             raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
+        if dtype is not None and dtype not in _DTYPES:
+            known = ", ".join(map(str, _DTYPES))
+            raise SpecError(f"Activations are kept as {known}, or as the model's own (None); got {dtype!r}.")
         columns = Data(data, vit, progress=progress)
         columns.require(column, "capture")
         reads = _reads(vit, columns, sites, column, tokens, heads)
