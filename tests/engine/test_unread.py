@@ -30,6 +30,22 @@ def run(name: str, *edits: Document, capture: tuple[str, ...] = ()) -> Document:
     return {"name": name, "interventions": list(edits), "capture": list(capture)}
 
 
+def levelled(site: str) -> Intervention:
+    """An intervention of one's own that looks at several tokens: each becomes the mean of all."""
+
+    @register_op
+    class Level(Intervention):
+        """Every selected token becomes the mean over tokens and examples."""
+
+        op: Any = "level_of_test_unread"
+
+    @register_operator(Level)
+    def level(spec: Level, h: Tensor, inputs: Any) -> Tensor:
+        return h.mean(dim=0, keepdim=True).expand_as(h)
+
+    return Level(site=site)
+
+
 class Computed:
     """Tokens that each layer with weights is really computed for."""
 
@@ -130,21 +146,12 @@ def test_a_run_that_reads_another_run_there_reads_what_it_would_have_been() -> N
 
 
 def test_an_operator_that_looks_at_several_tokens_sees_them_all() -> None:
-    @register_op
-    class Level(Intervention):
-        """Every selected token becomes the mean of all."""
-
-        op: Any = "level_of_test_unread"
-
-    @register_operator(Level)
-    def level(spec: Level, h: Tensor, inputs: Any) -> Tensor:
-        return h.mean(dim=0, keepdim=True).expand_as(h)
-
     world = World(TIMM_PLAIN, 1)
     vit, x = world.vit, world.columns["base"]
-    runs = [Run(name="a", interventions=[Level(site="blocks.2.mlp_out")])]
+    level = levelled("blocks.2.mlp_out")
+    runs = [Run(name="a", interventions=[level])]
     push = vmi.AddDirection(site="blocks.0.resid_post", vector=vmi.TensorRef("direction.24"), alpha=2.0)
-    runs.append(Run(name="b", interventions=[push, Level(site="blocks.2.mlp_out")]))
+    runs.append(Run(name="b", interventions=[push, level]))
     vector = world.tensors["direction.24"]
     found = vmi.execute(vit, runs, {"base": x}, {"direction.24": vector}, progress=False)
     mean = {"blocks.2.mlp_out": lambda h: h.mean(dim=(0, 1), keepdim=True).expand_as(h)}
@@ -157,20 +164,10 @@ def test_an_operator_that_looks_at_several_tokens_sees_them_all() -> None:
 
 
 def test_preparations_that_run_together_compute_what_either_reads() -> None:
-    @register_op
-    class Mean(Intervention):
-        """Every selected token becomes the mean over tokens and examples."""
-
-        op: Any = "mean_of_test_unread"
-
-    @register_operator(Mean)
-    def mean(spec: Mean, h: Tensor, inputs: Any) -> Tensor:
-        return h.mean(dim=0, keepdim=True).expand_as(h)
-
     world = World(TIMM_PLAIN, 2)
     vector = {"v": world.tensors["direction.24"]}
     push = vmi.AddDirection(site="blocks.0.resid_post", vector=vmi.TensorRef("v"), alpha=2.0)
-    runs = [Run(name="a", interventions=[push]), Run(name="b", interventions=[push, Mean(site="blocks.2.mlp_out")])]
+    runs = [Run(name="a", interventions=[push]), Run(name="b", interventions=[push, levelled("blocks.2.mlp_out")])]
     with (
         prepare(world.vit, runs[:1], world.columns, vector, progress=False) as one,
         prepare(world.vit, runs[1:], world.columns, vector, progress=False) as other,

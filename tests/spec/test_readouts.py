@@ -57,7 +57,7 @@ def test_names_of_what_is_kept() -> None:
         (lambda: SelectedLogits(classes=[3, "3"]), "classes names 3 twice"),
         (lambda: experiment("cross_entropy"), r"readout: A readout is a mapping with an 'op' \(cross_entropy, selected_logits\)"),
         (lambda: experiment({"answer": 3}), "readout: This readout does not say its 'op'. Known: cross_entropy, selected_logits."),
-        (lambda: experiment({"op": "cross_entrpy", "answer": 3}), "Unknown op 'cross_entrpy' of a readout. Close matches: cross_entropy."),
+        (lambda: experiment({"op": "cross_entrpy", "answer": 3}), "Unknown op 'cross_entrpy'. Close matches: cross_entropy."),
         (lambda: experiment({"op": "cross_entropy", "answr": 3}), "readout.answr: Unknown field 'answr'. Close matches: answer."),
         (lambda: experiment({"op": "selected_logits", "classes": [1.5]}), r"readout\.classes: 1\.5 is no class"),
     ],

@@ -34,7 +34,7 @@ class Gathering:
         self._numbers = {run.name: n for n, run in enumerate(bound.runs)}
         self._outputs: Tensor | None = None
         self._captures = {
-            (run.name, capture.name): _Filling(capture.read, n_examples)
+            (run.name, capture.name): _Capture(capture.read, n_examples)
             for run in bound.runs
             for capture in run.captures
         }
@@ -65,7 +65,7 @@ class Gathering:
         return Results(self._outputs, tuple(self._numbers), captures, labels, provenance)
 
 
-class _Filling:
+class _Capture:
     """One capture of one run, over all chunks."""
 
     def __init__(self, read: Read, n_examples: int) -> None:

@@ -244,6 +244,7 @@ def _chunks(
                     collected.add(chunk, part)
                 else:
                     kept.add(chunk, part, schedule.width, halvings)
+                del part  # or it would stay beside what the next chunk takes
                 if most is not None:
                     give_back()
         if waiting:

@@ -47,9 +47,7 @@ def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
     held = sum(read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk))))
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
     captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
-    shape = vit.sites().get("logits")
-    width = shape.shape[-1] if shape else vit.layout.d_model
-    outputs = 4 * len(bound.runs) * width
+    outputs = 4 * len(bound.runs) * math.prod(vit.output_shape())
     handed_over = outputs if bound.readout is None else 4 * len(bound.runs) * bound.readout.size
     return Footprint(
         # A run's values come in pieces that are then joined, so for a moment both are there.

@@ -11,8 +11,8 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin
 from vit_mechinterp.errors import listed
+from vit_mechinterp.model.as_made import is_as_made
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.narrowing import is_as_made
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 
 __all__ = ["notes_on"]

@@ -26,10 +26,11 @@ from vit_mechinterp.engine.reads import join_reads
 from vit_mechinterp.engine.stacking import Placed, edit_stack, stacked
 from vit_mechinterp.engine.values import Read, contiguous, gather
 from vit_mechinterp.errors import ExecutionError
+from vit_mechinterp.model.as_made import is_untouched
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import TAP_SITES
-from vit_mechinterp.model.narrowing import Narrowing, is_untouched
+from vit_mechinterp.model.narrowing import Narrowing
 from vit_mechinterp.model.sparing import PARTS, Distinct, Sparing
 from vit_mechinterp.spec import BLOCK_SITES, Site
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vit_mechinterp.model.as_made import is_as_made
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument
 from vit_mechinterp.model.layout import lookup
-from vit_mechinterp.model.narrowing import Narrowing, forget, is_as_made, mixes_tokens
+from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
 from vit_mechinterp.spec import Site
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import reprlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from pydantic import (
@@ -111,6 +113,20 @@ def nested(model: type[_Model], value: Any) -> _Model:
     """Validate inside a validator: pydantic's own error passes, and is collected with the path of its key."""
     validated: _Model = model.__pydantic_validator__.validate_python(value)
     return validated
+
+
+def by_op(value: Any, known: Mapping[str, type[_Model]], what: str) -> _Model:
+    """Validate a mapping as the model that its ``op`` names; SpecError, for a ``what``, if there is none."""
+    names = ", ".join(sorted(known))
+    if not isinstance(value, Mapping):
+        article = "An" if what[0] in "aeiou" else "A"
+        raise SpecError(f"{article} {what} is a mapping with an 'op' ({names}), got {reprlib.repr(value)}.")
+    op = value.get("op")
+    if op is None:
+        raise SpecError(f"This {what} does not say its 'op'. Known: {names}.")
+    if not isinstance(op, str) or op not in known:
+        raise SpecError(f"Unknown op {op!r}.{suggest(str(op), known)} Known: {names}.")
+    return nested(known[op], dict(value))
 
 
 def as_index(value: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self, TypeAlias, TypeVar
 
 from pydantic import (
@@ -15,8 +15,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from vit_mechinterp.errors import SpecError, suggest
-from vit_mechinterp.spec.base import SpecModel, TaggedSpec, as_index, nested
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.spec.base import SpecModel, TaggedSpec, as_index, by_op, nested
 from vit_mechinterp.spec.sites import Site
 from vit_mechinterp.spec.tokens import Tokens
 
@@ -186,18 +186,7 @@ def _intervention(value: Any) -> Intervention:
                 f"{type(value).__name__} (op {value.op!r}) is not registered: decorate it with @register_op."
             )
         return value
-    if not isinstance(value, Mapping):
-        raise SpecError(f"An intervention is a mapping with an 'op' ({_known(OPS)}), got {value!r}.")
-    op = value.get("op")
-    if op is None:
-        raise SpecError(f"This intervention does not say its 'op'. Known: {_known(OPS)}.")
-    if not isinstance(op, str) or op not in OPS:
-        raise SpecError(f"Unknown op {op!r}.{suggest(str(op), OPS)} Known: {_known(OPS)}.")
-    return nested(OPS[op], dict(value))
-
-
-def _known(options: Iterable[str]) -> str:
-    return ", ".join(sorted(options))
+    return by_op(value, OPS, "intervention")
 
 
 class _RegisteredOps:

@@ -7,13 +7,14 @@ column of the data that holds one number per example; a plain string stands for 
 from __future__ import annotations
 
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from vit_mechinterp.errors import SpecError, suggest
-from vit_mechinterp.spec.base import TaggedSpec, as_index, nested
+from vit_mechinterp.errors import SpecError
+from vit_mechinterp.spec.base import TaggedSpec, as_index, by_op, nested
 from vit_mechinterp.spec.tokens import Column
 
 __all__ = ["READOUTS", "AnyReadout", "CrossEntropy", "Readout", "SelectedLogits", "parse_readout"]
@@ -58,18 +59,18 @@ Classes: TypeAlias = Annotated[
 ]
 
 
-class Readout(TaggedSpec):
+class Readout(TaggedSpec, ABC):
     """What all readouts have: names for the numbers that they keep, and the class that each is about."""
 
     @property
+    @abstractmethod
     def names(self) -> tuple[str, ...]:
         """A name for each number, as columns of tables have it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def read(self) -> tuple[int | Column, ...]:
         """The class that each number is about."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> frozenset[str]:
@@ -122,15 +123,7 @@ def parse_readout(value: Any) -> CrossEntropy | SelectedLogits:
     """Read a readout from its document form; raises SpecError for anything that is none."""
     if isinstance(value, (CrossEntropy, SelectedLogits)):
         return value
-    known = ", ".join(READOUTS)
-    if not isinstance(value, Mapping):
-        raise SpecError(f"A readout is a mapping with an 'op' ({known}), got {reprlib.repr(value)}.")
-    op = value.get("op")
-    if op is None:
-        raise SpecError(f"This readout does not say its 'op'. Known: {known}.")
-    if not isinstance(op, str) or op not in READOUTS:
-        raise SpecError(f"Unknown op {op!r} of a readout.{suggest(str(op), READOUTS)} Known: {known}.")
-    return nested(READOUTS[op], dict(value))
+    return by_op(value, READOUTS, "readout")
 
 
 AnyReadout: TypeAlias = Annotated[
