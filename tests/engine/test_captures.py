@@ -265,7 +265,7 @@ def test_a_plan_bounds_what_is_held() -> None:
             [vmi.Run.model_validate(run("a", swap("blocks.1.resid_post", tokens=tokens)))],
             world.columns,
         )
-        for tokens in (["cls"], "all")
+        for tokens in (["cls"], "patches")
     )
     assert 0 < four.peak_bytes < all_tokens.peak_bytes
     assert (

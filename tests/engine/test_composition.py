@@ -150,7 +150,7 @@ def test_long_chains_of_runs() -> None:
     chain = [
         run(
             str(n),
-            *(swap("blocks.2.resid_post", {"run": str(m)} if m >= 0 else "source") for m in (n - 1, n - 2)),
+            *(swap("blocks.2.mlp_out", {"run": str(m)} if m >= 0 else "source") for m in (n - 1, n - 2)),
         )
         for n in range(1100)
     ]

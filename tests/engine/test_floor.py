@@ -35,7 +35,7 @@ def drawn(draw: random.Random, n_layers: int) -> list[Document]:
 
 def needed(world: World, documents: list[Document], n_layers: int) -> int:
     """Blocks of every distinct row behind its first edit that changes something, and of every distinct image as far as
-    a row starts from it or an edit reads it."""
+    a row starts from it or an edit reads it. The output reads CLS alone."""
     images = {
         (column, i): world.columns[column][i].numpy().tobytes()
         for column in ("base", "source")
@@ -51,10 +51,11 @@ def needed(world: World, documents: list[Document], n_layers: int) -> int:
         for i in range(len(world.columns["base"])):
             own = images["base", i]
             acting: list[tuple[int, int, str, bytes]] = []
-            # In forward order; the order of a list counts at one and the same site only.
-            edits = sorted(document["interventions"], key=lambda e: (layer_of(e), SITES.index(name_of(e))))
-            for edit in edits:
+            for edit in seen(document["interventions"], n_layers):
                 given = images[edit["source"], i]
+                if replaces_what_is_read(edit, n_layers):
+                    own, acting = given, []
+                    continue
                 # An image's own value changes nothing unless something before it did.
                 if given != own or acting:
                     acting.append((layer_of(edit), SITES.index(name_of(edit)), str(edit["tokens"]), given))
@@ -68,6 +69,23 @@ def needed(world: World, documents: list[Document], n_layers: int) -> int:
                 until(given, at if SITES[place] == "resid_pre" else at + 1)
             rows[own, tuple(acting)] = n_layers - first
     return sum(rows.values()) + sum(clean.values())
+
+
+def seen(edits: list[Document], n_layers: int) -> list[Document]:
+    """Edits in forward order, without those that CLS never hears of, and those that are written over at once. (The order
+    of a list counts at one and the same site only.)"""
+    found: list[Document] = []
+    for edit in sorted(edits, key=lambda e: (layer_of(e), SITES.index(name_of(e)))):
+        late = layer_of(edit) == n_layers - 1 and name_of(edit) != "resid_pre"
+        found = [other for other in found if (other["site"], other["tokens"]) != (edit["site"], edit["tokens"])]
+        if not (late and "cls" not in edit["tokens"]):
+            found.append(edit)
+    return found
+
+
+def replaces_what_is_read(edit: Document, n_layers: int) -> bool:
+    late = layer_of(edit) == n_layers - 1 and name_of(edit) in ("resid_mid", "resid_post")
+    return late and "cls" in edit["tokens"]
 
 
 def layer_of(edit: Document) -> int:

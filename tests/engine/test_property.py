@@ -117,14 +117,16 @@ def sweeps(draw: Any) -> tuple[World, list[dict[str, Any]]]:
     runs = []
     for n in range(draw(st.integers(1, 8))):
         edit = {"op": "interchange", "site": draw(sites), "source": draw(st.sampled_from(["base", "source"]))}
-        edit["tokens"] = draw(st.sampled_from([["cls"], ["cls", 3], {"column": "here"}]))
+        edit["tokens"] = draw(st.sampled_from([["cls"], ["cls", 3], {"column": "here"}, "all"]))
         runs.append({"name": f"{n}", "interventions": [edit]})
     return world, runs
 
 
 def least(world: World, documents: list[dict[str, Any]]) -> int:
     """(row, block) pairs that cannot be done without: distinct rows behind the block where their edit is, and distinct
-    images up to the last block that somebody reads."""
+    images up to the last block that somebody reads. Nobody reads patches behind the last attention call of a model whose
+    head reads CLS, and where all that is read of the residual stream is replaced, the row is the source's."""
+    read = {0} if world.tiny is TIMM_PLAIN else set(range(world.shape("embed")[0]))
     rows: dict[Any, int] = {}
     depth: dict[bytes, int] = {}
     image = {c: [x.numpy().tobytes() for x in world.columns[c]] for c in ("base", "source")}
@@ -146,6 +148,14 @@ def least(world: World, documents: list[dict[str, Any]]) -> int:
             tokens = tuple(world.oracle.positions(edit["tokens"], i))
             joins_behind = name in ("resid_post", "mlp_out")
             layer = 0 if site == "embed" else int(site.split(".")[1])
+            mixed_later = layer < N_LAYERS - 1 or name in ("embed", "resid_pre", "ln1", "attn.k", "attn.v")
+            reaching = set(range(world.shape("embed")[0])) if mixed_later else read
+            if not reaching & set(tokens):
+                depth[base] = N_LAYERS
+                continue
+            if name in ("embed", "resid_pre", "resid_mid", "resid_post") and reaching <= set(tokens):
+                depth[source] = N_LAYERS
+                continue
             rows[base, source, site, tokens] = N_LAYERS - layer - joins_behind
             clean(source, site)
             clean(base, site if joins_behind else "embed" if layer == 0 else f"blocks.{layer}.resid_pre")

@@ -93,7 +93,7 @@ def test_tokens_that_nobody_reads_are_not_computed(
 
 def test_the_plan_says_what_is_left_out() -> None:
     world = World(TIMM_PLAIN, 2)
-    runs = [Run.model_validate(run("a", swap("blocks.0.resid_post"))), Run.model_validate(run("b", swap("blocks.2.resid_post")))]
+    runs = [Run.model_validate(run(name, swap(site, ["cls", 1]))) for name, site in [("a", "blocks.0.resid_post"), ("b", "blocks.2.mlp_out")]]
     plan = vmi.plan(world.vit, runs, world.columns)
     whole = 3 * 24 * 24 + 2 * 17 * 24 + 24 * 24 + 2 * 24 * 96
     # Run b joins behind the last block, so the two rows of run a alone pass through it.
@@ -112,7 +112,7 @@ def test_the_plan_says_what_is_left_out() -> None:
     assert plan.unread == 0
     assert "because hooks, forwards or modules that are not its library's are on the model" in str(plan)
     pooled = world_of(TIMM_POOLED, 2)
-    plan = vmi.plan(pooled.vit, runs, pooled.columns)
+    plan = vmi.plan(pooled.vit, [Run.model_validate(run("a", swap("blocks.0.resid_post", [1])))], pooled.columns)
     assert plan.unread == 0
     assert "left out" not in str(plan)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ import vit_mechinterp as vmi
 from tests.oracles import Oracle
 from tests.tiny_models import N_LAYERS, Tiny
 from vit_mechinterp import HookedViT, Results, Run
+from vit_mechinterp.engine import cutting
 from vit_mechinterp.engine.bind import bind
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
@@ -184,7 +186,11 @@ class _Tensors(dict[str, Tensor]):
 
 
 class Counted:
-    """Counts, with hooks of its own, a module's forwards and the rows that really pass through every block."""
+    """Counts, with hooks of its own, a module's forwards and the rows that really pass through every block.
+
+    Hooks of other people keep the engine from leaving out what the output does not read. These are taken off while it finds
+    out what that is.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         names = ("norm1", "layernorm_before", "layer_norm1")
@@ -198,6 +204,25 @@ class Counted:
         return sum(self.rows)
 
     def __enter__(self) -> Counted:
+        native = cutting.read_tokens
+
+        def unnoticed(vit: HookedViT) -> Any:
+            self._remove()
+            try:
+                return native(vit)
+            finally:
+                self._install()
+
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(cutting, "read_tokens", unnoticed)
+        self._install()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._patch.undo()
+        self._remove()
+
+    def _install(self) -> None:
         def counting(layer: int) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 self.rows[layer] += len(output)
@@ -209,9 +234,8 @@ class Counted:
 
         self.handles = [norm.register_forward_hook(counting(n)) for n, norm in enumerate(self.norms)]
         self.handles.append(self.module.register_forward_pre_hook(launching))
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 

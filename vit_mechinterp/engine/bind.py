@@ -65,19 +65,7 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
     through = _through(vit)
     for run in sources_first(runs):
         bound[run.name] = _bind_run(vit, run, data, bound, through)
-    run_reads = dict.fromkeys(
-        edit.source
-        for run in bound.values()
-        for edit in run.edits
-        if edit.source is not None and isinstance(edit.source.origin, RunOrigin)
-    )
-    levels = _levels(list(bound.values()))
-    stages: dict[int, list[BoundRun]] = {}
-    for run in runs:
-        if run.interventions:
-            stages.setdefault(levels[run.name], []).append(bound[run.name])
-    ordered = tuple(tuple(stages[level]) for level in sorted(stages))
-    return Bound(tuple(bound[run.name] for run in runs), ordered, tuple(run_reads))
+    return Bound.of([bound[run.name] for run in runs], list(bound.values()))
 
 
 def sources_first(runs: Sequence[Run]) -> list[Run]:
@@ -113,15 +101,6 @@ def sources_first(runs: Sequence[Run]) -> list[Run]:
 def _run_sources(run: Run) -> list[str]:
     sources = map(source_of, run.interventions)
     return [s.run for s in sources if isinstance(s, RunSource)]
-
-
-def _levels(runs: Sequence[BoundRun]) -> dict[str, int]:
-    """Stage of each run, counting only sources that are really edited values."""
-    levels: dict[str, int] = {}
-    for run in runs:  # sources come before their readers
-        origins = [e.source.origin for e in run.edits if e.source is not None]
-        levels[run.name] = 1 + max((levels[o.run] for o in origins if isinstance(o, RunOrigin)), default=-1)
-    return levels
 
 
 def _through(vit: HookedViT) -> frozenset[int]:
@@ -161,7 +140,7 @@ def _bind_run(
         edits.sort(key=lambda edit: edit.site)
     layers = {edit.site.layer for edit in edits if edit.site.layer is not None}
     through = through & layers if through else through
-    return BoundRun(run, tuple(edits), tuple(captures), through)
+    return BoundRun(run, tuple(edits), tuple(captures), ColumnOrigin(run.base), through=through)
 
 
 def _bind_edit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -70,6 +70,12 @@ class Edit:
     choice: tuple[int, ...] | None
     where: str
 
+    @property
+    def source_run(self) -> str | None:
+        """Name of the run whose edited value is read, if one is."""
+        origin = None if self.source is None else self.source.origin
+        return origin.run if isinstance(origin, RunOrigin) else None
+
     @cached_property
     def choices(self) -> IntArray:
         """The index of every example."""
@@ -88,6 +94,9 @@ class BoundCapture:
 class BoundRun:
     """One run, bound: edits in forward order, and captures told apart by whether the edits reach them.
 
+    ``origin`` is where its clean values come from, and its rows start from them, unless they start ``blank``:
+    then the first edit replaces all that is read of the residual stream. ``own_before`` is the site before
+    which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what
     their blocks return.
     """
@@ -95,6 +104,9 @@ class BoundRun:
     run: Run
     edits: tuple[Edit, ...]
     captures: tuple[BoundCapture, ...]
+    origin: ColumnOrigin
+    blank: bool = False
+    own_before: Site | None = None
     through: frozenset[int] = frozenset()
 
     @property
@@ -107,14 +119,10 @@ class BoundRun:
         """The site of the first edit; None for a clean run."""
         return self.edits[0].site if self.edits else None
 
-    @property
-    def origin(self) -> ColumnOrigin:
-        """Where the run's clean values come from."""
-        return ColumnOrigin(self.run.base)
-
     def is_clean_at(self, site: Site) -> bool:
         """Whether the run's value at a site is the clean forward's."""
-        return self.first is None or site < self.first
+        first = self.own_before or self.first
+        return first is None or site < first
 
     def join(self, n_layers: int) -> Join:
         """Where the run's rows enter the growing batch; only for runs with edits."""
@@ -148,6 +156,23 @@ class Bound:
     """Values of edited runs that other runs read."""
     readout: BoundReadout | None = None
     """What is kept of every output; None for all of it."""
+    left_out: tuple[str, ...] = ()
+    """Where interventions were left out, because they reach nothing that is read."""
+
+    @classmethod
+    def of(cls, runs: Sequence[BoundRun], sources_first: Sequence[BoundRun]) -> Bound:
+        """Put runs into stages; ``sources_first`` are the same runs, each behind those that it reads."""
+        levels: dict[str, int] = {}
+        reads: dict[Read, None] = {}
+        for run in sources_first:
+            reads.update((edit.source, None) for edit in run.edits if edit.source and edit.source_run)
+            others = (edit.source_run for edit in run.edits)
+            levels[run.name] = 1 + max((levels[name] for name in others if name is not None), default=-1)
+        stages: dict[int, list[BoundRun]] = {}
+        for run in runs:
+            if run.edits:
+                stages.setdefault(levels[run.name], []).append(run)
+        return cls(tuple(runs), tuple(tuple(stages[level]) for level in sorted(stages)), tuple(reads))
 
     @cached_property
     def image_columns(self) -> frozenset[str]:
@@ -164,6 +189,11 @@ class Bound:
             assert isinstance(read.origin, RunOrigin)
             reads[read.origin.run].append(read)
         return {name: tuple(dict.fromkeys(own)) for name, own in reads.items()}
+
+    @cached_property
+    def own_before(self) -> dict[str, Site]:
+        """`BoundRun.own_before` of the runs that have one."""
+        return {run.name: run.own_before for run in self.runs if run.own_before is not None}
 
     @cached_property
     def columns(self) -> frozenset[str]:

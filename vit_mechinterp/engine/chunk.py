@@ -103,7 +103,7 @@ def chunk_of(
     for run in bound.runs:
         rows = schedule.clean_rows(run.name, chunk)
         if len(rows):
-            outputs.put(run.name, rows, clean.outputs[run.run.base].whole(rows).cpu())
+            outputs.put(run.name, rows, clean.outputs[run.origin.column].whole(rows).cpu())
         part.outputs[run.name] = _kept(schedule, chunk, outputs.whole(run.name))
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]

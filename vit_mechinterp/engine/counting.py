@@ -19,7 +19,7 @@ from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.engine.wave import distinct_rows
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import PARTS, costs_of
-from vit_mechinterp.spec import RunSource
+from vit_mechinterp.spec import Ablate, RunSource
 
 __all__ = ["Counts", "count"]
 
@@ -211,12 +211,17 @@ def _add(total: Counts, own: Counts) -> None:
 
 def _naive(bound: Bound, n_layers: int) -> int:
     """Blocks per example for one run at a time, each with its own base and source forwards."""
-    by_name = {run.name: run for run in bound.runs}
     cost: dict[str, int] = {}
-    for spec in sources_first([run.run for run in bound.runs]):
-        edits = by_name[spec.name].edits
-        sources = {source_of(edit.spec) for edit in edits} - {None}
-        permuted_or_mean = {(e.source or e.mean) for e in edits if e.spec.op == "ablate"} - {None}
-        forwards = 1 + len(permuted_or_mean) + sum(1 for s in sources if isinstance(s, str))
-        cost[spec.name] = n_layers * forwards + sum(cost[s.run] for s in sources if isinstance(s, RunSource))
+    for run in sources_first([run.run for run in bound.runs]):
+        sources = {source_of(spec) for spec in run.interventions} - {None}
+        ablations = [spec for spec in run.interventions if isinstance(spec, Ablate)]
+        others = {spec.seed if spec.method == "resample" else "mean" for spec in ablations if _looks_on(spec)}
+        forwards = 1 + len(others) + sum(1 for source in sources if isinstance(source, str))
+        runs = sum(cost[source.run] for source in sources if isinstance(source, RunSource))
+        cost[run.name] = n_layers * forwards + runs
     return sum(cost.values())
+
+
+def _looks_on(ablation: Ablate) -> bool:
+    """Whether an ablation puts in what other images give."""
+    return ablation.method == "resample" or (ablation.method == "mean" and ablation.mean is None)

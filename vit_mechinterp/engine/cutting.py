@@ -14,6 +14,7 @@ from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.images import image_numbers
+from vit_mechinterp.engine.reach import without_idle_edits
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
@@ -74,10 +75,11 @@ def schedule_for(
         images = {column: np.array([n]) for n, column in enumerate(columns)}
     else:
         images = image_numbers(data, columns, progress=progress)
-    sharing = Sharing(bound, images, tensors, imagined=data is None)
+    n, read = len(next(iter(images.values()))), read_tokens(vit)
+    bound = without_idle_edits(bound, vit.layout, read, n, tensors)
+    sharing = Sharing(bound, images, imagined=data is None)
     spares = why_nothing_is_spared(vit.layout) is None
-    n = sharing.n_examples
-    one_image, read = vit.layout.family.one_image, read_tokens(vit)
+    one_image = vit.layout.family.one_image
     draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)
     held = footprint(vit, draft)
     least = held.peak(1, 1 if batch_size == "auto" else int(batch_size))

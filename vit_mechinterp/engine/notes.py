@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.counting import Counts
@@ -19,7 +19,7 @@ __all__ = ["notes_on"]
 
 
 def notes_on(
-    vit: HookedViT, schedule: Schedule, counts: Counts, forecast: Forecast | None = None
+    vit: HookedViT, schedule: Schedule, counts: Counts, forecast: Forecast | None, *, tensors_known: bool
 ) -> Iterator[str]:
     """Notes on one schedule, whose clean forwards go through a store if there is a forecast."""
     bound = schedule.bound
@@ -35,12 +35,14 @@ def notes_on(
             f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, because "
             f"their {why}"
         )
+    if bound.left_out:
+        yield f"interventions that change nothing that is read are left out: {_some(bound.left_out)}"
     if bound.readout is not None:
         yield f"of every output this is kept: {listed(bound.readout.spec.names)}"
     if len(bound.stages) > 1:
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
     gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]
-    if gates and schedule.sharing.tensors is None:
+    if gates and not tensors_known:
         yield "gates are not known here, so rows whose gate is all zeros count as changed"
     if vit.compiled is not None:
         last = "" if counts.unread == 0 else ", and so does the last one, most of whose tokens are left out"
@@ -56,6 +58,11 @@ def notes_on(
             "library's are on the model"
         )
     yield from _late(vit, schedule)
+
+
+def _some(places: Sequence[str]) -> str:
+    """The first few of them."""
+    return "; ".join(places[:3]) + (f"; and {len(places) - 3} more" if len(places) > 3 else "")
 
 
 def _over_chunks(schedule: Schedule, counts: Counts) -> Iterator[str]:

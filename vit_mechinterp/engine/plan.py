@@ -204,11 +204,17 @@ def plan(
     forecast = None
     if store is not None and columns is not None:
         forecast = StoredClean(store.tiers, vit, columns, schedule, batch_size).forecast(schedule)
-    return describe(vit, schedule, per_example=columns is None, forecast=forecast)
+    known = tensors is not None
+    return describe(vit, schedule, per_example=columns is None, forecast=forecast, tensors_known=known)
 
 
 def describe(
-    vit: HookedViT, schedule: Schedule, *, per_example: bool, forecast: Forecast | None = None
+    vit: HookedViT,
+    schedule: Schedule,
+    *,
+    per_example: bool,
+    forecast: Forecast | None = None,
+    tensors_known: bool = True,
 ) -> Plan:
     """Count what a schedule computes; its clean forwards as a store foresees them, if there is one."""
     bound, n_layers = schedule.bound, schedule.n_layers
@@ -248,7 +254,7 @@ def describe(
         naive_block_evaluations=counts.naive,
         launches=counts.launches,
         peak_bytes=held.peak(schedule.chunk, counts.widest),
-        notes=tuple(notes_on(vit, schedule, counts, forecast)),
+        notes=tuple(notes_on(vit, schedule, counts, forecast, tensors_known=tensors_known)),
         spared=counts.spared,
         unread=counts.unread,
         result_bytes=held.result * schedule.n_examples,

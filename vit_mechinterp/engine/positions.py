@@ -114,12 +114,12 @@ def resolve_tokens(
         return ALL
     if isinstance(tokens, TokenColumn):
         if data is None:
-            return Positions(shared=(0,))
+            return _some_patch(vit)
         data.require(tokens.column, where)
         return data.once(("column", tokens.column), lambda: _from_column(tokens.column, data, vit, where))
     if isinstance(tokens, TokenBox):
         if data is None:
-            return Positions(shared=(0,))
+            return _some_patch(vit)
         data.require(tokens.box, where)
         return data.once(
             ("box", tokens.box, image_column), lambda: _from_boxes(tokens.box, data, vit, image_column, where)
@@ -143,6 +143,11 @@ def moved_note(vit: HookedViT, data: Data, image_column: str) -> str:
         "boxes over the grid: give images as tensors of the model's input size, or a model that takes them "
         "as they are."
     )
+
+
+def _some_patch(vit: HookedViT) -> Positions:
+    """What stands for a selection of patches that no data tells."""
+    return Positions(shared=(len(vit.layout.tokens.prefix),))
 
 
 def _from_list(tokens: str | tuple[str | int, ...], vit: HookedViT, where: str) -> Positions:

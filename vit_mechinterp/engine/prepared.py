@@ -126,7 +126,7 @@ class Prepared:
 
     def clean_outputs(self, run: BoundRun, examples: Sequence[int]) -> Tensor:
         """Outputs of a run without interventions."""
-        return self._clean.outputs[run.run.base].whole(examples)
+        return self._clean.outputs[run.origin.column].whole(examples)
 
 
 @dataclass(frozen=True)

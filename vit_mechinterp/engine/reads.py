@@ -29,13 +29,12 @@ def clean_read(run: BoundRun, read: Read) -> Read:
 
 
 def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
-    """The clean values that a run's rows start from."""
-    return _join_reads(run.run.base, run.join(n_layers), run.starts_at_mlp_out)
+    """The clean values that a run's rows start from; none for rows that start blank."""
+    return () if run.blank else _join_reads(run.origin, run.join(n_layers), run.starts_at_mlp_out)
 
 
 @lru_cache(maxsize=4096)
-def _join_reads(base: str, join: Join, starts_at_mlp_out: bool) -> tuple[Read, ...]:
-    origin = ColumnOrigin(base)
+def _join_reads(origin: ColumnOrigin, join: Join, starts_at_mlp_out: bool) -> tuple[Read, ...]:
     if starts_at_mlp_out:
         # Exact: the row's residual stream is what the block would have computed from its edited increment.
         return Read(origin, Site(join.layer, "resid_mid")), Read(origin, Site(join.layer, "mlp_out"))

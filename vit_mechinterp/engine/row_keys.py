@@ -41,7 +41,7 @@ class RowKeys:
         source = edit.source
         if operator_of(edit.spec) not in (interchange, inject_subspace, ablate):
             return None
-        if source is None or source.site != edit.site:
+        if run.blank or source is None or source.site != edit.site:
             return None
         paired = getattr(edit.spec, "source_tokens", None)
         if self.sharing.imagined and paired not in (None, edit.spec.tokens):
@@ -49,13 +49,15 @@ class RowKeys:
         here, there = self._positions(edit.positions), self._positions(source.positions)
         if isinstance(here, int) and isinstance(there, int) and here != there:
             return None
-        same: BoolArray = (self._source(source) == -1 - self.sharing.images[run.run.base]) & (here == there)
+        own = self._source(Read(run.origin, edit.site))
+        same: BoolArray = (self._source(source) == own) & (here == there)
         return same if same.any() else None
 
     def of(self, part: Part) -> tuple[Any, list[IntArray]]:
         """The key of a part's rows: what they share, and numbers ``[example]`` for what may differ."""
-        fixed: list[Any] = []
-        varying = [self.sharing.images[part.run.run.base]]
+        fixed: list[Any] = [part.run.blank]
+        images = self.sharing.images[part.run.origin.column]
+        varying = [np.zeros_like(images) if part.run.blank else images]
         for edit in part.run.edits:
             fixed.append((type(edit.spec), edit.site, edit.spec.heads, self._options(edit)))
             for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):

@@ -237,7 +237,7 @@ class Schedule:
         for run in (run for run in self.bound.runs if run.name in self._partly_clean):
             examples = self.clean_rows(run.name, chunk)
             if len(examples):
-                wanted.setdefault(run.run.base, []).append(examples)
+                wanted.setdefault(run.origin.column, []).append(examples)
         everyone = np.arange(chunk.start, chunk.stop)
         return {column: _union(examples, everyone) for column, examples in wanted.items()}
 

@@ -2,9 +2,8 @@
 
 A row is one example of one run. Rows with the same base image and equal edits (the same operation, site,
 tokens, heads and sources, by the contents of their images) are of one class, whatever their runs are called.
-An edit that cannot change anything by construction is left out of its row: a direction times zero, a gate
-that is all zeros, and a value put back where it comes from. A row that no edit changes is answered by the
-clean forward of its image.
+An edit that puts a value back where it comes from is left out of its row. A row that no edit changes is
+answered by the clean forward of its image.
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
-from vit_mechinterp.engine.ops import add_direction, inject_subspace, operator_of
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.row_keys import RowKeys
 from vit_mechinterp.engine.values import ColumnOrigin, permutation
-from vit_mechinterp.spec import AddDirection, TensorRef
 
 __all__ = ["Part", "Sharing"]
 
@@ -49,7 +45,6 @@ class Sharing:
     Args:
         bound: the bound runs.
         images: numbers of the images of every image column, ``[example]``; equal numbers, equal images.
-        tensors: the given tensors, where they are known: a gate may be all zeros.
         rows: whether equal rows are found; otherwise every row that is declared stands for itself.
         imagined: whether there is no data, so that one example stands for all: what is resampled is another
             image then, and columns that select tokens are told apart by their names.
@@ -57,7 +52,6 @@ class Sharing:
 
     bound: Bound
     images: Mapping[str, IntArray]
-    tensors: Mapping[TensorRef, Tensor] | None = None
     rows: bool = True
     imagined: bool = False
 
@@ -144,7 +138,7 @@ class Sharing:
     def _sorted_out(self) -> tuple[dict[str, tuple[Part, ...]], dict[str, IntArray], int]:
         parts: dict[str, tuple[Part, ...]] = {}
         clean = {column: -1 - images for column, images in self.images.items()}
-        classes = {run.name: clean[run.run.base] for run in self.bound.runs}  # until edits say otherwise
+        classes = {run.name: clean[run.origin.column] for run in self.bound.runs}  # until edits say otherwise
         everyone = np.arange(self.n_examples)
         if not self.rows:
             edited = [run for stage in self.bound.stages for run in stage]
@@ -175,18 +169,12 @@ class Sharing:
         acting: list[bool | BoolArray] = []
         changed: bool | BoolArray = False
         for edit in run.edits:
-            acts: bool | BoolArray = _acts(edit, self.tensors)
-            if acts is True and (same := keys.puts_back(run, edit)) is not None:
-                acts = ~same | changed if not isinstance(changed, bool) else (True if changed else ~same)
-            if not isinstance(acts, bool) and acts.all():
-                acts = True
+            same = keys.puts_back(run, edit) if changed is not True else None
+            acts: bool | BoolArray = True if same is None else ~same | changed
             acting.append(acts)
-            changed = changed | acts
+            changed = True if acts is True else changed | acts
         if all(acts is True for acts in acting):
             return [(everyone, run.edits)]
-        if all(isinstance(acts, bool) for acts in acting):
-            edits = tuple(e for e, acts in zip(run.edits, acting, strict=True) if acts)
-            return [(everyone, edits)] if edits else []
         table = np.stack([np.broadcast_to(np.asarray(acts), everyone.shape) for acts in acting])
         patterns, which = np.unique(table, axis=1, return_inverse=True)
         return [
@@ -226,7 +214,9 @@ class Sharing:
         classes[part.run.name] = numbers
 
     def _all_distinct(self, part: Part) -> bool:
-        column = part.run.run.base
+        if part.run.blank:
+            return False
+        column = part.run.origin.column
         if self._is_distinct(column):
             return True
         own = self.images[column][part.examples]
@@ -241,14 +231,3 @@ class Sharing:
     @cached_property
     def _distinct(self) -> dict[str, bool]:
         return {}
-
-
-def _acts(edit: Edit, tensors: Mapping[TensorRef, Tensor] | None) -> bool:
-    """Whether an edit may change anything, whatever the values are."""
-    operator = operator_of(edit.spec)
-    if operator is add_direction and isinstance(edit.spec, AddDirection):
-        return edit.spec.alpha != 0
-    if operator is inject_subspace and tensors is not None:
-        gate = dict(edit.refs).get("gate")
-        return gate is None or bool(tensors[gate].any())
-    return True

@@ -107,8 +107,9 @@ def distinct_rows(
             if equal not in known:
                 keys = -1 - np.arange(rows)
                 for n in equal:
-                    own = images[n][segments[n].run.run.base]
-                    keys[starts[n] : starts[n + 1]] = own[list(segments[n].examples)]
+                    run, of = segments[n].run, list(segments[n].examples)
+                    own = -1 - rows if run.blank else images[n][run.origin.column][of]
+                    keys[starts[n] : starts[n + 1]] = own
                 _, first, index = np.unique(keys, return_index=True, return_inverse=True)
                 known[equal] = Distinct(first, index.reshape(-1))
             if len(known[equal].first) <= SPARING_PAYS * rows:
@@ -177,14 +178,16 @@ class _Wave:
 
     def _joining(self, members: list[int], *, replace: bool) -> Visitor:
         def visitor(value: Tensor) -> Tensor:
-            rows = [self._starting_rows(n) for n in members]
+            rows = [self._starting_rows(n, value) for n in members]
             return torch.cat(rows if replace else [value, *rows])
 
         return visitor
 
-    def _starting_rows(self, n: int) -> Tensor:
-        """The residual stream that a segment's rows join with."""
+    def _starting_rows(self, n: int, like: Tensor) -> Tensor:
+        """The residual stream that a segment's rows join with, shaped ``like`` that of the others."""
         run, examples = self.segments[n].run, self.segments[n].examples
+        if run.blank:
+            return like.new_zeros(len(examples), *like.shape[1:])
         reads = join_reads(run, self.n_layers)
         clean = self.materials[n].clean
         start = clean.values[reads[0]].whole(examples)
@@ -242,8 +245,9 @@ class _Wave:
         found: list[tuple[str, Read, IntArray | slice, IntArray]] = []
 
         def add(name: str, rows: IntArray | slice, examples: IntArray) -> None:
+            first = material.bound.own_before.get(name) or segment.run.first
             for read in material.bound.reads_of[name]:
-                if not segment.run.is_clean_at(read.site):
+                if first is not None and read.site >= first:
                     found.append((name, read, rows, examples))
 
         add(segment.run.name, slice(0, len(everyone)), everyone)

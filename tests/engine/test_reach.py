@@ -1,0 +1,200 @@
+"""Interventions that nothing that is read can tell are left out, and rows whose base is replaced are their source's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vit_mechinterp as vmi
+from tests.engine.world import Counted, World, world_of
+from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
+from vit_mechinterp import Run
+
+Document = dict[str, Any]
+LAST = "blocks.2"
+
+
+def swap(site: str, tokens: Any = "all", source: Any = "source", **fields: Any) -> Document:
+    return {"op": "interchange", "site": site, "source": source, "tokens": tokens, **fields}
+
+
+def push(site: str, tokens: Any, alpha: float = 1.0) -> Document:
+    return {"op": "add_direction", "site": site, "tokens": tokens, "vector": "direction.24", "alpha": alpha}
+
+
+def run(name: str, *edits: Document, capture: tuple[Any, ...] = (), **fields: Any) -> Document:
+    return {"name": name, "interventions": list(edits), "capture": list(capture), **fields}
+
+
+def rows(world: World, *documents: Document, effect: float | None = 1e-4, **options: Any) -> list[int]:
+    """Rows that pass through each block; what comes out is what the oracle says, and what the plan counts."""
+    runs = [Run.model_validate(document) for document in documents]
+    named = world.named(documents)
+    plan = vmi.plan(world.vit, runs, world.columns, tensors=named)
+    with Counted(world.module) as counted:
+        results = world.execute(documents, **options)
+    world.check(documents, results, effect=effect)
+    assert options or counted.total == plan.block_evaluations
+    return counted.rows
+
+
+@pytest.mark.parametrize("site", ["attn.q", "attn.z", "attn_out", "resid_mid", "ln2", "mlp.post", "mlp_out", "resid_post"])
+def test_edits_at_tokens_that_nobody_reads_are_clean_rows(site: str) -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    assert rows(world, run("a", swap(f"{LAST}.{site}", [1, 4])), effect=None) == [3, 3, 3]
+    assert rows(world, run("a", swap(f"{LAST}.{site}", {"box": "box"})), effect=None) == [3, 3, 3]
+    # CLS is read, and so is a token that is captured from there on.
+    assert rows(world, run("clean"), run("a", push(f"{LAST}.resid_mid", ["cls", 4]))) == [3, 3, 6]
+    captured = run("a", swap(f"{LAST}.{site}", [1, 4]), capture=({"site": f"{LAST}.resid_post", "tokens": [4]},))
+    results = world.execute([captured])
+    values = world.oracle.run(captured)[1]
+    assert torch.allclose(results.captures["a"][f"{LAST}.resid_post"], values[f"{LAST}.resid_post"][:, [5]], atol=1e-5)
+    assert not torch.allclose(values[f"{LAST}.resid_post"], world.oracle.clean("base")[1][f"{LAST}.resid_post"], atol=1e-3)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "ln1", "attn.k", "attn.v"])
+def test_edits_before_the_last_attention_call_reach_every_token(site: str) -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    assert rows(world, run("a", swap(f"{LAST}.{site}", [1, 4]))) != [3, 3, 3]
+
+
+def test_a_model_whose_output_reads_patches_is_edited_there() -> None:
+    world = world_of(TIMM_POOLED, 3)
+    assert rows(world, run("a", swap(f"{LAST}.mlp_out", [1, 4]))) == [6, 6, 6]
+    plan = vmi.plan(world.vit, [Run.model_validate(run("a", swap(f"{LAST}.mlp_out", [1, 4])))], world.columns)
+    assert "left out" not in str(plan)
+
+
+def test_what_an_idle_edit_reads_is_not_computed() -> None:
+    """Nor is what the runs do that it reads, unless somebody else reads it."""
+    world = world_of(TIMM_PLAIN, 3)
+    sender = run("sender", swap(f"{LAST}.mlp_out", [1]))
+    assert rows(world, sender, run("reader", swap(f"{LAST}.resid_post", [1], {"run": "sender"})), effect=None) == [3, 3, 3]
+    reading = run("reader", swap(f"{LAST}.resid_post", ["cls"], {"run": "sender"}, source_tokens=[1]))
+    assert rows(world, sender, reading, effect=None) == [6, 6, 6]
+    changed = world.oracle.run(reading)[0] - world.oracle.clean("base")[0]
+    assert float(changed.abs().max()) > 1e-3
+
+
+def test_the_plan_names_what_is_left_out() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    documents = [run(f"layer{n}", swap(f"blocks.{n}.resid_post", [1, 4])) for n in range(3)]
+    runs = [Run.model_validate(document) for document in documents]
+    plan = vmi.plan(world.vit, runs, world.columns)
+    assert plan.clean_runs == ("layer2",)
+    assert "interventions that change nothing that is read are left out: run 'layer2', interchange at blocks.2.resid_post" in str(plan)
+    # Base to the end, source no further than the last block whose output is taken, and two layers' rows.
+    assert rows(world, *documents, effect=None) == [6, 9, 9]
+
+
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, TIMM_REGISTERS, TIMM_POOLED, HF_VIT, HF_DINOV2, HF_CLIP], ids=lambda t: t.name)
+@pytest.mark.parametrize("site", ["embed", "blocks.1.resid_pre", "blocks.1.resid_mid", "blocks.1.resid_post"])
+def test_a_run_whose_whole_stream_is_replaced_is_its_source(tiny: Tiny, site: str) -> None:
+    world = world_of(tiny, 3)
+    if site.split(".")[-1] in tiny.missing:
+        return
+    capture = (f"{LAST}.mlp_out", "embed", "blocks.0.attn.z")
+    first = rows(world, run("a", push("embed", [1]), swap(site)) if tiny is TIMM_PLAIN else run("a", swap(site)))
+    assert first == [3, 3, 3]
+    captured = rows(world, run("a", swap(site), capture=capture))
+    assert captured == ([3, 3, 3] if site == "embed" else [6, 3, 3])
+    assert rows(world, run("a", swap(site), push("blocks.2.mlp_out", [1])) if tiny is TIMM_PLAIN else run("a", swap(site))) == [3, 3, 3]
+
+
+def test_all_that_the_output_reads_is_all() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    assert rows(world, run("a", swap(f"{LAST}.resid_post", ["cls", 2]))) == [3, 3, 3]
+    # But not where other tokens are captured: then the base's own are needed.
+    capture = ({"site": f"{LAST}.resid_post", "tokens": ["cls", 7]},)
+    edited = run("a", swap(f"{LAST}.resid_post", ["cls"]), capture=capture)
+    results = world.execute([edited])
+    output, values = world.oracle.run(edited)
+    assert torch.allclose(results["a"], output, atol=1e-5 * world.scale)
+    assert torch.allclose(results.captures["a"][f"{LAST}.resid_post"], values[f"{LAST}.resid_post"][:, [0, 8]], atol=1e-5)
+
+
+def test_a_replaced_stream_can_come_from_anywhere() -> None:
+    """From another place, other tokens, another run, the dataset or nowhere: rows start blank, and no base is run."""
+    world = world_of(TIMM_PLAIN, 3)
+    site = "blocks.1.resid_post"
+    assert rows(world, run("a", swap(site, source_site="blocks.0.resid_post"))) == [3, 0, 3]
+    assert rows(world, run("a", {"op": "ablate", "site": site})) == [0, 0, 1]  # nothing is left of any image
+    assert rows(world, run("a", {"op": "ablate", "site": site, "method": "mean"})) == [3, 3, 1]
+    assert rows(world, run("a", {"op": "ablate", "site": site, "method": "resample", "seed": 1}), effect=None) == [3, 3, 3]
+    assert rows(world, run("a", {"op": "ablate", "site": "blocks.1.resid_mid"})) == [0, 1, 1]
+    mixed = run("a", swap(site, source_site="blocks.0.resid_post"), swap(f"{LAST}.attn.z", ["cls"], "base"))
+    assert rows(world, mixed) == [6, 3, 6]
+
+
+def test_a_replaced_stream_of_another_run_goes_on_from_it() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    sender = run("sender", swap("blocks.0.mlp_out", [2]))
+    whole = swap("blocks.1.resid_post", source={"run": "sender"})
+    alone = rows(world, sender)
+    assert rows(world, sender, run("same", whole, base="source"), effect=None) == alone
+    captured = run("same", whole, base="source", capture=("blocks.2.mlp_out", "blocks.0.ln1", "blocks.1.attn.z"))
+    with_own = rows(world, sender, captured, effect=None)
+    assert with_own == [alone[0], alone[1] + 3, alone[2]]  # its own base, as far as it is captured
+    further = run("further", whole, push(f"{LAST}.mlp_out", ["cls"]), base="source")
+    assert rows(world, sender, further, effect=None) == [alone[0], alone[1], alone[2] + 3]
+    # What the sender does later is not in it.
+    late = run("sender", swap("blocks.0.mlp_out", [2]), push(f"{LAST}.mlp_out", ["cls"]))
+    assert rows(world, late, run("same", whole, base="source"), effect=None) == [alone[0], alone[1], alone[2] + 3]
+    for document in (captured, further):
+        changed = world.oracle.run(document)[0] - world.oracle.clean("source")[0]
+        assert float(changed.abs().max()) > 1e-3
+
+
+def test_a_base_that_another_run_reads_stays() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    replaced = run("replaced", push("blocks.0.mlp_out", [2]), swap("blocks.1.resid_post"))
+    reader = run("reader", swap("blocks.1.ln1", ["cls"], {"run": "replaced"}, source_tokens=[2]), base="source")
+    assert sum(rows(world, replaced, reader)) > sum(rows(world, replaced))
+    hidden = run("hidden", swap(f"{LAST}.attn.z", [2]), swap(f"{LAST}.resid_post", ["cls"]))
+    reader = run("reader", swap(f"{LAST}.mlp_out", ["cls"], {"run": "hidden"}), base="source")
+    rows(world, hidden, reader)
+
+
+def test_values_that_are_written_over_at_once_are_not_made() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    site = "blocks.1.mlp_out"
+    twice = run("twice", swap(site, ["cls", 3], source_site="blocks.0.mlp_out"), push(site, ["cls", 3]), swap(site, ["cls", 3]))
+    once = run("once", swap(site, ["cls", 3]))
+    assert rows(world, once) == rows(world, twice) == rows(world, once, twice)
+    partly = run("partly", swap(site, ["cls", 3]), swap(site, [3], "base"))
+    assert rows(world, once, partly) == [6, 6, 6]
+    z = "blocks.1.attn.z"
+    both, other = swap(z, heads=[0, 1]), swap(z, heads=[1], source_site="blocks.0.attn.z")
+    assert rows(world, run("a", other, both), run("b", both)) == [6, 6, 3]
+    assert rows(world, run("a", both, other), run("b", both)) == [6, 9, 6]
+
+
+@pytest.mark.parametrize("field", ["vector", "gate"])
+def test_tensors_of_zeros_change_nothing(field: str) -> None:
+    world = World(TIMM_PLAIN, 3)
+    world.tensors.update(nothing=torch.zeros(24), shut=torch.zeros(3))
+    edit: Document = {"op": "inject_subspace", "site": "blocks.1.mlp_out", "basis": "basis.24", "source": "source"}
+    edits = {
+        "vector": {**push("blocks.1.mlp_out", "all"), "vector": "nothing"},
+        "gate": {**edit, "gate": "shut"},
+    }
+    assert rows(world, run("a", edits[field]), effect=None) == [3, 3, 3]
+    unknown = vmi.plan(world.vit, [Run.model_validate(run("a", edits[field]))], world.columns)
+    assert unknown.clean_runs == ()
+    assert rows(world, run("a", {**edit, "gate": "gate"})) == [6, 6, 3]
+
+
+def test_without_data_a_column_selects_patches() -> None:
+    vit = world_of(TIMM_PLAIN, 3).vit
+    runs = [Run.model_validate(run(f"{n}", swap(f"blocks.{n}.resid_post", {"column": "here"}))) for n in range(3)]
+    plan = vmi.plan(vit, runs)
+    assert plan.clean_runs == ("2",)
+    assert plan.block_evaluations == 3 + 2 + 2 + 1
+
+
+def test_logits_that_are_replaced_are_their_source() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    assert rows(world, run("a", push("blocks.0.mlp_out", [1]), swap("logits"))) == [3, 3, 3]
+    assert rows(world, run("a", {"op": "ablate", "site": "logits"})) == [0, 0, 0]

@@ -1,0 +1,248 @@
+"""What of the runs reaches anybody.
+
+An intervention is left out where nothing that is read can tell: a direction times zero, a direction or gate
+of zeros, tokens of the last block that the output does not read, and values that a later intervention writes
+over. And where one replaces all that is read of the residual stream, nothing is left of the base: the run is
+its source's from there on. So its rows are the source's own, if the source is an image or a run whose edits
+end there, or else start blank at that place.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit
+from vit_mechinterp.engine.ops import (
+    Operator,
+    ablate,
+    acts_by_token,
+    add_direction,
+    inject_subspace,
+    interchange,
+    operator_of,
+)
+from vit_mechinterp.engine.positions import Positions
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.model.layout import Layout
+from vit_mechinterp.model.read_tokens import ReadTokens
+from vit_mechinterp.spec import BLOCK_SITES, AddDirection, Site, TensorRef
+
+__all__ = ["without_idle_edits"]
+
+Mask = NDArray[np.bool_]
+
+_FACTORS: Mapping[Operator, str] = {add_direction: "vector", inject_subspace: "gate"}
+"""The tensor that the change which an operator makes is a multiple of."""
+_STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")
+"""Places that all later ones follow from."""
+_BY_QUERY = BLOCK_SITES[BLOCK_SITES.index("attn.q")], *BLOCK_SITES[BLOCK_SITES.index("attn.scores") :]
+"""Places of a block from which a token's value reaches that token of its output alone, if the block can be
+narrowed."""
+
+
+def without_idle_edits(
+    bound: Bound,
+    layout: Layout,
+    read: ReadTokens | None,
+    n: int,
+    tensors: Mapping[TensorRef, Tensor] | None = None,
+) -> Bound:
+    """The same runs without interventions that reach nothing that is read, and without replaced bases.
+
+    Args:
+        bound: the runs, as they were declared.
+        layout: the model's.
+        read: the tokens that the output reads of the last block; None for all of them.
+        n: number of examples.
+        tensors: the given tensors, where they are known.
+    """
+    reach = _Reach(layout, read, n, tensors)
+    kept = {run.name: run for run in bound.runs}
+    readers: defaultdict[str, list[Read]] = defaultdict(list)
+    left_out: dict[str, list[str]] = {}
+    for run in (run for stage in reversed(bound.stages) for run in stage):
+        edits = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
+        if len(edits) < len(run.edits):
+            kept[run.name] = replace(run, edits=edits)
+            stay = set(map(id, edits))
+            left_out[run.name] = [edit.where for edit in run.edits if id(edit) not in stay]
+        for edit in edits:
+            if edit.source is not None and edit.source_run is not None:
+                readers[edit.source_run].append(edit.source)
+    sources_first = [run for run in bound.runs if not run.edits]
+    for name in (run.name for stage in bound.stages for run in stage):
+        own = _reading(kept[name], kept)
+        if own.edits and reach.is_rid_of_base(own, readers[name]):
+            own = _without_base(own, kept)
+        kept[name] = own
+        sources_first.append(own)
+    runs = [kept[run.name] for run in bound.runs]
+    if all(own is run for own, run in zip(runs, bound.runs, strict=True)):
+        return bound
+    where = (place for run in runs for place in left_out.get(run.name, ()))
+    return replace(Bound.of(runs, sources_first), readout=bound.readout, left_out=tuple(where))
+
+
+class _Reach:
+    """What reaches the output of one model, or what somebody reads of a run."""
+
+    def __init__(
+        self, layout: Layout, read: ReadTokens | None, n: int, tensors: Mapping[TensorRef, Tensor] | None
+    ) -> None:
+        self.last, self.n_tokens, self.n = layout.n_layers - 1, layout.tokens.n_tokens, n
+        self.output = Site(None, "logits") if layout.output == "logits" else None
+        self.by_output: Mask | None = None
+        if read is not None:
+            self.by_output = np.zeros((1, self.n_tokens), dtype=np.bool_)
+            self.by_output[0, list(read.tokens)] = True
+        self.tensors = tensors
+        self._zeros: dict[TensorRef, bool] = {}
+
+    def kept(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
+        """Edits of a run that reach its output, or one of what is read of it."""
+        found = []
+        for place, edit in enumerate(run.edits):
+            later = run.edits[place + 1 :]
+            if self._is_nothing(edit) or _is_written_over(edit, later) or self._is_unread(edit, later, reads):
+                continue
+            found.append(edit)
+        for place in reversed(range(1, len(found))):
+            between = [read for read in reads if found[0].site <= read.site < found[place].site]
+            if not between and self._replaces_all(found[place], found[place + 1 :], reads, run.through):
+                return tuple(found[place:])
+        return tuple(found)
+
+    def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
+        """Whether nothing that is read of a run, by itself or by others, is its base's from its first edit
+        on, and others read nothing before."""
+        first, later = run.edits[0], run.edits[1:]
+        reads = [*(capture.read for capture in run.captures), *others]
+        return self._replaces_all(first, later, reads, run.through) and not any(
+            read.site < first.site for read in others
+        )
+
+    def _replaces_all(
+        self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read], through: frozenset[int]
+    ) -> bool:
+        """Whether an edit writes over everything that is read from its site on."""
+        site = edit.site
+        if not _writes_over(edit):
+            return False
+        if site == self.output:
+            return edit.positions.is_all
+        if site.name not in _STREAM or (site.name == "resid_mid" and site.layer in through):
+            return False
+        if edit.positions.is_all:
+            return True
+        by_output = self.by_output if self._is_at_end(site) else None
+        if edit.positions.most < (self.n_tokens if by_output is None else int(by_output.sum())):
+            return False
+        live = self._live(edit, later, reads)
+        mask = self._mask(edit.positions)
+        return bool(mask.all() if live is None else (mask | ~live).all())
+
+    def _is_nothing(self, edit: Edit) -> bool:
+        """Whether an edit changes nothing, whatever it is given."""
+        operator = operator_of(edit.spec)
+        if isinstance(edit.spec, AddDirection) and operator is add_direction and edit.spec.alpha == 0:
+            return True
+        factor = _FACTORS.get(operator)
+        return any(self._is_zero(ref) for field, ref in edit.refs if field == factor)
+
+    def _is_zero(self, ref: TensorRef) -> bool:
+        if self.tensors is not None and ref not in self._zeros:
+            self._zeros[ref] = not bool(self.tensors[ref].any())
+        return self._zeros.get(ref, False)
+
+    def _is_unread(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> bool:
+        """Whether an edit is made at tokens that nobody reads from its site on."""
+        if not self._is_at_end(edit.site) or edit.positions.is_all or not acts_by_token(edit.spec):
+            return False
+        live = self._live(edit, later, reads)
+        return live is not None and not (live & self._mask(edit.positions)).any()
+
+    def _is_at_end(self, site: Site) -> bool:
+        """Whether a token's value at a site reaches no other token of what is read."""
+        return site.name == "ln_final" or (site.layer == self.last and site.name in _BY_QUERY)
+
+    def _live(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> Mask | None:
+        """Tokens that are read from an edit's site on, ``[example or 1, token]``; None for all of them."""
+        if self.by_output is None or not self._is_at_end(edit.site):
+            return None
+        looked_at = [read.positions for read in reads if edit.site <= read.site and read.site.has_tokens]
+        looked_at += [other.positions for other in later if not acts_by_token(other.spec)]
+        if any(positions.is_all for positions in looked_at):
+            return None
+        found = self.by_output
+        for positions in looked_at:
+            found = found | self._mask(positions)
+        return found
+
+    def _mask(self, positions: Positions) -> Mask:
+        """Tokens selected, ``[example or 1, token]``."""
+        mask = np.zeros((1 if positions.each is None else self.n, self.n_tokens), dtype=np.bool_)
+        row, position, _ = positions.flat(range(len(mask)))
+        mask[row, position] = True
+        return mask
+
+
+def _is_written_over(edit: Edit, later: Sequence[Edit]) -> bool:
+    """Whether all that an edit changes is replaced at the same place, before anything is made of it."""
+    for other in later:
+        if other.site != edit.site or not acts_by_token(other.spec):
+            return False
+        if _writes_over(other, edit) and (other.positions.is_all or other.positions == edit.positions):
+            return True
+    return False
+
+
+def _writes_over(edit: Edit, other: Edit | None = None) -> bool:
+    """Whether nothing is left of the value that an edit is given; or of what another one changes of it."""
+    if operator_of(edit.spec) not in (interchange, ablate) or not edit.keys.is_all:
+        return False
+    heads = edit.spec.heads
+    if heads is None:
+        return True
+    return other is not None and other.spec.heads is not None and set(other.spec.heads) <= set(heads)
+
+
+def _reading(run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
+    """A run that reads clean values where runs that it reads have become clean."""
+    if all(edit.source_run is None for edit in run.edits):
+        return run
+    edits = []
+    for edit in run.edits:
+        other = others.get(edit.source_run or "")
+        if edit.source is not None and other is not None and other.is_clean_at(edit.source.site):
+            edit = replace(edit, source=replace(edit.source, origin=other.origin))
+        edits.append(edit)
+    return replace(run, edits=tuple(edits))
+
+
+def _without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
+    """A run whose first edit replaces all that is read of its base."""
+    first, later = run.edits[0], run.edits[1:]
+    source = first.source
+    if source is not None and source.site == first.site and source.positions == first.positions:
+        if isinstance(source.origin, ColumnOrigin) and source.origin.permutation is None:
+            return _ending_as(run, source.origin, first.site, edits=later)
+        other = others.get(first.source_run or "")
+        if other is not None and not later and other.edits[-1].site <= first.site:
+            same = _ending_as(run, other.origin, first.site, edits=other.edits)
+            return replace(same, blank=other.blank, through=other.through, own_before=first.site)
+    return replace(run, blank=True)
+
+
+def _ending_as(run: BoundRun, origin: ColumnOrigin, site: Site, edits: tuple[Edit, ...]) -> BoundRun:
+    """A run that is another image's from a site on, but for some edits."""
+    captures = tuple(
+        BoundCapture(own.name, own.read if own.read.site < site else replace(own.read, origin=origin))
+        for own in run.captures
+    )
+    return replace(run, edits=edits, captures=captures, origin=origin)
