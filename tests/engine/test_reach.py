@@ -11,6 +11,8 @@ import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
+from vit_mechinterp.model.read_tokens import follows_from
+from vit_mechinterp.spec import Site
 
 Document = dict[str, Any]
 LAST = "blocks.2"
@@ -85,6 +87,9 @@ def test_the_plan_names_what_is_left_out() -> None:
     plan = vmi.plan(world.vit, runs, world.columns)
     assert plan.clean_runs == ("layer2",)
     assert "interventions that change nothing that is read are left out: run 'layer2', interchange at blocks.2.resid_post" in str(plan)
+    assert "replaced" not in str(plan)
+    whole = vmi.plan(world.vit, [Run.model_validate(run("whole", swap("blocks.1.resid_post")))], world.columns)
+    assert "all that is read of the residual stream is replaced in whole, whose rows start from what" in str(whole)
     # Base to the end, source no further than the last block whose output is taken, and two layers' rows.
     assert rows(world, *documents, effect=None) == [6, 9, 9]
 
@@ -192,6 +197,36 @@ def test_without_data_a_column_selects_patches() -> None:
     plan = vmi.plan(vit, runs)
     assert plan.clean_runs == ("2",)
     assert plan.block_evaluations == 3 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, TIMM_POOLED, HF_VIT, HF_DINOV2, HF_CLIP], ids=lambda t: t.name)
+@pytest.mark.parametrize("site", ["ln_final", "pooled"])
+def test_what_is_behind_the_blocks_can_be_all_that_is_read(tiny: Tiny, site: str) -> None:
+    world = world_of(tiny, 3)
+    if site in world.vit.layout.absent:
+        return
+    assert rows(world, run("a", swap(site))) == [3, 3, 3]
+    if site == "ln_final":
+        assert rows(world, run("a", swap(site, source_site="embed"))) == [0, 0, 0]
+    if tiny is TIMM_PLAIN:
+        assert rows(world, run("a", swap("ln_final", ["cls"]))) == [3, 3, 3]
+        assert rows(world, run("a", swap("ln_final", [2])), effect=None) == [3, 3, 3]
+
+
+def test_a_branch_of_the_output_is_not_all_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that adds something of the residual stream to what the pooled value gives."""
+    world = World(TIMM_PLAIN, 3)
+    assert follows_from(world.vit, Site(None, "pooled"))
+    native = type(world.module).forward_head
+
+    def forward_head(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = native(self, x, *args, **kwargs)
+        return output + x.square().mean(dim=(1, 2))[:, None]
+
+    forward_head.__module__ = native.__module__  # a foreign method would not be tried out at all
+    monkeypatch.setattr(type(world.module), "forward_head", forward_head)
+    assert not follows_from(world.vit, Site(None, "pooled"))
+    assert follows_from(world.vit, Site(None, "ln_final"))
 
 
 def test_logits_that_are_replaced_are_their_source() -> None:

@@ -204,17 +204,19 @@ class Counted:
         return sum(self.rows)
 
     def __enter__(self) -> Counted:
-        native = cutting.read_tokens
+        def unnoticed(native: Any) -> Any:
+            def tried(*args: Any) -> Any:
+                self._remove()
+                try:
+                    return native(*args)
+                finally:
+                    self._install()
 
-        def unnoticed(vit: HookedViT) -> Any:
-            self._remove()
-            try:
-                return native(vit)
-            finally:
-                self._install()
+            return tried
 
         self._patch = pytest.MonkeyPatch()
-        self._patch.setattr(cutting, "read_tokens", unnoticed)
+        for name in ("read_tokens", "follows_from"):
+            self._patch.setattr(cutting, name, unnoticed(getattr(cutting, name)))
         self._install()
         return self
 

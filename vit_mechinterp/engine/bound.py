@@ -157,7 +157,9 @@ class Bound:
     readout: BoundReadout | None = None
     """What is kept of every output; None for all of it."""
     left_out: tuple[str, ...] = ()
-    """Where interventions were left out, because they reach nothing that is read."""
+    """Where interventions were left out, because they change nothing that is read."""
+    without_base: tuple[str, ...] = ()
+    """Names of the runs of whose base their rows hold nothing."""
 
     @classmethod
     def of(cls, runs: Sequence[BoundRun], sources_first: Sequence[BoundRun]) -> Bound:

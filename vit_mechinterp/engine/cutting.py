@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.throughput import likely_width, measured_width, remembered_width
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.read_tokens import read_tokens
+from vit_mechinterp.model.read_tokens import follows_from, read_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import TensorRef
 
@@ -76,7 +77,7 @@ def schedule_for(
     else:
         images = image_numbers(data, columns, progress=progress)
     n, read = len(next(iter(images.values()))), read_tokens(vit)
-    bound = without_idle_edits(bound, vit.layout, read, n, tensors)
+    bound = without_idle_edits(bound, vit.layout, read, n, tensors, cache(partial(follows_from, vit)))
     sharing = Sharing(bound, images, imagined=data is None)
     spares = why_nothing_is_spared(vit.layout) is None
     one_image = vit.layout.family.one_image

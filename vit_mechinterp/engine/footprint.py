@@ -44,7 +44,10 @@ def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
     """Reckon what one example and one row of a schedule take."""
     bound = schedule.bound
     element = torch.finfo(vit.dtype).bits // 8
-    held = sum(read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk))))
+    held = schedule.sharing.once(
+        ("held", schedule.chunk),
+        lambda: sum(read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk)))),
+    )
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
     captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
     outputs = 4 * len(bound.runs) * math.prod(vit.output_shape())

@@ -37,6 +37,11 @@ def notes_on(
         )
     if bound.left_out:
         yield f"interventions that change nothing that is read are left out: {_some(bound.left_out)}"
+    if bound.without_base:
+        yield (
+            f"all that is read of the residual stream is replaced in {listed(bound.without_base, most=4)}, "
+            "whose rows start from what takes its place"
+        )
     if bound.readout is not None:
         yield f"of every output this is kept: {listed(bound.readout.spec.names)}"
     if len(bound.stages) > 1:

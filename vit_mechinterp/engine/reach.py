@@ -10,7 +10,7 @@ end there, or else start blank at that place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,7 +40,7 @@ Mask = NDArray[np.bool_]
 _FACTORS: Mapping[Operator, str] = {add_direction: "vector", inject_subspace: "gate"}
 """The tensor that the change which an operator makes is a multiple of."""
 _STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")
-"""Places that all later ones follow from."""
+"""Places in or before the blocks that all later ones follow from."""
 _BY_QUERY = BLOCK_SITES[BLOCK_SITES.index("attn.q")], *BLOCK_SITES[BLOCK_SITES.index("attn.scores") :]
 """Places of a block from which a token's value reaches that token of its output alone, if the block can be
 narrowed."""
@@ -51,7 +51,8 @@ def without_idle_edits(
     layout: Layout,
     read: ReadTokens | None,
     n: int,
-    tensors: Mapping[TensorRef, Tensor] | None = None,
+    tensors: Mapping[TensorRef, Tensor] | None,
+    follows_from: Callable[[Site], bool],
 ) -> Bound:
     """The same runs without interventions that reach nothing that is read, and without replaced bases.
 
@@ -61,11 +62,13 @@ def without_idle_edits(
         read: the tokens that the output reads of the last block; None for all of them.
         n: number of examples.
         tensors: the given tensors, where they are known.
+        follows_from: whether the output follows from a site behind the blocks alone.
     """
-    reach = _Reach(layout, read, n, tensors)
+    reach = _Reach(layout, read, n, tensors, follows_from)
     kept = {run.name: run for run in bound.runs}
     readers: defaultdict[str, list[Read]] = defaultdict(list)
     left_out: dict[str, list[str]] = {}
+    without_base: set[str] = set()
     for run in (run for stage in reversed(bound.stages) for run in stage):
         edits = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
         if len(edits) < len(run.edits):
@@ -80,29 +83,39 @@ def without_idle_edits(
         own = _reading(kept[name], kept)
         if own.edits and reach.is_rid_of_base(own, readers[name]):
             own = _without_base(own, kept)
+            without_base.add(name)
         kept[name] = own
         sources_first.append(own)
     runs = [kept[run.name] for run in bound.runs]
     if all(own is run for own, run in zip(runs, bound.runs, strict=True)):
         return bound
-    where = (place for run in runs for place in left_out.get(run.name, ()))
-    return replace(Bound.of(runs, sources_first), readout=bound.readout, left_out=tuple(where))
+    return replace(
+        Bound.of(runs, sources_first),
+        readout=bound.readout,
+        left_out=tuple(place for run in runs for place in left_out.get(run.name, ())),
+        without_base=tuple(run.name for run in runs if run.name in without_base),
+    )
 
 
 class _Reach:
     """What reaches the output of one model, or what somebody reads of a run."""
 
     def __init__(
-        self, layout: Layout, read: ReadTokens | None, n: int, tensors: Mapping[TensorRef, Tensor] | None
+        self,
+        layout: Layout,
+        read: ReadTokens | None,
+        n: int,
+        tensors: Mapping[TensorRef, Tensor] | None,
+        follows_from: Callable[[Site], bool],
     ) -> None:
         self.last, self.n_tokens, self.n = layout.n_layers - 1, layout.tokens.n_tokens, n
-        self.output = Site(None, "logits") if layout.output == "logits" else None
         self.by_output: Mask | None = None
         if read is not None:
             self.by_output = np.zeros((1, self.n_tokens), dtype=np.bool_)
             self.by_output[0, list(read.tokens)] = True
-        self.tensors = tensors
+        self.tensors, self.follows_from = tensors, follows_from
         self._zeros: dict[TensorRef, bool] = {}
+        self._read: dict[Positions, bool] = {}
 
     def kept(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
         """Edits of a run that reach its output, or one of what is read of it."""
@@ -122,10 +135,10 @@ class _Reach:
         """Whether nothing that is read of a run, by itself or by others, is its base's from its first edit
         on, and others read nothing before."""
         first, later = run.edits[0], run.edits[1:]
+        if not _writes_over(first) or any(read.site < first.site for read in others):
+            return False
         reads = [*(capture.read for capture in run.captures), *others]
-        return self._replaces_all(first, later, reads, run.through) and not any(
-            read.site < first.site for read in others
-        )
+        return self._replaces_all(first, later, reads, run.through)
 
     def _replaces_all(
         self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read], through: frozenset[int]
@@ -134,9 +147,10 @@ class _Reach:
         site = edit.site
         if not _writes_over(edit):
             return False
-        if site == self.output:
-            return edit.positions.is_all
-        if site.name not in _STREAM or (site.name == "resid_mid" and site.layer in through):
+        if site.layer is None and site.name != "embed":
+            if not self.follows_from(site):
+                return False
+        elif site.name not in _STREAM or (site.name == "resid_mid" and site.layer in through):
             return False
         if edit.positions.is_all:
             return True
@@ -164,8 +178,17 @@ class _Reach:
         """Whether an edit is made at tokens that nobody reads from its site on."""
         if not self._is_at_end(edit.site) or edit.positions.is_all or not acts_by_token(edit.spec):
             return False
+        if self._is_output_of(edit.positions):
+            return False
         live = self._live(edit, later, reads)
         return live is not None and not (live & self._mask(edit.positions)).any()
+
+    def _is_output_of(self, positions: Positions) -> bool:
+        """Whether the output reads tokens of some selection from the last block on."""
+        if positions not in self._read:
+            read = self.by_output
+            self._read[positions] = read is None or bool((read & self._mask(positions)).any())
+        return self._read[positions]
 
     def _is_at_end(self, site: Site) -> bool:
         """Whether a token's value at a site reaches no other token of what is read."""

@@ -1,12 +1,13 @@
-"""Which tokens of the last block a model's output reads: tried out, not declared."""
+"""What a model's output reads of the last block, and behind it: tried out, not declared."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,19 +15,21 @@ from torch import Tensor, nn
 
 from vit_mechinterp.model.as_made import is_as_made
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.instrument import Instrument
+from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import lookup
 from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
-from vit_mechinterp.spec import Site
+from vit_mechinterp.spec import GLOBAL_SITES, Site
 
-__all__ = ["ReadTokens", "read_tokens"]
+__all__ = ["ReadTokens", "follows_from", "read_tokens"]
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
     weakref.WeakKeyDictionary()
 )
 """By last block, and by what it consists of, its weights, its precision and the tokens: the shares of
 `ReadTokens`, or None if the block cannot be narrowed."""
+
+Found = TypeVar("Found")
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +67,44 @@ def read_tokens(vit: HookedViT) -> ReadTokens | None:
         None where all tokens are read, the model has no others than patches, it is not as its library made it
         (see `is_as_made`), the block's parts do not work token by token, or trying failed.
     """
+    return _tried(vit, _found, "resid_pre") if why_nothing_is_spared(vit.layout) is None else None
+
+
+def follows_from(vit: HookedViT, site: Site) -> bool:
+    """Try out whether the output, and everything else behind a site behind the blocks, follows from what is
+    there alone.
+
+    Streams that differ are given the same value at the site: nothing behind it may tell them apart. False
+    where the site is absent, the model is not as its library made it, or trying failed.
+    """
+    behind = GLOBAL_SITES[GLOBAL_SITES.index(site.name) + 1 :]
+
+    def found(vit: HookedViT) -> bool:
+        last = Site(vit.layout.n_layers - 1, "resid_post")
+
+        def moved(also: Mapping[Site, Visitor]) -> bool:
+            replaced: dict[Site, Visitor] = {last: lambda value: _random(2, value), **also}
+            values = _run(vit, replaced, range(vit.layout.n_layers), 2, behind)
+            return values is None or any(bool(_moved(vit, own)[1]) for own in values.values())
+
+        return moved({}) and not moved({site: lambda value: value[:1].repeat(2, *[1] * (value.ndim - 1))})
+
+    return site.name not in vit.layout.absent and bool(_tried(vit, found))
+
+
+def _tried(vit: HookedViT, found: Callable[[HookedViT], Found | None], *sites: str) -> Found | None:
+    """What is found out about a model that is as its library made it, and has some sites of the last block
+    beside its output."""
     last = vit.layout.n_layers - 1
-    absent = {f"blocks.{last}.resid_pre", f"blocks.{last}.resid_post"} & set(vit.layout.absent)
-    if why_nothing_is_spared(vit.layout) is not None or absent or next(vit.module.parameters()).is_meta:
+    absent = {f"blocks.{last}.{name}" for name in (*sites, "resid_post")} & set(vit.layout.absent)
+    if absent or next(vit.module.parameters()).is_meta:
         return None
     with vit.lock, torch.no_grad():
         if not is_as_made(vit.module):
             return None
         try:
-            return _found(vit)
-        except Exception as error:  # an experiment is not worse off for it: every token is computed
+            return found(vit)
+        except Exception as error:  # an experiment is not worse off for it: more is computed
             logger.debug("%s was not tried out: %s", type(vit.module).__name__, error)
             return None
 
@@ -126,15 +157,20 @@ def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
             return changed
 
         site = Site(n_layers - 1, "resid_post")
-        found = _run(vit, site, range(n_layers), streams, rows, ("pooled",))
+        found = _run(vit, {site: streams}, range(n_layers), rows, ("pooled",))
         if found is None:
             return ()
-        # A row that nothing changed may still be rounded otherwise than its neighbour.
-        precise = vit.dtype in (torch.float32, torch.float64)
         for values in found.values():
-            rounding = 4 * torch.finfo(torch.float32).eps * float(values.abs().max()) if precise else 0.0
-            moved |= ~((values - values[0]).abs().flatten(1).amax(1) <= rounding).cpu()
+            moved |= _moved(vit, values)
     return () if moved[1] else tuple(token for token, own in zip(special, moved[2:], strict=True) if own)
+
+
+def _moved(vit: HookedViT, values: Tensor) -> Tensor:
+    """Rows that are not the first one's over again, ``[row]``."""
+    # A row that nothing changed may still be rounded otherwise than its neighbour.
+    precise = vit.dtype in (torch.float32, torch.float64)
+    rounding = 4 * torch.finfo(torch.float32).eps * float(values.abs().max()) if precise else 0.0
+    return ~((values - values[0]).abs().flatten(1).amax(1) <= rounding).cpu()
 
 
 def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[float, float] | None:
@@ -149,7 +185,7 @@ def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[
     precise = vit.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(vit.device.type)
 
     def run(narrowing: Narrowing | None = None) -> dict[str, Tensor] | None:
-        return _run(vit, site, before, lambda value: _random(2, value), 2, (last,), narrowing)
+        return _run(vit, {site: lambda value: _random(2, value)}, before, 2, (last,), narrowing)
 
     whole = run()
     for few, opened in ((tokens, True), (some, True), (some, False), (tokens, False)):
@@ -180,19 +216,20 @@ def _random(rows: int, like: Tensor, seed: int = 0) -> Tensor:
 
 def _run(
     vit: HookedViT,
-    site: Site,
+    replaced: Mapping[Site, Visitor],
     skipped: range,
-    streams: Callable[[Tensor], Tensor],
     rows: int,
     keep: Sequence[str],
     narrowing: Narrowing | None = None,
 ) -> dict[str, Tensor] | None:
-    """The output, and values at some sites that the model has, ``[row, ...]`` in float32, if a site's value
-    is replaced and blocks are skipped; None where the stream has other axes than the layout says."""
+    """The output, and values at some sites that the model has, ``[row, ...]`` in float32, if values are
+    replaced, first the residual stream, and blocks are skipped; None where the stream has other axes than the
+    layout says."""
     fits = True
     found: dict[str, Tensor] = {}
+    (stream, streams), *others = replaced.items()
 
-    def visitor(value: Tensor) -> Tensor:
+    def visitor(value: Tensor) -> Tensor | None:
         nonlocal fits
         fits = value.ndim == 3 and value.shape[1] == vit.layout.tokens.n_tokens
         return streams(value) if fits else value
@@ -202,7 +239,9 @@ def _run(
 
     instrument = Instrument(vit.module, vit.layout)
     instrument.skip(skipped)
-    instrument.visit(site, visitor)
+    instrument.visit(stream, visitor)
+    for site, change in others:
+        instrument.visit(site, change)
     for name in keep:
         if name not in vit.layout.absent:
             instrument.visit(Site.parse(name), keeping(name))
