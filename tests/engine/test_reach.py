@@ -56,6 +56,25 @@ def test_edits_at_tokens_that_nobody_reads_are_clean_rows(site: str) -> None:
     assert not torch.allclose(values[f"{LAST}.resid_post"], world.oracle.clean("base")[1][f"{LAST}.resid_post"], atol=1e-3)
 
 
+def test_an_edit_may_reach_what_is_read_in_some_examples() -> None:
+    world = World(TIMM_PLAIN, 4)
+    world.columns["one"] = torch.tensor([[1], [2], [3], [4]])
+    world.columns["other"] = torch.tensor([[1], [5], [3], [6]])
+    capture = ({"site": f"{LAST}.resid_post", "tokens": {"column": "other"}},)
+    edited = run("a", swap(f"{LAST}.mlp_out", {"column": "one"}), capture=capture)
+    site = f"{LAST}.resid_post"
+    plan = vmi.plan(world.vit, [Run.model_validate(edited)], world.columns)
+    assert plan.clean_rows == 2
+    results = world.execute([edited])
+    assert torch.allclose(results["a"], world.oracle.clean("base")[0], atol=1e-5 * world.scale)
+    places = 1 + world.columns["other"]
+    wanted = world.oracle.run(edited)[1][site].take_along_dim(places[:, :, None], dim=1)
+    found = torch.stack(list(results.captures["a"][site]))
+    assert torch.allclose(found, wanted, atol=1e-5)
+    native = world.oracle.clean("base")[1][site].take_along_dim(places[:, :, None], dim=1)
+    assert [bool(x > 1e-3) for x in (found - native).abs().amax((1, 2))] == [True, False, True, False]
+
+
 @pytest.mark.parametrize("site", ["resid_pre", "ln1", "attn.k", "attn.v"])
 def test_edits_before_the_last_attention_call_reach_every_token(site: str) -> None:
     world = world_of(TIMM_PLAIN, 3)

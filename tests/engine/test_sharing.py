@@ -220,6 +220,17 @@ def test_chunks_do_not_share_and_the_plan_says_so() -> None:
     assert "rows are equal to rows of other chunks, and are computed again" in str(plan)
 
 
+def test_choices_are_compared_by_their_numbers() -> None:
+    world = World(TIMM_PLAIN, 4)
+    world.columns["again"] = world.columns["kind"].clone()
+    world.columns["other"] = (world.columns["kind"] + 1) % 4
+    edit = {"op": "add_direction", "site": "blocks.1.mlp_out", "tokens": ["cls"], "vector": "kinds.24"}
+    documents = [run(column, {**edit, "choose": {"column": column}}) for column in ("kind", "again", "other")]
+    total, plan = counted(world, documents)
+    assert plan.shared_rows == 4
+    assert total == 4 * 2 + 2 * 4 * 1
+
+
 def test_rows_equal_to_rows_of_earlier_chunks_are_computed_once(tmp_path: Path) -> None:
     """Where only outputs are wanted; in memory, in a folder, and after a stop."""
     world = repeating()

@@ -57,7 +57,8 @@ class Edit:
     """One intervention, bound: where it acts and what it reads.
 
     ``mean`` is the read to be averaged over the dataset (mean ablation); ``refs`` are its tensors by field
-    name; ``choice`` holds an index per example.
+    name; ``choice`` holds an index per example; ``idle`` are the examples in which it changes nothing that is
+    read.
     """
 
     spec: Intervention
@@ -69,6 +70,7 @@ class Edit:
     refs: tuple[tuple[str, TensorRef], ...]
     choice: tuple[int, ...] | None
     where: str
+    idle: tuple[int, ...] = ()
 
     @property
     def source_run(self) -> str | None:

@@ -71,11 +71,10 @@ def without_idle_edits(
     without_base: set[str] = set()
     for run in (run for stage in reversed(bound.stages) for run in stage):
         edits = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
-        if len(edits) < len(run.edits):
-            kept[run.name] = replace(run, edits=edits)
-            stay = set(map(id, edits))
-            left_out[run.name] = [edit.where for edit in run.edits if id(edit) not in stay]
-        for edit in edits:
+        left_out[run.name] = [edit.where for place, edit in enumerate(run.edits) if place not in edits]
+        if left_out[run.name] or any(edit.idle for edit in edits.values()):
+            kept[run.name] = replace(run, edits=tuple(edits.values()))
+        for edit in edits.values():
             if edit.source is not None and edit.source_run is not None:
                 readers[edit.source_run].append(edit.source)
     sources_first = [run for run in bound.runs if not run.edits]
@@ -117,19 +116,22 @@ class _Reach:
         self._zeros: dict[TensorRef, bool] = {}
         self._read: dict[Positions, bool] = {}
 
-    def kept(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
-        """Edits of a run that reach its output, or one of what is read of it."""
-        found = []
+    def kept(self, run: BoundRun, reads: Sequence[Read]) -> dict[int, Edit]:
+        """Edits of a run that reach its output, or one of what is read of it, by their place in the run."""
+        found: dict[int, Edit] = {}
         for place, edit in enumerate(run.edits):
             later = run.edits[place + 1 :]
-            if self._is_nothing(edit) or _is_written_over(edit, later) or self._is_unread(edit, later, reads):
+            if self._is_nothing(edit) or _is_written_over(edit, later):
                 continue
-            found.append(edit)
-        for place in reversed(range(1, len(found))):
-            between = [read for read in reads if found[0].site <= read.site < found[place].site]
-            if not between and self._replaces_all(found[place], found[place + 1 :], reads, run.through):
-                return tuple(found[place:])
-        return tuple(found)
+            idle = self._unread(edit, later, reads)
+            if len(idle) < self.n:
+                found[place] = replace(edit, idle=idle) if idle else edit
+        for place in reversed(list(found)[1:]):
+            edit, first = found[place], found[next(iter(found))]
+            between = [read for read in reads if first.site <= read.site < edit.site]
+            if not between and self._replaces_all(edit, run.edits[place + 1 :], reads, run.through):
+                return {own: edit for own, edit in found.items() if own >= place}
+        return found
 
     def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
         """Whether nothing that is read of a run, by itself or by others, is its base's from its first edit
@@ -174,14 +176,17 @@ class _Reach:
             self._zeros[ref] = not bool(self.tensors[ref].any())
         return self._zeros.get(ref, False)
 
-    def _is_unread(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> bool:
-        """Whether an edit is made at tokens that nobody reads from its site on."""
+    def _unread(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> tuple[int, ...]:
+        """Examples in which an edit is made at tokens that nobody reads from its site on."""
         if not self._is_at_end(edit.site) or edit.positions.is_all or not acts_by_token(edit.spec):
-            return False
+            return ()
         if self._is_output_of(edit.positions):
-            return False
+            return ()
         live = self._live(edit, later, reads)
-        return live is not None and not (live & self._mask(edit.positions)).any()
+        if live is None:
+            return ()
+        unread = ~(live & self._mask(edit.positions)).any(axis=1)
+        return tuple(np.flatnonzero(np.broadcast_to(unread, self.n)).tolist())
 
     def _is_output_of(self, positions: Positions) -> bool:
         """Whether the output reads tokens of some selection from the last block on."""

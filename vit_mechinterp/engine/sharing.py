@@ -171,6 +171,8 @@ class Sharing:
         for edit in run.edits:
             same = keys.puts_back(run, edit) if changed is not True else None
             acts: bool | BoolArray = True if same is None else ~same | changed
+            if edit.idle:
+                acts = acts & ~np.isin(everyone, edit.idle)
             acting.append(acts)
             changed = True if acts is True else changed | acts
         if all(acts is True for acts in acting):
