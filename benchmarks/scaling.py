@@ -1,7 +1,7 @@
 """Time against the number of runs, examples and layers, up to 100,000 rows, and the share of planning in it.
 
-A tiny model, so that what is not arithmetic shows most. Growth is the exponent of time against block
-evaluations, fitted to the larger half of each series: 1 is linear.
+Growth is the exponent of time against block evaluations, fitted to the larger half of each series: 1 is
+linear. On ``--model micro``, whose blocks take a few microseconds a row, what is not arithmetic shows most.
 
     python -m benchmarks.scaling --rows 100000
 """
@@ -22,7 +22,7 @@ from benchmarks.plain import Plain, agree
 from benchmarks.report import Report, Row
 
 PRESETS = {
-    "full": {"model": "micro", "repeats": 3, "rows": 100_000},
+    "full": {"model": "vit_cifar", "repeats": 1, "rows": 100_000},
     "small": {"model": "micro", "repeats": 2, "rows": 10_000},
     "micro": {"model": "micro", "repeats": 1, "rows": 200},
 }
@@ -31,10 +31,12 @@ LINEAR, PLANNING = 1.05, 0.01
 
 
 def sizes(rows: int) -> dict[str, list[tuple[int, int, int]]]:
-    """``(runs, examples, layers)`` of each series; the largest has ``rows`` rows."""
+    """``(runs, examples, layers)`` of each series; the largest has ``rows`` rows, or as many blocks to run in
+    as many layers as there are then."""
     few = max(2, round(rows**0.5 / 4))
     grown = [max(2, rows * s // (1000 * few)) for s in (10, 20, 50, 100, 200, 500, 1000)]
-    per_layer = max(2, rows // (32 * few))
+    # With L layers, rows of edits at all block outputs pass through (L - 1) / 2 blocks each.
+    per_layer = max(2, round(rows * 3 / 31 / (32 * few)))
     return {
         "runs": [(n, few, 4) for n in dict.fromkeys(grown)],
         "examples": [(few, n, 4) for n in dict.fromkeys(grown)],
