@@ -152,6 +152,21 @@ def test_a_replaced_stream_can_come_from_anywhere() -> None:
     assert rows(world, mixed) == [6, 3, 6]
 
 
+def test_a_block_that_gives_something_of_its_input_keeps_its_base() -> None:
+    """Where the middle of a block is replaced, but a hook of somebody else adds its input to what it returns."""
+    world = World(TIMM_PLAIN, 3)
+    world.module.blocks[1].register_forward_hook(lambda module, args, output: output + args[0])
+    site, x = "blocks.1.resid_mid", world.columns["base"]
+    with torch.no_grad():
+        middle = world.vit.run(world.columns["source"], capture=[site])[1][site]
+        with world.vit.hooks({site: lambda h: middle}):
+            wanted = world.vit(x)
+        source = world.vit(world.columns["source"])
+    found = world.execute([run("a", swap(site))])["a"]
+    assert torch.allclose(found, wanted, atol=1e-5 * world.scale)
+    assert not torch.allclose(found, source, atol=1e-2 * world.scale)
+
+
 def test_a_replaced_stream_of_another_run_goes_on_from_it() -> None:
     world = world_of(TIMM_PLAIN, 3)
     sender = run("sender", swap("blocks.0.mlp_out", [2]))

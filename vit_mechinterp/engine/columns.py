@@ -118,7 +118,7 @@ class Columns:
             if array is None or array.ndim > 1 or not (counts or array.numel() == 0):
                 raise DataError(
                     f"{_placed(column, where)}, example {example}: {described(entry)} is not an integer or a "
-                    "list of them."
+                    "list of them. Name another column, or convert this one to integers."
                 )
             rows.append([int(i) for i in array.reshape(-1).tolist()])
         return rows
@@ -134,7 +134,8 @@ class Columns:
         for example, row in enumerate(rows):
             if len(row) != 1:
                 raise DataError(
-                    f"{_placed(column, where)}, example {example}: {row} is not one integer per example."
+                    f"{_placed(column, where)}, example {example}: {row} is not one integer per example. "
+                    "Name a column that holds one."
                 )
         return [row[0] for row in rows]
 
