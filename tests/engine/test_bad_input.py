@@ -18,8 +18,10 @@ import vit_mechinterp as vmi
 from tests.engine.world import World
 from tests.tiny_models import HF_CLIP, HF_DINOV2, TIMM_PLAIN, TIMM_POOLED, Tiny
 from vit_mechinterp import Run
+from vit_mechinterp.engine import prepare
 from vit_mechinterp.errors import (
     DataError,
+    ExecutionError,
     SpecError,
     TensorFileError,
     UnsupportedModelError,
@@ -290,6 +292,31 @@ def test_bad_runs(guarded: dict[Tiny, World], runs: Any, text: str) -> None:
     for call in (lambda: vmi.execute(world.vit, runs, COLUMNS), lambda: vmi.plan(world.vit, runs)):
         with pytest.raises(SpecError, match=text):
             call()
+
+
+def test_a_native_model_and_a_path_for_a_store(guarded: dict[Tiny, World], tmp_path: Path) -> None:
+    world = guarded[TIMM_PLAIN]
+    runs = [Run(name="a")]
+    native = pytest.raises(SpecError, match=r"not VisionTransformer\. Wrap it: vit_mechinterp\.wrap\(module\)")
+    path = pytest.raises(SpecError, match=r"not a path\. Make one: vit_mechinterp\.ActivationStore\(")
+    for call in (vmi.execute, vmi.plan):
+        with native:
+            call(world.module, runs, world.columns)  # type: ignore[operator]
+        with path:
+            call(world.vit, runs, world.columns, store=tmp_path)  # type: ignore[operator]
+    with native, prepare(world.module, runs, world.columns, {}):  # type: ignore[arg-type]
+        pass
+    with path, prepare(world.vit, runs, world.columns, {}, store=tmp_path):  # type: ignore[arg-type]
+        pass
+
+
+def test_results_of_somebody_else_are_not_written_over(guarded: dict[Tiny, World], tmp_path: Path) -> None:
+    world = guarded[TIMM_PLAIN]
+    document = tmp_path / "results.json"
+    document.write_text('{"accuracy": 0.9}')
+    with pytest.raises(ExecutionError, match=r"results\.json is no document of an experiment"):
+        vmi.execute(world.vit, [Run(name="a")], world.columns, out=tmp_path)
+    assert document.read_text() == '{"accuracy": 0.9}'
 
 
 def test_tensors_that_are_no_mapping(guarded: dict[Tiny, World]) -> None:

@@ -204,7 +204,7 @@ def test_a_plan_names_clean_runs_and_counts_in_words() -> None:
     assert clean.clean_runs == ("untouched",)
     assert "Plan for 1 example on VisionTransformer (3 blocks)" in text
     assert "1 launch, 1 chunk of up to 1 example, at most 1 row each" in text
-    assert "runs without edits, answered by clean forwards: untouched" in text
+    assert "runs that clean forwards answer: untouched" in text
     last = Run.model_validate(run("a", swap("blocks.1.resid_post")))
     assert "joins at the output of block 1, 1 block; interchange" in str(vmi.plan(world.vit, [last]))
 

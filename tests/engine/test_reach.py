@@ -108,7 +108,7 @@ def test_the_plan_names_what_is_left_out() -> None:
     assert "interventions that change nothing that is read are left out: run 'layer2', interchange at blocks.2.resid_post" in str(plan)
     assert "replaced" not in str(plan)
     whole = vmi.plan(world.vit, [Run.model_validate(run("whole", swap("blocks.1.resid_post")))], world.columns)
-    assert "all that is read of the residual stream is replaced in whole, whose rows start from what" in str(whole)
+    assert "no base is run for it: whole is image 'source' from blocks.1.resid_post on" in str(whole)
     # Base to the end, source no further than the last block whose output is taken, and two layers' rows.
     assert rows(world, *documents, effect=None) == [6, 9, 9]
 
@@ -184,6 +184,21 @@ def test_a_replaced_stream_of_another_run_goes_on_from_it() -> None:
     for document in (captured, further):
         changed = world.oracle.run(document)[0] - world.oracle.clean("source")[0]
         assert float(changed.abs().max()) > 1e-3
+
+
+def test_the_plan_says_where_runs_begin_alike() -> None:
+    """Corrupt, then restore at every place: written as edits of every run, and as a run that the others go on from."""
+    world = world_of(TIMM_PLAIN, 3)
+    noise = push("embed", "patches", 3.0)
+    restored = [(f"{layer}.{token}", swap(f"blocks.{layer}.resid_post", [token], "base")) for layer in (1, 2) for token in (1, 2)]
+    alone = [run(name, noise, back) for name, back in restored]
+    corrupt = run("corrupt", noise)
+    on = [run(n, swap(back["site"], source={"run": "corrupt"}), back, base="base") for n, back in restored]
+    note = "2 runs begin with interventions that other runs begin with too, and each runs the blocks up to its next one"
+    vit, columns = world.vit, world.columns
+    assert note in str(vmi.plan(vit, [Run.model_validate(document) for document in [corrupt, *alone]], columns))
+    assert "begin with" not in str(vmi.plan(vit, [Run.model_validate(document) for document in [corrupt, *on]], columns))
+    assert sum(rows(world, corrupt, *on)) < sum(rows(world, corrupt, *alone))
 
 
 def test_a_base_that_another_run_reads_stays() -> None:

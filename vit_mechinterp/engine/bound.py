@@ -97,7 +97,7 @@ class BoundRun:
     """One run, bound: edits in forward order, and captures told apart by whether the edits reach them.
 
     ``origin`` is where its clean values come from, and its rows start from them, unless they start ``blank``:
-    then the first edit replaces all that is read of the residual stream. ``own_before`` is the site before
+    then the first edit replaces all that is read of the residual stream. ``clean_before`` is the site before
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what
     their blocks return.
@@ -108,7 +108,7 @@ class BoundRun:
     captures: tuple[BoundCapture, ...]
     origin: ColumnOrigin
     blank: bool = False
-    own_before: Site | None = None
+    clean_before: Site | None = None
     through: frozenset[int] = frozenset()
 
     @property
@@ -123,7 +123,7 @@ class BoundRun:
 
     def is_clean_at(self, site: Site) -> bool:
         """Whether the run's value at a site is the clean forward's."""
-        first = self.own_before or self.first
+        first = self.clean_before or self.first
         return first is None or site < first
 
     def join(self, n_layers: int) -> Join:
@@ -161,7 +161,7 @@ class Bound:
     left_out: tuple[str, ...] = ()
     """Where interventions were left out, because they change nothing that is read."""
     without_base: tuple[str, ...] = ()
-    """Names of the runs of whose base their rows hold nothing."""
+    """For every run of whose base its rows hold nothing, what they hold instead."""
 
     @classmethod
     def of(cls, runs: Sequence[BoundRun], sources_first: Sequence[BoundRun]) -> Bound:
@@ -195,9 +195,9 @@ class Bound:
         return {name: tuple(dict.fromkeys(own)) for name, own in reads.items()}
 
     @cached_property
-    def own_before(self) -> dict[str, Site]:
-        """`BoundRun.own_before` of the runs that have one."""
-        return {run.name: run.own_before for run in self.runs if run.own_before is not None}
+    def clean_before(self) -> dict[str, Site]:
+        """`BoundRun.clean_before` of the runs that have one."""
+        return {run.name: run.clean_before for run in self.runs if run.clean_before is not None}
 
     @cached_property
     def columns(self) -> frozenset[str]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.errors import ExecutionError
+from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["check_images", "refuse_train_mode"]
+__all__ = ["check_arguments", "check_images", "refuse_train_mode"]
+
+
+def check_arguments(vit: Any, store: Any = None) -> None:
+    """Raise SpecError where a native model or a path stands for what wraps it."""
+    if not isinstance(vit, HookedViT):
+        raise SpecError(
+            f"vit is a wrapped model, not {type(vit).__name__}. Wrap it: vit_mechinterp.wrap(module)."
+        )
+    if isinstance(store, (str, Path)):
+        raise SpecError(
+            "store is an ActivationStore, not a path. Make one: "
+            f"vit_mechinterp.ActivationStore({str(store)!r})."
+        )
 
 
 def refuse_train_mode(vit: HookedViT) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.backends import backend_named
 from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.checks import check_images, refuse_train_mode
+from vit_mechinterp.engine.checks import check_arguments, check_images, refuse_train_mode
 from vit_mechinterp.engine.chunk import chunk_of
 from vit_mechinterp.engine.clean import CleanPass, clean_pass, dataset_means
 from vit_mechinterp.engine.collect import Gathering
@@ -117,6 +117,7 @@ def execute(
             f"backend={backend!r} computes everything anew and holds nothing, so memory, store and out do "
             "not go with it. Leave them out, or the backend."
         )
+    check_arguments(vit, store)
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_train_mode(vit)
     columns = Data(data, vit, progress=progress)

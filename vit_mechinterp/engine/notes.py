@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from vit_mechinterp.engine.bound import BoundRun
+from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.counting import Counts
 from vit_mechinterp.engine.order import starts_late
 from vit_mechinterp.engine.schedule import Schedule
@@ -39,13 +40,19 @@ def notes_on(
         yield f"interventions that change nothing that is read are left out: {_some(bound.left_out)}"
     if bound.without_base:
         yield (
-            f"all that is read of the residual stream is replaced in {listed(bound.without_base, most=4)}, "
-            "whose rows start from what takes its place"
+            "all that is read of the residual stream is replaced, so that no base is run for it: "
+            f"{_some(bound.without_base)}"
         )
     if bound.readout is not None:
         yield f"of every output this is kept: {listed(bound.readout.spec.names)}"
     if len(bound.stages) > 1:
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
+    if (alike := _begin_alike(bound, schedule.n_layers)) > 0:
+        yield (
+            f"{alike} runs begin with interventions that other runs begin with too, and each runs the blocks "
+            "up to its next one by itself; to run them once, give these interventions a run of their own, "
+            "and begin the others with an interchange of all tokens from it"
+        )
     gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]
     if gates and not tensors_known:
         yield "gates are not known here, so rows whose gate is all zeros count as changed"
@@ -63,6 +70,22 @@ def notes_on(
             "library's are on the model"
         )
     yield from _late(vit, schedule)
+
+
+def _begin_alike(bound: Bound, n_layers: int) -> int:
+    """How many runs share their first intervention with others, and go on in a later block."""
+    alike: defaultdict[tuple[object, ...], list[BoundRun]] = defaultdict(list)
+    if all(len(run.edits) < 2 for run in bound.runs):
+        return 0
+    for run in (run for run in bound.runs if run.edits):
+        alike[run.origin, run.blank, run.edits[0].spec.model_dump_json()].append(run)
+    return sum(
+        run.edits[1].site.layer is None or run.edits[1].site.layer > run.join(n_layers).first_block
+        for runs in alike.values()
+        if len(runs) > 1
+        for run in runs
+        if len(run.edits) > 1
+    )
 
 
 def _some(places: Sequence[str]) -> str:
@@ -106,7 +129,7 @@ def _late(vit: HookedViT, schedule: Schedule) -> Iterator[str]:
     late: list[BoundRun] = [run for run in every if starts_late(run, schedule.n_layers)]
     if not late:
         return
-    names = ", ".join(sorted({str(run.first) for run in late})[:4])
+    names = listed(map(str, sorted({run.first for run in late if run.first is not None})), most=4)
     reason = why_nothing_is_spared(vit.layout)
     if reason is None:
         how = (

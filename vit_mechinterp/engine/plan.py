@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from vit_mechinterp.engine.bind import bind, expand_runs
+from vit_mechinterp.engine.checks import check_arguments
 from vit_mechinterp.engine.counting import count
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
@@ -122,7 +123,7 @@ class Plan:
             lines.append("    none")
         if self.clean_runs:
             lines.append(
-                f"  runs without edits, answered by clean forwards: {_listed(self.clean_runs, 'runs')}"
+                f"  runs that clean forwards answer: {_listed(self.clean_runs, 'runs')}"
             )
         if self.clean_rows:
             lines.append(
@@ -133,12 +134,13 @@ class Plan:
             lines.append(f"  {_counted(self.shared_rows, 'row')} equal to others, computed once")
         if self.spared > 0:
             lines.append(
-                f"  {self.spared:.4g} blocks' worth spared inside the blocks where rows of one image join"
+                f"  of these, {self.spared:.4g} blocks' worth is spared inside the blocks where rows of one "
+                "image join"
             )
         if self.unread > 0:
             lines.append(
-                f"  {self.unread:.4g} blocks' worth left out of the last block, behind whose attention most "
-                "tokens are not read"
+                f"  of these, {self.unread:.4g} blocks' worth is left out of the last block, behind whose "
+                "attention most tokens are not read"
             )
         for stage in sorted({rows.stage for rows in self.rows}):
             lines.append(f"  rows that join one growing batch{f' (stage {stage + 1})' if stage else ''}")
@@ -196,6 +198,7 @@ def plan(
             "What a store has depends on the images, and this plan has no data. Give plan the data too, or "
             "no store."
         )
+    check_arguments(vit, store)
     flat = expand_runs(runs, vit.layout.n_layers)
     columns = None if data is None else Data(data, vit)
     bound = replace(bind(vit, flat, columns), readout=bind_readout(vit, readout, columns))

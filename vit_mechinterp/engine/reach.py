@@ -68,7 +68,7 @@ def without_idle_edits(
     kept = {run.name: run for run in bound.runs}
     readers: defaultdict[str, list[Read]] = defaultdict(list)
     left_out: dict[str, list[str]] = {}
-    without_base: set[str] = set()
+    without_base: dict[str, str] = {}
     for run in (run for stage in reversed(bound.stages) for run in stage):
         edits = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
         left_out[run.name] = [edit.where for place, edit in enumerate(run.edits) if place not in edits]
@@ -81,8 +81,8 @@ def without_idle_edits(
     for name in (run.name for stage in bound.stages for run in stage):
         own = _reading(kept[name], kept)
         if own.edits and reach.is_rid_of_base(own, readers[name]):
-            own = _without_base(own, kept)
-            without_base.add(name)
+            own, instead = _without_base(own, kept)
+            without_base[name] = f"{name} is {instead}"
         kept[name] = own
         sources_first.append(own)
     runs = [kept[run.name] for run in bound.runs]
@@ -92,7 +92,7 @@ def without_idle_edits(
         Bound.of(runs, sources_first),
         readout=bound.readout,
         left_out=tuple(place for run in runs for place in left_out.get(run.name, ())),
-        without_base=tuple(run.name for run in runs if run.name in without_base),
+        without_base=tuple(without_base[run.name] for run in runs if run.name in without_base),
     )
 
 
@@ -253,18 +253,20 @@ def _reading(run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
     return replace(run, edits=tuple(edits))
 
 
-def _without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
-    """A run whose first edit replaces all that is read of its base."""
+def _without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRun, str]:
+    """A run whose first edit replaces all that is read of its base, and what it is from there on."""
     first, later = run.edits[0], run.edits[1:]
     source = first.source
     if source is not None and source.site == first.site and source.positions == first.positions:
         if isinstance(source.origin, ColumnOrigin) and source.origin.permutation is None:
-            return _ending_as(run, source.origin, first.site, edits=later)
+            same = _ending_as(run, source.origin, first.site, edits=later)
+            return same, f"image {source.origin.column!r} from {first.site} on"
         other = others.get(first.source_run or "")
         if other is not None and not later and other.edits[-1].site <= first.site:
             same = _ending_as(run, other.origin, first.site, edits=other.edits)
-            return replace(same, blank=other.blank, through=other.through, own_before=first.site)
-    return replace(run, blank=True)
+            same = replace(same, blank=other.blank, through=other.through, clean_before=first.site)
+            return same, f"run {other.name!r} from {first.site} on"
+    return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"
 
 
 def _ending_as(run: BoundRun, origin: ColumnOrigin, site: Site, edits: tuple[Edit, ...]) -> BoundRun:

@@ -77,6 +77,7 @@ class FinishedChunks:
             "schedule": _plain_fields(schedule),
             "circumstances": dict(circumstances),
         }
+        self._refuse_foreign_results()
         with self._disk():
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
@@ -127,6 +128,19 @@ class FinishedChunks:
             if isinstance(stored, dict):
                 return stored
         raise self._foreign(name)
+
+    def _refuse_foreign_results(self) -> None:
+        """Raise ExecutionError rather than write over a document of somebody else's."""
+        path = self.results / "results.json"
+        if self.folder.exists() or not path.exists():
+            return
+        with suppress(ValueError, OSError):
+            document = json.loads(path.read_text())
+            if isinstance(document, dict) and "experiment" in document:
+                return
+        raise ExecutionError(
+            f"{path} is no document of an experiment, and would be written over. Choose another folder."
+        )
 
     def _decision(self, name: str) -> Path:
         return self.folder / f"{name}.json"

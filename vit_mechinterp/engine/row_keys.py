@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_mechinterp.engine.bound import BoundRun, Edit
-from vit_mechinterp.engine.ops import ablate, inject_subspace, interchange, operator_of
+from vit_mechinterp.engine.ops import ablate, add_direction, inject_subspace, interchange, operator_of
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Ablate, Intervention, SourcedIntervention, TensorRef
@@ -22,6 +22,8 @@ __all__ = ["RowKeys"]
 
 BoolArray = NDArray[np.bool_]
 
+_BY_HEAD = (interchange, inject_subspace, ablate, add_direction)
+"""Operators for which the order of heads means nothing."""
 _NUMBERS = (bool, int, float)
 _PLAIN = (str, bool, int, float, TensorRef)
 """Types of fields that are compared as they are."""
@@ -59,7 +61,10 @@ class RowKeys:
         images = self.sharing.images[part.run.origin.column]
         varying = [np.zeros_like(images) if part.run.blank else images]
         for edit in part.run.edits:
-            fixed.append((type(edit.spec), edit.site, edit.spec.heads, self._options(edit)))
+            heads = edit.spec.heads
+            if heads is not None and operator_of(edit.spec) in _BY_HEAD:
+                heads = tuple(sorted(heads))
+            fixed.append((type(edit.spec), edit.site, heads, self._options(edit)))
             for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
                 place = None if positions is None else self._positions(positions)
                 fixed.append(place if place is None or isinstance(place, int) else "each")

@@ -245,7 +245,7 @@ class _Wave:
         found: list[tuple[str, Read, IntArray | slice, IntArray]] = []
 
         def add(name: str, rows: IntArray | slice, examples: IntArray) -> None:
-            first = material.bound.own_before.get(name) or segment.run.first
+            first = material.bound.clean_before.get(name) or segment.run.first
             for read in material.bound.reads_of[name]:
                 if first is not None and read.site >= first:
                     found.append((name, read, rows, examples))

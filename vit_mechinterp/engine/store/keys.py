@@ -108,11 +108,6 @@ class Entry:
         """Bytes of all slots."""
         return (self.n if self.starts is None else int(self.starts[-1])) * self.item_bytes
 
-    @property
-    def n_blocks(self) -> int:
-        """Number of blocks."""
-        return -(-self.n // self.block)
-
     def slots(self, block: int) -> range:
         """The slots of a block."""
         return range(block * self.block, min(self.n, (block + 1) * self.block))
