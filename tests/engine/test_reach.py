@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +14,9 @@ import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
+from vit_mechinterp.engine.ops import register_operator
 from vit_mechinterp.model.read_tokens import follows_from
-from vit_mechinterp.spec import Site
+from vit_mechinterp.spec import Intervention, Site, register_op
 
 Document = dict[str, Any]
 LAST = "blocks.2"
@@ -282,3 +286,148 @@ def test_logits_that_are_replaced_are_their_source() -> None:
     world = world_of(TIMM_PLAIN, 3)
     assert rows(world, run("a", push("blocks.0.mlp_out", [1]), swap("logits"))) == [3, 3, 3]
     assert rows(world, run("a", {"op": "ablate", "site": "logits"})) == [0, 0, 0]
+
+
+def chosen_seed(n: int) -> int:
+    """A seed whose permutation of n examples leaves one of them in its place."""
+    return next(seed for seed in range(99) if (np.random.default_rng(seed).permutation(n) == np.arange(n)).any())
+
+
+def test_a_stream_that_is_put_back_is_the_bases_own() -> None:
+    """Resampled from the whole dataset, an example may be given its own image."""
+    world = world_of(TIMM_PLAIN, 5)
+    resampled = {"op": "ablate", "site": "blocks.0.resid_post", "method": "resample", "seed": chosen_seed(5)}
+    plan = vmi.plan(world.vit, [Run.model_validate(run("a", resampled))], world.columns)
+    assert plan.clean_rows == 1
+    rows(world, run("a", resampled), effect=None)
+    rows(world, run("a", resampled, push("blocks.1.mlp_out", [1]), capture=("blocks.0.resid_post", "blocks.2.ln1")), effect=None)
+
+
+def test_edits_that_others_see_before_they_are_written_over_stay() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    whole = swap("blocks.1.resid_post")
+    for site in ("blocks.0.mlp_out", "blocks.0.resid_post", "blocks.1.resid_mid"):
+        rows(world, run("a", push("blocks.0.mlp_out", [1]), whole, capture=(site,)))
+    pattern = "blocks.1.attn.pattern"
+    noise = {**push(pattern, ["cls"]), "vector": "direction.17"}
+    rows(world, run("a", noise, swap(pattern, ["cls"], keys=[1, 2])))
+    rows(world, run("a", push("blocks.1.mlp_out", ["cls", 3]), swap("blocks.1.mlp_out", [3], "base")))
+
+
+def test_chains_of_replaced_streams_keep_what_is_captured_in_between() -> None:
+    world = World(TIMM_PLAIN, 3)
+    world.columns["third"] = TIMM_PLAIN.images(3, 7)
+    first = run("first", push("blocks.0.mlp_out", [1]))
+    second = run("second", swap("blocks.0.resid_post", source={"run": "first"}), base="source")
+    capture = ("blocks.0.ln1", "blocks.1.ln1", "blocks.1.mlp_out", "blocks.2.ln1")
+    third = run("third", swap("blocks.1.resid_post", source={"run": "second"}), base="third", capture=capture)
+    for documents in ((first, second, third), (third, second, first)):
+        rows(world, *documents)
+    blank = run("first", {"op": "ablate", "site": "blocks.0.resid_post"})
+    rows(world, blank, second, third)
+
+
+def test_somebody_elses_block_is_passed_by_whoever_goes_on_from_it() -> None:
+    """A hook that acts on what block 0 returns acts on the rows of a run that takes another's stream, too."""
+    world = World(TIMM_PLAIN, 3)
+    world.module.blocks[0].register_forward_hook(lambda module, args, output: 1.1 * output)
+    site = "blocks.0.mlp_out"
+    documents = [run("sender", swap(site, [2])), run("same", swap("blocks.1.resid_post", source={"run": "sender"}), base="source")]
+    with torch.no_grad():
+        given = world.vit.run(world.columns["source"], capture=[site])[1][site]
+
+        def edit(h: torch.Tensor) -> torch.Tensor:
+            changed = h.clone()
+            changed[:, 3] = given[:, 3]
+            return changed
+
+        with world.vit.hooks({site: edit}):
+            wanted = world.vit(world.columns["base"])
+    for order in (documents, documents[::-1]):
+        results = world.execute(order)
+        for name in ("sender", "same"):
+            assert torch.allclose(results[name], wanted, atol=1e-5 * world.scale), name
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_what_an_operator_of_ones_own_makes_of_a_value_stays(by_token: bool) -> None:
+    """It may take it to other heads (or tokens), where it is not written over."""
+    world = World(TIMM_PLAIN, 3)
+    vit, site, v = world.vit, "blocks.1.attn.z", world.tensors["direction.8"]
+    name = f"mixed_heads_{by_token}"
+
+    @register_op
+    class Mixed(Intervention):
+        """Every head becomes the mean of all."""
+
+        op: Any = name
+
+    @register_operator(Mixed, by_token=by_token)
+    def mixed(spec: Mixed, h: torch.Tensor, inputs: Any) -> torch.Tensor:
+        return h.mean(dim=1, keepdim=True).expand_as(h)
+
+    added = vmi.AddDirection(site=site, tokens=["cls"], heads=[0], vector=vmi.TensorRef("v"))
+    put = vmi.Interchange(site=site, tokens=["cls"], heads=[0], source="source")
+    edited = Run(name="a", interventions=[added, Mixed(site=site, tokens=["cls"]), put])
+    found = vmi.execute(vit, [edited], world.columns, {"v": v}, progress=False)["a"]
+    with torch.no_grad():
+        given = vit.run(world.columns["source"], capture=[site])[1][site]
+
+        def edit(h: torch.Tensor) -> torch.Tensor:
+            changed = h.clone()
+            changed[:, 0, 0] += v
+            changed[:, 0] = changed[:, 0].mean(dim=1, keepdim=True)
+            changed[:, 0, 0] = given[:, 0, 0]
+            return changed
+
+        with vit.hooks({site: edit}):
+            wanted = vit(world.columns["base"])
+    assert torch.allclose(found, wanted, atol=1e-5 * world.scale)
+
+
+def test_without_data_columns_are_not_taken_for_each_other() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    site = "blocks.1.mlp_out"
+    here, there = swap(site, {"column": "here"}, source_tokens={"column": "there"}), swap(site, {"column": "there"}, "base")
+    runs = [Run.model_validate(run("a", here, there))]
+    assert vmi.plan(world.vit, runs).block_evaluations * 3 == vmi.plan(world.vit, runs, world.columns).block_evaluations
+    captured = run("a", swap(f"{LAST}.mlp_out", [5]), capture=({"site": f"{LAST}.resid_post", "tokens": {"column": "here"}},))
+    assert vmi.plan(world.vit, [Run.model_validate(captured)]).clean_runs == ()
+
+
+@pytest.mark.parametrize("hooked", [(True, False), (False, True)])
+def test_means_of_a_folder_are_those_of_the_sites_that_read_them(
+    hooked: tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages, and with them the order of means, may be others where hooks on the model keep a base alive."""
+    world = World(TIMM_PLAIN, 4)
+    last = f"{LAST}.resid_post"
+
+    def subspace(name: str) -> Document:
+        return {"op": "inject_subspace", "site": last, "tokens": ["cls"], "basis": "basis.24", "source": {"run": name}}
+
+    def mean(site: str) -> Document:
+        return {"op": "ablate", "method": "mean", "site": site, "tokens": ["cls", 2]}
+
+    documents = [
+        run("w", push("blocks.0.mlp_out", [1])),
+        run("x", swap(last, ["cls"], {"run": "w"}), base="source"),
+        run("y", mean("blocks.1.mlp_out"), subspace("x")),
+        run("z", mean("blocks.1.attn_out"), subspace("w")),
+    ]
+    options: dict[str, Any] = {"batch_size": 3, "memory": world.memory(documents, 2, 3), "out": tmp_path}
+
+    def dying(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    for first, own in zip((True, False), hooked, strict=True):
+        handle = world.module.blocks[1].register_forward_hook(lambda module, args, output: None) if own else None
+        with monkeypatch.context() as patch:
+            if first:
+                patch.setattr(importlib.import_module("vit_mechinterp.engine.execute"), "chunk_of", dying)
+                with pytest.raises(KeyboardInterrupt):
+                    world.execute(documents, **options)
+            else:
+                world.check(documents, world.execute(documents, **options))
+        if handle is not None:
+            handle.remove()

@@ -96,7 +96,7 @@ class BoundCapture:
 class BoundRun:
     """One run, bound: edits in forward order, and captures told apart by whether the edits reach them.
 
-    ``origin`` is where its clean values come from, and its rows start from them, unless they start ``blank``:
+    ``origin`` is where the clean values of its rows come from, which start from them, unless ``blank``:
     then the first edit replaces all that is read of the residual stream. ``clean_before`` is the site before
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what

@@ -214,14 +214,15 @@ def _naive(bound: Bound, n_layers: int) -> int:
     cost: dict[str, int] = {}
     for run in sources_first([run.run for run in bound.runs]):
         sources = {source_of(spec) for spec in run.interventions} - {None}
-        ablations = [spec for spec in run.interventions if isinstance(spec, Ablate)]
-        others = {spec.seed if spec.method == "resample" else "mean" for spec in ablations if _looks_on(spec)}
+        ablations = (spec for spec in run.interventions if isinstance(spec, Ablate))
+        reading = filter(_reads_other_images, ablations)
+        others = {spec.seed if spec.method == "resample" else "mean" for spec in reading}
         forwards = 1 + len(others) + sum(1 for source in sources if isinstance(source, str))
         runs = sum(cost[source.run] for source in sources if isinstance(source, RunSource))
         cost[run.name] = n_layers * forwards + runs
     return sum(cost.values())
 
 
-def _looks_on(ablation: Ablate) -> bool:
-    """Whether an ablation puts in what other images give."""
+def _reads_other_images(ablation: Ablate) -> bool:
+    """Whether an ablation puts in what forwards of other images give."""
     return ablation.method == "resample" or (ablation.method == "mean" and ablation.mean is None)

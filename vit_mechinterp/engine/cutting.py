@@ -52,7 +52,7 @@ def schedule_for(
     measure: bool = False,
     progress: bool = False,
 ) -> Schedule:
-    """Find what is shared, and choose chunk and width.
+    """Find what need not be computed and what is shared, and choose chunk and width.
 
     Args:
         vit: the model.
@@ -76,9 +76,10 @@ def schedule_for(
         images = {column: np.array([n]) for n, column in enumerate(columns)}
     else:
         images = image_numbers(data, columns, progress=progress)
-    n, read = len(next(iter(images.values()))), read_tokens(vit)
-    bound = without_idle_edits(bound, vit.layout, read, n, tensors, cache(partial(follows_from, vit)))
-    sharing = Sharing(bound, images, imagined=data is None)
+    read = read_tokens(vit)
+    n, imagined, follows = len(next(iter(images.values()))), data is None, cache(partial(follows_from, vit))
+    bound = without_idle_edits(bound, vit.layout, read, n, tensors, follows, imagined=imagined)
+    sharing = Sharing(bound, images, imagined=imagined)
     spares = why_nothing_is_spared(vit.layout) is None
     one_image = vit.layout.family.one_image
     draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)

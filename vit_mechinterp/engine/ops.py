@@ -85,6 +85,7 @@ def register_operator(
         spec_type: the spec.
         by_token: whether each row that the function returns depends on that row of ``h`` and of the inputs
             alone. Then tokens that nobody reads behind the last attention call need not be computed for it.
+            (An intervention that changes nothing that is read is left out in either case.)
     """
 
     def decorate(operator: Operator) -> Operator:

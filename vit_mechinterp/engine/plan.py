@@ -180,7 +180,7 @@ def plan(
         runs: runs, sweeps or an experiment.
         data: the examples; without them the plan is per example, and columns are not checked.
         batch_size: most rows in one forward, or ``"auto"``.
-        tensors: tensors that specs refer to by name; with them, rows whose gates are all zeros are found.
+        tensors: tensors that specs refer to by name; with them, directions and gates of zeros are found.
         memory: most bytes to hold beside the model, or a text such as ``"4GiB"``.
         store: what the experiment will be given as its store; what it has is not computed. It needs data.
         readout: what will be kept of every output, as for `execute`.

@@ -1,6 +1,6 @@
-"""What of the runs reaches anybody.
+"""Interventions that nothing that is read can tell, and bases of which nothing is left.
 
-An intervention is left out where nothing that is read can tell: a direction times zero, a direction or gate
+An intervention is left out where it changes nothing that is read: a direction times zero, a direction or gate
 of zeros, tokens of the last block that the output does not read, and values that a later intervention writes
 over. And where one replaces all that is read of the residual stream, nothing is left of the base: the run is
 its source's from there on. So its rows are the source's own, if the source is an image or a run whose edits
@@ -37,11 +37,13 @@ __all__ = ["without_idle_edits"]
 
 Mask = NDArray[np.bool_]
 
+_BUILT_IN = (interchange, ablate, add_direction, inject_subspace)
+"""Operators that make nothing of a token or head for another one."""
 _FACTORS: Mapping[Operator, str] = {add_direction: "vector", inject_subspace: "gate"}
 """The tensor that the change which an operator makes is a multiple of."""
 _STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")
 """Places in or before the blocks that all later ones follow from."""
-_BY_QUERY = BLOCK_SITES[BLOCK_SITES.index("attn.q")], *BLOCK_SITES[BLOCK_SITES.index("attn.scores") :]
+_BY_QUERY = "attn.q", *BLOCK_SITES[BLOCK_SITES.index("attn.scores") :]
 """Places of a block from which a token's value reaches that token of its output alone, if the block can be
 narrowed."""
 
@@ -53,6 +55,8 @@ def without_idle_edits(
     n: int,
     tensors: Mapping[TensorRef, Tensor] | None,
     follows_from: Callable[[Site], bool],
+    *,
+    imagined: bool,
 ) -> Bound:
     """The same runs without interventions that reach nothing that is read, and without replaced bases.
 
@@ -63,8 +67,9 @@ def without_idle_edits(
         n: number of examples.
         tensors: the given tensors, where they are known.
         follows_from: whether the output follows from a site behind the blocks alone.
+        imagined: whether there is no data, so that nobody knows which patches a column selects.
     """
-    reach = _Reach(layout, read, n, tensors, follows_from)
+    reach = _Reach(layout, read, n, tensors, follows_from, imagined)
     kept = {run.name: run for run in bound.runs}
     readers: defaultdict[str, list[Read]] = defaultdict(list)
     left_out: dict[str, list[str]] = {}
@@ -106,22 +111,23 @@ class _Reach:
         n: int,
         tensors: Mapping[TensorRef, Tensor] | None,
         follows_from: Callable[[Site], bool],
+        imagined: bool,
     ) -> None:
         self.last, self.n_tokens, self.n = layout.n_layers - 1, layout.tokens.n_tokens, n
         self.by_output: Mask | None = None
         if read is not None:
             self.by_output = np.zeros((1, self.n_tokens), dtype=np.bool_)
             self.by_output[0, list(read.tokens)] = True
-        self.tensors, self.follows_from = tensors, follows_from
+        self.tensors, self.follows_from, self.imagined = tensors, follows_from, imagined
         self._zeros: dict[TensorRef, bool] = {}
-        self._read: dict[Positions, bool] = {}
+        self._output_reads: dict[Positions, bool] = {}
 
     def kept(self, run: BoundRun, reads: Sequence[Read]) -> dict[int, Edit]:
         """Edits of a run that reach its output, or one of what is read of it, by their place in the run."""
         found: dict[int, Edit] = {}
         for place, edit in enumerate(run.edits):
             later = run.edits[place + 1 :]
-            if self._is_nothing(edit) or _is_written_over(edit, later):
+            if self._is_nothing(edit) or self._is_written_over(edit, later):
                 continue
             idle = self._unread(edit, later, reads)
             if len(idle) < self.n:
@@ -157,6 +163,7 @@ class _Reach:
         if edit.positions.is_all:
             return True
         by_output = self.by_output if self._is_at_end(site) else None
+        # Most selections are told to be too small by their length alone.
         if edit.positions.most < (self.n_tokens if by_output is None else int(by_output.sum())):
             return False
         live = self._live(edit, later, reads)
@@ -176,9 +183,26 @@ class _Reach:
             self._zeros[ref] = not bool(self.tensors[ref].any())
         return self._zeros.get(ref, False)
 
+    def _is_written_over(self, edit: Edit, later: Sequence[Edit]) -> bool:
+        """Whether all that an edit changes is replaced at the same place, before anything is made of it."""
+        for other in later:
+            if other.site != edit.site or operator_of(other.spec) not in _BUILT_IN:
+                return False
+            if _writes_over(other, edit) and self._holds(other, edit):
+                return True
+        return False
+
+    def _holds(self, these: Edit, those: Edit) -> bool:
+        """Whether one edit of a run acts on every token that another acts on."""
+        if these.positions.is_all or these.spec.tokens == those.spec.tokens:
+            return True
+        if those.positions.is_all or self.imagined:
+            return False
+        return bool((self._mask(these.positions) | ~self._mask(those.positions)).all())
+
     def _unread(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> tuple[int, ...]:
         """Examples in which an edit is made at tokens that nobody reads from its site on."""
-        if not self._is_at_end(edit.site) or edit.positions.is_all or not acts_by_token(edit.spec):
+        if not self._is_at_end(edit.site) or edit.positions.is_all:
             return ()
         if self._is_output_of(edit.positions):
             return ()
@@ -190,10 +214,10 @@ class _Reach:
 
     def _is_output_of(self, positions: Positions) -> bool:
         """Whether the output reads tokens of some selection from the last block on."""
-        if positions not in self._read:
+        if positions not in self._output_reads:
             read = self.by_output
-            self._read[positions] = read is None or bool((read & self._mask(positions)).any())
-        return self._read[positions]
+            self._output_reads[positions] = read is None or bool((read & self._mask(positions)).any())
+        return self._output_reads[positions]
 
     def _is_at_end(self, site: Site) -> bool:
         """Whether a token's value at a site reaches no other token of what is read."""
@@ -204,8 +228,9 @@ class _Reach:
         if self.by_output is None or not self._is_at_end(edit.site):
             return None
         looked_at = [read.positions for read in reads if edit.site <= read.site and read.site.has_tokens]
-        looked_at += [other.positions for other in later if not acts_by_token(other.spec)]
-        if any(positions.is_all for positions in looked_at):
+        looking = (other for other in later if not acts_by_token(other.spec) and other.site.has_tokens)
+        looked_at += [other.positions for other in looking]
+        if any(positions.is_all for positions in looked_at) or (looked_at and self.imagined):
             return None
         found = self.by_output
         for positions in looked_at:
@@ -218,16 +243,6 @@ class _Reach:
         row, position, _ = positions.flat(range(len(mask)))
         mask[row, position] = True
         return mask
-
-
-def _is_written_over(edit: Edit, later: Sequence[Edit]) -> bool:
-    """Whether all that an edit changes is replaced at the same place, before anything is made of it."""
-    for other in later:
-        if other.site != edit.site or not acts_by_token(other.spec):
-            return False
-        if _writes_over(other, edit) and (other.positions.is_all or other.positions == edit.positions):
-            return True
-    return False
 
 
 def _writes_over(edit: Edit, other: Edit | None = None) -> bool:

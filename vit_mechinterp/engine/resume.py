@@ -165,8 +165,9 @@ class FinishedChunks:
 
     def path(self, chunk: range | None) -> Path:
         """The file of a chunk; None for the dataset means."""
-        # Which means are needed depends on what is left out, and that on the model's hooks.
-        part = ["means", *self.schedule.bound.left_out] if chunk is None else [chunk.start, chunk.stop]
+        # Which means are read, and in which order, depends on what is left out: on the model's hooks.
+        means = ["means", *map(repr, self.schedule.mean_reads)]
+        part = means if chunk is None else [chunk.start, chunk.stop]
         schedule = _plain_fields(self.schedule)
         name = digest({"experiment": self.digest, "schedule": schedule, "part": part})
         return self.folder / f"{name[:40]}.safetensors"

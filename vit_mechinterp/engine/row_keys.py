@@ -43,7 +43,7 @@ class RowKeys:
         source = edit.source
         if operator_of(edit.spec) not in (interchange, inject_subspace, ablate):
             return None
-        if run.blank or source is None or source.site != edit.site:
+        if source is None or source.site != edit.site:
             return None
         paired = getattr(edit.spec, "source_tokens", None)
         if self.sharing.imagined and paired not in (None, edit.spec.tokens):

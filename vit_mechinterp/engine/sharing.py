@@ -153,7 +153,7 @@ class Sharing:
             for run in stage:
                 own = []
                 for examples, edits in self._variants(run, keys, everyone):
-                    part = Part(run if len(edits) == len(run.edits) else replace(run, edits=edits), examples)
+                    part = Part(_with(run, edits), examples)
                     own.append(part)
                     fixed, varying = keys.of(part)
                     groups[fixed].append((part, varying))
@@ -233,3 +233,10 @@ class Sharing:
     @cached_property
     def _distinct(self) -> dict[str, bool]:
         return {}
+
+
+def _with(run: BoundRun, edits: tuple[Edit, ...]) -> BoundRun:
+    """A run with some of its edits; blank rows whose base is put back start from it."""
+    if len(edits) == len(run.edits):
+        return run
+    return replace(run, edits=edits, blank=run.blank and edits[0] is run.edits[0])

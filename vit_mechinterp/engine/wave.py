@@ -108,6 +108,7 @@ def distinct_rows(
                 keys = -1 - np.arange(rows)
                 for n in equal:
                     run, of = segments[n].run, list(segments[n].examples)
+                    # Blank rows are equal to each other, and to no other: the key below those of single rows.
                     own = -1 - rows if run.blank else images[n][run.origin.column][of]
                     keys[starts[n] : starts[n + 1]] = own
                 _, first, index = np.unique(keys, return_index=True, return_inverse=True)
