@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
-DOCUMENTS = (DOCS / "register_a_vit.md",)
+DOCUMENTS = (DOCS / "register_a_vit.md", DOCS / "experiments.md")
 
 _BLOCK = re.compile(r"```(python|text)\n(.*?)```", flags=re.DOTALL)
 
