@@ -1,22 +1,18 @@
-"""Interventions that nothing that is read can tell are left out, and rows whose base is replaced are their source's."""
+"""Interventions that change nothing that is read are left out."""
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
-from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
+from tests.tiny_models import TIMM_PLAIN, TIMM_POOLED
 from vit_mechinterp import Run
 from vit_mechinterp.engine.ops import register_operator
-from vit_mechinterp.model.read_tokens import follows_from
-from vit_mechinterp.spec import Intervention, Site, register_op
+from vit_mechinterp.spec import Intervention, register_op
 
 Document = dict[str, Any]
 LAST = "blocks.2"
@@ -117,79 +113,6 @@ def test_the_plan_names_what_is_left_out() -> None:
     assert rows(world, *documents, effect=None) == [6, 9, 9]
 
 
-@pytest.mark.parametrize("tiny", [TIMM_PLAIN, TIMM_REGISTERS, TIMM_POOLED, HF_VIT, HF_DINOV2, HF_CLIP], ids=lambda t: t.name)
-@pytest.mark.parametrize("site", ["embed", "blocks.1.resid_pre", "blocks.1.resid_mid", "blocks.1.resid_post"])
-def test_a_run_whose_whole_stream_is_replaced_is_its_source(tiny: Tiny, site: str) -> None:
-    world = world_of(tiny, 3)
-    if site.split(".")[-1] in tiny.missing:
-        return
-    capture = (f"{LAST}.mlp_out", "embed", "blocks.0.attn.z")
-    first = rows(world, run("a", push("embed", [1]), swap(site)) if tiny is TIMM_PLAIN else run("a", swap(site)))
-    assert first == [3, 3, 3]
-    captured = rows(world, run("a", swap(site), capture=capture))
-    assert captured == ([3, 3, 3] if site == "embed" else [6, 3, 3])
-    assert rows(world, run("a", swap(site), push("blocks.2.mlp_out", [1])) if tiny is TIMM_PLAIN else run("a", swap(site))) == [3, 3, 3]
-
-
-def test_all_that_the_output_reads_is_all() -> None:
-    world = world_of(TIMM_PLAIN, 3)
-    assert rows(world, run("a", swap(f"{LAST}.resid_post", ["cls", 2]))) == [3, 3, 3]
-    # But not where other tokens are captured: then the base's own are needed.
-    capture = ({"site": f"{LAST}.resid_post", "tokens": ["cls", 7]},)
-    edited = run("a", swap(f"{LAST}.resid_post", ["cls"]), capture=capture)
-    results = world.execute([edited])
-    output, values = world.oracle.run(edited)
-    assert torch.allclose(results["a"], output, atol=1e-5 * world.scale)
-    assert torch.allclose(results.captures["a"][f"{LAST}.resid_post"], values[f"{LAST}.resid_post"][:, [0, 8]], atol=1e-5)
-
-
-def test_a_replaced_stream_can_come_from_anywhere() -> None:
-    """From another place, other tokens, another run, the dataset or nowhere: rows start blank, and no base is run."""
-    world = world_of(TIMM_PLAIN, 3)
-    site = "blocks.1.resid_post"
-    assert rows(world, run("a", swap(site, source_site="blocks.0.resid_post"))) == [3, 0, 3]
-    assert rows(world, run("a", {"op": "ablate", "site": site})) == [0, 0, 1]  # nothing is left of any image
-    assert rows(world, run("a", {"op": "ablate", "site": site, "method": "mean"})) == [3, 3, 1]
-    assert rows(world, run("a", {"op": "ablate", "site": site, "method": "resample", "seed": 1}), effect=None) == [3, 3, 3]
-    assert rows(world, run("a", {"op": "ablate", "site": "blocks.1.resid_mid"})) == [0, 1, 1]
-    mixed = run("a", swap(site, source_site="blocks.0.resid_post"), swap(f"{LAST}.attn.z", ["cls"], "base"))
-    assert rows(world, mixed) == [6, 3, 6]
-
-
-def test_a_block_that_gives_something_of_its_input_keeps_its_base() -> None:
-    """Where the middle of a block is replaced, but a hook of somebody else adds its input to what it returns."""
-    world = World(TIMM_PLAIN, 3)
-    world.module.blocks[1].register_forward_hook(lambda module, args, output: output + args[0])
-    site, x = "blocks.1.resid_mid", world.columns["base"]
-    with torch.no_grad():
-        middle = world.vit.run(world.columns["source"], capture=[site])[1][site]
-        with world.vit.hooks({site: lambda h: middle}):
-            wanted = world.vit(x)
-        source = world.vit(world.columns["source"])
-    found = world.execute([run("a", swap(site))])["a"]
-    assert torch.allclose(found, wanted, atol=1e-5 * world.scale)
-    assert not torch.allclose(found, source, atol=1e-2 * world.scale)
-
-
-def test_a_replaced_stream_of_another_run_goes_on_from_it() -> None:
-    world = world_of(TIMM_PLAIN, 3)
-    sender = run("sender", swap("blocks.0.mlp_out", [2]))
-    whole = swap("blocks.1.resid_post", source={"run": "sender"})
-    alone = rows(world, sender)
-    assert rows(world, sender, run("same", whole, base="source"), effect=None) == alone
-    captured = run("same", whole, base="source", capture=("blocks.2.mlp_out", "blocks.0.ln1", "blocks.1.attn.z"))
-    with_own = rows(world, sender, captured, effect=None)
-    assert with_own == [alone[0], alone[1] + 3, alone[2]]  # its own base, as far as it is captured
-    further = run("further", whole, push(f"{LAST}.mlp_out", ["cls"]), base="source")
-    assert rows(world, sender, further, effect=None) == [alone[0], alone[1], alone[2] + 3]
-    # What the sender does later is not in it.
-    late = run("sender", swap("blocks.0.mlp_out", [2]), push(f"{LAST}.mlp_out", ["cls"]))
-    assert rows(world, late, run("same", whole, base="source"), effect=None) == [alone[0], alone[1], alone[2] + 3]
-    for document in (captured, further):
-        changed = world.oracle.run(document)[0] - world.oracle.clean("source")[0]
-        assert float(changed.abs().max()) > 1e-3
-
-
 def test_the_plan_says_where_runs_begin_alike() -> None:
     """Corrupt, then restore at every place: written as edits of every run, and as a run that the others go on from."""
     world = world_of(TIMM_PLAIN, 3)
@@ -203,16 +126,6 @@ def test_the_plan_says_where_runs_begin_alike() -> None:
     assert note in str(vmi.plan(vit, [Run.model_validate(document) for document in [corrupt, *alone]], columns))
     assert "begin with" not in str(vmi.plan(vit, [Run.model_validate(document) for document in [corrupt, *on]], columns))
     assert sum(rows(world, corrupt, *on)) < sum(rows(world, corrupt, *alone))
-
-
-def test_a_base_that_another_run_reads_stays() -> None:
-    world = world_of(TIMM_PLAIN, 3)
-    replaced = run("replaced", push("blocks.0.mlp_out", [2]), swap("blocks.1.resid_post"))
-    reader = run("reader", swap("blocks.1.ln1", ["cls"], {"run": "replaced"}, source_tokens=[2]), base="source")
-    assert sum(rows(world, replaced, reader)) > sum(rows(world, replaced))
-    hidden = run("hidden", swap(f"{LAST}.attn.z", [2]), swap(f"{LAST}.resid_post", ["cls"]))
-    reader = run("reader", swap(f"{LAST}.mlp_out", ["cls"], {"run": "hidden"}), base="source")
-    rows(world, hidden, reader)
 
 
 def test_values_that_are_written_over_at_once_are_not_made() -> None:
@@ -252,57 +165,6 @@ def test_without_data_a_column_selects_patches() -> None:
     assert plan.block_evaluations == 3 + 2 + 2 + 1
 
 
-@pytest.mark.parametrize("tiny", [TIMM_PLAIN, TIMM_POOLED, HF_VIT, HF_DINOV2, HF_CLIP], ids=lambda t: t.name)
-@pytest.mark.parametrize("site", ["ln_final", "pooled"])
-def test_what_is_behind_the_blocks_can_be_all_that_is_read(tiny: Tiny, site: str) -> None:
-    world = world_of(tiny, 3)
-    if site in world.vit.layout.absent:
-        return
-    assert rows(world, run("a", swap(site))) == [3, 3, 3]
-    if site == "ln_final":
-        assert rows(world, run("a", swap(site, source_site="embed"))) == [0, 0, 0]
-    if tiny is TIMM_PLAIN:
-        assert rows(world, run("a", swap("ln_final", ["cls"]))) == [3, 3, 3]
-        assert rows(world, run("a", swap("ln_final", [2])), effect=None) == [3, 3, 3]
-
-
-def test_a_branch_of_the_output_is_not_all_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head that adds something of the residual stream to what the pooled value gives."""
-    world = World(TIMM_PLAIN, 3)
-    assert follows_from(world.vit, Site(None, "pooled"))
-    native = type(world.module).forward_head
-
-    def forward_head(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        output: torch.Tensor = native(self, x, *args, **kwargs)
-        return output + x.square().mean(dim=(1, 2))[:, None]
-
-    forward_head.__module__ = native.__module__  # a foreign method would not be tried out at all
-    monkeypatch.setattr(type(world.module), "forward_head", forward_head)
-    assert not follows_from(world.vit, Site(None, "pooled"))
-    assert follows_from(world.vit, Site(None, "ln_final"))
-
-
-def test_logits_that_are_replaced_are_their_source() -> None:
-    world = world_of(TIMM_PLAIN, 3)
-    assert rows(world, run("a", push("blocks.0.mlp_out", [1]), swap("logits"))) == [3, 3, 3]
-    assert rows(world, run("a", {"op": "ablate", "site": "logits"})) == [0, 0, 0]
-
-
-def chosen_seed(n: int) -> int:
-    """A seed whose permutation of n examples leaves one of them in its place."""
-    return next(seed for seed in range(99) if (np.random.default_rng(seed).permutation(n) == np.arange(n)).any())
-
-
-def test_a_stream_that_is_put_back_is_the_bases_own() -> None:
-    """Resampled from the whole dataset, an example may be given its own image."""
-    world = world_of(TIMM_PLAIN, 5)
-    resampled = {"op": "ablate", "site": "blocks.0.resid_post", "method": "resample", "seed": chosen_seed(5)}
-    plan = vmi.plan(world.vit, [Run.model_validate(run("a", resampled))], world.columns)
-    assert plan.clean_rows == 1
-    rows(world, run("a", resampled), effect=None)
-    rows(world, run("a", resampled, push("blocks.1.mlp_out", [1]), capture=("blocks.0.resid_post", "blocks.2.ln1")), effect=None)
-
-
 def test_edits_that_others_see_before_they_are_written_over_stay() -> None:
     world = world_of(TIMM_PLAIN, 3)
     whole = swap("blocks.1.resid_post")
@@ -312,41 +174,6 @@ def test_edits_that_others_see_before_they_are_written_over_stay() -> None:
     noise = {**push(pattern, ["cls"]), "vector": "direction.17"}
     rows(world, run("a", noise, swap(pattern, ["cls"], keys=[1, 2])))
     rows(world, run("a", push("blocks.1.mlp_out", ["cls", 3]), swap("blocks.1.mlp_out", [3], "base")))
-
-
-def test_chains_of_replaced_streams_keep_what_is_captured_in_between() -> None:
-    world = World(TIMM_PLAIN, 3)
-    world.columns["third"] = TIMM_PLAIN.images(3, 7)
-    first = run("first", push("blocks.0.mlp_out", [1]))
-    second = run("second", swap("blocks.0.resid_post", source={"run": "first"}), base="source")
-    capture = ("blocks.0.ln1", "blocks.1.ln1", "blocks.1.mlp_out", "blocks.2.ln1")
-    third = run("third", swap("blocks.1.resid_post", source={"run": "second"}), base="third", capture=capture)
-    for documents in ((first, second, third), (third, second, first)):
-        rows(world, *documents)
-    blank = run("first", {"op": "ablate", "site": "blocks.0.resid_post"})
-    rows(world, blank, second, third)
-
-
-def test_somebody_elses_block_is_passed_by_whoever_goes_on_from_it() -> None:
-    """A hook that acts on what block 0 returns acts on the rows of a run that takes another's stream, too."""
-    world = World(TIMM_PLAIN, 3)
-    world.module.blocks[0].register_forward_hook(lambda module, args, output: 1.1 * output)
-    site = "blocks.0.mlp_out"
-    documents = [run("sender", swap(site, [2])), run("same", swap("blocks.1.resid_post", source={"run": "sender"}), base="source")]
-    with torch.no_grad():
-        given = world.vit.run(world.columns["source"], capture=[site])[1][site]
-
-        def edit(h: torch.Tensor) -> torch.Tensor:
-            changed = h.clone()
-            changed[:, 3] = given[:, 3]
-            return changed
-
-        with world.vit.hooks({site: edit}):
-            wanted = world.vit(world.columns["base"])
-    for order in (documents, documents[::-1]):
-        results = world.execute(order)
-        for name in ("sender", "same"):
-            assert torch.allclose(results[name], wanted, atol=1e-5 * world.scale), name
 
 
 @pytest.mark.parametrize("by_token", [True, False])
@@ -393,41 +220,3 @@ def test_without_data_columns_are_not_taken_for_each_other() -> None:
     assert vmi.plan(world.vit, runs).block_evaluations * 3 == vmi.plan(world.vit, runs, world.columns).block_evaluations
     captured = run("a", swap(f"{LAST}.mlp_out", [5]), capture=({"site": f"{LAST}.resid_post", "tokens": {"column": "here"}},))
     assert vmi.plan(world.vit, [Run.model_validate(captured)]).clean_runs == ()
-
-
-@pytest.mark.parametrize("hooked", [(True, False), (False, True)])
-def test_means_of_a_folder_are_those_of_the_sites_that_read_them(
-    hooked: tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stages, and with them the order of means, may be others where hooks on the model keep a base alive."""
-    world = World(TIMM_PLAIN, 4)
-    last = f"{LAST}.resid_post"
-
-    def subspace(name: str) -> Document:
-        return {"op": "inject_subspace", "site": last, "tokens": ["cls"], "basis": "basis.24", "source": {"run": name}}
-
-    def mean(site: str) -> Document:
-        return {"op": "ablate", "method": "mean", "site": site, "tokens": ["cls", 2]}
-
-    documents = [
-        run("w", push("blocks.0.mlp_out", [1])),
-        run("x", swap(last, ["cls"], {"run": "w"}), base="source"),
-        run("y", mean("blocks.1.mlp_out"), subspace("x")),
-        run("z", mean("blocks.1.attn_out"), subspace("w")),
-    ]
-    options: dict[str, Any] = {"batch_size": 3, "memory": world.memory(documents, 2, 3), "out": tmp_path}
-
-    def dying(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    for first, own in zip((True, False), hooked, strict=True):
-        handle = world.module.blocks[1].register_forward_hook(lambda module, args, output: None) if own else None
-        with monkeypatch.context() as patch:
-            if first:
-                patch.setattr(importlib.import_module("vit_mechinterp.engine.execute"), "chunk_of", dying)
-                with pytest.raises(KeyboardInterrupt):
-                    world.execute(documents, **options)
-            else:
-                world.check(documents, world.execute(documents, **options))
-        if handle is not None:
-            handle.remove()

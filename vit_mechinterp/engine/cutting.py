@@ -15,7 +15,8 @@ from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.images import image_numbers
-from vit_mechinterp.engine.reach import without_idle_edits
+from vit_mechinterp.engine.pruning import pruned
+from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
@@ -76,10 +77,10 @@ def schedule_for(
         images = {column: np.array([n]) for n, column in enumerate(columns)}
     else:
         images = image_numbers(data, columns, progress=progress)
-    read = read_tokens(vit)
-    n, imagined, follows = len(next(iter(images.values()))), data is None, cache(partial(follows_from, vit))
-    bound = without_idle_edits(bound, vit.layout, read, n, tensors, follows, imagined=imagined)
-    sharing = Sharing(bound, images, imagined=imagined)
+    n, read = len(next(iter(images.values()))), read_tokens(vit)
+    follows = cache(partial(follows_from, vit))
+    reach = Reach(vit.layout, read, n, tensors, follows, imagined=data is None)
+    sharing = Sharing(pruned(bound, reach), images, imagined=data is None)
     spares = why_nothing_is_spared(vit.layout) is None
     one_image = vit.layout.family.one_image
     draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)

@@ -1,15 +1,12 @@
-"""Interventions that nothing that is read can tell, and bases of which nothing is left.
+"""What reaches the output, or somebody who reads values of a run: which interventions, and whether its base.
 
-An intervention is left out where it changes nothing that is read: a direction times zero, a direction or gate
-of zeros, tokens of the last block that the output does not read, and values that a later intervention writes
-over. And where one replaces all that is read of the residual stream, nothing is left of the base: the run is
-its source's from there on. So its rows are the source's own, if the source is an image or a run whose edits
-end there, or else start blank at that place.
+An intervention reaches nobody where it changes nothing that is read: a direction times zero, a direction or
+gate of zeros, tokens of the last block that the output does not read, and values that a later intervention
+writes over. Nothing of a base does where one replaces all that is read of the residual stream.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit
+from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.ops import (
     Operator,
     ablate,
@@ -28,12 +25,12 @@ from vit_mechinterp.engine.ops import (
     operator_of,
 )
 from vit_mechinterp.engine.positions import Positions
-from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.model.read_tokens import ReadTokens
 from vit_mechinterp.spec import BLOCK_SITES, AddDirection, Site, TensorRef
 
-__all__ = ["without_idle_edits"]
+__all__ = ["Reach"]
 
 Mask = NDArray[np.bool_]
 
@@ -48,20 +45,10 @@ _BY_QUERY = "attn.q", *BLOCK_SITES[BLOCK_SITES.index("attn.scores") :]
 narrowed."""
 
 
-def without_idle_edits(
-    bound: Bound,
-    layout: Layout,
-    read: ReadTokens | None,
-    n: int,
-    tensors: Mapping[TensorRef, Tensor] | None,
-    follows_from: Callable[[Site], bool],
-    *,
-    imagined: bool,
-) -> Bound:
-    """The same runs without interventions that reach nothing that is read, and without replaced bases.
+class Reach:
+    """What reaches the output of one model, or what somebody reads of a run.
 
     Args:
-        bound: the runs, as they were declared.
         layout: the model's.
         read: the tokens that the output reads of the last block; None for all of them.
         n: number of examples.
@@ -69,40 +56,6 @@ def without_idle_edits(
         follows_from: whether the output follows from a site behind the blocks alone.
         imagined: whether there is no data, so that nobody knows which patches a column selects.
     """
-    reach = _Reach(layout, read, n, tensors, follows_from, imagined)
-    kept = {run.name: run for run in bound.runs}
-    readers: defaultdict[str, list[Read]] = defaultdict(list)
-    left_out: dict[str, list[str]] = {}
-    without_base: dict[str, str] = {}
-    for run in (run for stage in reversed(bound.stages) for run in stage):
-        edits = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
-        left_out[run.name] = [edit.where for place, edit in enumerate(run.edits) if place not in edits]
-        if left_out[run.name] or any(edit.idle for edit in edits.values()):
-            kept[run.name] = replace(run, edits=tuple(edits.values()))
-        for edit in edits.values():
-            if edit.source is not None and edit.source_run is not None:
-                readers[edit.source_run].append(edit.source)
-    sources_first = [run for run in bound.runs if not run.edits]
-    for name in (run.name for stage in bound.stages for run in stage):
-        own = _reading(kept[name], kept)
-        if own.edits and reach.is_rid_of_base(own, readers[name]):
-            own, instead = _without_base(own, kept)
-            without_base[name] = f"{name} is {instead}"
-        kept[name] = own
-        sources_first.append(own)
-    runs = [kept[run.name] for run in bound.runs]
-    if all(own is run for own, run in zip(runs, bound.runs, strict=True)):
-        return bound
-    return replace(
-        Bound.of(runs, sources_first),
-        readout=bound.readout,
-        left_out=tuple(place for run in runs for place in left_out.get(run.name, ())),
-        without_base=tuple(without_base[run.name] for run in runs if run.name in without_base),
-    )
-
-
-class _Reach:
-    """What reaches the output of one model, or what somebody reads of a run."""
 
     def __init__(
         self,
@@ -111,6 +64,7 @@ class _Reach:
         n: int,
         tensors: Mapping[TensorRef, Tensor] | None,
         follows_from: Callable[[Site], bool],
+        *,
         imagined: bool,
     ) -> None:
         self.last, self.n_tokens, self.n = layout.n_layers - 1, layout.tokens.n_tokens, n
@@ -143,7 +97,7 @@ class _Reach:
         """Whether nothing that is read of a run, by itself or by others, is its base's from its first edit
         on, and others read nothing before."""
         first, later = run.edits[0], run.edits[1:]
-        if not _writes_over(first) or any(read.site < first.site for read in others):
+        if not _replaces(first) or any(read.site < first.site for read in others):
             return False
         reads = [*(capture.read for capture in run.captures), *others]
         return self._replaces_all(first, later, reads, run.through)
@@ -153,7 +107,7 @@ class _Reach:
     ) -> bool:
         """Whether an edit writes over everything that is read from its site on."""
         site = edit.site
-        if not _writes_over(edit):
+        if not _replaces(edit):
             return False
         if site.layer is None and site.name != "embed":
             if not self.follows_from(site):
@@ -188,7 +142,7 @@ class _Reach:
         for other in later:
             if other.site != edit.site or operator_of(other.spec) not in _BUILT_IN:
                 return False
-            if _writes_over(other, edit) and self._holds(other, edit):
+            if _replaces_change(other, edit) and self._holds(other, edit):
                 return True
         return False
 
@@ -245,49 +199,17 @@ class _Reach:
         return mask
 
 
-def _writes_over(edit: Edit, other: Edit | None = None) -> bool:
-    """Whether nothing is left of the value that an edit is given; or of what another one changes of it."""
-    if operator_of(edit.spec) not in (interchange, ablate) or not edit.keys.is_all:
-        return False
-    heads = edit.spec.heads
-    if heads is None:
-        return True
-    return other is not None and other.spec.heads is not None and set(other.spec.heads) <= set(heads)
+def _replaces(edit: Edit) -> bool:
+    """Whether nothing is left of the values that an edit is given."""
+    return _puts_in(edit) and edit.spec.heads is None
 
 
-def _reading(run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
-    """A run that reads clean values where runs that it reads have become clean."""
-    if all(edit.source_run is None for edit in run.edits):
-        return run
-    edits = []
-    for edit in run.edits:
-        other = others.get(edit.source_run or "")
-        if edit.source is not None and other is not None and other.is_clean_at(edit.source.site):
-            edit = replace(edit, source=replace(edit.source, origin=other.origin))
-        edits.append(edit)
-    return replace(run, edits=tuple(edits))
+def _replaces_change(edit: Edit, other: Edit) -> bool:
+    """Whether nothing is left of what another edit changes of those values."""
+    heads, own = other.spec.heads, edit.spec.heads
+    return _puts_in(edit) and (own is None or (heads is not None and set(heads) <= set(own)))
 
 
-def _without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRun, str]:
-    """A run whose first edit replaces all that is read of its base, and what it is from there on."""
-    first, later = run.edits[0], run.edits[1:]
-    source = first.source
-    if source is not None and source.site == first.site and source.positions == first.positions:
-        if isinstance(source.origin, ColumnOrigin) and source.origin.permutation is None:
-            same = _ending_as(run, source.origin, first.site, edits=later)
-            return same, f"image {source.origin.column!r} from {first.site} on"
-        other = others.get(first.source_run or "")
-        if other is not None and not later and other.edits[-1].site <= first.site:
-            same = _ending_as(run, other.origin, first.site, edits=other.edits)
-            same = replace(same, blank=other.blank, through=other.through, clean_before=first.site)
-            return same, f"run {other.name!r} from {first.site} on"
-    return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"
-
-
-def _ending_as(run: BoundRun, origin: ColumnOrigin, site: Site, edits: tuple[Edit, ...]) -> BoundRun:
-    """A run that is another image's from a site on, but for some edits."""
-    captures = tuple(
-        BoundCapture(own.name, own.read if own.read.site < site else replace(own.read, origin=origin))
-        for own in run.captures
-    )
-    return replace(run, edits=edits, captures=captures, origin=origin)
+def _puts_in(edit: Edit) -> bool:
+    """Whether an edit puts something in place of what it is given."""
+    return operator_of(edit.spec) in (interchange, ablate) and edit.keys.is_all

@@ -1,0 +1,65 @@
+"""Runs without what nobody would miss: interventions that reach nothing that is read, and replaced bases.
+
+Where an intervention replaces all that is read of the residual stream, the run is its source's from there
+on. So its rows are the source's own, if the source is an image or a run whose edits end there, or else start
+blank at that place.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.reach import Reach
+from vit_mechinterp.engine.rebasing import reading_clean_values, without_base
+from vit_mechinterp.engine.values import Read
+
+__all__ = ["pruned"]
+
+Readers = Mapping[str, Sequence[Read]]
+"""By run, what others read of its edited values."""
+
+
+def pruned(bound: Bound, reach: Reach) -> Bound:
+    """The same runs without interventions that reach nothing that is read, and without replaced bases."""
+    edits, readers = _reaching(bound, reach)
+    kept = {run.name: _with(run, edits.get(run.name, {})) for run in bound.runs}
+    instead_of_base: dict[str, str] = {}
+    sources_first = [run for run in bound.runs if not run.edits]
+    for name in (run.name for stage in bound.stages for run in stage):
+        own = reading_clean_values(kept[name], kept)
+        if own.edits and reach.is_rid_of_base(own, readers.get(name, ())):
+            own, instead = without_base(own, kept)
+            instead_of_base[name] = f"{name} is {instead}"
+        kept[name] = own
+        sources_first.append(own)
+    runs = [kept[run.name] for run in bound.runs]
+    if all(own is run for own, run in zip(runs, bound.runs, strict=True)):
+        return bound
+    left_out = (e.where for run in bound.runs for k, e in enumerate(run.edits) if k not in edits[run.name])
+    return replace(
+        Bound.of(runs, sources_first),
+        readout=bound.readout,
+        left_out=tuple(left_out),
+        without_base=tuple(instead_of_base[run.name] for run in runs if run.name in instead_of_base),
+    )
+
+
+def _reaching(bound: Bound, reach: Reach) -> tuple[dict[str, dict[int, Edit]], Readers]:
+    """Edits that reach what is read, by run and place, and what they read: the last readers come first."""
+    edits: dict[str, dict[int, Edit]] = {}
+    readers: defaultdict[str, list[Read]] = defaultdict(list)
+    for run in (run for stage in reversed(bound.stages) for run in stage):
+        edits[run.name] = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
+        for edit in edits[run.name].values():
+            if edit.source is not None and edit.source_run is not None:
+                readers[edit.source_run].append(edit.source)
+    return edits, readers
+
+
+def _with(run: BoundRun, edits: Mapping[int, Edit]) -> BoundRun:
+    """A run with some of its edits, each of them perhaps for fewer examples."""
+    own = tuple(edits.values())
+    return run if len(own) == len(run.edits) and not any(e.idle for e in own) else replace(run, edits=own)

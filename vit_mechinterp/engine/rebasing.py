@@ -1,0 +1,50 @@
+"""Runs of whose base nothing is left: whose rows their own are, or what these start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from vit_mechinterp.engine.bound import BoundCapture, BoundRun, Edit
+from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.spec import Site
+
+__all__ = ["reading_clean_values", "without_base"]
+
+
+def reading_clean_values(run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
+    """A run that reads clean values where runs that it reads have become clean."""
+    if all(edit.source_run is None for edit in run.edits):
+        return run
+    edits = []
+    for edit in run.edits:
+        other = others.get(edit.source_run or "")
+        if edit.source is not None and other is not None and other.is_clean_at(edit.source.site):
+            edit = replace(edit, source=replace(edit.source, origin=other.origin))
+        edits.append(edit)
+    return replace(run, edits=tuple(edits))
+
+
+def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRun, str]:
+    """A run whose first edit replaces all that is read of its base, and what it is from there on."""
+    first, later = run.edits[0], run.edits[1:]
+    source = first.source
+    if source is not None and source.site == first.site and source.positions == first.positions:
+        if isinstance(source.origin, ColumnOrigin) and source.origin.permutation is None:
+            same = _ending_as(run, source.origin, first.site, edits=later)
+            return same, f"image {source.origin.column!r} from {first.site} on"
+        other = others.get(first.source_run or "")
+        if other is not None and not later and other.edits[-1].site <= first.site:
+            same = _ending_as(run, other.origin, first.site, edits=other.edits)
+            same = replace(same, blank=other.blank, through=other.through, clean_before=first.site)
+            return same, f"run {other.name!r} from {first.site} on"
+    return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"
+
+
+def _ending_as(run: BoundRun, origin: ColumnOrigin, site: Site, edits: tuple[Edit, ...]) -> BoundRun:
+    """A run that is another image's from a site on, but for some edits."""
+    captures = tuple(
+        BoundCapture(own.name, own.read if own.read.site < site else replace(own.read, origin=origin))
+        for own in run.captures
+    )
+    return replace(run, edits=edits, captures=captures, origin=origin)
