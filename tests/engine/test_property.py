@@ -76,8 +76,9 @@ def experiments(draw: Any) -> tuple[Any, list[dict[str, Any]]]:
         made = st.lists(edits(world, [run["name"] for run in runs]), max_size=3)
         sites = draw(st.lists(st.sampled_from(world.sites), max_size=3, unique=True))
         base = draw(st.sampled_from(["base", "base", "source"]))
-        again = st.sampled_from([None, None, *(run["interventions"] for run in runs)])
-        edited = draw(again) or draw(made)
+        again = draw(st.sampled_from([[], [], *(run["interventions"] for run in runs)]))
+        more = draw(made) if not again or (len(again) < 4 and draw(st.booleans())) else []
+        edited = [*again[: draw(st.integers(1, len(again)))], *more] if again else more
         runs.append({"name": f"run{n}", "base": base, "interventions": edited, "capture": sites})
     return world, draw(st.permutations(runs))
 

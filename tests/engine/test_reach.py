@@ -113,21 +113,6 @@ def test_the_plan_names_what_is_left_out() -> None:
     assert rows(world, *documents, effect=None) == [6, 9, 9]
 
 
-def test_the_plan_says_where_runs_begin_alike() -> None:
-    """Corrupt, then restore at every place: written as edits of every run, and as a run that the others go on from."""
-    world = world_of(TIMM_PLAIN, 3)
-    noise = push("embed", "patches", 3.0)
-    restored = [(f"{layer}.{token}", swap(f"blocks.{layer}.resid_post", [token], "base")) for layer in (1, 2) for token in (1, 2)]
-    alone = [run(name, noise, back) for name, back in restored]
-    corrupt = run("corrupt", noise)
-    on = [run(n, swap(back["site"], source={"run": "corrupt"}), back, base="base") for n, back in restored]
-    note = "2 runs begin with interventions that other runs begin with too, and each runs the blocks up to its next one"
-    vit, columns = world.vit, world.columns
-    assert note in str(vmi.plan(vit, [Run.model_validate(document) for document in [corrupt, *alone]], columns))
-    assert "begin with" not in str(vmi.plan(vit, [Run.model_validate(document) for document in [corrupt, *on]], columns))
-    assert sum(rows(world, corrupt, *on)) < sum(rows(world, corrupt, *alone))
-
-
 def test_values_that_are_written_over_at_once_are_not_made() -> None:
     world = world_of(TIMM_PLAIN, 3)
     site = "blocks.1.mlp_out"

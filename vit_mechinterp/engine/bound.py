@@ -23,7 +23,7 @@ from vit_mechinterp.spec import (
     TokenColumn,
 )
 
-__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
+__all__ = ["Beginning", "Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
 
 
 @dataclass(frozen=True, order=True)
@@ -46,10 +46,24 @@ class Join:
         return self.layer + self.behind
 
 
-def _join(first: Site, starts_at_mlp_out: bool, n_layers: int) -> Join:
-    if first.layer is None:
-        return Join(0, False) if first.name == "embed" else Join(n_layers - 1, True)
-    return Join(first.layer, first.name == "resid_post" or starts_at_mlp_out)
+@dataclass(frozen=True)
+class Beginning:
+    """Where a row goes on from what another one has been through: behind block ``layer``.
+
+    ``made`` edits have been made by then. With ``halves``, it begins with the middle of that block and the
+    increment of its MLP, which somebody is about to edit, and not with their sum.
+    """
+
+    layer: int
+    made: int
+    halves: bool
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites whose values the row begins with, before edits that are still to be made there."""
+        if self.halves:
+            return Site(self.layer, "resid_mid"), Site(self.layer, "mlp_out")
+        return (Site(self.layer, "resid_post"),)
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class BoundRun:
     then the first edit replaces all that is read of the residual stream. ``clean_before`` is the site before
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what
-    their blocks return.
+    their blocks return. ``beginning`` is where rows go on from what others have been through.
     """
 
     run: Run
@@ -110,6 +124,7 @@ class BoundRun:
     blank: bool = False
     clean_before: Site | None = None
     through: frozenset[int] = frozenset()
+    beginning: Beginning | None = None
 
     @property
     def name(self) -> str:
@@ -118,31 +133,60 @@ class BoundRun:
 
     @property
     def first(self) -> Site | None:
-        """The site of the first edit; None for a clean run."""
-        return self.edits[0].site if self.edits else None
+        """The site of the first edit that its rows have before them; None if there is none."""
+        made = self.beginning.made if self.beginning else 0
+        return self.edits[made].site if made < len(self.edits) else None
+
+    @property
+    def to_make(self) -> Iterator[tuple[int, Edit]]:
+        """The edits that its rows have before them, with their places among all."""
+        made = self.beginning.made if self.beginning else 0
+        return ((place, edit) for place, edit in enumerate(self.edits) if place >= made)
+
+    @property
+    def own_from(self) -> Site | None:
+        """The first site at which its rows hold what no other forward gives; None for a clean run."""
+        return self.beginning.sites[-1] if self.beginning else self.first
 
     def is_clean_at(self, site: Site) -> bool:
         """Whether the run's value at a site is the clean forward's."""
-        first = self.clean_before or self.first
+        first = self.clean_before or (self.edits[0].site if self.edits else None)
         return first is None or site < first
 
     def join(self, n_layers: int) -> Join:
         """Where the run's rows enter the growing batch; only for runs with edits."""
         known = self._joins
         if n_layers not in known:
-            assert self.first is not None
-            known[n_layers] = _join(self.first, self.starts_at_mlp_out, n_layers)
+            if self.beginning is not None:
+                known[n_layers] = Join(self.beginning.layer, True)
+            else:
+                known[n_layers] = self._join(self.edits[0].site, n_layers)
         return known[n_layers]
 
     @cached_property
     def _joins(self) -> dict[int, Join]:
         return {}
 
+    def _join(self, site: Site, n_layers: int) -> Join:
+        """Where a row may enter that is edited at a site, and not before."""
+        if site.layer is None:
+            return Join(0, False) if site.name == "embed" else Join(n_layers - 1, True)
+        return Join(site.layer, site.name == "resid_post" or self._is_increment(site))
+
+    def _is_increment(self, site: Site) -> bool:
+        """Whether a block's output is what is edited at a site and the middle of the block."""
+        return site.name == "mlp_out" and site.layer not in self.through
+
+    def first_blocks(self, n_layers: int) -> tuple[int, ...]:
+        """For every edit, the first block whose output it may change."""
+        return tuple(self._join(edit.site, n_layers).first_block for edit in self.edits)
+
     @property
     def starts_at_mlp_out(self) -> bool:
         """Whether the run's rows join behind a block with an MLP increment of their own."""
-        first = self.first
-        return first is not None and first.name == "mlp_out" and first.layer not in self.through
+        if self.beginning is not None:
+            return self.beginning.halves
+        return self.first is not None and self._is_increment(self.first)
 
 
 @dataclass(frozen=True)

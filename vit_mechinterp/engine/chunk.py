@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor
 from vit_mechinterp.engine.clean import CleanPass, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
+from vit_mechinterp.engine.pieces import by_owner
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.reads import clean_read
-from vit_mechinterp.engine.schedule import Copies, Schedule
+from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import Read, RunOrigin, Values
 from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.model.hooked import HookedViT
@@ -62,13 +63,16 @@ def chunk_of(
         for read in means:
             if read not in schedule.last_stage and not schedule.is_kept(read):
                 clean.values.pop(read, None)
-    material = Material(bound, clean, tensors, means, images=schedule.sharing.images)
+    images, branches = schedule.sharing.images, schedule.branches(chunk)
+    material = Material(
+        bound, clean, tensors, means, images=images, gifts=branches.gifts, handed=branches.handed
+    )
     outputs = _Outputs(chunk)
     captures: dict[tuple[str, str], Values] = {}
+    captured: Pieces = defaultdict(list)
     for n, stage in enumerate(bound.stages):
         parts, copies = schedule.rows(stage, chunk)
-        material.copies = _by_owner(copies)
-        captured: Pieces = defaultdict(list)
+        material.copies = by_owner(copies)
         tokens = schedule.tokens_read(stage)
         for segments in schedule.waves(parts):
             result = run_wave(vit, segments, material, spares=schedule.spares, tokens=tokens)
@@ -148,15 +152,6 @@ def _kept(
     examples = np.arange(chunk.start, chunk.stop)
     spans = (slice(i, i + schedule.width) for i in range(0, len(chunk), schedule.width))
     return torch.cat([readout(outputs[span], examples[span]) for span in spans])
-
-
-def _by_owner(copies: Sequence[Copies]) -> dict[tuple[str, int], list[tuple[str, int]]]:
-    """Rows that share another row's values, by that row."""
-    found: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
-    for own in copies:
-        for example, owner in zip(own.examples.tolist(), own.owners.tolist(), strict=True):
-            found[own.owner, owner].append((own.run, example))
-    return found
 
 
 def _joined(read: Read, clean: Values | None, captured: Pieces, run: str, chunk: range) -> Values:

@@ -11,9 +11,7 @@ import numpy as np
 from vit_mechinterp.engine.bind import sources_first
 from vit_mechinterp.engine.bound import Bound, BoundRun, source_of
 from vit_mechinterp.engine.order import Segment, starts_late
-from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.sharing import Part
 from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.engine.wave import distinct_rows
@@ -32,7 +30,9 @@ class Counts:
     columns whose clean output is wanted; ``again`` are images that pass through the model once more because
     they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
     keeps columns apart, and ``rows_again`` equal rows of different chunks; ``spared`` and ``unread`` are
-    parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads.
+    parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
+    rows go on from others, for which ``not_again`` pairs are not computed; ``beginnings`` are their runs, as
+    in the first chunk, by the identity of the edits that act on them.
     """
 
     evaluations: int = 0
@@ -46,6 +46,9 @@ class Counts:
     again: int = 0
     apart: int = 0
     rows_again: int = 0
+    branched: int = 0
+    not_again: int = 0
+    beginnings: dict[int, BoundRun] = field(default_factory=dict)
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     kept: dict[Read, None] = field(default_factory=dict)
     outputs: set[str] = field(default_factory=set)
@@ -88,9 +91,10 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
         own.outputs |= set(outputs)
     for stage in schedule.bound.stages:
         rows = _count_rows(own, schedule, stage, chunk)
-        if schedule.spares and _starts_late(schedule, stage):
+        parts, _ = schedule.rows(stage, chunk)
+        if schedule.spares and any(starts_late(part.run, schedule.n_layers) for part in parts):
             # Rows of one image stand together as far as they fit, which decides how many waves there are.
-            for segments in schedule.waves(schedule.rows(stage, chunk)[0]):
+            for segments in schedule.waves(parts):
                 own.launches += 1
                 own.widest = max(own.widest, sum(len(s.examples) for s in segments))
                 own.spared += _spared(schedule, segments, shares, schedule.tokens_read(stage))
@@ -119,35 +123,20 @@ def _apart(schedule: Schedule, forecast: Forecast) -> int:
 
 def _count_rows(own: Counts, schedule: Schedule, stage: Sequence[BoundRun], chunk: range) -> int:
     """Count the rows of one stage and their blocks, whichever waves they pass in; how many are computed."""
-    table = schedule.table(stage)
-    rows = table.computed(chunk)
-    own.shared += len(table.rows(chunk)) - len(rows)
-    blocks = _blocks(schedule, ("blocks", stage[0].name), table.parts)
-    whole = schedule.whole_parts(stage)
-    of_whole = _blocks(schedule, ("blocks of whole", stage[0].name), whole)
-    own.evaluations += int(blocks[table.part_of[rows]].sum()) + len(chunk) * int(of_whole.sum())
-    through = int((blocks[table.part_of[rows]] > 0).sum()) + len(chunk) * int((of_whole > 0).sum())
-    own.unread += through * schedule.unread(stage)
-    return len(rows) + len(chunk) * len(whole)
-
-
-def _blocks(schedule: Schedule, name: tuple[str, str], parts: Sequence[Part]) -> IntArray:
-    """Number of blocks that the rows of each part pass through."""
+    parts, copies = schedule.rows(stage, chunk)
     n = schedule.n_layers
-
-    def find() -> IntArray:
-        return np.array([n - part.run.join(n).first_block for part in parts], dtype=np.int64)
-
-    return schedule.sharing.once(name, find)
-
-
-def _starts_late(schedule: Schedule, stage: Sequence[BoundRun]) -> bool:
-    """Whether rows of a stage may share a part of the block where they join."""
-    parts, n_layers = schedule.sharing.parts, schedule.n_layers
-    return schedule.sharing.once(
-        ("late", stage[0].name),
-        lambda: any(starts_late(part.run, n_layers) for run in stage for part in parts[run.name]),
-    )
+    rows = 0
+    for part in parts:
+        size, blocks = len(part.examples), n - part.run.join(n).first_block
+        rows += size
+        own.evaluations += size * blocks
+        own.unread += size * schedule.unread(stage) if blocks else 0.0
+        if part.run.beginning is not None:
+            own.branched += size
+            own.beginnings.setdefault(id(part.run.edits), part.run)
+            own.not_again += size * (n - blocks - part.run.first_blocks(n)[0])
+    own.shared += sum(len(same.examples) for same in copies)
+    return rows
 
 
 def _count_clean(own: Counts, schedule: Schedule, chunk: range, *, means: bool) -> None:
@@ -204,6 +193,9 @@ def _add(total: Counts, own: Counts) -> None:
     total.spared += own.spared
     total.unread += own.unread
     total.shared += own.shared
+    total.branched += own.branched
+    total.not_again += own.not_again
+    total.beginnings = own.beginnings | total.beginnings
     total.images.update(own.images)
     total.kept.update(own.kept)
     total.outputs |= own.outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, Edit
+from vit_mechinterp.engine.branching import Handed
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.ops import Inputs, apply
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.values import Read, Values, by_token
 from vit_mechinterp.errors import ExecutionError
-from vit_mechinterp.spec import Ablate, TensorRef
+from vit_mechinterp.spec import Ablate, Site, TensorRef
 
 __all__ = ["Material", "edit_rows", "inputs_of"]
+
+Row = tuple[str, int]
+"""A run's name, and an example."""
 
 
 @dataclass
@@ -33,6 +37,9 @@ class Material:
         source_order: for training, a permutation of every source selection's tokens (paper A.6).
         images: numbers of the images of every column; rows of one image start from the same values.
         copies: rows (run, example) whose values other rows (run, example) share.
+        gifts: states that rows (run, example) hand on, each with the site that it is seen at.
+        handed: what rows (run, example) hand on of what is read of others.
+        begun: the states handed on so far.
     """
 
     bound: Bound
@@ -42,7 +49,10 @@ class Material:
     run_values: dict[Read, Values] = field(default_factory=dict)
     source_order: Sequence[int] | None = None
     images: Mapping[str, IntArray] = field(default_factory=dict)
-    copies: Mapping[tuple[str, int], Sequence[tuple[str, int]]] = field(default_factory=dict)
+    copies: Mapping[Row, Sequence[Row]] = field(default_factory=dict)
+    gifts: Mapping[Row, Iterable[tuple[Site, int]]] = field(default_factory=dict)
+    handed: Mapping[Row, Sequence[Handed]] = field(default_factory=dict)
+    begun: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
 
     def values(self, read: Read) -> Values:
         """The values of a read, clean or from an earlier run."""

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from vit_mechinterp.engine.bound import BoundRun
+from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.spec import BLOCK_SITES
 
@@ -35,24 +36,29 @@ Own = TypeVar("Own", bound=Rows)
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one wave that belong to one run: one row per example."""
+    """Rows of one wave that belong to one run: one row per example. ``begins`` holds the state that each of
+    them goes on from, if other rows have been through its beginning."""
 
     run: BoundRun
     examples: tuple[int, ...]
+    begins: tuple[int, ...] = ()
 
 
 def starts_late(run: BoundRun, n_layers: int) -> bool:
-    """Whether a run's rows stay clean for a part of the block at whose input they join."""
-    first, join = run.first, run.join(n_layers)
-    if first is None or first.layer is None or join.behind:
+    """Whether a run's rows stay as they join for a part of the first block that they pass through."""
+    first = run.first
+    if first is None or first.layer is None or first.layer != run.join(n_layers).first_block:
         return False
     return BLOCK_SITES.index(first.name) > EARLY
 
 
-def in_waves(parts: Sequence[Rows], width: int, n_layers: int, *, spares: bool) -> Iterator[list[Segment]]:
+def in_waves(parts: Sequence[Part], width: int, n_layers: int, *, spares: bool) -> Iterator[list[Segment]]:
     """The waves of `filled`, as segments."""
     for wave in filled(parts, width, n_layers, spares=spares):
-        yield [Segment(part.run, tuple(examples.tolist())) for part, examples in wave]
+        yield [
+            Segment(part.run, tuple(examples.tolist()), tuple(part.begins(examples).tolist()))
+            for part, examples in wave
+        ]
 
 
 def filled(

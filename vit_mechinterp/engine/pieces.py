@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.spec import Site
 
-__all__ = ["CleanGroup", "Copies", "Stop"]
+__all__ = ["CleanGroup", "Copies", "Stop", "by_owner"]
 
 
 @dataclass(frozen=True, order=True)
@@ -61,3 +63,12 @@ class Copies:
     examples: IntArray
     owner: str
     owners: IntArray
+
+
+def by_owner(copies: Iterable[Copies]) -> dict[tuple[str, int], list[tuple[str, int]]]:
+    """Rows (run, example) that share another row's values, by that row."""
+    found: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+    for own in copies:
+        for example, owner in zip(own.examples.tolist(), own.owners.tolist(), strict=True):
+            found[own.owner, owner].append((own.run, example))
+    return found

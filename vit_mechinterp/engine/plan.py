@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from vit_mechinterp.engine.bind import bind, expand_runs
+from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.checks import check_arguments
 from vit_mechinterp.engine.counting import count
 from vit_mechinterp.engine.cutting import schedule_for
@@ -234,12 +235,11 @@ def describe(
     for number, stage in enumerate(bound.stages):
         for run in stage:
             for part in schedule.sharing.parts[run.name]:
-                join = part.run.join(n_layers)
-                edits = tuple(f"{edit.spec.op} at {edit.site}" for edit in part.run.edits)
-                side = "output" if join.behind else "input"
+                run = counts.beginnings.get(id(part.run.edits), part.run)
+                edits = tuple(f"{edit.spec.op} at {edit.site}" for edit in run.edits)
                 some = len(part.examples) if len(part.examples) < schedule.n_examples else None
-                place = f"the {side} of block {join.layer}"
-                rows.append(Rows(run.name, number, place, edits, n_layers - join.first_block, some))
+                blocks = n_layers - run.join(n_layers).first_block
+                rows.append(Rows(run.name, number, _joins(run, n_layers), edits, blocks, some))
     n, clean_rows = schedule.n_examples, schedule.sharing.clean_rows
     untouched = tuple(run.name for run in bound.runs if len(clean_rows(run.name)) == n)
     held = footprint(vit, schedule)
@@ -264,6 +264,16 @@ def describe(
         shared_rows=counts.shared,
         clean_rows=counts.clean - len(untouched) * n,
     )
+
+
+def _joins(run: BoundRun, n_layers: int) -> str:
+    """Where rows of a run join, in words."""
+    join, beginning = run.join(n_layers), run.beginning
+    place = f"the {'output' if join.behind else 'input'} of block {join.layer}"
+    if beginning is None:
+        return place
+    made = "its first edit" if beginning.made == 1 else f"its first {beginning.made} edits"
+    return f"{place}, from rows that have {made}"
 
 
 def _listed(names: tuple[str, ...], what: str = "sites") -> str:

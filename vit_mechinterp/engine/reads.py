@@ -10,8 +10,9 @@ from functools import lru_cache
 import numpy as np
 
 from vit_mechinterp.engine.bound import BoundRun, Join
+from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.positions import IntArray, Positions
-from vit_mechinterp.engine.sharing import Part, Sharing
+from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import Site
 
@@ -29,8 +30,10 @@ def clean_read(run: BoundRun, read: Read) -> Read:
 
 
 def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
-    """The clean values that a run's rows start from; none for rows that start blank."""
-    return () if run.blank else _join_reads(run.origin, run.join(n_layers), run.starts_at_mlp_out)
+    """The clean values that a run's rows start from; none for rows that start blank, or from other rows'."""
+    if run.blank or run.beginning is not None:
+        return ()
+    return _join_reads(run.origin, run.join(n_layers), run.starts_at_mlp_out)
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +46,7 @@ def _join_reads(origin: ColumnOrigin, join: Join, starts_at_mlp_out: bool) -> tu
 
 def clean_sources(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
     """The clean values that a run's rows start from, and those that its edits read."""
-    reads = (edit.source for edit in run.edits)
+    reads = (edit.source for _, edit in run.to_make)
     return (
         *join_reads(run, n_layers),
         *(r for r in reads if r is not None and isinstance(r.origin, ColumnOrigin)),

@@ -16,10 +16,11 @@ from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Ablate, Intervention, SourcedIntervention, TensorRef
 
 if TYPE_CHECKING:
-    from vit_mechinterp.engine.sharing import Part, Sharing
+    from vit_mechinterp.engine.sharing import Sharing
 
-__all__ = ["RowKeys"]
+__all__ = ["Key", "RowKeys"]
 
+Key = tuple[Any, ...]
 BoolArray = NDArray[np.bool_]
 
 _BY_HEAD = (interchange, inject_subspace, ablate, add_direction)
@@ -37,6 +38,9 @@ class RowKeys:
         self.classes = classes
         self._numbers: dict[tuple[int, ...], int] = {}
         self._arrays: dict[Positions, IntArray] = {}
+        self._sources: dict[ColumnOrigin, IntArray] = {}
+        self._distinct: dict[int, tuple[IntArray, bool]] = {}
+        self._blank = np.zeros(sharing.n_examples, dtype=np.int64)
 
     def puts_back(self, run: BoundRun, edit: Edit) -> BoolArray | None:
         """For which examples an edit puts a clean value back where it comes from; None for none at all."""
@@ -55,37 +59,49 @@ class RowKeys:
         same: BoolArray = (self._source(source) == own) & (here == there)
         return same if same.any() else None
 
-    def of(self, part: Part) -> tuple[Any, list[IntArray]]:
-        """The key of a part's rows: what they share, and numbers ``[example]`` for what may differ."""
-        fixed: list[Any] = [part.run.blank]
-        images = self.sharing.images[part.run.origin.column]
-        varying = [np.zeros_like(images) if part.run.blank else images]
-        for edit in part.run.edits:
-            heads = edit.spec.heads
-            if heads is not None and operator_of(edit.spec) in _BY_HEAD:
-                heads = tuple(sorted(heads))
-            fixed.append((type(edit.spec), edit.site, heads, self._options(edit)))
-            for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
-                place = None if positions is None else self._positions(positions)
-                fixed.append(place if place is None or isinstance(place, int) else "each")
-                if place is not None and not isinstance(place, int):
-                    varying.append(place)
-            if edit.source is not None:
-                fixed.append(edit.source.site)
-                varying.append(self._source(edit.source))
-            if edit.mean is not None:
-                assert isinstance(edit.mean.origin, ColumnOrigin)
-                fixed += [self.sharing.means_of(edit.mean.origin.column), edit.mean.positions]
-            if edit.choice is not None:
-                varying.append(edit.choices)
-                fixed.append("choice")
+    def base_of(self, run: BoundRun) -> IntArray:
+        """What each example's row of a run starts from: its image, or the same for all."""
+        images = self.sharing.images[run.origin.column]
+        return self._blank if run.blank else images
+
+    def are_distinct(self, numbers: IntArray) -> bool:
+        """Whether no number occurs twice."""
+        known = self._distinct.get(id(numbers))
+        if known is None:
+            known = self._distinct[id(numbers)] = numbers, len(np.unique(numbers)) == len(numbers)
+        return known[1]
+
+    def of(self, edit: Edit) -> tuple[Key, list[IntArray]]:
+        """The key of an edit: what its rows share, and numbers ``[example]`` for what may differ."""
+        heads = edit.spec.heads
+        if heads is not None and operator_of(edit.spec) in _BY_HEAD:
+            heads = tuple(sorted(heads))
+        fixed: list[Any] = [type(edit.spec), edit.site, heads, self._options(edit)]
+        varying: list[IntArray] = []
+        for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
+            place = None if positions is None else self._positions(positions)
+            fixed.append(place if place is None or isinstance(place, int) else "each")
+            if place is not None and not isinstance(place, int):
+                varying.append(place)
+        if edit.source is not None:
+            fixed.append(edit.source.site)
+            varying.append(self._source(edit.source))
+        if edit.mean is not None:
+            assert isinstance(edit.mean.origin, ColumnOrigin)
+            fixed += [self.sharing.means_of(edit.mean.origin.column), edit.mean.positions]
+        if edit.choice is not None:
+            varying.append(edit.choices)
+            fixed.append("choice")
         return tuple(fixed), varying
 
     def _source(self, read: Read) -> IntArray:
         """What each example's source value is that of: a row's class, or a clean image's."""
-        if not isinstance(read.origin, ColumnOrigin):
-            return self.classes[read.origin.run]
-        return -1 - self.sharing.images_of(read.origin)
+        origin = read.origin
+        if not isinstance(origin, ColumnOrigin):
+            return self.classes[origin.run]
+        if origin not in self._sources:
+            self._sources[origin] = -1 - self.sharing.images_of(origin)
+        return self._sources[origin]
 
     def _positions(self, positions: Positions) -> int | IntArray:
         """A number that stands for the positions: one for all examples, or one for each."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
+from vit_mechinterp.engine.branching import Branches, branches
+from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, in_waves
-from vit_mechinterp.engine.pieces import CleanGroup, Copies, Stop
+from vit_mechinterp.engine.pieces import CleanGroup, Copies, Stop, by_owner
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
-from vit_mechinterp.engine.sharing import Part, Sharing
+from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.table import StageRows
 from vit_mechinterp.engine.unread import looks_inside, tokens_read
 from vit_mechinterp.engine.values import ColumnOrigin, Read
@@ -89,35 +93,62 @@ class Schedule:
         runs = self.bound.runs
         return frozenset(clean_read(run, read) for run in runs for read in self.bound.reads_of[run.name])
 
-    def rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[list[Part], list[Copies]]:
-        """Rows of one stage that are computed for a chunk, and rows that are copies of these, or of rows of
-        earlier chunks."""
-        key = stage[0].name, chunk
-        if key not in self._known_rows:
-            if len(self._known_rows) >= len(self.bound.stages):
-                self._known_rows.clear()  # those of one chunk are asked for again, not those of others
-            table = self.table(stage)
-            if self.sharing.repeats:
-                self._known_rows[key] = table.computed_parts(chunk), table.copies(chunk)
-            else:
-                parts = (Part(part.run, _within(part.examples, chunk)) for part in self._parts(stage))
-                self._known_rows[key] = [part for part in parts if len(part.examples)], []
-        return self._known_rows[key]
+    def rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[Sequence[Part], list[Copies]]:
+        """Rows of one stage that are computed for a chunk, each from where it is by itself, and rows that are
+        copies of these, or of rows of earlier chunks."""
+        number = next(n for n, own in enumerate(self.bound.stages) if own[0] is stage[0])
+        branches, copies = self._rows_of(chunk)
+        return branches.parts[number], copies[number]
+
+    def branches(self, chunk: range) -> Branches:
+        """Rows of all stages that are computed for a chunk, and which of them go on from others."""
+        return self._rows_of(chunk)[0]
+
+    def _rows_of(self, chunk: range) -> tuple[Branches, list[list[Copies]]]:
+        if chunk not in self._known_rows:
+            self._known_rows.clear()  # those of one chunk are asked for again, not those of others
+            stages = self.bound.stages
+            repeats = self.sharing.repeats
+            copies = [self.table(stage).copies(chunk) if repeats else [] for stage in stages]
+            computed = [
+                self.table(stage).computed_parts(chunk) if repeats else self._within(stage, chunk)
+                for stage in stages
+            ]
+            owners = by_owner(chain.from_iterable(copies))
+            found = branches(computed, self.n_layers, self.bound.reads_of, owners)
+            self._known_rows[chunk] = found, copies
+        return self._known_rows[chunk]
 
     @cached_property
-    def _known_rows(self) -> dict[tuple[str, range], tuple[list[Part], list[Copies]]]:
+    def _known_rows(self) -> dict[range, tuple[Branches, list[list[Copies]]]]:
         return {}
+
+    def _within(self, stage: Sequence[BoundRun], chunk: range) -> list[Part]:
+        """All rows of one stage that lie in a chunk."""
+        parts = (part.of(_within(part.examples, chunk)) for part in self._parts(stage))
+        return [part for part in parts if len(part.examples)]
 
     def _parts(self, stage: Sequence[BoundRun]) -> list[Part]:
         return [part for run in stage for part in self.sharing.parts[run.name]]
 
+    @cached_property
+    def states_handed_on(self) -> int:
+        """Values of the residual stream that rows of one example hand on to others at most."""
+        if all(len(part.states) < 2 for stage in self.bound.stages for part in self._parts(stage)):
+            return 0
+        of_example: Counter[int] = Counter()
+        few = replace(self, chunk=min(self.n_examples, 256))
+        for chunk in few.chunks:
+            for (_, example), states in few.branches(chunk).gifts.items():
+                of_example[example] += len(states)
+        return max(of_example.values(), default=0)
+
     def table(self, stage: Sequence[BoundRun]) -> StageRows:
-        """Rows of one stage in arrays, without those of `whole_parts`."""
+        """Rows of one stage in arrays."""
         name = stage[0].name
         if name not in self._tables:
-            whole = set() if self.sharing.repeats else {id(part) for part in self.whole_parts(stage)}
-            own = tuple(part for part in self._parts(stage) if id(part) not in whole)
-            self._tables[name] = StageRows(self.sharing, own, self.chunk, self._read_runs)
+            parts = tuple(self._parts(stage))
+            self._tables[name] = StageRows(self.sharing, parts, self.chunk, self._read_runs)
         return self._tables[name]
 
     @cached_property
@@ -130,12 +161,6 @@ class Schedule:
         if self.bound.readout is not None:  # whole outputs are gone with their chunk, and labels may differ
             return frozenset(run.name for run in self.bound.runs)
         return frozenset(name for name, reads in self.bound.reads_of.items() if reads)
-
-    def whole_parts(self, stage: Sequence[BoundRun]) -> list[Part]:
-        """Parts that hold every example, if no two rows are equal: each chunk computes all of its rows."""
-        if self.sharing.repeats:
-            return []
-        return [part for part in self._parts(stage) if len(part.examples) == self.n_examples]
 
     def before(self, chunk: range) -> set[int]:
         """Numbers of the earlier chunks whose outputs are those of rows of this one."""
@@ -193,7 +218,7 @@ class Schedule:
                 for read in groups.reads[group]:
                     want(read, examples)
         for read, some in self._always_wanted:
-            want(read, everyone if some is None else _within(some, chunk))
+            want(read, everyone if some is None else some[_within(some, chunk)])
         if not self.means_come_first:
             for read in self.mean_reads:
                 want(read, everyone)
@@ -306,12 +331,12 @@ class Schedule:
         return last
 
 
-def _within(examples: IntArray, chunk: range) -> IntArray:
-    """Those of some ascending examples that lie in a chunk."""
+def _within(examples: IntArray, chunk: range) -> slice:
+    """Where those of some ascending examples stand that lie in a chunk."""
     if len(examples) and int(examples[-1]) == len(examples) - 1:  # all there are up to the last
-        return examples[chunk.start : chunk.stop]
+        return slice(chunk.start, chunk.stop)
     start, stop = np.searchsorted(examples, [chunk.start, chunk.stop])
-    return examples[start:stop]
+    return slice(start, stop)
 
 
 def _union(wanted: list[IntArray], everyone: IntArray) -> IntArray:

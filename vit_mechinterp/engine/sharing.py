@@ -8,7 +8,6 @@ answered by the clean forward of its image.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,24 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.numbering import Numbering, Part
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.row_keys import RowKeys
 from vit_mechinterp.engine.values import ColumnOrigin, permutation
 
-__all__ = ["Part", "Sharing"]
+__all__ = ["Sharing"]
 
 BoolArray = NDArray[np.bool_]
 Found = TypeVar("Found")
 
 _NONE: IntArray = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of one run on which the same edits act: the run with these edits alone, and the examples."""
-
-    run: BoundRun
-    examples: IntArray
 
 
 @dataclass(frozen=True)
@@ -147,19 +139,16 @@ class Sharing:
                 classes[run.name] = n * self.n_examples + everyone
             return parts, classes, len(edited) * self.n_examples
         keys = RowKeys(self, classes)
+        numbering = Numbering(keys)
         count = 0
         for stage in self.bound.stages:
-            groups: defaultdict[Any, list[tuple[Part, list[IntArray]]]] = defaultdict(list)
-            for run in stage:
-                own = []
-                for examples, edits in self._variants(run, keys, everyone):
-                    part = Part(_with(run, edits), examples)
-                    own.append(part)
-                    fixed, varying = keys.of(part)
-                    groups[fixed].append((part, varying))
-                parts[run.name] = tuple(own)
-            for members in groups.values():
-                count = self._number(members, classes, count)
+            variants = [(run, *own) for run in stage for own in self._variants(run, keys, everyone)]
+            numbered = numbering.parts([(_with(run, edits), examples) for run, examples, edits in variants])
+            parts.update((run.name, ()) for run in stage)
+            for part in numbered:
+                parts[part.run.name] += (part,)
+                _put(classes, part, self.n_examples)
+            count += len(np.unique(np.concatenate([part.states[-1] for part in numbered] or [_NONE])))
         return parts, classes, count
 
     def _variants(
@@ -188,51 +177,15 @@ class Sharing:
             if pattern.any()
         ]
 
-    def _number(
-        self, members: list[tuple[Part, list[IntArray]]], classes: dict[str, IntArray], count: int
-    ) -> int:
-        """Give classes to rows whose edits differ at most in what varies from example to example."""
-        if len(members) == 1 and self._all_distinct(members[0][0]):
-            part = members[0][0]
-            self._put(classes, part, count + np.arange(len(part.examples)))
-            return count + len(part.examples)
-        rows = np.concatenate(
-            [np.stack([numbers[part.examples] for numbers in varying], axis=1) for part, varying in members]
-        )
-        distinct, which = np.unique(rows, axis=0, return_inverse=True)
-        start = 0
-        for part, _ in members:
-            stop = start + len(part.examples)
-            self._put(classes, part, count + which.reshape(-1)[start:stop])
-            start = stop
-        return count + len(distinct)
 
-    def _put(self, classes: dict[str, IntArray], part: Part, numbers: IntArray) -> None:
-        """Give a part's rows their classes; arrays may be shared by runs, and are not written into."""
-        if len(numbers) < self.n_examples:
-            own = classes[part.run.name].copy()
-            own[part.examples] = numbers
-            numbers = own
-        classes[part.run.name] = numbers
-
-    def _all_distinct(self, part: Part) -> bool:
-        if part.run.blank:
-            return False
-        column = part.run.origin.column
-        if self._is_distinct(column):
-            return True
-        own = self.images[column][part.examples]
-        return len(np.unique(own)) == len(own)
-
-    def _is_distinct(self, column: str) -> bool:
-        if column not in self._distinct:
-            own = self.images[column]
-            self._distinct[column] = len(np.unique(own)) == len(own)
-        return self._distinct[column]
-
-    @cached_property
-    def _distinct(self) -> dict[str, bool]:
-        return {}
+def _put(classes: dict[str, IntArray], part: Part, n_examples: int) -> None:
+    """Give a part's rows their classes; arrays may be shared by runs, and are not written into."""
+    numbers = part.states[-1]
+    if len(numbers) < n_examples:
+        own = classes[part.run.name].copy()
+        own[part.examples] = numbers
+        numbers = own
+    classes[part.run.name] = numbers
 
 
 def _with(run: BoundRun, edits: tuple[Edit, ...]) -> BoundRun:

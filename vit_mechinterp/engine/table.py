@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
+from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.pieces import Copies
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.sharing import Part, Sharing
+from vit_mechinterp.engine.sharing import Sharing
 
 __all__ = ["StageRows"]
 
@@ -86,10 +87,16 @@ class StageRows:
     def computed_parts(self, chunk: range) -> list[Part]:
         """The same, part by part."""
         rows = self.computed(chunk)
-        return [
-            Part(self.parts[self.part_of[own[0]]].run, self.examples[own])
-            for own in _split(rows, self.part_of[rows])
-        ]
+        found = []
+        for own in _split(rows, self.part_of[rows]):
+            part = self.part_of[own[0]]
+            found.append(self.parts[part].of(own - self._starts[part]))
+        return found
+
+    @cached_property
+    def _starts(self) -> IntArray:
+        """The first row of every part."""
+        return np.cumsum([0, *(len(part.examples) for part in self.parts)])
 
     def copies(self, chunk: range) -> list[Copies]:
         """Rows of a chunk that are copies, by run and owning run."""

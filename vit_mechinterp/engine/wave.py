@@ -22,7 +22,6 @@ from vit_mechinterp.engine.bound import BoundRun, Edit, Join
 from vit_mechinterp.engine.editing import Material, edit_rows
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.reads import join_reads
 from vit_mechinterp.engine.stacking import Placed, edit_stack, stacked
 from vit_mechinterp.engine.values import Read, contiguous, gather
 from vit_mechinterp.errors import ExecutionError
@@ -95,10 +94,10 @@ def distinct_rows(
     by_layer: dict[int, list[int]] = defaultdict(list)
     for n, segment in enumerate(segments):
         if starts_late(segment.run, n_layers):
-            by_layer[segment.run.join(n_layers).layer].append(n)
+            by_layer[segment.run.join(n_layers).first_block].append(n)
     found: dict[int, dict[str, Distinct]] = {}
     for layer, late in by_layer.items():
-        joined = [n for n, s in enumerate(segments) if s.run.join(n_layers) <= Join(layer, False)]
+        joined = [n for n, s in enumerate(segments) if s.run.join(n_layers).first_block <= layer]
         rows = int(starts[joined[-1] + 1])
         known: dict[tuple[int, ...], Distinct] = {}
         parts: dict[str, Distinct] = {}
@@ -107,10 +106,7 @@ def distinct_rows(
             if equal not in known:
                 keys = -1 - np.arange(rows)
                 for n in equal:
-                    run, of = segments[n].run, list(segments[n].examples)
-                    # Blank rows are equal to each other, and to no other: the key below those of single rows.
-                    own = -1 - rows if run.blank else images[n][run.origin.column][of]
-                    keys[starts[n] : starts[n + 1]] = own
+                    keys[starts[n] : starts[n + 1]] = _starts_from(segments[n], images[n], below=-1 - rows)
                 _, first, index = np.unique(keys, return_index=True, return_inverse=True)
                 known[equal] = Distinct(first, index.reshape(-1))
             if len(known[equal].first) <= SPARING_PAYS * rows:
@@ -118,6 +114,15 @@ def distinct_rows(
         if parts:
             found[layer] = parts
     return found
+
+
+def _starts_from(segment: Segment, images: Mapping[str, IntArray], below: int) -> IntArray:
+    """Numbers by which rows that join with the same values are told: images, or some from ``below`` downwards
+    for blank ones, which are equal to each other, and for those that go on from others."""
+    run, examples = segment.run, segment.examples
+    if segment.begins:
+        return below - 1 - np.array(segment.begins)
+    return np.full(len(examples), below) if run.blank else images[run.origin.column][list(examples)]
 
 
 def _is_clean_behind(run: BoundRun, part: str) -> bool:
@@ -138,8 +143,10 @@ class _Wave:
         self.starts = np.cumsum([0, *(len(s.examples) for s in segments)]).tolist()
         self.instrument = Instrument(vit.module, vit.layout)
         self.sparing = Sparing(vit.module, vit.layout)
+        self._add_gifts(before_edits=True)
         self._add_joins()
         self._add_edits()
+        self._add_gifts(before_edits=False)
         self._add_captures()
 
     def span(self, index: int) -> slice:
@@ -158,7 +165,7 @@ class _Wave:
         missed = [
             edit.where
             for n, segment in enumerate(self.segments)
-            for k, edit in enumerate(segment.run.edits)
+            for k, edit in segment.run.to_make
             if (n, k) not in self.applied
         ]
         if missed:
@@ -186,18 +193,17 @@ class _Wave:
 
     def _starting_rows(self, n: int, like: Tensor) -> Tensor:
         """The residual stream that a segment's rows join with, shaped ``like`` that of the others."""
-        run, examples = self.segments[n].run, self.segments[n].examples
-        if run.blank:
+        segment = self.segments[n]
+        run, examples = segment.run, segment.examples
+        if run.blank and run.beginning is None:
             return like.new_zeros(len(examples), *like.shape[1:])
-        reads = join_reads(run, self.n_layers)
-        clean = self.materials[n].clean
-        start = clean.values[reads[0]].whole(examples)
         if not run.starts_at_mlp_out:
-            return start
-        site = reads[1].site
-        increment = clean.values[reads[1]].whole(examples).clone()
+            return self._known(n, run.join(self.n_layers).site)
+        layer = run.join(self.n_layers).layer
+        start, site = self._known(n, Site(layer, "resid_mid")), Site(layer, "mlp_out")
+        increment = self._known(n, site).clone()
         rows = slice(0, len(examples))
-        for k, edit in enumerate(run.edits):
+        for k, edit in run.to_make:
             if edit.site == site:
                 self._edit(increment, rows, n, k, edit)
         for name, read, own, of in self._readers(n):
@@ -205,14 +211,46 @@ class _Wave:
                 self.captured[name, read].append((of, gather(site, increment, own, read, of)))
         return start + increment
 
+    def _known(self, n: int, site: Site) -> Tensor:
+        """What a segment's rows start from at a site: clean values, or those of the rows that they go on
+        from."""
+        segment, material = self.segments[n], self.materials[n]
+        if segment.run.beginning is None:
+            return material.clean.values[Read(segment.run.origin, site)].whole(segment.examples)
+        return torch.stack([material.begun[site, state] for state in segment.begins])
+
+    def _add_gifts(self, *, before_edits: bool) -> None:
+        """Hand states on: increments and outputs of blocks before rows join there and edits are made, middles
+        behind that."""
+        for n, segment in enumerate(self.segments):
+            material, own = self.materials[n], segment.run.name
+            by_site: dict[Site, list[tuple[int, int]]] = defaultdict(list)
+            for row, example in enumerate(segment.examples if material.gifts else (), self.starts[n]):
+                for site, state in material.gifts.get((own, example), ()):
+                    if before_edits == (site.name != "resid_mid"):
+                        by_site[site].append((row, state))
+            for site, states in by_site.items():
+                self._visit(site, self._giving(material.begun, site, states))
+
+    def _giving(
+        self, begun: dict[tuple[Site, int], Tensor], site: Site, states: Sequence[tuple[int, int]]
+    ) -> Visitor:
+        rows = torch.tensor([row for row, _ in states], device=self.vit.device)
+
+        def visitor(value: Tensor) -> None:
+            given = value.index_select(0, rows)
+            begun.update(((site, state), own) for (_, state), own in zip(states, given, strict=True))
+
+        return visitor
+
     def _behind_join(self, run: BoundRun, site: Site) -> bool:
         """Whether a site's tensor holds the run's rows when it is visited."""
-        return not (run.starts_at_mlp_out and site == run.first)
+        return not (run.starts_at_mlp_out and site == run.own_from)
 
     def _add_edits(self) -> None:
         by_site: dict[Site, list[tuple[int, int, Edit]]] = defaultdict(list)
         for n, segment in enumerate(self.segments):
-            for k, edit in enumerate(segment.run.edits):
+            for k, edit in segment.run.to_make:
                 if self._behind_join(segment.run, edit.site):
                     by_site[edit.site].append((n, k, edit))
         for site, edits in by_site.items():
@@ -245,20 +283,28 @@ class _Wave:
         everyone = np.array(segment.examples)
         found: list[tuple[str, Read, IntArray | slice, IntArray]] = []
 
-        def add(name: str, rows: IntArray | slice, examples: IntArray) -> None:
-            first = material.bound.clean_before.get(name) or segment.run.first
+        def add(
+            name: str, rows: IntArray | slice, examples: IntArray, since: Site, until: Site | None = None
+        ) -> None:
+            first = max(since, material.bound.clean_before.get(name, since))
             for read in material.bound.reads_of[name]:
-                if first is not None and read.site >= first:
+                if read.site >= first and (until is None or read.site < until):
                     found.append((name, read, rows, examples))
 
-        add(segment.run.name, slice(0, len(everyone)), everyone)
-        if material.copies:
-            shared: dict[str, list[tuple[int, int]]] = defaultdict(list)
-            for row, example in enumerate(segment.examples):
-                for name, other in material.copies.get((segment.run.name, example), ()):
-                    shared[name].append((row, other))
-            for name, pairs in shared.items():
-                add(name, np.array([row for row, _ in pairs]), np.array([other for _, other in pairs]))
+        since = segment.run.own_from
+        if since is not None:
+            add(segment.run.name, slice(0, len(everyone)), everyone, since)
+        others: dict[tuple[str, Site, Site | None], list[tuple[int, int]]] = defaultdict(list)
+        for row, example in enumerate(segment.examples):
+            key = segment.run.name, example
+            if since is not None:
+                for name, other in material.copies.get(key, ()):
+                    others[name, since, None].append((row, other))
+            for own in material.handed.get(key, ()):
+                others[own.row[0], own.since, own.until].append((row, own.row[1]))
+        for (name, first, last), pairs in others.items():
+            rows, of = (np.array(own) for own in zip(*pairs, strict=True))
+            add(name, rows, of, first, last)
         return found
 
     def _add_captures(self) -> None:
