@@ -71,7 +71,8 @@ def test_pairs_of_heads_share_the_first_head() -> None:
         for block in range(pair[0] // 2, 3):
             states.add((tuple(head for head in pair if head // 2 <= block), block))
     found = rows(world, *documents)
-    assert found == [sum(3 for state in states if state[1] == block) + clean for block, clean in zip(range(3), [3, 3, 0])]
+    clean = [3, 3, 0]
+    assert found == [sum(3 for state in states if state[1] == block) + clean[block] for block in range(3)]
 
 
 @pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_DINOV2, TIMM_POOLED], ids=lambda tiny: tiny.name)

@@ -85,6 +85,38 @@ def test_a_part_before_the_edits_runs_once_per_image(
 
 
 @pytest.mark.parametrize(
+    ("site", "qkv", "projection", "first"),
+    [("attn_out", 9, 9, 12), ("resid_mid", 9, 9, 12), ("mlp.post", 9, 9, 12), ("attn.z", 12, 12, 12), ("attn.v", 12, 12, 12)],
+)
+def test_rows_start_from_clean_values_inside_a_block_that_clean_forwards_pass(
+    site: str, qkv: int, projection: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of each image at each layer, so that none shares its block with another."""
+    world = World(TIMM_POOLED, 2)
+    world.vit.sites()
+    documents = [pushes(world, layer, site, 1)[0] for layer in (0, 1)] + [pushes(world, 2, "resid_pre", 1)[0]]
+    plan = vmi.plan(world.vit, list(map(Run.model_validate, documents)), world.columns)
+    assert ("are given clean values there" in str(plan)) == (plan.spared > 0) == (site not in ("attn.z", "attn.v"))
+    inside = Inside(monkeypatch)
+    for _ in range(2):
+        inside.rows.clear()
+        results = world.execute(documents)
+        clean = 2 * 2  # two images in two blocks
+        # Two rows in the first block, four in the second, six in the last; of rows that are given their values, a blank
+        # one passes if there are no others.
+        assert inside.rows["linear (72, 24)"] == clean + qkv
+        assert inside.rows["linear (24, 24)"] == clean + projection
+        assert inside.rows["linear (96, 24)"] == clean + first
+        assert inside.rows["linear (24, 96)"] == clean + 12
+    monkeypatch.undo()
+    world.check(documents, results)
+    # Where clean forwards do not pass through the block, nobody lets them.
+    alone = documents[:1]
+    assert vmi.plan(world.vit, Run.model_validate(alone[0]), world.columns).block_evaluations == 2 * 3
+    world.check(alone, world.execute(alone))
+
+
+@pytest.mark.parametrize(
     "tiny", [TIMM_PLAIN, TIMM_REGISTERS, TIMM_POOLED, HF_VIT, HF_DINOV2, HF_CLIP], ids=lambda tiny: tiny.name
 )
 def test_every_mixture_of_sites_gives_what_one_run_at_a_time_gives(tiny: Tiny) -> None:

@@ -26,6 +26,14 @@ from vit_mechinterp.spec import (
 __all__ = ["Beginning", "Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
 
 
+_KNOWN_AT = {
+    "attn_out": "attn_out",
+    **dict.fromkeys(("resid_mid", "ln2", "mlp.pre_linear", "mlp.pre", "mlp.post"), "resid_mid"),
+}
+"""Where rows are given clean values behind the whole attention module, by the site of their first edit.
+Behind its call alone they would have to be kept beside the block's input, which costs what it spares."""
+
+
 @dataclass(frozen=True, order=True)
 class Join:
     """Where a row enters the growing batch: at a block's input, or behind its output."""
@@ -114,7 +122,8 @@ class BoundRun:
     then the first edit replaces all that is read of the residual stream. ``clean_before`` is the site before
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what
-    their blocks return. ``beginning`` is where rows go on from what others have been through.
+    their blocks return. ``beginning`` is where rows go on from what others have been through. ``clean_to`` is
+    the number of blocks that the clean forwards of its bases pass whatever its own rows start from.
     """
 
     run: Run
@@ -125,6 +134,7 @@ class BoundRun:
     clean_before: Site | None = None
     through: frozenset[int] = frozenset()
     beginning: Beginning | None = None
+    clean_to: int = 0
 
     @property
     def name(self) -> str:
@@ -142,6 +152,18 @@ class BoundRun:
         """The edits that its rows have before them, with their places among all."""
         made = self.beginning.made if self.beginning else 0
         return ((place, edit) for place, edit in enumerate(self.edits) if place >= made)
+
+    @property
+    def known_at(self) -> Site | None:
+        """The last site before its rows' first edit at which they are given clean values, so that no part of
+        the block before it is computed for them; None where nothing of a block is."""
+        first = self.first
+        if first is None or first.layer is None or self.blank or self.beginning is not None:
+            return None
+        if first.layer >= self.clean_to or first.layer in self.through:
+            return None
+        name = _KNOWN_AT.get(first.name)
+        return None if name is None else Site(first.layer, name)
 
     @property
     def own_from(self) -> Site | None:

@@ -15,6 +15,7 @@ from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.images import image_numbers
+from vit_mechinterp.engine.inside import starting_inside
 from vit_mechinterp.engine.pruning import pruned
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.schedule import Schedule
@@ -80,8 +81,10 @@ def schedule_for(
     n, read = len(next(iter(images.values()))), read_tokens(vit)
     follows = cache(partial(follows_from, vit))
     reach = Reach(vit.layout, read, n, tensors, follows, imagined=data is None)
-    sharing = Sharing(pruned(bound, reach), images, imagined=data is None)
-    spares = why_nothing_is_spared(vit.layout) is None
+    bound, spares = pruned(bound, reach), why_nothing_is_spared(vit.layout) is None
+    if spares:
+        bound = starting_inside(bound, vit.layout.n_layers)
+    sharing = Sharing(bound, images, imagined=data is None)
     one_image = vit.layout.family.one_image
     draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)
     held = footprint(vit, draft)

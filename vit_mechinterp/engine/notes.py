@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.counting import Counts
 from vit_mechinterp.engine.order import starts_late
 from vit_mechinterp.engine.schedule import Schedule
@@ -14,6 +13,7 @@ from vit_mechinterp.errors import listed
 from vit_mechinterp.model.as_made import is_as_made
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import why_nothing_is_spared
+from vit_mechinterp.spec import Site
 
 __all__ = ["notes_on"]
 
@@ -108,10 +108,16 @@ def _through_a_store(schedule: Schedule, counts: Counts, forecast: Forecast) -> 
 
 def _late(vit: HookedViT, schedule: Schedule) -> Iterator[str]:
     every = [p.run for own in schedule.sharing.parts.values() for p in own]
-    late: list[BoundRun] = [run for run in every if starts_late(run, schedule.n_layers)]
-    if not late:
+    late = [run for run in every if starts_late(run, schedule.n_layers)]
+    known = {run.first for run in late if run.known_at is not None}
+    others = {run.first for run in late if run.known_at is None}
+    if known:
+        yield (
+            f"rows that are first edited inside a block ({_sites(known)}) are given clean values there, and "
+            "the part of it before that is not computed for them in waves where this is quicker"
+        )
+    if not others:
         return
-    names = listed(map(str, sorted({run.first for run in late if run.first is not None})), most=4)
     reason = why_nothing_is_spared(vit.layout)
     if reason is None:
         how = (
@@ -120,4 +126,8 @@ def _late(vit: HookedViT, schedule: Schedule) -> Iterator[str]:
         )
     else:
         how = f"the part of the block before them runs again: {reason}"
-    yield f"edits inside a block ({names}) join at its input; {how}"
+    yield f"edits inside a block ({_sites(others)}) join at its input; {how}"
+
+
+def _sites(sites: Collection[Site | None]) -> str:
+    return listed(map(str, sorted(site for site in sites if site is not None)), most=4)

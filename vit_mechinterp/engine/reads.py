@@ -33,11 +33,17 @@ def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
     """The clean values that a run's rows start from; none for rows that start blank, or from other rows'."""
     if run.blank or run.beginning is not None:
         return ()
-    return _join_reads(run.origin, run.join(n_layers), run.starts_at_mlp_out)
+    return _join_reads(run.origin, run.join(n_layers), run.known_at, run.starts_at_mlp_out)
 
 
 @lru_cache(maxsize=4096)
-def _join_reads(origin: ColumnOrigin, join: Join, starts_at_mlp_out: bool) -> tuple[Read, ...]:
+def _join_reads(
+    origin: ColumnOrigin, join: Join, known_at: Site | None, starts_at_mlp_out: bool
+) -> tuple[Read, ...]:
+    if known_at is not None and known_at.name == "resid_mid":
+        return (Read(origin, known_at),)  # the middle of a block is all that the rest of it is made from
+    if known_at is not None:
+        return Read(origin, join.site), Read(origin, known_at)
     if starts_at_mlp_out:
         # Exact: the row's residual stream is what the block would have computed from its edited increment.
         return Read(origin, Site(join.layer, "resid_mid")), Read(origin, Site(join.layer, "mlp_out"))

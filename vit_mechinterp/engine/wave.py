@@ -36,7 +36,8 @@ from vit_mechinterp.spec import BLOCK_SITES, Site
 __all__ = ["WaveResult", "distinct_rows", "run_wave"]
 
 SPARING_PAYS = 0.75
-"""Parts of a block run on distinct rows where these are at most this share of all rows."""
+"""Parts of a block run on distinct rows where these are at most this share of all rows; the attention module
+as a whole, where its input and output alone are copied, wherever they are fewer."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ def run_wave(
 def distinct_rows(
     segments: Sequence[Segment], images: Sequence[Mapping[str, IntArray]], n_layers: int
 ) -> dict[int, dict[str, Distinct]]:
-    """By layer and part, the distinct rows where they are at most `SPARING_PAYS` of all.
+    """By layer and part, the distinct rows where they are so few that it pays (see `SPARING_PAYS`).
 
     ``images`` holds the image numbers by column that each segment's rows start from.
     """
@@ -99,18 +100,26 @@ def distinct_rows(
     for layer, late in by_layer.items():
         joined = [n for n, s in enumerate(segments) if s.run.join(n_layers).first_block <= layer]
         rows = int(starts[joined[-1] + 1])
-        known: dict[tuple[int, ...], Distinct] = {}
+        known: dict[tuple[tuple[int, ...], tuple[int, ...]], Distinct] = {}
         parts: dict[str, Distinct] = {}
         for part in reversed(PARTS):
-            equal = tuple(n for n in late if _is_clean_behind(segments[n].run, part))
-            if equal not in known:
-                keys = -1 - np.arange(rows)
+            free = tuple(n for n in late if _is_behind(segments[n].run.known_at, part))
+            equal = tuple(n for n in late if _is_behind(segments[n].run.first, part))
+            if (equal, free) not in known:
+                keys, is_free = -1 - np.arange(rows), np.zeros(rows, dtype=np.bool_)
                 for n in equal:
                     keys[starts[n] : starts[n + 1]] = _starts_from(segments[n], images[n], below=-1 - rows)
-                _, first, index = np.unique(keys, return_index=True, return_inverse=True)
-                known[equal] = Distinct(first, index.reshape(-1))
-            if len(known[equal].first) <= SPARING_PAYS * rows:
-                parts[part] = known[equal]
+                for n in free:
+                    is_free[starts[n] : starts[n + 1]] = True
+                told = np.arange(1) if is_free.all() else np.flatnonzero(~is_free)
+                _, first, which = np.unique(keys[told], return_index=True, return_inverse=True)
+                index = np.zeros(rows, dtype=np.int64)
+                index[told] = which.reshape(-1)
+                known[equal, free] = Distinct(told[first], index, is_free)
+            own = known[equal, free]
+            whole = part == "attn_out" or parts.get("attn_out") is own
+            if len(own.first) <= (rows - 1 if whole and part != "ln1" else SPARING_PAYS * rows):
+                parts[part] = own
         if parts:
             found[layer] = parts
     return found
@@ -125,10 +134,9 @@ def _starts_from(segment: Segment, images: Mapping[str, IntArray], below: int) -
     return np.full(len(examples), below) if run.blank else images[run.origin.column][list(examples)]
 
 
-def _is_clean_behind(run: BoundRun, part: str) -> bool:
-    """Whether a row's first edit comes behind a part of the block that the row joins at."""
-    assert run.first is not None
-    return BLOCK_SITES.index(run.first.name) >= BLOCK_SITES.index(part)
+def _is_behind(site: Site | None, part: str) -> bool:
+    """Whether a site of the block that a row joins at comes behind one of the block's parts."""
+    return site is not None and BLOCK_SITES.index(site.name) >= BLOCK_SITES.index(part)
 
 
 class _Wave:
@@ -195,7 +203,8 @@ class _Wave:
         """The residual stream that a segment's rows join with, shaped ``like`` that of the others."""
         segment = self.segments[n]
         run, examples = segment.run, segment.examples
-        if run.blank and run.beginning is None:
+        known_at = run.known_at
+        if (run.blank and run.beginning is None) or (known_at is not None and known_at.name == "resid_mid"):
             return like.new_zeros(len(examples), *like.shape[1:])
         if not run.starts_at_mlp_out:
             return self._known(n, run.join(self.n_layers).site)
@@ -249,16 +258,23 @@ class _Wave:
 
     def _add_edits(self) -> None:
         by_site: dict[Site, list[tuple[int, int, Edit]]] = defaultdict(list)
+        known: dict[Site, list[int]] = defaultdict(list)
         for n, segment in enumerate(self.segments):
+            if segment.run.known_at is not None:
+                known[segment.run.known_at].append(n)
             for k, edit in segment.run.to_make:
                 if self._behind_join(segment.run, edit.site):
                     by_site[edit.site].append((n, k, edit))
-        for site, edits in by_site.items():
-            self._visit(site, self._editing(edits))
+        for site in dict.fromkeys((*known, *by_site)):
+            self._visit(site, self._editing(site, known[site], by_site[site]))
 
-    def _editing(self, edits: list[tuple[int, int, Edit]]) -> Visitor:
+    def _editing(self, site: Site, known: Sequence[int], edits: Sequence[tuple[int, int, Edit]]) -> Visitor:
+        """Put clean values in for the rows of some segments, and carry out what is to be edited at a site."""
+
         def visitor(value: Tensor) -> Tensor:
             value = value.clone()
+            for n in known:
+                value[self.span(n)] = self._known(n, site)
             for group in stacked([self._placed(n, k, edit) for n, k, edit in edits], value):
                 if len(group) > 1:
                     edit_stack(value, group)

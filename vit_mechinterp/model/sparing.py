@@ -1,7 +1,8 @@
 """Parts of a block that run once for several rows, where these rows still hold the same values.
 
 Rows of one example that join a batch at one block are equal until the first of them is edited. Every part of
-the block that ends before is given the distinct rows alone, and what it puts out is handed to all of them.
+the block that ends before is given the distinct rows alone, and what it puts out is handed to all of them. So
+it is, whatever it is, to rows that are given known values behind it.
 Norms, linear layers and the activation function are row-wise by nature, the attention call and the attention
 module by construction; each is shadowed on the instance for one forward, and hooks on it see all rows.
 """
@@ -44,10 +45,14 @@ _LEFT_ALONE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Distinct:
-    """The rows of a batch that differ, ``first [d]``, and for every row its place among them, ``index``."""
+    """The rows of a batch that differ, ``first [d]``, and for every row its place among them, ``index``.
+
+    ``free`` marks rows for which any place will do, because what is made of them here is written over.
+    """
 
     first: NDArray[np.int64]
     index: NDArray[np.int64]
+    free: NDArray[np.bool_]
 
 
 def why_nothing_is_spared(layout: Layout) -> str | None:
@@ -189,10 +194,12 @@ class _Spared:
         if not self._one_for_all(given, args, kwargs):
             return self.native(*args, **kwargs)
         few = _rows(given, self.rows.first)
-        if self.module not in _FIT:
+        if self.module not in _FIT and not self.rows.free.all():
             # Once per module: whatever its place in the block, it must see equal values.
-            off = float((_rows(few, self.rows.index) - given).detach().abs().max())
-            (_FIT if off <= 1e-4 * float(given.detach().abs().max()) else _UNFIT).add(self.module)
+            those = np.flatnonzero(~self.rows.free)
+            wanted = _rows(given, those).detach()
+            off = float((_rows(few, self.rows.index[those]) - wanted).abs().max())
+            (_FIT if off <= 1e-4 * float(wanted.abs().max()) else _UNFIT).add(self.module)
             if self.module in _UNFIT:
                 return self.native(*args, **kwargs)
         args = tuple(few if value is given else value for value in args)

@@ -1,0 +1,44 @@
+"""Runs whose rows start from clean values inside a block, where clean forwards pass through it anyway."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+from vit_mechinterp.engine.bound import Bound, BoundRun
+from vit_mechinterp.engine.order import starts_late
+from vit_mechinterp.engine.pieces import Stop
+from vit_mechinterp.engine.values import ColumnOrigin
+
+__all__ = ["starting_inside"]
+
+
+def starting_inside(bound: Bound, n_layers: int) -> Bound:
+    """The same runs; those that are first edited late in a block know how far their bases' forwards go."""
+    if not any(starts_late(run, n_layers) for run in bound.runs if run.edits):
+        return bound
+    clean_to: defaultdict[ColumnOrigin, int] = defaultdict(int)
+    for run in bound.runs:
+        for origin, blocks in _passed(run, n_layers):
+            clean_to[origin] = max(blocks, clean_to[origin])
+
+    def knowing(run: BoundRun) -> BoundRun:
+        late = run.edits and starts_late(run, n_layers)
+        return replace(run, clean_to=clean_to[run.origin]) if late else run
+
+    known = {run.name: knowing(run) for run in bound.runs}
+    stages = tuple(tuple(known[run.name] for run in stage) for stage in bound.stages)
+    return replace(bound, runs=tuple(known.values()), stages=stages)
+
+
+def _passed(run: BoundRun, n_layers: int) -> Iterator[tuple[ColumnOrigin, int]]:
+    """How many blocks the clean forward of every example's base passes for a run, at least."""
+    if not run.edits:
+        yield run.origin, n_layers
+    elif not run.blank:
+        yield run.origin, Stop.for_site(run.join(n_layers).site, n_layers).blocks
+    for capture in run.captures:
+        origin, site = capture.read.origin, capture.read.site
+        if isinstance(origin, ColumnOrigin) and run.is_clean_at(site):
+            yield origin, Stop.for_site(site, n_layers).blocks
