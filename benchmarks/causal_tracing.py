@@ -1,10 +1,13 @@
 """Causal tracing: every block output at each of 50 positions, restored in corrupted images, over the floor.
 
+Once with images that are corrupted beforehand, and once with noise that every run adds at the embedding.
+
     python -m benchmarks.causal_tracing --model vit_small --examples 4
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,21 +38,32 @@ def main(argv: list[str] | None = None) -> Report:
     clean = images(module, chosen.examples, 0)
     data = {"clean": clean, "corrupted": clean + images(module, chosen.examples, 1)}
     patches = torch.linspace(0, vit.layout.tokens.n_patches - 1, chosen.positions).round().long().tolist()
-    runs = [
-        vmi.Run(
-            name=f"layer{layer}.patch{patch}",
-            base="corrupted",
-            interventions=[
-                vmi.Interchange(site=f"blocks.{layer}.resid_post", tokens=[patch], source="clean")
-            ],
-        )
-        for layer in range(vit.layout.n_layers)
-        for patch in patches
-    ]
+    places = [(layer, patch) for layer in range(vit.layout.n_layers) for patch in patches]
+    noise = vmi.AddDirection(site="embed", vector=vmi.TensorRef(name="noise"), alpha=4.0)
+    tensors = {"noise": torch.randn(vit.layout.d_model, generator=torch.Generator().manual_seed(2))}
     name = f"{vit.layout.n_layers} layers x {chosen.positions} positions"
-    over_floor(report, name, vit, runs, data, chosen)
+    over_floor(report, name, vit, _restored(places, "corrupted", []), data, chosen)
+    name = f"{name}, corrupted by each run"
+    over_floor(report, name, vit, _restored(places, "clean", [noise]), data, chosen, tensors=tensors)
     report.finish()
     return report
+
+
+def _restored(
+    places: Sequence[tuple[int, int]], base: str, before: Sequence[vmi.Intervention]
+) -> list[vmi.Run]:
+    """Runs that put one patch back at one block output, behind what they all begin with."""
+    return [
+        vmi.Run(
+            name=f"layer{layer}.patch{patch}",
+            base=base,
+            interventions=[
+                *before,
+                vmi.Interchange(site=f"blocks.{layer}.resid_post", tokens=[patch], source="clean"),
+            ],
+        )
+        for layer, patch in places
+    ]
 
 
 if __name__ == "__main__":

@@ -269,6 +269,6 @@ def test_a_plan_bounds_what_is_held() -> None:
     )
     assert 0 < four.peak_bytes < all_tokens.peak_bytes
     assert (
-        vmi.plan(world.vit, runs, world.columns, 2).peak_bytes
-        < vmi.plan(world.vit, runs, world.columns, 7).peak_bytes
+        vmi.plan(world.vit, runs, world.columns, batch_size=2).peak_bytes
+        < vmi.plan(world.vit, runs, world.columns, batch_size=7).peak_bytes
     )

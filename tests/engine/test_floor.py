@@ -69,9 +69,15 @@ def needed(world: World, documents: list[Document], n_layers: int) -> int:
             for at, place, _, given in acting:
                 until(given, at if SITES[place] == "resid_pre" else at + 1)
             for block in range(first_block(layer, name), n_layers):
-                made = tuple(edit for edit in acting if first_block(edit[0], SITES[edit[1]]) <= block)
-                rows.add((own, made, block))
+                made = [edit for edit in acting if first_block(edit[0], SITES[edit[1]]) <= block]
+                rows.add((own, tuple(map(by_one_name, made)), block))
     return len(rows) + sum(clean.values())
+
+
+def by_one_name(edit: tuple[int, int, str, bytes]) -> tuple[Any, ...]:
+    """What enters a block is what the one before puts out."""
+    layer, place, *rest = edit
+    return (layer - 1, SITES.index("resid_post"), *rest) if SITES[place] == "resid_pre" and layer else edit
 
 
 def first_block(layer: int, name: str) -> int:

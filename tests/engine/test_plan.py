@@ -112,7 +112,7 @@ def test_a_sweep_over_twelve_layers_costs_less_than_seven_and_a_half_forwards() 
     vit.sites()
     for batch_size in ("auto", 36, 5, 1):
         total, _ = executed(vit, sweep.runs(12), data, batch_size=batch_size)
-        assert total == 3 * 89 == vmi.plan(vit, sweep, data, batch_size).block_evaluations
+        assert total == 3 * 89 == vmi.plan(vit, sweep, data, batch_size=batch_size).block_evaluations
 
 
 @pytest.mark.parametrize("batch_size", [64, 5, 2])
@@ -120,7 +120,7 @@ def test_a_sweep_over_twelve_layers_costs_less_than_seven_and_a_half_forwards() 
 def test_executed_blocks_are_the_plans(name: str, batch_size: int) -> None:
     world = world_of(TIMM_PLAIN, 6)
     runs = [Run.model_validate(document) for document in EXPERIMENTS[name]]
-    plan = vmi.plan(world.vit, runs, world.columns, batch_size)
+    plan = vmi.plan(world.vit, runs, world.columns, batch_size=batch_size)
     world.vit.sites()
     with Counted(world.module) as counted:
         results = world.execute(EXPERIMENTS[name], batch_size=batch_size)
@@ -141,7 +141,7 @@ def test_executed_blocks_are_the_plans_on_other_models(tiny: Tiny) -> None:
         for document in documents
     ]
     runs = [Run.model_validate(document) for document in documents]
-    plan = vmi.plan(world.vit, runs, world.columns, 7)
+    plan = vmi.plan(world.vit, runs, world.columns, batch_size=7)
     total, results = executed(world.vit, runs, world.columns, batch_size=7)
     assert total == plan.block_evaluations
     world.check(documents, results, effect=None)
@@ -183,7 +183,7 @@ def test_a_plan_says_why_more_is_computed() -> None:
     def text(name: str, batch_size: Any = "auto", chunk: int = 6) -> str:
         runs = [Run.model_validate(document) for document in EXPERIMENTS[name]]
         memory = world.memory(EXPERIMENTS[name], chunk, batch_size) if chunk < 6 else None
-        return str(vmi.plan(world.vit, runs, world.columns, batch_size, memory=memory))
+        return str(vmi.plan(world.vit, runs, world.columns, batch_size=batch_size, memory=memory))
 
     assert "note: dataset means need a pass of their own, because the dataset spans several chunks" in text(
         "computed means", 4, 4
@@ -199,7 +199,7 @@ def test_a_plan_says_why_more_is_computed() -> None:
 
 def test_a_plan_names_clean_runs_and_counts_in_words() -> None:
     world = world_of(TIMM_PLAIN, 1)
-    clean = vmi.plan(world.vit, [Run(name="untouched")], {"base": world.columns["base"]}, 64)
+    clean = vmi.plan(world.vit, [Run(name="untouched")], {"base": world.columns["base"]}, batch_size=64)
     text = str(clean)
     assert clean.clean_runs == ("untouched",)
     assert "Plan for 1 example on VisionTransformer (3 blocks)" in text
@@ -212,7 +212,7 @@ def test_a_plan_names_clean_runs_and_counts_in_words() -> None:
 def test_a_plan_prints_the_widest_forward_that_occurs(monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_of(TIMM_PLAIN, 6)
     runs = [Run.model_validate(document) for document in EXPERIMENTS["sweep of outputs"]]
-    plan = vmi.plan(world.vit, runs, world.columns, 1000)
+    plan = vmi.plan(world.vit, runs, world.columns, batch_size=1000)
     sizes: list[int] = []
     native = torch.nn.functional.layer_norm
 

@@ -157,7 +157,9 @@ def least(world: World, documents: list[dict[str, Any]]) -> int:
             if name in ("embed", "resid_pre", "resid_mid", "resid_post") and reaching <= set(tokens):
                 depth[source] = N_LAYERS
                 continue
-            rows[base, source, site, tokens] = N_LAYERS - layer - joins_behind
+            # What enters a block is what the one before puts out.
+            place = f"blocks.{layer - 1}.resid_post" if name == "resid_pre" and layer else site
+            rows[base, source, place, tokens] = N_LAYERS - layer - joins_behind
             clean(source, site)
             clean(base, site if joins_behind else "embed" if layer == 0 else f"blocks.{layer}.resid_pre")
     return sum(rows.values()) + sum(depth.values())

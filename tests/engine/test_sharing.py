@@ -276,3 +276,23 @@ class _Plain:
         import numpy as np
 
         return torch.stack([torch.as_tensor(np.asarray(i, dtype=np.float32) / 255).permute(2, 0, 1) for i in images])
+
+
+def test_a_blocks_input_is_the_output_of_the_one_before() -> None:
+    """Sweeps over both are one, but where somebody reads one of them of an edited run, or acts on them."""
+    world = World(TIMM_PLAIN, 3)
+    pre = [run(f"pre {n}", swap(f"blocks.{n}.resid_pre", tokens=[2])) for n in (1, 2)]
+    post = [run(f"post {n}", swap(f"blocks.{n}.resid_post", tokens=[2])) for n in (0, 1)]
+    world.vit.sites()
+    alone, _ = counted(world, pre)
+    both, plan = counted(world, [*pre, *post])
+    assert (both, plan.shared_rows) == (alone, 6)
+    again = [swap("blocks.1.resid_pre", tokens=[2]), add("blocks.1.resid_post", 24, 1.0)]
+    begun, _ = counted(world, [*pre, run("further", *again)])
+    assert begun == alone + 3  # its own last block
+    seen = [{**document, "capture": ["blocks.0.resid_post", "blocks.1.resid_pre", "blocks.1.ln1"]} for document in (pre[0], post[0])]
+    _, plan = counted(world, seen)
+    assert plan.shared_rows == 0
+    world.module.blocks[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+    plan = vmi.plan(world.vit, [Run.model_validate(document) for document in [*pre, *post]], world.columns)
+    assert plan.shared_rows == 0

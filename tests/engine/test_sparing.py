@@ -127,7 +127,7 @@ def test_every_mixture_of_sites_gives_what_one_run_at_a_time_gives(tiny: Tiny) -
         for document in pushes(world, 1, site, 2)
     ]
     documents += pushes(world, 0, "resid_post", 2) + pushes(world, 2, "mlp.post", 3)
-    plan = vmi.plan(world.vit, list(map(Run.model_validate, documents)), world.columns, 200)
+    plan = vmi.plan(world.vit, list(map(Run.model_validate, documents)), world.columns, batch_size=200)
     assert plan.spared > 0
     assert "share the part of it before their edits" in str(plan)
     for batch_size in (200, 24, 5):

@@ -236,6 +236,10 @@ def test_bad_input_is_said(world: World, tmp_path: Path) -> None:
         captured(store, world, "pooled")["pooled"].take([25])
     with pytest.raises(SpecError, match="batch_size is 'auto' or a positive integer"):
         captured(store, world, "pooled", batch_size=0)
+    with pytest.raises(SpecError, match=r"There is no site to capture\. Name some, such as"):
+        captured(store, world, [])
+    with pytest.raises(SpecError, match=r"Wrap it: vit_mechinterp\.wrap\(module\)"):
+        store.capture(world.module, world.columns, "embed")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(ExecutionError, match="Activations cannot be kept in"):
         ActivationStore(tmp_path / "file" / "folder")

@@ -215,7 +215,7 @@ class Counted:
             return tried
 
         self._patch = pytest.MonkeyPatch()
-        for name in ("read_tokens", "follows_from"):
+        for name in ("read_tokens", "follows_from", "handed_on"):
             self._patch.setattr(cutting, name, unnoticed(getattr(cutting, name)))
         self._install()
         return self

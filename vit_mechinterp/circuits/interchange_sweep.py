@@ -88,7 +88,7 @@ def interchange_sweep(
         data, token_sets = _default_sets(vit, data, base, source)
     label, counterfactual = _labels(vit, Data(data, vit))
     runs = sweep_runs(token_sets, site=site, layers=layers, base=base, source=source)
-    plan = make_plan(vit, runs, data, batch_size)
+    plan = make_plan(vit, runs, data, batch_size=batch_size)
     results = execute(vit, runs, data, batch_size=batch_size, progress=progress)
     order = list(range(vit.layout.n_layers)) if layers == "all" else list(layers)
     table = _table(results, list(token_sets), order, label, counterfactual, resamples, seed)

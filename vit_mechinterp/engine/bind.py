@@ -6,7 +6,7 @@ Nothing here runs a model (apart from one forward of a blank image, once per wra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from graphlib import CycleError, TopologicalSorter
 
@@ -41,17 +41,26 @@ def expand_runs(runs: Run | Sweep | Experiment | Iterable[Run | Sweep], n_layers
     """
     if isinstance(runs, Experiment):
         return runs.expand(n_layers)
-    if not isinstance(runs, (Run, Sweep)) and (isinstance(runs, str) or not isinstance(runs, Iterable)):
-        raise SpecError(
-            f"Runs are a Run, a Sweep, an Experiment or several of the first two, not {type(runs).__name__}."
-        )
-    items = [runs] if isinstance(runs, (Run, Sweep)) else list(runs)
+    one = isinstance(runs, (Run, Sweep, Intervention, str, Mapping)) or not isinstance(runs, Iterable)
+    items = [runs] if one else list(runs)
     for item in items:
         if not isinstance(item, (Run, Sweep)):
-            raise SpecError(f"A run is a Run, a Sweep or an Experiment, not {type(item).__name__}.")
+            raise SpecError(
+                "Runs are a Run, a Sweep, an Experiment or several of the first two, not "
+                f"{type(item).__name__}.{_instead_of(item)}"
+            )
     if not items:
         raise SpecError("There is no run to execute.")
     return Experiment(runs=tuple(items)).expand(n_layers)
+
+
+def _instead_of(item: object) -> str:
+    """What to do with something that is no run."""
+    if isinstance(item, Intervention):
+        return " Give the intervention a run: Run(name=..., interventions=[...])."
+    if isinstance(item, Mapping):
+        return " Read a document with Run.model_validate or Sweep.model_validate."
+    return ""
 
 
 def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
@@ -62,9 +71,9 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
         DataError: a column is missing or holds something else.
     """
     bound: dict[str, BoundRun] = {}
-    through = _through(vit)
+    through, closed = _through(vit), _closed(vit)
     for run in sources_first(runs):
-        bound[run.name] = _bind_run(vit, run, data, bound, through)
+        bound[run.name] = _bind_run(vit, run, data, bound, through, closed)
     return Bound.of([bound[run.name] for run in runs], list(bound.values()))
 
 
@@ -113,8 +122,19 @@ def _through(vit: HookedViT) -> frozenset[int]:
     )
 
 
+def _closed(vit: HookedViT) -> frozenset[int]:
+    """Layers whose blocks put out what is no site, so that no row can join there."""
+    layers = range(vit.layout.n_layers)
+    return frozenset(layer for layer in layers if f"blocks.{layer}.resid_post" in vit.layout.absent)
+
+
 def _bind_run(
-    vit: HookedViT, run: Run, data: Data | None, bound: dict[str, BoundRun], through: frozenset[int]
+    vit: HookedViT,
+    run: Run,
+    data: Data | None,
+    bound: dict[str, BoundRun],
+    through: frozenset[int],
+    closed: frozenset[int],
 ) -> BoundRun:
     if data is not None:
         data.require(run.base, f"run {run.name!r}, base")
@@ -140,7 +160,8 @@ def _bind_run(
         edits.sort(key=lambda edit: edit.site)
     layers = {edit.site.layer for edit in edits if edit.site.layer is not None}
     through = through & layers if through else through
-    return BoundRun(run, tuple(edits), tuple(captures), ColumnOrigin(run.base), through=through)
+    origin = ColumnOrigin(run.base)
+    return BoundRun(run, tuple(edits), tuple(captures), origin, through=through, closed=closed)
 
 
 def _bind_edit(

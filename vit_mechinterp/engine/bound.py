@@ -122,8 +122,9 @@ class BoundRun:
     then the first edit replaces all that is read of the residual stream. ``clean_before`` is the site before
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what
-    their blocks return. ``beginning`` is where rows go on from what others have been through. ``clean_to`` is
-    the number of blocks that the clean forwards of its bases pass whatever its own rows start from.
+    their blocks return, and ``closed`` those behind which no row can join. ``beginning`` is where rows go on
+    from what others have been through. ``clean_to`` is the number of blocks that the clean forwards of its
+    bases pass whatever its own rows start from.
     """
 
     run: Run
@@ -133,6 +134,7 @@ class BoundRun:
     blank: bool = False
     clean_before: Site | None = None
     through: frozenset[int] = frozenset()
+    closed: frozenset[int] = frozenset()
     beginning: Beginning | None = None
     clean_to: int = 0
 
@@ -192,8 +194,15 @@ class BoundRun:
     def _join(self, site: Site, n_layers: int) -> Join:
         """Where a row may enter that is edited at a site, and not before."""
         if site.layer is None:
-            return Join(0, False) if site.name == "embed" else Join(n_layers - 1, True)
+            before = 0 if site.name == "embed" else self.last_open(n_layers)
+            return Join(before - 1, True) if before else Join(0, False)
         return Join(site.layer, site.name == "resid_post" or self._is_increment(site))
+
+    def last_open(self, block: int) -> int:
+        """The last block up to some block at whose input a row can join."""
+        while block and block - 1 in self.closed:
+            block -= 1
+        return block
 
     def _is_increment(self, site: Site) -> bool:
         """Whether a block's output is what is edited at a site and the middle of the block."""

@@ -104,10 +104,10 @@ class _Together:
         starts = np.cumsum([0, *(len(part.examples) for part in parts)])
         n = len(first)
         states = np.full((n_layers, n), -1, dtype=np.int64)
-        alone_from = np.empty(n, dtype=np.int64)
+        joins = np.empty(n, dtype=np.int64)
         for number, part in enumerate(parts):
             own, blocks = slice(starts[number], starts[number + 1]), part.run.first_blocks(n_layers)
-            alone_from[own] = blocks[0]
+            joins[own] = blocks[0]
             for state, since, until in zip(part.states, blocks, [*blocks[1:], n_layers], strict=True):
                 states[since:until, own] = state
         last = np.repeat(np.arange(len(stages)), [sum(len(p.examples) for p in own) for own in stages])
@@ -120,8 +120,11 @@ class _Together:
             _, firsts, which = np.unique(of_block[there], return_index=True, return_inverse=True)
             through[layer, there] = there[firsts[which.reshape(-1)]]
         passes = (through == np.arange(n)) & (states >= 0)
-        alone_from = np.maximum(alone_from, np.where(passes.any(axis=0), passes.argmax(axis=0), n_layers))
-        providers = through[np.maximum(alone_from - 1, 0), np.arange(n)]
+        alone_from = np.where(passes.any(axis=0), passes.argmax(axis=0), n_layers)
+        may_join = np.array([parts[0].run.last_open(block) for block in range(n_layers + 1)])
+        alone_from = np.maximum(joins, may_join[alone_from])
+        begins = alone_from > joins
+        providers = np.where(begins, through[np.maximum(alone_from - 1, 0), np.arange(n)], np.arange(n))
         part_of = np.repeat(np.arange(len(parts)), np.diff(starts))
         return cls(parts, n_layers, starts, part_of, alone_from, providers)
 

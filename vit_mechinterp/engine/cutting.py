@@ -24,7 +24,7 @@ from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.throughput import likely_width, measured_width, remembered_width
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.read_tokens import follows_from, read_tokens
+from vit_mechinterp.model.read_tokens import follows_from, handed_on, read_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import TensorRef
 
@@ -84,7 +84,9 @@ def schedule_for(
     bound, spares = pruned(bound, reach), why_nothing_is_spared(vit.layout) is None
     if spares:
         bound = starting_inside(bound, vit.layout.n_layers)
-    sharing = Sharing(bound, images, imagined=data is None)
+    edited = {edit.site.name for run in bound.runs for edit in run.edits}
+    same = handed_on(vit) if {"resid_pre", "resid_post"} <= edited else frozenset()
+    sharing = Sharing(bound, images, imagined=data is None, handed_on=same)
     one_image = vit.layout.family.one_image
     draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)
     held = footprint(vit, draft)

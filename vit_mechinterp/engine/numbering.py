@@ -65,7 +65,7 @@ class Numbering:
             members: dict[Key, list[tuple[int, Columns]]] = {}
             for n, (run, examples) in enumerate(rows):
                 if place < len(run.edits):
-                    fixed, varying = self.keys.of(run.edits[place])
+                    fixed, varying = self.keys.of(run, run.edits[place])
                     base = _of(self.keys.base_of(run), examples) if place == 0 else states[n][-1]
                     key = (place == 0, place == 0 and run.blank, *fixed)
                     columns = [base, *(_of(own, examples) for own in varying)]

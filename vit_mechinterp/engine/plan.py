@@ -145,12 +145,15 @@ class Plan:
             )
         for stage in sorted({rows.stage for rows in self.rows}):
             lines.append(f"  rows that join one growing batch{f' (stage {stage + 1})' if stage else ''}")
+            # Runs of a sweep that differ in tokens, heads or examples alone are one line.
+            alike: dict[str, list[str]] = {}
             for rows in (r for r in self.rows if r.stage == stage):
                 some = "" if rows.examples is None else f" for {_counted(rows.examples, 'example')}"
-                lines.append(
-                    f"    {rows.run}: joins at {rows.joins}, {_counted(rows.blocks, 'block')}; "
-                    f"{', '.join(rows.edits)}{some}"
-                )
+                how = f"at {rows.joins}, {_counted(rows.blocks, 'block')}; {', '.join(rows.edits)}{some}"
+                alike.setdefault(how, []).append(rows.run)
+            for how, names in alike.items():
+                verb = "joins" if len(names) == 1 else "join"
+                lines.append(f"    {_listed(tuple(names), 'runs')}: {verb} {how}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -165,8 +168,8 @@ def plan(
     vit: HookedViT,
     runs: Run | Sweep | Experiment | Iterable[Run | Sweep],
     data: Any = None,
-    batch_size: int | Literal["auto"] = "auto",
     tensors: Mapping[str, Tensor] | None = None,
+    batch_size: int | Literal["auto"] = "auto",
     memory: int | str | None = None,
     store: ActivationStore | None = None,
     readout: Readout | None = None,
@@ -180,8 +183,8 @@ def plan(
         vit: the model.
         runs: runs, sweeps or an experiment.
         data: the examples; without them the plan is per example, and columns are not checked.
-        batch_size: most rows in one forward, or ``"auto"``.
         tensors: tensors that specs refer to by name; with them, directions and gates of zeros are found.
+        batch_size: most rows in one forward, or ``"auto"``.
         memory: most bytes to hold beside the model, or a text such as ``"4GiB"``.
         store: what the experiment will be given as its store; what it has is not computed. It needs data.
         readout: what will be kept of every output, as for `execute`.

@@ -156,7 +156,8 @@ class FinishedChunks:
         try:
             yield
         except OSError as error:
-            if isinstance(error, (FileNotFoundError, TensorFileError)):
+            gone = isinstance(error, FileNotFoundError) and self.results.is_dir()
+            if gone or isinstance(error, TensorFileError):
                 raise
             raise ExecutionError(
                 f"Results cannot be written into {self.results}: {error.strerror or error}. Choose another "

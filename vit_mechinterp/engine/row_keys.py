@@ -13,7 +13,7 @@ from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.ops import ablate, add_direction, inject_subspace, interchange, operator_of
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read
-from vit_mechinterp.spec import Ablate, Intervention, SourcedIntervention, TensorRef
+from vit_mechinterp.spec import Ablate, Intervention, Site, SourcedIntervention, TensorRef
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine.sharing import Sharing
@@ -71,12 +71,12 @@ class RowKeys:
             known = self._distinct[id(numbers)] = numbers, len(np.unique(numbers)) == len(numbers)
         return known[1]
 
-    def of(self, edit: Edit) -> tuple[Key, list[IntArray]]:
-        """The key of an edit: what its rows share, and numbers ``[example]`` for what may differ."""
+    def of(self, run: BoundRun, edit: Edit) -> tuple[Key, list[IntArray]]:
+        """The key of a run's edit: what its rows share, and numbers ``[example]`` for what may differ."""
         heads = edit.spec.heads
         if heads is not None and operator_of(edit.spec) in _BY_HEAD:
             heads = tuple(sorted(heads))
-        fixed: list[Any] = [type(edit.spec), edit.site, heads, self._options(edit)]
+        fixed: list[Any] = [type(edit.spec), self._site(run, edit.site), heads, self._options(edit)]
         varying: list[IntArray] = []
         for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
             place = None if positions is None else self._positions(positions)
@@ -84,7 +84,8 @@ class RowKeys:
             if place is not None and not isinstance(place, int):
                 varying.append(place)
         if edit.source is not None:
-            fixed.append(edit.source.site)
+            clean = isinstance(edit.source.origin, ColumnOrigin)
+            fixed.append(self._site(None, edit.source.site) if clean else edit.source.site)
             varying.append(self._source(edit.source))
         if edit.mean is not None:
             assert isinstance(edit.mean.origin, ColumnOrigin)
@@ -93,6 +94,16 @@ class RowKeys:
             varying.append(edit.choices)
             fixed.append("choice")
         return tuple(fixed), varying
+
+    def _site(self, run: BoundRun | None, site: Site) -> Site:
+        """One name for a block's output and the next one's input, where nobody reads either of them of a run
+        (that is edited in between, perhaps)."""
+        before = None if site.layer is None else site.layer - 1
+        if site.name != "resid_pre" or before not in self.sharing.handed_on:
+            return site
+        output = Site(before, "resid_post")
+        reads = () if run is None else self.sharing.bound.reads_of[run.name]
+        return site if any(read.site in (site, output) for read in reads) else output
 
     def _source(self, read: Read) -> IntArray:
         """What each example's source value is that of: a row's class, or a clean image's."""

@@ -40,12 +40,14 @@ class Sharing:
         rows: whether equal rows are found; otherwise every row that is declared stands for itself.
         imagined: whether there is no data, so that one example stands for all: what is resampled is another
             image then, and columns that select tokens are told apart by their names.
+        handed_on: blocks whose outputs the next ones are given as they are.
     """
 
     bound: Bound
     images: Mapping[str, IntArray]
     rows: bool = True
     imagined: bool = False
+    handed_on: frozenset[int] = frozenset()
 
     @cached_property
     def n_examples(self) -> int:

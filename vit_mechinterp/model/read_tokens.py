@@ -21,7 +21,7 @@ from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
 from vit_mechinterp.spec import GLOBAL_SITES, Site
 
-__all__ = ["ReadTokens", "follows_from", "read_tokens"]
+__all__ = ["ReadTokens", "follows_from", "handed_on", "read_tokens"]
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
     weakref.WeakKeyDictionary()
@@ -90,6 +90,25 @@ def follows_from(vit: HookedViT, site: Site) -> bool:
         return moved({}) and not moved({site: lambda value: value[:1].repeat(2, *[1] * (value.ndim - 1))})
 
     return site.name not in vit.layout.absent and bool(_tried(vit, found))
+
+
+def handed_on(vit: HookedViT) -> frozenset[int]:
+    """Try out which blocks' outputs the next ones are given as they are; none if the model is not as its
+    library made it, or trying failed."""
+    layers = range(vit.layout.n_layers)
+    sites = [f"blocks.{layer}.{name}" for layer in layers for name in ("resid_pre", "resid_post")]
+
+    def found(vit: HookedViT) -> frozenset[int]:
+        values = _run(vit, {Site(None, "embed"): lambda value: _random(2, value)}, layers, 2, sites) or {}
+
+        def is_given(layer: int) -> bool:
+            output = values.get(f"blocks.{layer}.resid_post")
+            given = values.get(f"blocks.{layer + 1}.resid_pre")
+            return output is not None and given is not None and torch.equal(output, given)
+
+        return frozenset(filter(is_given, layers))
+
+    return _tried(vit, found) or frozenset()
 
 
 def _tried(vit: HookedViT, found: Callable[[HookedViT], Found | None], *sites: str) -> Found | None:

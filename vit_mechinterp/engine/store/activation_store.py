@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.bind import check_heads
-from vit_mechinterp.engine.checks import refuse_train_mode
+from vit_mechinterp.engine.checks import check_arguments, refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.heap import thrifty
@@ -106,6 +106,7 @@ class ActivationStore:
             DataError: a column is missing, or holds something else.
             ExecutionError: the model would drop activations at random, or one image does not fit.
         """
+        check_arguments(vit)
         refuse_train_mode(vit)
         whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
         if batch_size != "auto" and (not whole or batch_size < 1):
@@ -187,6 +188,8 @@ def _reads(
         if site.has_tokens:
             own = resolve_tokens(tokens, vit, data, column, f"{where}, tokens")
         reads[name] = Read(ColumnOrigin(column), site, own, chosen)
+    if not reads:
+        raise SpecError("There is no site to capture. Name some, such as 'blocks.*.resid_post'.")
     return reads
 
 
