@@ -64,7 +64,7 @@ def suggest(name: str, options: Iterable[str], *, limit: int = 3) -> str:
     return f" Close matches: {', '.join(close)}." if close else ""
 
 
-def listed(names: Iterable[str], *, most: int = 12) -> str:
+def listed(names: Iterable[str], *, most: int = 12, between: str = ", ") -> str:
     """Return names in a row, and of many only the first and how many more there are."""
     every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    return between.join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

@@ -15,7 +15,7 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, moved_note, resolve_tokens
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
-from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.errors import SpecError, listed, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import (
     Ablate,
@@ -92,7 +92,7 @@ def sources_first(runs: Sequence[Run]) -> list[Run]:
             if source not in by_name:
                 raise SpecError(
                     f"Run {run.name!r} reads run {source!r}, which is not part of the experiment."
-                    f"{suggest(source, by_name)} Runs: {_some(list(by_name))}."
+                    f"{suggest(source, by_name)} Runs: {listed(by_name, most=8)}."
                 )
     try:
         order = TopologicalSorter(sources_of).static_order()
@@ -293,7 +293,3 @@ def _check_distinct(positions: Positions, where: str) -> None:
     if example is not None:
         place = f"example {example} selects" if positions.each else "the selection names"
         raise SpecError(f"{where}: {place} a base token twice, so its new value is ambiguous.")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -210,7 +210,14 @@ class BoundRun:
 
     def first_blocks(self, n_layers: int) -> tuple[int, ...]:
         """For every edit, the first block whose output it may change."""
-        return tuple(self._join(edit.site, n_layers).first_block for edit in self.edits)
+        known = self._first_blocks
+        if n_layers not in known:
+            known[n_layers] = tuple(self._join(edit.site, n_layers).first_block for edit in self.edits)
+        return known[n_layers]
+
+    @cached_property
+    def _first_blocks(self) -> dict[int, tuple[int, ...]]:
+        return {}
 
     @property
     def starts_at_mlp_out(self) -> bool:

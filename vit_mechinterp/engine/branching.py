@@ -161,10 +161,13 @@ def _split(
         for beginning, rows in found[number]:
             by_beginning.setdefault(beginning, []).append(rows - known.starts[number])
         places = {begin: np.sort(np.concatenate(rows)) for begin, rows in by_beginning.items()}
-        left = np.setdiff1d(np.arange(len(part.examples)), np.concatenate(list(places.values())))
-        own = [part.of(left)] if len(left) else []
+        begun = sum(map(len, places.values()))
+        own = []
+        if begun < len(part.examples):
+            alone = np.setdiff1d(np.arange(len(part.examples)), np.concatenate([*places.values()]))
+            own.append(part.of(alone))
         for beginning, rows in places.items():
-            some = part.of(rows)
+            some = part if len(rows) == len(part.examples) else part.of(rows)
             own.append(replace(some, run=replace(part.run, beginning=beginning)))
         yield own
 

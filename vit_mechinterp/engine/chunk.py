@@ -63,15 +63,14 @@ def chunk_of(
         for read in means:
             if read not in schedule.last_stage and not schedule.is_kept(read):
                 clean.values.pop(read, None)
-    images, branches = schedule.sharing.images, schedule.branches(chunk)
-    material = Material(
-        bound, clean, tensors, means, images=images, gifts=branches.gifts, handed=branches.handed
-    )
+    images, rows = schedule.sharing.images, schedule.rows.of(chunk)
+    gifts, handed = rows.branches.gifts, rows.branches.handed
+    material = Material(bound, clean, tensors, means, images=images, gifts=gifts, handed=handed)
     outputs = _Outputs(chunk)
     captures: dict[tuple[str, str], Values] = {}
     captured: Pieces = defaultdict(list)
     for n, stage in enumerate(bound.stages):
-        parts, copies = schedule.rows(stage, chunk)
+        parts, copies = rows.parts[n], rows.copies[n]
         material.copies = by_owner(copies)
         tokens = schedule.tokens_read(stage)
         for segments in schedule.waves(parts):
@@ -105,9 +104,9 @@ def chunk_of(
                 clean.values.pop(read, None)
     part = Collected()
     for run in bound.runs:
-        rows = schedule.clean_rows(run.name, chunk)
-        if len(rows):
-            outputs.put(run.name, rows, clean.outputs[run.origin.column].whole(rows).cpu())
+        untouched = schedule.clean_rows(run.name, chunk)
+        if len(untouched):
+            outputs.put(run.name, untouched, clean.outputs[run.origin.column].whole(untouched).cpu())
         part.outputs[run.name] = _kept(schedule, chunk, outputs.whole(run.name))
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]

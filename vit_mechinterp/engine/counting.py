@@ -10,6 +10,7 @@ import numpy as np
 
 from vit_mechinterp.engine.bind import sources_first
 from vit_mechinterp.engine.bound import Bound, BoundRun, source_of
+from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
@@ -89,9 +90,10 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
         needs, outputs = schedule.clean_needs(chunk)
         own.kept.update(dict.fromkeys(needs))
         own.outputs |= set(outputs)
-    for stage in schedule.bound.stages:
-        rows = _count_rows(own, schedule, stage, chunk)
-        parts, _ = schedule.rows(stage, chunk)
+    of_chunk = schedule.rows.of(chunk)
+    for stage, parts, copies in zip(schedule.bound.stages, of_chunk.parts, of_chunk.copies, strict=True):
+        rows = _count_rows(own, schedule, parts, schedule.unread(stage))
+        own.shared += sum(len(same.examples) for same in copies)
         if schedule.spares and any(starts_late(part.run, schedule.n_layers) for part in parts):
             # Rows of one image stand together as far as they fit, which decides how many waves there are.
             for segments in schedule.waves(parts):
@@ -121,21 +123,18 @@ def _apart(schedule: Schedule, forecast: Forecast) -> int:
     return sum(map(len, by_column.values())) - len(set().union(*by_column.values()))
 
 
-def _count_rows(own: Counts, schedule: Schedule, stage: Sequence[BoundRun], chunk: range) -> int:
-    """Count the rows of one stage and their blocks, whichever waves they pass in; how many are computed."""
-    parts, copies = schedule.rows(stage, chunk)
-    n = schedule.n_layers
-    rows = 0
+def _count_rows(own: Counts, schedule: Schedule, parts: Sequence[Part], unread: float) -> int:
+    """Count the rows of one stage and their blocks, whichever waves they pass in; how many there are."""
+    n, rows = schedule.n_layers, 0
     for part in parts:
         size, blocks = len(part.examples), n - part.run.join(n).first_block
         rows += size
         own.evaluations += size * blocks
-        own.unread += size * schedule.unread(stage) if blocks else 0.0
+        own.unread += size * unread if blocks else 0.0
         if part.run.beginning is not None:
             own.branched += size
             own.beginnings.setdefault(id(part.run.edits), part.run)
             own.not_again += size * (n - blocks - part.run.first_blocks(n)[0])
-    own.shared += sum(len(same.examples) for same in copies)
     return rows
 
 

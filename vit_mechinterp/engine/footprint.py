@@ -48,7 +48,7 @@ def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
         ("held", schedule.chunk),
         lambda: sum(read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk)))),
     )
-    held += schedule.states_handed_on * math.prod(vit.sites()["embed"].shape)
+    held += schedule.rows.states_handed_on * math.prod(vit.sites()["embed"].shape)
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
     captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
     outputs = 4 * len(bound.runs) * math.prod(vit.output_shape())

@@ -36,11 +36,11 @@ def notes_on(
             f"their {why}"
         )
     if bound.left_out:
-        yield f"interventions that change nothing that is read are left out: {_some(bound.left_out)}"
+        yield f"interventions that change nothing that is read are left out: {_places(bound.left_out)}"
     if bound.without_base:
         yield (
             "all that is read of the residual stream is replaced, so that no base is run for it: "
-            f"{_some(bound.without_base)}"
+            f"{_places(bound.without_base)}"
         )
     if bound.readout is not None:
         yield f"of every output this is kept: {listed(bound.readout.spec.names)}"
@@ -70,9 +70,8 @@ def notes_on(
     yield from _late(vit, schedule)
 
 
-def _some(places: Sequence[str]) -> str:
-    """The first few of them."""
-    return "; ".join(places[:3]) + (f"; and {len(places) - 3} more" if len(places) > 3 else "")
+def _places(places: Sequence[str]) -> str:
+    return listed(places, most=3, between="; ")
 
 
 def _over_chunks(schedule: Schedule, counts: Counts) -> Iterator[str]:

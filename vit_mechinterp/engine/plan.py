@@ -22,7 +22,7 @@ from vit_mechinterp.engine.sizes import in_words
 from vit_mechinterp.engine.store.clean import Forecast, StoredClean
 from vit_mechinterp.engine.tensors import resolve_refs
 from vit_mechinterp.engine.values import ColumnOrigin
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, listed
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Readout, Run, Sweep
 
@@ -118,14 +118,12 @@ class Plan:
         for forward in self.clean:
             lines.append(
                 f"    {forward.column}: {forward.images} x {_counted(forward.blocks, 'block')}, keeps "
-                f"{_listed(forward.kept)}"
+                f"{listed(forward.kept, most=6)}"
             )
         if not self.clean:
             lines.append("    none")
         if self.clean_runs:
-            lines.append(
-                f"  runs that clean forwards answer: {_listed(self.clean_runs, 'runs')}"
-            )
+            lines.append(f"  runs that clean forwards answer: {listed(self.clean_runs, most=6)}")
         if self.clean_rows:
             lines.append(
                 f"  {_counted(self.clean_rows, 'row')} of other runs that no edit changes, answered by clean "
@@ -153,7 +151,7 @@ class Plan:
                 alike.setdefault(how, []).append(rows.run)
             for how, names in alike.items():
                 verb = "joins" if len(names) == 1 else "join"
-                lines.append(f"    {_listed(tuple(names), 'runs')}: {verb} {how}")
+                lines.append(f"    {listed(names, most=6)}: {verb} {how}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -277,10 +275,6 @@ def _joins(run: BoundRun, n_layers: int) -> str:
         return place
     made = "its first edit" if beginning.made == 1 else f"its first {beginning.made} edits"
     return f"{place}, from rows that have {made}"
-
-
-def _listed(names: tuple[str, ...], what: str = "sites") -> str:
-    return ", ".join(names[:6]) + (f", ... ({len(names)} {what})" if len(names) > 6 else "")
 
 
 def _counted(n: int, one: str, many: str = "") -> str:

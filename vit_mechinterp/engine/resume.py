@@ -208,7 +208,7 @@ class FinishedChunks:
 
     def _can_begin(self, chunk: range) -> bool:
         chunks = self.schedule.chunks
-        return all(self.has(chunks[number]) for number in self.schedule.before(chunk))
+        return all(self.has(chunks[number]) for number in self.schedule.rows.before(chunk))
 
     def outputs_of(self, run: str, examples: IntArray) -> Tensor:
         """Outputs of a run for some examples of finished chunks."""

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import numpy as np
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
-from vit_mechinterp.engine.branching import Branches, branches
+from vit_mechinterp.engine.computed import ComputedRows, within
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, in_waves
-from vit_mechinterp.engine.pieces import CleanGroup, Copies, Stop, by_owner
+from vit_mechinterp.engine.pieces import CleanGroup, Stop
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
 from vit_mechinterp.engine.sharing import Sharing
-from vit_mechinterp.engine.table import StageRows
 from vit_mechinterp.engine.unread import looks_inside, tokens_read
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.model.read_tokens import ReadTokens
 
-__all__ = ["CleanGroup", "Copies", "Schedule", "Segment", "Stop"]
-
+__all__ = ["CleanGroup", "Schedule", "Segment", "Stop"]
 
 _NONE: IntArray = np.zeros(0, dtype=np.int64)
 
@@ -93,80 +89,10 @@ class Schedule:
         runs = self.bound.runs
         return frozenset(clean_read(run, read) for run in runs for read in self.bound.reads_of[run.name])
 
-    def rows(self, stage: Sequence[BoundRun], chunk: range) -> tuple[Sequence[Part], list[Copies]]:
-        """Rows of one stage that are computed for a chunk, each from where it is by itself, and rows that are
-        copies of these, or of rows of earlier chunks."""
-        number = next(n for n, own in enumerate(self.bound.stages) if own[0] is stage[0])
-        branches, copies = self._rows_of(chunk)
-        return branches.parts[number], copies[number]
-
-    def branches(self, chunk: range) -> Branches:
-        """Rows of all stages that are computed for a chunk, and which of them go on from others."""
-        return self._rows_of(chunk)[0]
-
-    def _rows_of(self, chunk: range) -> tuple[Branches, list[list[Copies]]]:
-        if chunk not in self._known_rows:
-            self._known_rows.clear()  # those of one chunk are asked for again, not those of others
-            stages = self.bound.stages
-            repeats = self.sharing.repeats
-            copies = [self.table(stage).copies(chunk) if repeats else [] for stage in stages]
-            computed = [
-                self.table(stage).computed_parts(chunk) if repeats else self._within(stage, chunk)
-                for stage in stages
-            ]
-            owners = by_owner(chain.from_iterable(copies))
-            found = branches(computed, self.n_layers, self.bound.reads_of, owners)
-            self._known_rows[chunk] = found, copies
-        return self._known_rows[chunk]
-
     @cached_property
-    def _known_rows(self) -> dict[range, tuple[Branches, list[list[Copies]]]]:
-        return {}
-
-    def _within(self, stage: Sequence[BoundRun], chunk: range) -> list[Part]:
-        """All rows of one stage that lie in a chunk."""
-        parts = (part.of(_within(part.examples, chunk)) for part in self._parts(stage))
-        return [part for part in parts if len(part.examples)]
-
-    def _parts(self, stage: Sequence[BoundRun]) -> list[Part]:
-        return [part for run in stage for part in self.sharing.parts[run.name]]
-
-    @cached_property
-    def states_handed_on(self) -> int:
-        """Values of the residual stream that rows of one example hand on to others at most."""
-        if all(len(part.states) < 2 for stage in self.bound.stages for part in self._parts(stage)):
-            return 0
-        of_example: Counter[int] = Counter()
-        few = replace(self, chunk=min(self.n_examples, 256))
-        for chunk in few.chunks:
-            for (_, example), states in few.branches(chunk).gifts.items():
-                of_example[example] += len(states)
-        return max(of_example.values(), default=0)
-
-    def table(self, stage: Sequence[BoundRun]) -> StageRows:
-        """Rows of one stage in arrays."""
-        name = stage[0].name
-        if name not in self._tables:
-            parts = tuple(self._parts(stage))
-            self._tables[name] = StageRows(self.sharing, parts, self.chunk, self._read_runs)
-        return self._tables[name]
-
-    @cached_property
-    def _tables(self) -> dict[str, StageRows]:
-        return {}
-
-    @cached_property
-    def _read_runs(self) -> frozenset[str]:
-        """Names of the runs whose rows are computed in every chunk that holds one of them."""
-        if self.bound.readout is not None:  # whole outputs are gone with their chunk, and labels may differ
-            return frozenset(run.name for run in self.bound.runs)
-        return frozenset(name for name, reads in self.bound.reads_of.items() if reads)
-
-    def before(self, chunk: range) -> set[int]:
-        """Numbers of the earlier chunks whose outputs are those of rows of this one."""
-        if not self.sharing.repeats or len(self.chunks) == 1:
-            return set()
-        return set().union(*(self.table(stage).before(chunk) for stage in self.bound.stages))
+    def rows(self) -> ComputedRows:
+        """The rows that are computed, chunk by chunk."""
+        return ComputedRows(self.sharing, self.n_layers, self.chunk)
 
     def waves(self, parts: Sequence[Part]) -> Iterator[list[Segment]]:
         """Rows that fit into one growing batch, in the order in which they join."""
@@ -192,7 +118,8 @@ class Schedule:
         return self.read.saved(tokens, outside=outside)
 
     def _read_of(self, stage: Sequence[BoundRun]) -> list[tuple[BoundRun, Sequence[Read]]]:
-        return [(part.run, self.bound.reads_of[part.run.name]) for part in self._parts(stage)]
+        parts = (part for run in stage for part in self.sharing.parts[run.name])
+        return [(part.run, self.bound.reads_of[part.run.name]) for part in parts]
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:
         """(row, block) pairs of one wave."""
@@ -209,8 +136,8 @@ class Schedule:
             if len(examples):
                 wanted.setdefault(read, []).append(everyone if len(examples) == len(everyone) else examples)
 
-        for stage in self.bound.stages if self.sharing.repeats else ():
-            table, groups = self.table(stage), self._reads_of_parts(stage)
+        repeating = zip(self.rows.tables, self._reads_of_parts, strict=True) if self.sharing.repeats else ()
+        for table, groups in repeating:
             rows = table.computed(chunk)
             group_of = groups.of[table.part_of[rows]]
             for group in np.unique(group_of).tolist():
@@ -218,7 +145,7 @@ class Schedule:
                 for read in groups.reads[group]:
                     want(read, examples)
         for read, some in self._always_wanted:
-            want(read, everyone if some is None else some[_within(some, chunk)])
+            want(read, everyone if some is None else some[within(some, chunk)])
         if not self.means_come_first:
             for read in self.mean_reads:
                 want(read, everyone)
@@ -229,18 +156,19 @@ class Schedule:
         """Reads with their examples, apart from those of rows that may be equal to others."""
 
         def find() -> list[tuple[Read, IntArray | None]]:
-            stages = () if self.sharing.repeats else self.bound.stages
-            parts = [part for stage in stages for part in self._parts(stage)]
+            stages = () if self.sharing.repeats else self.sharing.parts_of_stages
+            parts = [part for own in stages for part in own]
             by_rows = wanted_by_rows(parts, self.n_layers, self.n_examples)
             return [*by_rows.items(), *wanted_by_runs(self.sharing).items()]
 
         return self.sharing.once(("wanted", self.n_layers), find)
 
-    def _reads_of_parts(self, stage: Sequence[BoundRun]) -> ReadGroups:
-        """Parts of a stage by what their rows read."""
-        parts = self.table(stage).parts
+    @property
+    def _reads_of_parts(self) -> list[ReadGroups]:
+        """Parts of every stage by what their rows read."""
+        stages = self.sharing.parts_of_stages
         return self.sharing.once(
-            ("reads", stage[0].name, self.n_layers), lambda: ReadGroups.of_parts(parts, self.n_layers)
+            ("reads", self.n_layers), lambda: [ReadGroups.of_parts(own, self.n_layers) for own in stages]
         )
 
     def clean_rows(self, run: str, chunk: range) -> IntArray:
@@ -329,14 +257,6 @@ class Schedule:
                     clean = clean_sources(part.run, self.n_layers)
                     last.update({read: n for read in (*reads, *clean) if read is not None})
         return last
-
-
-def _within(examples: IntArray, chunk: range) -> slice:
-    """Where those of some ascending examples stand that lie in a chunk."""
-    if len(examples) and int(examples[-1]) == len(examples) - 1:  # all there are up to the last
-        return slice(chunk.start, chunk.stop)
-    start, stop = np.searchsorted(examples, [chunk.start, chunk.stop])
-    return slice(start, stop)
 
 
 def _union(wanted: list[IntArray], everyone: IntArray) -> IntArray:

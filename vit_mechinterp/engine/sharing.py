@@ -97,6 +97,13 @@ class Sharing:
         return self._sorted_out[0]
 
     @cached_property
+    def parts_of_stages(self) -> tuple[tuple[Part, ...], ...]:
+        """The same, stage by stage."""
+        return tuple(
+            tuple(part for run in stage for part in self.parts[run.name]) for stage in self.bound.stages
+        )
+
+    @cached_property
     def classes(self) -> dict[str, IntArray]:
         """Class of every row by run, ``[example]``; a negative class is that of a clean forward's image."""
         return self._sorted_out[1]
