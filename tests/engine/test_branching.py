@@ -94,7 +94,7 @@ def test_what_is_captured_is_each_runs_own(tiny: Tiny, batch_size: int) -> None:
     found = [Run.model_validate(document) for document in documents]
     named = world.named(documents)
     plan = vmi.plan(world.vit, found, world.columns, tensors=named, batch_size=batch_size)
-    assert "go on from these" in str(plan)
+    assert "others go on from these" in str(plan)
     with Counted(world.module) as count:
         results = world.execute(documents, batch_size=batch_size)
     assert (count.total, count.launches) == (plan.block_evaluations, plan.launches)
@@ -165,6 +165,132 @@ def test_hooks_of_others_act_on_rows_that_begin_behind_them() -> None:
     assert [rows.blocks for rows in plan.rows] == [3, 2, 1, 1]
 
 
+def test_hooks_behind_the_middle_of_a_block_are_kept_in_the_way() -> None:
+    """Somebody's own hook on the second norm acts on what is made of the middle, and not on the middle: a row that edits the
+    middle or the increment passes through the whole block."""
+    world = World(TIMM_PLAIN, 3)
+    world.module.blocks[1].norm2.register_forward_pre_hook(lambda module, args: (1.3 * args[0] + 0.1,))
+    noise = push("embed", [3], 3.0)
+    documents = [
+        run("clean"),
+        run("corrupt", noise),
+        run("inside", swap("blocks.1.mlp.post", [2])),
+        run("increment", swap("blocks.1.mlp_out", [2])),
+        run("restored", noise, swap("blocks.1.mlp_out", [2], "base")),
+    ]
+    results = world.execute([*documents, run("middle", swap("blocks.1.resid_mid", [2]))])
+    world.check(documents, results, effect=None)
+    site, place = "blocks.1.resid_mid", 3  # behind CLS
+    with torch.no_grad():
+        source = world.vit.run(world.columns["source"], capture=[site])[1][site]
+
+        def put_in(h: Tensor) -> None:
+            h[:, place] = source[:, place]
+
+        with world.vit.hooks({site: put_in}):
+            wanted = world.vit(world.columns["base"])
+    assert torch.allclose(results["middle"], wanted, atol=1e-5 * world.scale)
+    assert not torch.allclose(wanted, results["clean"], atol=1e-3)
+
+
+def test_blank_rows_of_different_images_begin_alike() -> None:
+    """A stream of zeros is the same for all, and where rows part differs by chunk."""
+    world = World(TIMM_POOLED, 4)
+    world.columns["kind"] = torch.tensor([0, 0, 1, 2])
+    zeros = {"op": "ablate", "site": "blocks.0.resid_post", "tokens": "all"}
+    kinds = {**push("blocks.1.resid_pre", [2]), "vector": "kinds.24", "choose": {"column": "kind"}}
+    documents = [run("a", zeros, kinds, swap("blocks.2.attn.z", [1]))]
+    runs = [Run.model_validate(document) for document in documents]
+    world.vit.sites()
+    options = {"batch_size": 2, "memory": world.memory(documents, 2, 2)}
+    plan = vmi.plan(world.vit, runs, world.columns, tensors=world.named(documents), **options)
+    assert plan.chunk == 2
+    with Counted(world.module) as count:
+        results = world.execute(documents, **options)
+    assert (count.total, count.launches) == (plan.block_evaluations, plan.launches)
+    world.check(documents, results)
+
+
+def test_rows_of_one_run_may_begin_in_different_places() -> None:
+    """Of three equal images one row passes through the block, and the others go on from it; the plan lists both."""
+    world = World(TIMM_POOLED, 3)
+    world.columns["base"][1:] = world.columns["base"][0]
+    world.columns["one"] = torch.tensor([[1], [2], [3]])
+    begin, end = push("blocks.0.resid_pre", [2], 3.0), push("blocks.1.resid_post", {"column": "one"}, 2.0)
+    documents = [run("r", begin, end)]
+    assert rows(world, *documents) == [1, 1, 3]
+    plan = vmi.plan(world.vit, Run.model_validate(documents[0]), world.columns)
+    assert [(own.examples, own.blocks) for own in plan.rows] == [(1, 3), (2, 1)]
+    # What is handed on is held, and counted.
+    assert world.schedule(documents, 3, 4).states_handed_on == 1
+
+
+def test_what_rows_hand_on_is_reckoned_in_chunks_of_any_size() -> None:
+    """All images are equal, so that the first row of every chunk hands states on, and more of them in later chunks."""
+    world = World(TIMM_POOLED, 4)
+    world.columns["base"][1:] = world.columns["base"][0].clone()
+    documents = []
+    for n in range(4):
+        column = world.tiny.images(4, 50 + n)
+        column[:n] = world.columns["base"][0]
+        column[n:] = column[3].clone()
+        world.columns[f"s{n}"] = column
+        begin = swap("blocks.0.resid_pre", [1], f"s{n}")
+        documents += [run(f"{n}.{token}", begin, swap("blocks.2.resid_pre", [token])) for token in (2, 3)]
+    runs = [Run.model_validate(document) for document in documents]
+    for chunk in (1, 2, 4):
+        schedule = world.schedule(documents, chunk, 3)
+        assert schedule.chunk == chunk
+        states = [schedule.rows.of(own).branches.n_states for own in schedule.chunks]
+        assert max(states) > 0
+        assert all(own <= schedule.states_handed_on * chunk for own in states)
+    assert vmi.plan(world.vit, runs, world.columns).peak_bytes > 0
+
+
+def test_a_run_that_is_another_one_from_a_place_on_keeps_its_name() -> None:
+    """And what is captured of it before is its own base's."""
+    world = world_of(TIMM_PLAIN, 3)
+    noise = push("embed", "patches", 3.0)
+    documents = [
+        run("c", noise, swap("blocks.1.attn.z", ["cls", 1])),
+        run("a", noise, swap("blocks.1.attn.z", ["cls", 2])),
+        *(run(name, swap("blocks.1.resid_post", "all", {"run": "a"}), capture=("blocks.0.resid_post", "blocks.1.resid_post")) for name in "bd"),
+    ]  # fmt: skip
+    plan = vmi.plan(world.vit, [Run.model_validate(document) for document in documents], world.columns)
+    assert [own.run for own in plan.rows] == ["c", "a", "b", "d"]
+    world.check(documents, world.execute(documents), effect=None)
+
+
+def test_the_last_block_is_shared_within_a_stage_alone() -> None:
+    """One stage leaves out tokens there that another one captures."""
+    world = world_of(TIMM_PLAIN, 3)
+    last = ("blocks.2.resid_mid", "blocks.2.mlp_out", "blocks.2.resid_post")
+    documents = [
+        run("a", NOISE, push("blocks.2.resid_post", ["cls"])),
+        run("c", push("blocks.0.resid_pre", [5], 2.0)),
+        run("b", NOISE, swap("blocks.2.mlp_out", ["cls"], {"run": "c"}), capture=last),
+    ]
+    world.check(documents, world.execute(documents))
+
+
+def test_blank_rows_are_not_those_that_keep_their_base() -> None:
+    """A stream of which all that is read is replaced is told from one that somebody captures more of."""
+    world = world_of(TIMM_PLAIN, 3)
+    zeros = {"op": "ablate", "site": "blocks.2.resid_mid", "tokens": ["cls"]}
+    documents = [run("a", zeros), run("b", zeros, capture=("blocks.2.mlp_out", "blocks.2.resid_post"))]
+    world.check(documents, world.execute(documents))
+
+
+def test_runs_that_read_what_is_still_the_same_are_the_same() -> None:
+    """Two runs part behind the place where they are read."""
+    world = world_of(TIMM_POOLED, 3)
+    senders = [run(name, NOISE, swap("blocks.1.resid_post", [token])) for name, token in (("a", 2), ("b", 5))]
+    readers = [run(f"reads {name}", swap("blocks.0.resid_post", [1], {"run": name})) for name in "ab"]
+    assert rows(world, *senders, *readers) == rows(world, *senders, readers[0])
+    later = [run(f"reads {name}", swap("blocks.1.resid_post", [2], {"run": name})) for name in "ab"]
+    assert sum(rows(world, *senders, *later)) > sum(rows(world, *senders, later[0]))
+
+
 def test_the_plan_says_what_goes_on_from_what() -> None:
     world = world_of(TIMM_PLAIN, 3)
     documents = [run("corrupt", NOISE), *(restored(f"blocks.1.{site}", "cls", 2) for site in ("resid_post", "attn.z"))]
@@ -174,6 +300,6 @@ def test_the_plan_says_what_goes_on_from_what() -> None:
         ("the output of block 1, from rows that have its first edit", 1),
         ("the output of block 0, from rows that have its first edit", 2),
     ]
-    note = "6 rows begin with the same interventions on the same images as others, and go on from these, which spares 9 block"
+    note = "rows that begin with the same interventions on the same images as others go on from these: 6 in all, which spares 9 block"
     assert note in str(plan)
-    assert "go on from" not in str(vmi.plan(world.vit, Run.model_validate(documents[1]), world.columns))
+    assert "others go on from" not in str(vmi.plan(world.vit, Run.model_validate(documents[1]), world.columns))

@@ -296,3 +296,26 @@ def test_a_blocks_input_is_the_output_of_the_one_before() -> None:
     world.module.blocks[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
     plan = vmi.plan(world.vit, [Run.model_validate(document) for document in [*pre, *post]], world.columns)
     assert plan.shared_rows == 0
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (swap("embed", tokens=[1]), swap("blocks.0.resid_pre", tokens=[1])),
+        (swap("blocks.0.attn.z", tokens=[1, 2]), swap("blocks.0.attn.z", tokens=[2, 1])),
+        (swap("blocks.0.attn.z", tokens=[1, 2]), swap("blocks.0.attn.z", tokens={"column": "two"})),
+        ({"op": "ablate", "site": "blocks.1.ln2", "tokens": [3, 1]}, {"op": "ablate", "site": "blocks.1.ln2", "tokens": [1, 3]}),
+    ],
+    ids=["embedding", "order", "column", "ablation"],
+)
+def test_what_is_written_otherwise_and_means_the_same_is_computed_once(pair: tuple[Document, Document]) -> None:
+    world = World(TIMM_PLAIN, 3)
+    world.columns["two"] = torch.tensor([[1, 2]] * 3)
+    world.vit.sites()
+    alone, _ = counted(world, [run("a", pair[0])])
+    both, plan = counted(world, [run("a", pair[0]), run("b", pair[1])])
+    assert (both, plan.shared_rows) == (alone, 3)
+    if "source" in pair[0]:  # tokens that are paired with others are in an order of their own
+        crossed = [{**edit, "source_tokens": [4, 5]} for edit in pair]
+        _, plan = counted(world, [run("a", crossed[0]), run("b", crossed[1])]) if pair[0]["tokens"] == [1, 2] else (0, None)
+        assert plan is None or plan.shared_rows == (3 if pair[1]["tokens"] == {"column": "two"} else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from vit_mechinterp.engine.bind import bind
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
+from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import resolve_refs
 
 TOLERANCE = 1e-5
@@ -90,14 +92,22 @@ class World:
         edits = [edit for document in documents for edit in document.get("interventions", ())]
         return {name: self.tensors[name] for edit in edits for field in fields if (name := edit.get(field))}
 
-    def memory(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> int:
-        """A budget that cuts an experiment into chunks of so many examples, with so many rows per forward."""
+    def schedule(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> Schedule:
+        """The schedule of an experiment in chunks of so many examples, with so many rows per forward."""
         documents = list(documents)
         runs = [Run.model_validate(document) for document in documents]
         columns = Data(self.columns, self.vit)
         bound = bind(self.vit, runs, columns)
         tensors = resolve_refs(bound, self.named(documents), self.vit)
-        held = footprint(self.vit, schedule_for(self.vit, bound, columns, rows, tensors=tensors))
+        return replace(schedule_for(self.vit, bound, columns, rows, tensors=tensors), chunk=chunk)
+
+    def memory(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> int:
+        """A budget that cuts an experiment into chunks of so many examples, with so many rows per forward. (About so many,
+        where rows go on from others: what they hold of them depends on the chunk.)"""
+        held = max(
+            (footprint(self.vit, self.schedule(documents, size, rows)) for size in (chunk, self.n)),
+            key=lambda own: own.example,
+        )
         return held.peak(chunk, rows) + held.example // 2
 
     @property

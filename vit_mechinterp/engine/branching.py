@@ -11,16 +11,17 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from vit_mechinterp.engine.bound import Beginning
+from vit_mechinterp.engine.bound import Beginning, BoundRun
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.spec import Site
 
-__all__ = ["Branches", "Handed", "branches"]
+__all__ = ["Branches", "Fork", "Handed", "branches"]
 
 Row = tuple[str, int]
 """A run's name, and an example."""
@@ -38,15 +39,70 @@ class Handed:
 
 @dataclass(frozen=True)
 class Branches:
-    """Rows of one chunk, stage by stage, each from where it goes on by itself.
-
-    ``gifts`` are the states that a row hands on, each with the site that it is seen at; ``handed`` is what
-    is read of others while they are still one with it.
-    """
+    """Rows of one chunk, stage by stage, each from where it goes on by itself."""
 
     parts: tuple[tuple[Part, ...], ...]
-    gifts: Mapping[Row, Mapping[tuple[Site, int], None]] = field(default_factory=dict)
-    handed: Mapping[Row, Sequence[Handed]] = field(default_factory=dict)
+    forks: Sequence[Fork] = ()
+    reads_of: Mapping[str, Sequence[Read]] = field(default_factory=dict)
+    copies: Mapping[Row, Sequence[Row]] = field(default_factory=dict)
+
+    @cached_property
+    def gifts(self) -> Mapping[Row, Mapping[tuple[Site, int], None]]:
+        """The states that a row hands on, each with the site that it is seen at."""
+        gifts: defaultdict[Row, dict[tuple[Site, int], None]] = defaultdict(dict)
+        for fork in self.forks:
+            name, sites = fork.provider.run.name, fork.beginning.sites
+            for example, state in zip(fork.providers.tolist(), fork.states.tolist(), strict=True):
+                gifts[name, example].update(((site, state), None) for site in sites)
+        return gifts
+
+    @property
+    def n_states(self) -> int:
+        """How many values of the residual stream are handed on."""
+        by_site: defaultdict[Site, list[IntArray]] = defaultdict(list)
+        for fork in self.forks:
+            for site in fork.beginning.sites:
+                by_site[site].append(fork.states)
+        return sum(len(np.unique(np.concatenate(states))) for states in by_site.values())
+
+    @cached_property
+    def handed(self) -> Mapping[Row, Sequence[Handed]]:
+        """What a row hands on of all that is read of others, or of equal ones, before these are by
+        themselves."""
+        handed: defaultdict[Row, list[Handed]] = defaultdict(list)
+        if not any(self.reads_of.values()):
+            return handed
+        begun = {row: (fork, provider) for fork in self.forks for row, provider in fork.rows}
+        for row in begun:
+            readers = [reader for reader in (row, *self.copies.get(row, ())) if self.reads_of[reader[0]]]
+            while readers and row in begun:
+                fork, provider = begun[row]
+                first = begun[provider][0].beginning.sites[-1] if provider in begun else None
+                since, until = first or fork.provider.run.own_from, fork.beginning.sites[-1]
+                assert since is not None
+                handed[provider] += (Handed(reader, since, until) for reader in readers)
+                row = provider
+        return handed
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Rows of one part that go on from rows of another one, behind one block: examples of both, pair by pair,
+    and the states that they have in common."""
+
+    part: Part
+    beginning: Beginning
+    provider: Part
+    examples: IntArray
+    providers: IntArray
+    states: IntArray
+
+    @property
+    def rows(self) -> Iterator[tuple[Row, Row]]:
+        """Every row, and the one that it goes on from."""
+        own, other = self.part.run.name, self.provider.run.name
+        pairs = zip(self.examples.tolist(), self.providers.tolist(), strict=True)
+        return (((own, example), (other, provider)) for example, provider in pairs)
 
 
 def branches(
@@ -66,18 +122,12 @@ def branches(
     known = _Together.of(stages, n_layers)
     if known is None:
         return Branches(tuple(map(tuple, stages)))
-    gifts: defaultdict[Row, dict[tuple[Site, int], None]] = defaultdict(dict)
-    found: defaultdict[int, list[tuple[Beginning, IntArray]]] = defaultdict(list)
-    for part, beginning, rows in known.beginnings():
-        found[part].append((beginning, rows))
-        states = known.parts[part].states[beginning.made - 1][rows - known.starts[part]]
-        for row, state in zip(known.providers[rows].tolist(), states.tolist(), strict=True):
-            gifts[known.row(row)].update(((site, state), None) for site in beginning.sites)
-    own_from = [part.run.own_from for part in known.parts]
-    handed = _handed(known, found, own_from, reads_of, copies)
-    split = iter(_split(known, found))
+    forks: defaultdict[int, list[Fork]] = defaultdict(list)
+    for number, fork in known.forks():
+        forks[number].append(fork)
+    split = (_split(part, forks[number]) for number, part in enumerate(known.parts))
     parts = tuple(tuple(own for _ in stage for own in next(split)) for stage in stages)
-    return Branches(parts, gifts, handed)
+    return Branches(parts, [fork for own in forks.values() for fork in own], reads_of, copies)
 
 
 @dataclass(frozen=True)
@@ -110,88 +160,74 @@ class _Together:
             joins[own] = blocks[0]
             for state, since, until in zip(part.states, blocks, [*blocks[1:], n_layers], strict=True):
                 states[since:until, own] = state
-        last = np.repeat(np.arange(len(stages)), [sum(len(p.examples) for p in own) for own in stages])
-        through = np.tile(np.arange(n), (n_layers, 1))
+        stage_of = np.repeat(np.arange(len(stages)), [sum(len(p.examples) for p in own) for own in stages])
+        passing = np.tile(np.arange(n), (n_layers, 1))
         for layer, of_block in enumerate(states):
             there = np.flatnonzero(of_block >= 0)
-            if layer == n_layers - 1:  # whose tokens are not the same in every stage
-                of_block = of_block * len(stages) + last
+            if layer == n_layers - 1:  # of whose tokens one stage may leave out what another one reads
+                of_block = of_block * len(stages) + stage_of
             # The first in order passes, here and so in every later block that it is in.
             _, firsts, which = np.unique(of_block[there], return_index=True, return_inverse=True)
-            through[layer, there] = there[firsts[which.reshape(-1)]]
-        passes = (through == np.arange(n)) & (states >= 0)
+            passing[layer, there] = there[firsts[which.reshape(-1)]]
+        passes = (passing == np.arange(n)) & (states >= 0)
         alone_from = np.where(passes.any(axis=0), passes.argmax(axis=0), n_layers)
         may_join = np.array([parts[0].run.last_open(block) for block in range(n_layers + 1)])
         alone_from = np.maximum(joins, may_join[alone_from])
-        begins = alone_from > joins
-        providers = np.where(begins, through[np.maximum(alone_from - 1, 0), np.arange(n)], np.arange(n))
+        before = passing[np.maximum(alone_from - 1, 0), np.arange(n)]
+        providers = np.where(alone_from > joins, before, np.arange(n))
         part_of = np.repeat(np.arange(len(parts)), np.diff(starts))
         return cls(parts, n_layers, starts, part_of, alone_from, providers)
 
-    def row(self, row: int) -> Row:
-        """Run and example of a row."""
-        part = int(self.part_of[row])
-        return self.parts[part].run.name, int(self.parts[part].examples[row - self.starts[part]])
-
-    def beginnings(self) -> Iterator[tuple[int, Beginning, IntArray]]:
-        """Rows that go on from others: their part, where they begin, and which they are."""
+    def forks(self) -> Iterator[tuple[int, Fork]]:
+        """Rows that go on from others, with the number of their part."""
         rows = np.flatnonzero(self.providers != np.arange(len(self.providers)))
-        keys = np.stack([self.part_of[rows], self.alone_from[rows], self.part_of[self.providers[rows]]])
+        if not len(rows):
+            return
+        others = self.providers[rows]
+        keys = np.stack([self.part_of[rows], self.alone_from[rows], self.part_of[others]])
         kinds, which = np.unique(keys, axis=1, return_inverse=True)
-        for n, (part, block, other) in enumerate(kinds.T.tolist()):
-            yield part, self._beginning(part, other, block), rows[which.reshape(-1) == n]
-
-    def _beginning(self, part: int, other: int, block: int) -> Beginning:
-        increment, made, halves = Site(block - 1, "mlp_out"), 0, False
-        for run in (self.parts[part].run, self.parts[other].run):
-            made = bisect_right(run.first_blocks(self.n_layers), block - 1)
-            halves = halves or (made < len(run.edits) and run.edits[made].site == increment)
-        return Beginning(block - 1, made, halves)
-
-
-def _split(
-    known: _Together, found: Mapping[int, Sequence[tuple[Beginning, IntArray]]]
-) -> Iterator[Sequence[Part]]:
-    """Every part, by where its rows begin."""
-    for number, part in enumerate(known.parts):
-        if number not in found:
-            yield (part,)
-            continue
-        by_beginning: dict[Beginning, list[IntArray]] = {}
-        for beginning, rows in found[number]:
-            by_beginning.setdefault(beginning, []).append(rows - known.starts[number])
-        places = {begin: np.sort(np.concatenate(rows)) for begin, rows in by_beginning.items()}
-        begun = sum(map(len, places.values()))
-        own = []
-        if begun < len(part.examples):
-            alone = np.setdiff1d(np.arange(len(part.examples)), np.concatenate([*places.values()]))
-            own.append(part.of(alone))
-        for beginning, rows in places.items():
-            some = part if len(rows) == len(part.examples) else part.of(rows)
-            own.append(replace(some, run=replace(part.run, beginning=beginning)))
-        yield own
+        order = np.argsort(which.reshape(-1), kind="stable")
+        ends = np.cumsum(np.bincount(which.reshape(-1), minlength=kinds.shape[1]))
+        for (number, block, other), own in zip(kinds.T.tolist(), np.split(order, ends[:-1]), strict=True):
+            part, provider = self.parts[number], self.parts[other]
+            beginning = _beginning(part.run, provider.run, block, self.n_layers)
+            places = rows[own] - self.starts[number]
+            yield (
+                number,
+                Fork(
+                    part,
+                    beginning,
+                    provider,
+                    examples=part.examples[places],
+                    providers=provider.examples[others[own] - self.starts[other]],
+                    states=part.states[beginning.made - 1][places],
+                ),
+            )
 
 
-def _handed(
-    known: _Together,
-    found: Mapping[int, Sequence[tuple[Beginning, IntArray]]],
-    own_from: Sequence[Site | None],
-    reads_of: Mapping[str, Sequence[Read]],
-    copies: Mapping[Row, Sequence[Row]],
-) -> Mapping[Row, Sequence[Handed]]:
-    """What rows hand on of all that is read of others, or of equal ones, before these are by themselves."""
-    handed: defaultdict[Row, list[Handed]] = defaultdict(list)
-    if not any(reads_of.values()):
-        return handed
-    begins = {int(row): begin for own in found.values() for begin, rows in own for row in rows}
-    for row, begin in begins.items():
-        readers = [known.row(row), *copies.get(known.row(row), ())]
-        readers = [reader for reader in readers if reads_of[reader[0]]]
-        until = begin.sites[-1]
-        while readers and row in begins:
-            row = int(known.providers[row])
-            since = begins[row].sites[-1] if row in begins else own_from[known.part_of[row]]
-            assert since is not None
-            handed[known.row(row)] += (Handed(reader, since, until) for reader in readers)
-            until = since
-    return handed
+def _beginning(run: BoundRun, other: BoundRun, block: int, n_layers: int) -> Beginning:
+    """Where rows of a run go on by themselves, before some block, from rows of another one."""
+    increment, made, halves = Site(block - 1, "mlp_out"), 0, False
+    for own in (run, other):
+        made = bisect_right(own.first_blocks(n_layers), block - 1)
+        halves = halves or (made < len(own.edits) and own.edits[made].site == increment)
+    return Beginning(block - 1, made, halves)
+
+
+def _split(part: Part, forks: Sequence[Fork]) -> Sequence[Part]:
+    """A part, by where its rows begin."""
+    if not forks:
+        return (part,)
+    by_beginning: dict[Beginning, list[IntArray]] = {}
+    for fork in forks:
+        by_beginning.setdefault(fork.beginning, []).append(fork.examples)
+    own = []
+    if sum(len(fork.examples) for fork in forks) < len(part.examples):
+        begun = np.concatenate([fork.examples for fork in forks])
+        own.append(part.of(np.flatnonzero(~np.isin(part.examples, begun))))
+    for beginning, several in by_beginning.items():
+        examples = several[0] if len(several) == 1 else np.sort(np.concatenate(several))
+        whole = len(examples) == len(part.examples)
+        some = part if whole else part.of(np.searchsorted(part.examples, examples))
+        own.append(replace(some, run=replace(part.run, beginning=beginning)))
+    return own

@@ -12,7 +12,7 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["check_arguments", "check_images", "refuse_train_mode"]
+__all__ = ["check_arguments", "check_batch_size", "check_images", "refuse_train_mode"]
 
 
 def check_arguments(vit: Any, store: Any = None) -> None:
@@ -26,6 +26,15 @@ def check_arguments(vit: Any, store: Any = None) -> None:
             "store is an ActivationStore, not a path. Make one: "
             f"vit_mechinterp.ActivationStore({str(store)!r})."
         )
+
+
+def check_batch_size(batch_size: Any, *, auto: bool = True) -> None:
+    """Raise SpecError unless this is a positive integer, or ``"auto"`` where that is possible."""
+    if auto and isinstance(batch_size, str) and batch_size == "auto":
+        return
+    if not hasattr(batch_size, "__index__") or isinstance(batch_size, bool) or int(batch_size) < 1:
+        kinds = "'auto' or a positive integer" if auto else "a positive integer"
+        raise SpecError(f"batch_size is {kinds}, got {batch_size!r}.")
 
 
 def refuse_train_mode(vit: HookedViT) -> None:

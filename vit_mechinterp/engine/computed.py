@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
@@ -18,10 +17,6 @@ from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.table import StageRows
 
 __all__ = ["ChunkRows", "ComputedRows", "within"]
-
-_AT_ONCE = 256
-"""Examples that are looked at together to find what rows of one of them hand on."""
-
 
 @dataclass(frozen=True)
 class ChunkRows:
@@ -71,19 +66,6 @@ class ComputedRows:
         """All rows in arrays, stage by stage."""
         parts = self.sharing.parts_of_stages
         return tuple(StageRows(self.sharing, own, self.chunk, self._read_runs) for own in parts)
-
-    @cached_property
-    def states_handed_on(self) -> int:
-        """Values of the residual stream that rows of one example hand on to others at most."""
-        if all(len(part.states) < 2 for parts in self.sharing.parts_of_stages for part in parts):
-            return 0
-        n, of_example = self.sharing.n_examples, Counter[int]()
-        few = replace(self, chunk=min(n, _AT_ONCE))
-        for start in range(0, n, _AT_ONCE):
-            handing = few.of(range(start, min(start + _AT_ONCE, n))).branches.gifts
-            for (_, example), states in handing.items():
-                of_example[example] += len(states)
-        return max(of_example.values(), default=0)
 
     def _copies(self, stage: int, chunk: range) -> list[Copies]:
         return self.tables[stage].copies(chunk) if self.sharing.repeats else []

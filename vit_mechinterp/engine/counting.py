@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vit_mechinterp.engine.bind import sources_first
-from vit_mechinterp.engine.bound import Bound, BoundRun, source_of
+from vit_mechinterp.engine.bound import Beginning, Bound, source_of
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.schedule import Schedule
@@ -32,8 +32,8 @@ class Counts:
     they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
     keeps columns apart, and ``rows_again`` equal rows of different chunks; ``spared`` and ``unread`` are
     parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
-    rows go on from others, for which ``not_again`` pairs are not computed; ``beginnings`` are their runs, as
-    in the first chunk, by the identity of the edits that act on them.
+    rows go on from others, for which ``not_again`` pairs are not computed; ``starts`` counts rows by run, by
+    the identity of the edits that act on them, and by where they go on from others.
     """
 
     evaluations: int = 0
@@ -49,7 +49,7 @@ class Counts:
     rows_again: int = 0
     branched: int = 0
     not_again: int = 0
-    beginnings: dict[int, BoundRun] = field(default_factory=dict)
+    starts: Counter[tuple[str, int, Beginning | None]] = field(default_factory=Counter)
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     kept: dict[Read, None] = field(default_factory=dict)
     outputs: set[str] = field(default_factory=set)
@@ -61,9 +61,8 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
     total = Counts()
     shares = costs_of(vit.module, vit.layout, vit.layout.n_layers // 2) if schedule.spares else {}
     known: dict[int, Counts] = {}
-    regular = _is_regular(schedule)
     for chunk in chunks:
-        if not regular or len(chunk) not in known:
+        if not schedule.is_regular or len(chunk) not in known:
             known[len(chunk)] = _count_chunk(schedule, chunk, shares, clean=forecast is None)
         _add(total, known[len(chunk)])
     total.naive = _naive(schedule.bound, schedule.n_layers) * schedule.n_examples
@@ -129,11 +128,11 @@ def _count_rows(own: Counts, schedule: Schedule, parts: Sequence[Part], unread: 
     for part in parts:
         size, blocks = len(part.examples), n - part.run.join(n).first_block
         rows += size
+        own.starts[part.run.name, id(part.run.edits), part.run.beginning] += size
         own.evaluations += size * blocks
         own.unread += size * unread if blocks else 0.0
         if part.run.beginning is not None:
             own.branched += size
-            own.beginnings.setdefault(id(part.run.edits), part.run)
             own.not_again += size * (n - blocks - part.run.first_blocks(n)[0])
     return rows
 
@@ -171,20 +170,6 @@ def _spared(
     return total
 
 
-def _is_regular(schedule: Schedule) -> bool:
-    """Whether chunks of one length compute the same, so that one of them need be counted."""
-    sharing = schedule.sharing
-    if sharing.repeats or any(len(own) > 1 for own in sharing.parts.values()):
-        return False
-    if any(len(p.examples) < sharing.n_examples for own in sharing.parts.values() for p in own):
-        return False
-    origins = {read.origin for read in schedule.needs(range(1))}
-    if any(isinstance(origin, ColumnOrigin) and origin.permutation is not None for origin in origins):
-        return False
-    images = np.concatenate(list(sharing.images.values()))
-    return len(np.unique(images)) == len(images)
-
-
 def _add(total: Counts, own: Counts) -> None:
     total.evaluations += own.evaluations
     total.launches += own.launches
@@ -194,7 +179,7 @@ def _add(total: Counts, own: Counts) -> None:
     total.shared += own.shared
     total.branched += own.branched
     total.not_again += own.not_again
-    total.beginnings = own.beginnings | total.beginnings
+    total.starts.update(own.starts)
     total.images.update(own.images)
     total.kept.update(own.kept)
     total.outputs |= own.outputs

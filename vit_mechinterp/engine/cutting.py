@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.checks import check_batch_size
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.images import image_numbers
@@ -38,6 +39,8 @@ MULTIPLY_ADDS = {"cpu": 10**13}
 MORE_MULTIPLY_ADDS = 10**15
 """Work per chunk, by device and elsewhere: a minute or so. A chunk is what is lost if an experiment is
 killed, and what must be done again if memory runs out."""
+TYPICAL = 256
+"""Examples of a chunk for which it is reckoned what rows hand on to each other, before its size is known."""
 FEWEST_ROWS, MOST_ROWS = 2048, 16384
 """Rows per chunk, whatever they cost. In a chunk of few examples runs share little of what edits take; and a
 chunk's outputs are in memory."""
@@ -53,6 +56,7 @@ def schedule_for(
     tensors: Mapping[TensorRef, Tensor] | None = None,
     measure: bool = False,
     progress: bool = False,
+    stored: bool = False,
 ) -> Schedule:
     """Find what need not be computed and what is shared, and choose chunk and width.
 
@@ -65,13 +69,13 @@ def schedule_for(
         tensors: the given tensors, where they are known.
         measure: whether a forward may be timed, if there is much work to do.
         progress: show a bar while images are compared, if that takes longer than two seconds.
+        stored: whether clean values may be read out of a store, in which what enters blocks is likelier to
+            be found than what is inside them.
 
     Raises:
         SpecError: ``batch_size`` or ``memory`` is no such thing, or too little for one row.
     """
-    whole = hasattr(batch_size, "__index__") and not isinstance(batch_size, bool)
-    if batch_size != "auto" and not (whole and int(batch_size) > 0):
-        raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
+    check_batch_size(batch_size)
     budget = budget_of(vit) if memory is None else parse_bytes(memory)
     columns = sorted(bound.image_columns)
     if data is None:
@@ -82,14 +86,15 @@ def schedule_for(
     follows = cache(partial(follows_from, vit))
     reach = Reach(vit.layout, read, n, tensors, follows, imagined=data is None)
     bound, spares = pruned(bound, reach), why_nothing_is_spared(vit.layout) is None
-    if spares:
+    if spares and not stored:
         bound = starting_inside(bound, vit.layout.n_layers)
     edited = {edit.site.name for run in bound.runs for edit in run.edits}
-    same = handed_on(vit) if {"resid_pre", "resid_post"} <= edited else frozenset()
+    same = handed_on(vit) if "resid_pre" in edited and edited & {"embed", "resid_post"} else frozenset()
     sharing = Sharing(bound, images, imagined=data is None, handed_on=same)
     one_image = vit.layout.family.one_image
     draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)
-    held = footprint(vit, draft)
+    states = replace(draft, chunk=min(n, TYPICAL)).states_handed_on
+    held = footprint(vit, draft, states)
     least = held.peak(1, 1 if batch_size == "auto" else int(batch_size))
     if memory is not None and least > budget:
         raise SpecError(
@@ -111,7 +116,12 @@ def schedule_for(
     per_example = max(1.0, rows / n)
     at_once = max(_rows_per_chunk(vit), 4 * width) / per_example
     chunk = max(1, min(n, int(left // max(1, held.example)), int(at_once)))
-    return replace(draft, chunk=chunk, width=width)
+    schedule = replace(draft, chunk=chunk, width=width)
+    # Which rows hand their values on depends on those that share a chunk.
+    while chunk > 1 and (held := footprint(vit, schedule)).peak(chunk, width) > max(budget, least):
+        chunk = max(1, min(chunk - 1, int(left // held.example)))
+        schedule = replace(schedule, chunk=chunk)
+    return schedule
 
 
 def _rows_per_chunk(vit: HookedViT) -> int:

@@ -128,8 +128,8 @@ def execute(
     if carry_out is not None:
         width = _BACKEND_BATCH if batch_size == "auto" else batch_size
         return carry_out(vit, bound, columns, resolved, batch_size=width, progress=progress)
-    options: dict[str, Any] = {"memory": memory, "tensors": resolved, "progress": progress}
-    schedule = schedule_for(vit, bound, columns, batch_size, measure=True, **options)
+    options: dict[str, Any] = {"memory": memory, "tensors": resolved, "stored": store is not None}
+    schedule = schedule_for(vit, bound, columns, batch_size, measure=True, progress=progress, **options)
     kept: FinishedChunks | None = None
     if out is not None:
         identity = identity_of(vit, columns, bound, resolved)

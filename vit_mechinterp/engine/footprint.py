@@ -40,15 +40,19 @@ class Footprint:
         return chunk * self.example + rows * self.row
 
 
-def footprint(vit: HookedViT, schedule: Schedule) -> Footprint:
-    """Reckon what one example and one row of a schedule take."""
+def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> Footprint:
+    """Reckon what one example and one row of a schedule take.
+
+    ``states`` is how many values of the residual stream are handed on for every example; by default those of
+    the schedule's own chunks.
+    """
     bound = schedule.bound
     element = torch.finfo(vit.dtype).bits // 8
     held = schedule.sharing.once(
         ("held", schedule.chunk),
         lambda: sum(read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk)))),
     )
-    held += schedule.rows.states_handed_on * math.prod(vit.sites()["embed"].shape)
+    held += (schedule.states_handed_on if states is None else states) * math.prod(vit.sites()["embed"].shape)
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
     captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
     outputs = 4 * len(bound.runs) * math.prod(vit.output_shape())

@@ -33,7 +33,8 @@ def starting_inside(bound: Bound, n_layers: int) -> Bound:
 
 
 def _passed(run: BoundRun, n_layers: int) -> Iterator[tuple[ColumnOrigin, int]]:
-    """How many blocks the clean forward of every example's base passes for a run, at least."""
+    """How many blocks the clean forward of every example's base passes for a run, at least. (A chunk whose
+    rows are copies of those of an earlier one may do without.)"""
     if not run.edits:
         yield run.origin, n_layers
     elif not run.blank:

@@ -48,8 +48,8 @@ def notes_on(
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
     if counts.branched:
         yield (
-            f"{counts.branched} rows begin with the same interventions on the same images as others, and go "
-            f"on from these, which spares {counts.not_again} block evaluations"
+            "rows that begin with the same interventions on the same images as others go on from these: "
+            f"{counts.branched} in all, which spares {counts.not_again} block evaluations"
         )
     gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]
     if gates and not tensors_known:

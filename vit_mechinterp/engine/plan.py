@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.bound import BoundRun
+from vit_mechinterp.engine.bound import Beginning, BoundRun
 from vit_mechinterp.engine.checks import check_arguments
 from vit_mechinterp.engine.counting import count
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.notes import notes_on
+from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.readout import bind_readout
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import in_words
@@ -48,7 +50,7 @@ class CleanForwards:
 @dataclass(frozen=True)
 class Rows:
     """Rows of one run: where they join, what is edited, how many blocks each passes through, and for how many
-    examples (None for all of them)."""
+    examples (None for all of them). Rows that are equal to others join where these do."""
 
     run: str
     stage: int
@@ -67,7 +69,8 @@ class Plan:
     pairs, in blocks' worth of work, that rows share inside the blocks where they join, ``unread`` the part
     that nobody reads: tokens behind the last attention call. ``peak_bytes`` bounds
     what the engine holds beside the model while it computes, ``result_bytes`` is what it hands over, and
-    ``launches`` the number of forwards of the native module. ``width`` is the most rows that one forward may
+    ``launches`` the number of forwards of the native module, beside the few small ones that find out what
+    the output reads. ``width`` is the most rows that one forward may
     hold, ``widest`` the most that one does; ``clean_runs`` are changed by no edit, so clean forwards answer
     them, as they answer ``clean_rows`` rows of other runs; ``shared_rows`` are equal to rows that are
     computed.
@@ -174,8 +177,8 @@ def plan(
 ) -> Plan:
     """Say what `execute` will compute, without computing it.
 
-    The model itself is run on random values behind its last block, and once in it, to find out which tokens
-    its output reads.
+    The model itself is run on a few random values to find out which tokens its output reads: behind its last
+    block at every call, and in that block once.
 
     Args:
         vit: the model.
@@ -205,7 +208,8 @@ def plan(
     columns = None if data is None else Data(data, vit)
     bound = replace(bind(vit, flat, columns), readout=bind_readout(vit, readout, columns))
     resolved = None if tensors is None else resolve_refs(bound, tensors, vit)
-    schedule = schedule_for(vit, bound, columns, batch_size, memory=memory, tensors=resolved)
+    options: dict[str, Any] = {"memory": memory, "tensors": resolved, "stored": store is not None}
+    schedule = schedule_for(vit, bound, columns, batch_size, **options)
     forecast = None
     if store is not None and columns is not None:
         forecast = StoredClean(store.tiers, vit, columns, schedule, batch_size).forecast(schedule)
@@ -232,15 +236,15 @@ def describe(
         if column in counts.outputs:
             kept[vit.layout.output] = None
         clean.append(CleanForwards(column, images, blocks, tuple(kept)))
-    rows = []
-    for number, stage in enumerate(bound.stages):
-        for run in stage:
-            for part in schedule.sharing.parts[run.name]:
-                run = counts.beginnings.get(id(part.run.edits), part.run)
-                edits = tuple(f"{edit.spec.op} at {edit.site}" for edit in run.edits)
-                some = len(part.examples) if len(part.examples) < schedule.n_examples else None
-                blocks = n_layers - run.join(n_layers).first_block
-                rows.append(Rows(run.name, number, _joins(run, n_layers), edits, blocks, some))
+    starts: defaultdict[tuple[str, int], dict[Beginning | None, int]] = defaultdict(dict)
+    for (name, edits, beginning), times in counts.starts.items():
+        starts[name, edits][beginning] = times
+    rows = [
+        row
+        for number, parts in enumerate(schedule.sharing.parts_of_stages)
+        for part in parts
+        for row in _rows_of(part, starts[part.run.name, id(part.run.edits)], number, schedule)
+    ]
     n, clean_rows = schedule.n_examples, schedule.sharing.clean_rows
     untouched = tuple(run.name for run in bound.runs if len(clean_rows(run.name)) == n)
     held = footprint(vit, schedule)
@@ -265,6 +269,19 @@ def describe(
         shared_rows=counts.shared,
         clean_rows=counts.clean - len(untouched) * n,
     )
+
+
+def _rows_of(
+    part: Part, starts: Mapping[Beginning | None, int], stage: int, schedule: Schedule
+) -> Iterator[Rows]:
+    """Rows of a run on which the same edits act, by where they join; ``starts`` counts those computed."""
+    edits = tuple(f"{edit.spec.op} at {edit.site}" for edit in part.run.edits)
+    for beginning in starts or (None,):
+        run = replace(part.run, beginning=beginning)
+        n = starts[beginning] if len(starts) > 1 else len(part.examples)
+        some = n if n < schedule.n_examples else None
+        blocks = schedule.n_layers - run.join(schedule.n_layers).first_block
+        yield Rows(run.name, stage, _joins(run, schedule.n_layers), edits, blocks, some)
 
 
 def _joins(run: BoundRun, n_layers: int) -> str:

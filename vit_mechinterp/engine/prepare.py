@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.checks import check_arguments, check_images, refuse_train_mode
+from vit_mechinterp.engine.checks import check_arguments, check_batch_size, check_images, refuse_train_mode
 from vit_mechinterp.engine.clean import Clean, clean_pass, dataset_means, means_of
 from vit_mechinterp.engine.cutting import budget_of
 from vit_mechinterp.engine.data import Data
@@ -78,6 +78,7 @@ def prepare(
         ExecutionError: the model would drop activations at random, or has gradient checkpointing on.
     """
     check_arguments(vit, store)
+    check_batch_size(batch_size, auto=False)
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_train_mode(vit)
     refuse_checkpointing(vit.module)

@@ -158,6 +158,8 @@ class Batch:
             SpecError: see `Prepared.__call__`.
         """
         n = self.prepared.n_examples
+        if isinstance(self.examples, str) or not all(hasattr(own, "__index__") for own in self.examples):
+            raise SpecError(f"examples={self.examples!r} are no numbers of examples, 0 to {n - 1}.")
         if len(self.examples) == 0 or min(self.examples) < 0 or max(self.examples) >= n:
             raise SpecError(
                 f"examples={list(self.examples)} must name at least one of the {n} examples, 0 to {n - 1}."

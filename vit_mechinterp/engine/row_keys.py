@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Ablate, Intervention, Site, SourcedIntervention, TensorRef
 
 if TYPE_CHECKING:
+    from vit_mechinterp.engine.numbering import Part
     from vit_mechinterp.engine.sharing import Sharing
 
 __all__ = ["Key", "RowKeys"]
@@ -33,12 +34,12 @@ _PLAIN = (str, bool, int, float, TensorRef)
 class RowKeys:
     """What rows are compared by: numbers for what varies from example to example, the rest as it is."""
 
-    def __init__(self, sharing: Sharing, classes: Mapping[str, IntArray]) -> None:
+    def __init__(self, sharing: Sharing, parts: Mapping[str, Sequence[Part]]) -> None:
         self.sharing = sharing
-        self.classes = classes
+        self.parts = parts
         self._numbers: dict[tuple[int, ...], int] = {}
-        self._arrays: dict[Positions, IntArray] = {}
-        self._sources: dict[ColumnOrigin, IntArray] = {}
+        self._arrays: dict[tuple[Positions, bool], int | IntArray] = {}
+        self._sources: dict[object, IntArray] = {}
         self._distinct: dict[int, tuple[IntArray, bool]] = {}
         self._blank = np.zeros(sharing.n_examples, dtype=np.int64)
 
@@ -78,8 +79,11 @@ class RowKeys:
             heads = tuple(sorted(heads))
         fixed: list[Any] = [type(edit.spec), self._site(run, edit.site), heads, self._options(edit)]
         varying: list[IntArray] = []
-        for positions in (edit.positions, edit.keys, edit.source.positions if edit.source else None):
-            place = None if positions is None else self._positions(positions)
+        source = edit.source.positions if edit.source else None
+        # What is done token by token is the same in any order, if tokens are not paired with others.
+        apart = operator_of(edit.spec) in (interchange, ablate) and source in (None, edit.positions)
+        for positions in (edit.positions, edit.keys, source):
+            place = None if positions is None else self._positions(positions, ordered=not apart)
             fixed.append(place if place is None or isinstance(place, int) else "each")
             if place is not None and not isinstance(place, int):
                 varying.append(place)
@@ -96,32 +100,49 @@ class RowKeys:
         return tuple(fixed), varying
 
     def _site(self, run: BoundRun | None, site: Site) -> Site:
-        """One name for a block's output and the next one's input, where nobody reads either of them of a run
-        (that is edited in between, perhaps)."""
-        before = None if site.layer is None else site.layer - 1
-        if site.name != "resid_pre" or before not in self.sharing.handed_on:
+        """One name for a block's input and what the one before puts out, where nobody reads either of them of
+        a run (that is edited in between, perhaps)."""
+        if site.name != "resid_pre" or site.layer not in self.sharing.handed_on:
             return site
-        output = Site(before, "resid_post")
+        output = Site(site.layer - 1, "resid_post") if site.layer else Site(None, "embed")
         reads = () if run is None else self.sharing.bound.reads_of[run.name]
         return site if any(read.site in (site, output) for read in reads) else output
 
     def _source(self, read: Read) -> IntArray:
-        """What each example's source value is that of: a row's class, or a clean image's."""
+        """What each example's source value is that of: a clean image's, or that of a row in some state."""
         origin = read.origin
-        if not isinstance(origin, ColumnOrigin):
-            return self.classes[origin.run]
-        if origin not in self._sources:
-            self._sources[origin] = -1 - self.sharing.images_of(origin)
-        return self._sources[origin]
+        key = origin if isinstance(origin, ColumnOrigin) else (origin, read.site)
+        if key not in self._sources:
+            if isinstance(origin, ColumnOrigin):
+                self._sources[key] = -1 - self.sharing.images_of(origin)
+            else:
+                self._sources[key] = self._states_at(origin.run, read.site)
+        return self._sources[key]
 
-    def _positions(self, positions: Positions) -> int | IntArray:
-        """A number that stands for the positions: one for all examples, or one for each."""
+    def _states_at(self, name: str, site: Site) -> IntArray:
+        """The states of a run's rows at a site, or their images' numbers where no edit comes before."""
+        parts = self.parts[name]
+        found = -1 - self.sharing.images[self._column_of[name]]
+        for part in parts:
+            made = sum(edit.site <= site for edit in part.run.edits)
+            if made:
+                found[part.examples] = part.states[made - 1]
+        return found
+
+    @cached_property
+    def _column_of(self) -> dict[str, str]:
+        return {run.name: run.origin.column for run in self.sharing.bound.runs}
+
+    def _positions(self, positions: Positions, *, ordered: bool = True) -> int | IntArray:
+        """A number that stands for the positions: one for all examples, or one for each, if they differ."""
+        as_number = self._number if ordered else lambda chosen: self._number(tuple(sorted(chosen)))
         if positions.each is None:
-            return -1 if positions.shared is None else self._number(positions.shared)
-        if positions not in self._arrays:
-            own = [self._number(chosen) for chosen in positions.each]
-            self._arrays[positions] = np.array(own, dtype=np.int64)
-        return self._arrays[positions]
+            return -1 if positions.shared is None else as_number(positions.shared)
+        if (positions, ordered) not in self._arrays:
+            own = np.array([as_number(chosen) for chosen in positions.each], dtype=np.int64)
+            same = not self.sharing.imagined and bool((own == own[0]).all())
+            self._arrays[positions, ordered] = int(own[0]) if same else own
+        return self._arrays[positions, ordered]
 
     def _number(self, chosen: tuple[int, ...]) -> int:
         return self._numbers.setdefault(chosen, len(self._numbers))

@@ -92,7 +92,31 @@ class Schedule:
     @cached_property
     def rows(self) -> ComputedRows:
         """The rows that are computed, chunk by chunk."""
-        return ComputedRows(self.sharing, self.n_layers, self.chunk)
+        key = "rows", self.n_layers, self.chunk
+        return self.sharing.once(key, lambda: ComputedRows(self.sharing, self.n_layers, self.chunk))
+
+    @cached_property
+    def is_regular(self) -> bool:
+        """Whether chunks of one length compute the same, so that one of them need be looked at."""
+        sharing = self.sharing
+        parts = [part for own in sharing.parts.values() for part in own]
+        if sharing.repeats or len(parts) > len(sharing.parts):
+            return False
+        if any(len(part.examples) < sharing.n_examples or part.run.blank for part in parts):
+            return False
+        origins = {read.origin for read in self.needs(range(1))}
+        if any(isinstance(origin, ColumnOrigin) and origin.permutation is not None for origin in origins):
+            return False
+        images = np.concatenate(list(sharing.images.values()))
+        return len(np.unique(images)) == len(images)
+
+    @cached_property
+    def states_handed_on(self) -> int:
+        """Values of the residual stream that the rows of a chunk hand on to others at most, per example."""
+        if all(len(part.states) < 2 for own in self.sharing.parts.values() for part in own):
+            return 0
+        chunks = self.chunks[:1] if self.is_regular else self.chunks
+        return max(-(-self.rows.of(chunk).branches.n_states // len(chunk)) for chunk in chunks)
 
     def waves(self, parts: Sequence[Part]) -> Iterator[list[Segment]]:
         """Rows that fit into one growing batch, in the order in which they join."""

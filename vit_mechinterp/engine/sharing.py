@@ -40,7 +40,7 @@ class Sharing:
         rows: whether equal rows are found; otherwise every row that is declared stands for itself.
         imagined: whether there is no data, so that one example stands for all: what is resampled is another
             image then, and columns that select tokens are told apart by their names.
-        handed_on: blocks whose outputs the next ones are given as they are.
+        handed_on: blocks that are given the output of the one before, or of the embedding, as it is.
     """
 
     bound: Bound
@@ -147,7 +147,7 @@ class Sharing:
                 parts[run.name] = (Part(run, everyone),)
                 classes[run.name] = n * self.n_examples + everyone
             return parts, classes, len(edited) * self.n_examples
-        keys = RowKeys(self, classes)
+        keys = RowKeys(self, parts)
         numbering = Numbering(keys)
         count = 0
         for stage in self.bound.stages:

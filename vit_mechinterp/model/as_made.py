@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-__all__ = ["is_as_made", "is_untouched"]
+__all__ = ["are_untouched", "is_as_made", "is_untouched"]
 
 _LIBRARIES = frozenset({"open_clip", "timm", "torch", "torchvision", "transformers", "vit_mechinterp"})
 """Packages whose modules do the same with every input, whatever their numbers are."""
@@ -34,9 +35,14 @@ def is_as_made(module: nn.Module) -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether there are no hooks on a model, and no attribute of a part stands in for one of its methods."""
+    return are_untouched(module.modules())
+
+
+def are_untouched(parts: Iterable[nn.Module]) -> bool:
+    """Whether there are no hooks on some modules, and no attribute of theirs stands in for a method."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return False
-    for part in module.modules():
+    for part in parts:
         kind: Any = type(part)
         if not _methods(kind).isdisjoint(vars(part)):
             return False

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_mechinterp.errors import ExecutionError, SpecError, UnsupportedSiteError
+from vit_mechinterp.model.as_made import are_untouched
 from vit_mechinterp.model.cache import ActivationCache, SiteInfo, describe
 from vit_mechinterp.model.compiling import CompiledBlocks, explained
 from vit_mechinterp.model.dropout import dropping
@@ -21,6 +22,7 @@ from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import Layout, lookup
 from vit_mechinterp.model.origins import absolute
+from vit_mechinterp.model.ports import Port
 from vit_mechinterp.model.sizes import require_images
 from vit_mechinterp.spec import Site, expand, is_glob, site_names
 
@@ -301,10 +303,16 @@ class HookedViT:
         return fingerprint(self.module)
 
     def has_own_return(self, layer: int) -> bool:
-        """Whether somebody else acts on what a block returns: a hook, or a forward of the instance's own."""
+        """Whether somebody else acts on what a block returns, or on the way to it from the block's middle: a
+        hook, or a forward of the instance's own."""
         block: nn.Module = lookup(self.module, self.layout.block_path(layer))
+        before: set[nn.Module] = set(lookup(self.module, self.layout.attention_path(layer)).modules())
+        norm = self.layout.ports.get(f"blocks.{layer}.ln1")
+        if isinstance(norm, Port):
+            before.add(lookup(self.module, norm.path))
+        behind = [part for part in block.modules() if part is not block and part not in before]
         with self.lock:  # what another thread's run has installed is gone once the lock is free
-            return bool(block._forward_hooks) or "forward" in vars(block)
+            return bool(block._forward_hooks) or "forward" in vars(block) or not are_untouched(behind)
 
     def dropout(self) -> str | None:
         """Path of a module that is in train mode and would drop activations at random, or None."""

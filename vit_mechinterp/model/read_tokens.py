@@ -93,17 +93,17 @@ def follows_from(vit: HookedViT, site: Site) -> bool:
 
 
 def handed_on(vit: HookedViT) -> frozenset[int]:
-    """Try out which blocks' outputs the next ones are given as they are; none if the model is not as its
-    library made it, or trying failed."""
+    """Try out which blocks are given the output of the one before as it is, the first one that of the
+    embedding; none if the model is not as its library made it, or trying failed."""
     layers = range(vit.layout.n_layers)
-    sites = [f"blocks.{layer}.{name}" for layer in layers for name in ("resid_pre", "resid_post")]
+    sites = ["embed", *(f"blocks.{layer}.{name}" for layer in layers for name in ("resid_pre", "resid_post"))]
 
     def found(vit: HookedViT) -> frozenset[int]:
         values = _run(vit, {Site(None, "embed"): lambda value: _random(2, value)}, layers, 2, sites) or {}
 
         def is_given(layer: int) -> bool:
-            output = values.get(f"blocks.{layer}.resid_post")
-            given = values.get(f"blocks.{layer + 1}.resid_pre")
+            output = values.get(f"blocks.{layer - 1}.resid_post" if layer else "embed")
+            given = values.get(f"blocks.{layer}.resid_pre")
             return output is not None and given is not None and torch.equal(output, given)
 
         return frozenset(filter(is_given, layers))

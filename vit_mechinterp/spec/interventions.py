@@ -85,9 +85,9 @@ class InjectSubspace(SourcedIntervention):
 class Ablate(Intervention):
     """Remove information: ``h[T] <- 0``, its mean, or the value of another example.
 
-    ``"mean"`` is the mean over examples per position (over positions too with ``pool_tokens``), computed over
-    the data or given as ``mean``. ``"resample"`` takes the value of the example that a permutation of the
-    whole dataset, seeded with ``seed``, puts in this one's place.
+    ``"mean"`` is the mean over examples per position (with ``pool_tokens`` over the selected tokens too),
+    computed over the data or given as ``mean``. ``"resample"`` takes the value of the example that a
+    permutation of the whole dataset, seeded with ``seed``, puts in this one's place.
     """
 
     op: Literal["ablate"] = "ablate"

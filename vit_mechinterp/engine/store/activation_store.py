@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.bind import check_heads
-from vit_mechinterp.engine.checks import check_arguments, refuse_train_mode
+from vit_mechinterp.engine.checks import check_arguments, check_batch_size, refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.heap import thrifty
@@ -108,9 +108,7 @@ class ActivationStore:
         """
         check_arguments(vit)
         refuse_train_mode(vit)
-        whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-        if batch_size != "auto" and (not whole or batch_size < 1):
-            raise SpecError(f"batch_size is 'auto' or a positive integer, got {batch_size!r}.")
+        check_batch_size(batch_size)
         if dtype is not None and dtype not in _DTYPES:
             known = ", ".join(map(str, _DTYPES))
             raise SpecError(f"Activations are kept as {known}, or as the model's own (None); got {dtype!r}.")
