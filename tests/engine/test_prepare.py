@@ -225,6 +225,15 @@ def test_what_cannot_be_prepared_is_refused() -> None:
                 SpecError, match=r"examples=.* must name at least one of the 4 examples, 0 to 3"
             ):
                 prepared(examples, tensors)
+        for wrong in ("ab", [0.5]):
+            with pytest.raises(SpecError, match=r"are no numbers of examples, 0 to 3"):
+                prepared(wrong, tensors)
+    for size in (0, "auto", True):
+        with (
+            pytest.raises(SpecError, match=r"batch_size is a positive integer, got"),
+            prepare(world.vit, runs[:1], world.columns, tensors, batch_size=size, progress=False),  # type: ignore[arg-type]
+        ):
+            pass
 
 
 def test_what_a_store_loses_meanwhile_is_computed_anew(tmp_path: Path) -> None:
