@@ -11,7 +11,7 @@ from torch import Tensor
 import vit_mechinterp as vmi
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, MAIN, TIMM_PLAIN, TIMM_REGISTERS, Tiny
-from vit_mechinterp.engine import cutting
+from vit_mechinterp.engine import drafting
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.read_tokens import read_tokens
 
@@ -214,7 +214,7 @@ def test_out_of_memory_halves_the_rows(
     expected = world.execute(RUNS, batch_size=8)
     native = type(world.module).forward_features
     calls, read = iter(range(1000)), read_tokens(world.vit)
-    monkeypatch.setattr(cutting, "read_tokens", lambda vit: read)  # finding out takes forwards of its own
+    monkeypatch.setattr(drafting, "read_tokens", lambda vit: read)  # finding out takes forwards of its own
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         if next(calls) in fails:

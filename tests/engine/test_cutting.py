@@ -137,7 +137,7 @@ def test_the_width_of_much_work_is_measured_once(cache: Path, monkeypatch: pytes
     assert asked == [2, 4, 8, 16, 32]
     assert results.provenance["rows_per_forward"] == 4
     assert list(json.loads(cache.read_text()).values()) == [4]
-    monkeypatch.setattr("vit_mechinterp.engine.cutting._is_large", lambda schedule, rows: True)
+    monkeypatch.setattr("vit_mechinterp.engine.cutting.MUCH", 0)
     assert vmi.plan(world.vit, many(60), world.columns).width == 4
     again = vmi.execute(world.vit, many(60), world.columns, tensors, progress=False)
     assert len(asked) == 5

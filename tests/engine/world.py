@@ -15,7 +15,7 @@ import vit_mechinterp as vmi
 from tests.oracles import Oracle
 from tests.tiny_models import N_LAYERS, Tiny
 from vit_mechinterp import HookedViT, Results, Run
-from vit_mechinterp.engine import cutting
+from vit_mechinterp.engine import drafting
 from vit_mechinterp.engine.bind import bind
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
@@ -226,7 +226,7 @@ class Counted:
 
         self._patch = pytest.MonkeyPatch()
         for name in ("read_tokens", "follows_from", "handed_on"):
-            self._patch.setattr(cutting, name, unnoticed(getattr(cutting, name)))
+            self._patch.setattr(drafting, name, unnoticed(getattr(drafting, name)))
         self._install()
         return self
 

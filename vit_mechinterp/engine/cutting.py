@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.checks import check_batch_size
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.footprint import footprint
-from vit_mechinterp.engine.images import image_numbers
-from vit_mechinterp.engine.inside import starting_inside
-from vit_mechinterp.engine.pruning import pruned
-from vit_mechinterp.engine.reach import Reach
+from vit_mechinterp.engine.drafting import draft_of
+from vit_mechinterp.engine.footprint import Footprint, footprint
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.throughput import likely_width, measured_width, remembered_width
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.read_tokens import follows_from, handed_on, read_tokens
-from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import TensorRef
 
 __all__ = ["budget_of", "schedule_for"]
@@ -41,6 +33,8 @@ MORE_MULTIPLY_ADDS = 10**15
 killed, and what must be done again if memory runs out."""
 TYPICAL = 256
 """Examples of a chunk for which it is reckoned what rows hand on to each other, before its size is known."""
+MUCH = 10_000
+"""(row, block) pairs for which a width would have been measured."""
 FEWEST_ROWS, MOST_ROWS = 2048, 16384
 """Rows per chunk, whatever they cost. In a chunk of few examples runs share little of what edits take; and a
 chunk's outputs are in memory."""
@@ -77,48 +71,43 @@ def schedule_for(
     """
     check_batch_size(batch_size)
     budget = budget_of(vit) if memory is None else parse_bytes(memory)
-    columns = sorted(bound.image_columns)
-    if data is None:
-        images = {column: np.array([n]) for n, column in enumerate(columns)}
-    else:
-        images = image_numbers(data, columns, progress=progress)
-    n, read = len(next(iter(images.values()))), read_tokens(vit)
-    follows = cache(partial(follows_from, vit))
-    reach = Reach(vit.layout, read, n, tensors, follows, imagined=data is None)
-    bound, spares = pruned(bound, reach), why_nothing_is_spared(vit.layout) is None
-    if spares and not stored:
-        bound = starting_inside(bound, vit.layout.n_layers)
-    edited = {edit.site.name for run in bound.runs for edit in run.edits}
-    same = handed_on(vit) if "resid_pre" in edited and edited & {"embed", "resid_post"} else frozenset()
-    sharing = Sharing(bound, images, imagined=data is None, handed_on=same)
-    one_image = vit.layout.family.one_image
-    draft = Schedule(sharing, vit.layout.n_layers, n, 1, one_image, spares, read)
-    states = replace(draft, chunk=min(n, TYPICAL)).states_handed_on
-    held = footprint(vit, draft, states)
+    draft = draft_of(vit, bound, data, tensors, progress=progress, stored=stored)
+    together = replace(draft, chunk=min(draft.n_examples, TYPICAL))
+    held = footprint(vit, draft, together.states_handed_on)
     least = held.peak(1, 1 if batch_size == "auto" else int(batch_size))
     if memory is not None and least > budget:
         raise SpecError(
             f"memory={memory!r} is too little: one example and "
             f"{'one row' if batch_size == 'auto' else f'{batch_size} rows'} take {in_words(least)}."
         )
-    # At least half of the budget is left for what a chunk of examples holds.
-    widest = max(1, int(max(budget / 2, budget - 64 * held.example) // max(1, held.row)))
-    rows = sum(len(part.examples) for parts in sharing.parts.values() for part in parts)
     if batch_size == "auto":
-        known = remembered_width(vit) if data is not None and _is_large(draft, rows) else None
-        if known is None and measure:
-            with vit.lock, torch.no_grad():
-                known = measured_width(vit, widest, rows * vit.layout.n_layers // 2)
-        width = min(widest, known or likely_width(vit))
+        # At least half of the budget is left for what a chunk of examples holds.
+        widest = max(1, int(max(budget / 2, budget - 64 * held.example) // max(1, held.row)))
+        width = _width(vit, draft, widest, imagined=data is None, measure=measure)
     else:
         width = int(batch_size)
-    left = budget - width * held.row
-    per_example = max(1.0, rows / n)
-    at_once = max(_rows_per_chunk(vit), 4 * width) / per_example
-    chunk = max(1, min(n, int(left // max(1, held.example)), int(at_once)))
-    schedule = replace(draft, chunk=chunk, width=width)
+    return _cut(vit, replace(draft, width=width), held, max(budget, least))
+
+
+def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, measure: bool) -> int:
+    """Rows per forward: what was or is measured, if there is much work to do, or what is likely."""
+    blocks = draft.sharing.n_edited_rows * draft.n_layers
+    known = remembered_width(vit) if not imagined and blocks >= MUCH else None
+    if known is None and measure:
+        with vit.lock, torch.no_grad():
+            known = measured_width(vit, widest, blocks // 2)
+    return min(widest, known or likely_width(vit))
+
+
+def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Schedule:
+    """A schedule of as many examples per chunk as the budget holds, and its work allows."""
+    left = budget - draft.width * held.row
+    per_example = max(1.0, draft.sharing.n_edited_rows / draft.n_examples)
+    at_once = max(_rows_per_chunk(vit), 4 * draft.width) / per_example
+    chunk = max(1, min(draft.n_examples, int(left // max(1, held.example)), int(at_once)))
+    schedule = replace(draft, chunk=chunk)
     # Which rows hand their values on depends on those that share a chunk.
-    while chunk > 1 and (held := footprint(vit, schedule)).peak(chunk, width) > max(budget, least):
+    while chunk > 1 and (held := footprint(vit, schedule)).peak(chunk, schedule.width) > budget:
         chunk = max(1, min(chunk - 1, int(left // held.example)))
         schedule = replace(schedule, chunk=chunk)
     return schedule
@@ -131,11 +120,6 @@ def _rows_per_chunk(vit: HookedViT) -> int:
     row = vit.layout.n_layers * tokens * (12 * d_model * d_model + 2 * tokens * d_model)
     work = MULTIPLY_ADDS.get(vit.device.type, MORE_MULTIPLY_ADDS)
     return max(FEWEST_ROWS, min(MOST_ROWS, work // row))
-
-
-def _is_large(schedule: Schedule, rows: int) -> bool:
-    """Whether the work is of a size for which a width would have been measured."""
-    return rows * schedule.n_layers >= 10_000
 
 
 def budget_of(vit: HookedViT) -> int:

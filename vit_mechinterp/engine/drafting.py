@@ -1,0 +1,64 @@
+"""What is left of an experiment once all that need not be computed is left out, before it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, partial
+
+import numpy as np
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.images import image_numbers
+from vit_mechinterp.engine.inside import starting_inside
+from vit_mechinterp.engine.pruning import pruned
+from vit_mechinterp.engine.reach import Reach
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.sharing import Sharing
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.read_tokens import follows_from, handed_on, read_tokens
+from vit_mechinterp.model.sparing import why_nothing_is_spared
+from vit_mechinterp.spec import TensorRef
+
+__all__ = ["draft_of"]
+
+
+def draft_of(
+    vit: HookedViT,
+    bound: Bound,
+    data: Data | None,
+    tensors: Mapping[TensorRef, Tensor] | None,
+    *,
+    progress: bool = False,
+    stored: bool = False,
+) -> Schedule:
+    """Find what need not be computed and what is shared.
+
+    Args:
+        vit: the model.
+        bound: the bound runs.
+        data: the examples; without them, one stands for all.
+        tensors: the given tensors, where they are known.
+        progress: show a bar while images are compared, if that takes longer than two seconds.
+        stored: whether clean values may be read out of a store, in which what enters blocks is likelier to
+            be found than what is inside them.
+
+    Returns:
+        A schedule of single rows, all examples in one chunk.
+    """
+    columns = sorted(bound.image_columns)
+    if data is None:
+        images = {column: np.array([n]) for n, column in enumerate(columns)}
+    else:
+        images = image_numbers(data, columns, progress=progress)
+    n, n_layers, read = len(next(iter(images.values()))), vit.layout.n_layers, read_tokens(vit)
+    follows = cache(partial(follows_from, vit))
+    bound = pruned(bound, Reach(vit.layout, read, n, tensors, follows, imagined=data is None))
+    spares = why_nothing_is_spared(vit.layout) is None
+    if spares and not stored:
+        bound = starting_inside(bound, n_layers)
+    sites = {edit.site.name for run in bound.runs for edit in run.edits}
+    same = handed_on(vit) if "resid_pre" in sites and sites & {"embed", "resid_post"} else frozenset()
+    sharing = Sharing(bound, images, imagined=data is None, handed_on=same)
+    return Schedule(sharing, n_layers, n, 1, vit.layout.family.one_image, spares, read)
