@@ -98,7 +98,7 @@ def test_the_section_shows_document_plan_and_effect(vit: vmi.HookedViT, tmp_path
     section = composed_run(DOCUMENT, vit=vit, out=tmp_path, progress=False)
     assert section.yaml == DOCUMENT.read_text()
     assert (
-        "composed: joins at the output of block 1, 4 blocks; inject_subspace at blocks.1.resid_post, interchange "
+        "composed: joins at the output of block 2, from rows that have its first edit, 3 blocks; inject_subspace at "
         in section.plan
     )
     results = vmi.Results.load(tmp_path)

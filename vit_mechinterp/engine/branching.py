@@ -21,7 +21,7 @@ from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.spec import Site
 
-__all__ = ["Branches", "Fork", "Handed", "branches"]
+__all__ = ["Branches", "Fork", "Handed", "Row", "branches"]
 
 Row = tuple[str, int]
 """A run's name, and an example."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, Edit
-from vit_mechinterp.engine.branching import Handed
+from vit_mechinterp.engine.branching import Handed, Row
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.ops import Inputs, apply
 from vit_mechinterp.engine.positions import IntArray
@@ -20,8 +20,6 @@ from vit_mechinterp.spec import Ablate, Site, TensorRef
 
 __all__ = ["Material", "edit_rows", "inputs_of"]
 
-Row = tuple[str, int]
-"""A run's name, and an example."""
 
 
 @dataclass

@@ -15,9 +15,12 @@ from vit_mechinterp.model.geometry import patches_of_box
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TokenBox, TokenColumn, Tokens
 
-__all__ = ["Positions", "moved_note", "resolve_tokens"]
+__all__ = ["NONE", "BoolArray", "IntArray", "Positions", "moved_note", "resolve_tokens"]
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+NONE: IntArray = np.zeros(0, dtype=np.int64)
+"""No examples, or none of anything else that is numbered."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.ops import ablate, add_direction, inject_subspace, interchange, operator_of
-from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.positions import BoolArray, IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Ablate, Intervention, Site, SourcedIntervention, TensorRef
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Key", "RowKeys"]
 
 Key = tuple[Any, ...]
-BoolArray = NDArray[np.bool_]
 
 _BY_HEAD = (interchange, inject_subspace, ablate, add_direction)
 """Operators for which the order of heads means nothing."""

@@ -13,7 +13,7 @@ from vit_mechinterp.engine.computed import ComputedRows, within
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, in_waves
 from vit_mechinterp.engine.pieces import CleanGroup, Stop
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.positions import NONE, IntArray
 from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.unread import looks_inside, tokens_read
@@ -21,8 +21,6 @@ from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.model.read_tokens import ReadTokens
 
 __all__ = ["CleanGroup", "Schedule", "Segment", "Stop"]
-
-_NONE: IntArray = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class Schedule:
     def clean_rows(self, run: str, chunk: range) -> IntArray:
         """Examples of a chunk whose row of a run a clean forward answers."""
         if run not in self._partly_clean:
-            return _NONE
+            return NONE
         own = self.sharing.classes[run][chunk.start : chunk.stop]
         found: IntArray = chunk.start + np.flatnonzero(own < 0)
         return found

@@ -14,20 +14,16 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.numbering import Numbering, Part
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.positions import NONE, BoolArray, IntArray
 from vit_mechinterp.engine.row_keys import RowKeys
 from vit_mechinterp.engine.values import ColumnOrigin, permutation
 
 __all__ = ["Sharing"]
 
-BoolArray = NDArray[np.bool_]
 Found = TypeVar("Found")
-
-_NONE: IntArray = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class Sharing:
         """Examples of a run that a clean forward answers."""
         parts = self.parts.get(run, ())
         if len(parts) == 1 and len(parts[0].examples) == self.n_examples:
-            return _NONE
+            return NONE
         return np.flatnonzero(self.classes[run] < 0)
 
     def means_of(self, column: str) -> str:
@@ -157,7 +153,7 @@ class Sharing:
             for part in numbered:
                 parts[part.run.name] += (part,)
                 _put(classes, part, self.n_examples)
-            count += len(np.unique(np.concatenate([part.states[-1] for part in numbered] or [_NONE])))
+            count += len(np.unique(np.concatenate([part.states[-1] for part in numbered] or [NONE])))
         return parts, classes, count
 
     def _variants(
