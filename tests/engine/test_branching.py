@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.engine.test_sharing import repeating
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, TIMM_POOLED, Tiny
 from vit_mechinterp import ActivationStore, Run
+from vit_mechinterp.engine.footprint import footprint
 
 Document = dict[str, Any]
 NOISE = push("embed", "patches", 3.0)
@@ -221,8 +223,11 @@ def test_rows_of_one_run_may_begin_in_different_places() -> None:
     assert rows(world, *documents) == [1, 1, 3]
     plan = vmi.plan(world.vit, Run.model_validate(documents[0]), world.columns)
     assert [(own.examples, own.blocks) for own in plan.rows] == [(1, 3), (2, 1)]
-    # What is handed on is held, and counted.
-    assert world.schedule(documents, 3, 4).states_handed_on == 1
+    # What is handed on is held, and counted: one stream of floats per example.
+    schedule = world.schedule(documents, 3, 4)
+    assert schedule.states_handed_on == 1
+    held, without = footprint(world.vit, schedule), footprint(world.vit, schedule, 0)
+    assert held.example - without.example == 4 * math.prod(world.shape("embed"))
 
 
 def test_what_rows_hand_on_is_reckoned_in_chunks_of_any_size() -> None:
@@ -237,14 +242,12 @@ def test_what_rows_hand_on_is_reckoned_in_chunks_of_any_size() -> None:
         world.columns[f"s{n}"] = column
         begin = swap("blocks.0.resid_pre", [1], f"s{n}")
         documents += [run(f"{n}.{token}", begin, swap("blocks.2.resid_pre", [token])) for token in (2, 3)]
-    runs = [Run.model_validate(document) for document in documents]
     for chunk in (1, 2, 4):
         schedule = world.schedule(documents, chunk, 3)
         assert schedule.chunk == chunk
         states = [schedule.rows.of(own).branches.n_states for own in schedule.chunks]
         assert max(states) > 0
         assert all(own <= schedule.states_handed_on * chunk for own in states)
-    assert vmi.plan(world.vit, runs, world.columns).peak_bytes > 0
 
 
 def test_a_run_that_is_another_one_from_a_place_on_keeps_its_name() -> None:

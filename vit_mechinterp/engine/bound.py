@@ -25,7 +25,6 @@ from vit_mechinterp.spec import (
 
 __all__ = ["Beginning", "Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
 
-
 _KNOWN_AT = {
     "attn_out": "attn_out",
     **dict.fromkeys(("resid_mid", "ln2", "mlp.pre_linear", "mlp.pre", "mlp.post"), "resid_mid"),

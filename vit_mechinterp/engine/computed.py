@@ -18,6 +18,7 @@ from vit_mechinterp.engine.table import StageRows
 
 __all__ = ["ChunkRows", "ComputedRows", "within"]
 
+
 @dataclass(frozen=True)
 class ChunkRows:
     """Rows of one chunk: which go on from others, and, stage by stage, which are copies of rows that are

@@ -21,7 +21,6 @@ from vit_mechinterp.spec import Ablate, Site, TensorRef
 __all__ = ["Material", "edit_rows", "inputs_of"]
 
 
-
 @dataclass
 class Material:
     """Everything that waves read: clean values, values of earlier runs, dataset means, and given tensors.

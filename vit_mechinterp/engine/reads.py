@@ -30,8 +30,9 @@ def clean_read(run: BoundRun, read: Read) -> Read:
 
 
 def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
-    """The clean values that a run's rows start from; none for rows that start blank, or from other rows'."""
-    if run.blank or run.beginning is not None:
+    """The clean values that a run's rows start from, if they go on from no others; none for rows that start
+    blank."""
+    if run.blank:
         return ()
     return _join_reads(run.origin, run.join(n_layers), run.known_at, run.starts_at_mlp_out)
 
@@ -52,7 +53,7 @@ def _join_reads(
 
 def clean_sources(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
     """The clean values that a run's rows start from, and those that its edits read."""
-    reads = (edit.source for _, edit in run.to_make)
+    reads = (edit.source for edit in run.edits)
     return (
         *join_reads(run, n_layers),
         *(r for r in reads if r is not None and isinstance(r.origin, ColumnOrigin)),
