@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -142,6 +143,12 @@ class BoundRun:
         """The run's name."""
         return self.run.name
 
+    def with_edits(self, edits: Iterable[Edit]) -> BoundRun:
+        """The same run with other edits; itself if they are its own."""
+        own = tuple(edits)
+        same = len(own) == len(self.edits) and all(map(operator.is_, own, self.edits))
+        return self if same else replace(self, edits=own)
+
     @property
     def first(self) -> Site | None:
         """The site of the first edit that its rows have before them; None if there is none."""
@@ -258,6 +265,16 @@ class Bound:
             if run.edits:
                 stages.setdefault(levels[run.name], []).append(run)
         return cls(tuple(runs), tuple(tuple(stages[level]) for level in sorted(stages)), tuple(reads))
+
+    def with_runs(self, runs: Mapping[str, BoundRun]) -> Bound:
+        """The same experiment with other edits of its runs, by name; itself where all are the same."""
+        own = [runs[run.name] for run in self.runs]
+        if all(new is run for new, run in zip(own, self.runs, strict=True)):
+            return self
+        staged = [runs[run.name] for stage in self.stages for run in stage]
+        unedited = [runs[run.name] for run in self.runs if not run.edits]
+        bound = Bound.of(own, [*unedited, *staged])
+        return replace(self, runs=bound.runs, stages=bound.stages, run_reads=bound.run_reads)
 
     @cached_property
     def image_columns(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ from vit_mechinterp.engine.pruning import pruned
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
+from vit_mechinterp.engine.spelling import Spelling
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.read_tokens import follows_from, handed_on, read_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
@@ -54,6 +55,7 @@ def draft_of(
         images = image_numbers(data, columns, progress=progress)
     n, n_layers, read = len(next(iter(images.values()))), vit.layout.n_layers, read_tokens(vit)
     follows = cache(partial(follows_from, vit))
+    bound = Spelling(vit, tensors, imagined=data is None).of(bound)
     bound = pruned(bound, Reach(vit.layout, read, n, tensors, follows, imagined=data is None))
     spares = why_nothing_is_spared(vit.layout) is None
     if spares and not stored:

@@ -191,3 +191,7 @@ def ablate(spec: Ablate, h: Tensor, inputs: Inputs) -> Tensor:
         return torch.zeros_like(h)
     assert inputs.source is not None
     return inputs.source.to(h.dtype).expand_as(h)
+
+
+BUILT_IN = (interchange, ablate, add_direction, inject_subspace)
+"""Operators that make nothing of a token or head for another one, in whatever order heads are selected."""

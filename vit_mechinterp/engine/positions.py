@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,18 @@ from vit_mechinterp.model.geometry import patches_of_box
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TokenBox, TokenColumn, Tokens
 
-__all__ = ["NONE", "BoolArray", "IntArray", "Positions", "moved_note", "resolve_tokens"]
+__all__ = [
+    "ALL",
+    "NONE",
+    "BoolArray",
+    "IntArray",
+    "Positions",
+    "are_disjoint",
+    "in_order_of",
+    "moved_note",
+    "resolve_tokens",
+    "where",
+]
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -94,6 +106,53 @@ class Positions:
 
 ALL = Positions()
 """Every token, or no token axis."""
+
+
+def are_disjoint(one: Positions, other: Positions) -> bool:
+    """Whether two selections have no token in common, in no example."""
+    if one.is_all or other.is_all:
+        return False
+    return all(not set(own) & set(others) for own, others in zip(*_side_by_side((one, other)), strict=True))
+
+
+def in_order_of(several: Sequence[Positions], by: Sequence[Positions]) -> Positions:
+    """Selections as one, its tokens in the order in which those that they are paired with ascend.
+
+    Args:
+        several: the selections, none of them of everything.
+        by: as many selections of as many tokens each.
+    """
+    rows = zip(*_side_by_side((*several, *by)), strict=True)
+    each = tuple(_sorted_by(chain(*own[: len(several)]), chain(*own[len(several) :])) for own in rows)
+    is_shared = all(own.each is None for own in (*several, *by))
+    return Positions(shared=each[0]) if is_shared else Positions(each=each)
+
+
+def where(mask: BoolArray, of: Positions, positions: Positions) -> Positions:
+    """Tokens of a selection, those whose partners are in a mask.
+
+    Args:
+        mask: ``[example or 1, token]``.
+        of: the partners, no selection of everything.
+        positions: as many tokens, or ``of`` itself.
+    """
+    partners, own = _side_by_side((of, positions), len(mask))
+    masks = np.broadcast_to(mask, (len(own), mask.shape[1]))
+    each = tuple(
+        tuple(token for partner, token in zip(*pair, strict=True) if here[partner])
+        for here, *pair in zip(masks, partners, own, strict=True)
+    )
+    return Positions(shared=each[0]) if len(each) == 1 else Positions(each=each)
+
+
+def _side_by_side(several: Sequence[Positions], n: int = 1) -> list[tuple[tuple[int, ...], ...]]:
+    """The tokens of every selection, for ``n`` examples where all are shared."""
+    n = max(n, *(len(own.each or ()) for own in several))
+    return [own.each or ((own.shared or (),) * n) for own in several]
+
+
+def _sorted_by(tokens: Iterable[int], by: Iterable[int]) -> tuple[int, ...]:
+    return tuple(token for _, token in sorted(zip(by, tokens, strict=True)))
 
 
 def resolve_tokens(

@@ -25,25 +25,21 @@ Readers = Mapping[str, Sequence[Read]]
 def pruned(bound: Bound, reach: Reach) -> Bound:
     """The same runs without interventions that reach nothing that is read, and without replaced bases."""
     edits, readers = _reaching(bound, reach)
-    kept = {run.name: _with(run, edits.get(run.name, {})) for run in bound.runs}
+    kept = {run.name: run.with_edits(edits.get(run.name, {}).values()) for run in bound.runs}
     instead_of_base: dict[str, str] = {}
-    sources_first = [run for run in bound.runs if not run.edits]
     for name in (run.name for stage in bound.stages for run in stage):
         own = reading_clean_values(kept[name], kept)
         if own.edits and reach.is_rid_of_base(own, readers.get(name, ())):
             own, instead = without_base(own, kept)
             instead_of_base[name] = f"{name} is {instead}"
         kept[name] = own
-        sources_first.append(own)
-    runs = [kept[run.name] for run in bound.runs]
-    if all(own is run for own, run in zip(runs, bound.runs, strict=True)):
-        return bound
     left_out = (e.where for run in bound.runs for k, e in enumerate(run.edits) if k not in edits[run.name])
     return replace(
-        Bound.of(runs, sources_first),
-        readout=bound.readout,
+        bound.with_runs(kept),
         left_out=tuple(left_out),
-        without_base=tuple(instead_of_base[run.name] for run in runs if run.name in instead_of_base),
+        without_base=tuple(
+            instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base
+        ),
     )
 
 
@@ -57,9 +53,3 @@ def _reaching(bound: Bound, reach: Reach) -> tuple[dict[str, dict[int, Edit]], R
             if edit.source is not None and edit.source_run is not None:
                 readers[edit.source_run].append(edit.source)
     return edits, readers
-
-
-def _with(run: BoundRun, edits: Mapping[int, Edit]) -> BoundRun:
-    """A run with some of its edits, each of them perhaps for fewer examples."""
-    own = tuple(edits.values())
-    return run if len(own) == len(run.edits) and not any(e.idle for e in own) else replace(run, edits=own)

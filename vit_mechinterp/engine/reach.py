@@ -2,7 +2,8 @@
 
 An intervention reaches nobody where it changes nothing that is read: a direction times zero, a direction or
 gate of zeros, tokens of the last block that the output does not read, and values that a later intervention
-writes over. Nothing of a base does where one replaces all that is read of the residual stream.
+writes over, there or where all that follows from them comes out. Nothing of a base does where one replaces
+all that is read of the residual stream.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.ops import (
+    BUILT_IN,
     Operator,
     ablate,
     acts_by_token,
@@ -24,7 +25,7 @@ from vit_mechinterp.engine.ops import (
     interchange,
     operator_of,
 )
-from vit_mechinterp.engine.positions import Positions
+from vit_mechinterp.engine.positions import BoolArray, Positions, where
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.model.read_tokens import ReadTokens
@@ -32,10 +33,6 @@ from vit_mechinterp.spec import BLOCK_SITES, AddDirection, Site, TensorRef
 
 __all__ = ["Reach"]
 
-Mask = NDArray[np.bool_]
-
-_BUILT_IN = (interchange, ablate, add_direction, inject_subspace)
-"""Operators that make nothing of a token or head for another one."""
 _FACTORS: Mapping[Operator, str] = {add_direction: "vector", inject_subspace: "gate"}
 """The tensor that the change which an operator makes is a multiple of."""
 _STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")
@@ -43,6 +40,13 @@ _STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")
 _BY_QUERY = "attn.q", *BLOCK_SITES[BLOCK_SITES.index("attn.scores") :]
 """Places of a block from which a token's value reaches that token of its output alone, if the block can be
 narrowed."""
+_OUTLETS: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("attn.q", "attn.k"), ("attn.scores", "attn.pattern", "attn_out")),
+    "attn.scores": ("attn.pattern", "attn_out"),
+    **dict.fromkeys(("attn.v", "attn.pattern", "attn.z", "attn.result"), ("attn_out",)),
+    **dict.fromkeys(("mlp.pre", "mlp.pre_linear", "mlp.post"), ("mlp_out",)),
+}
+"""Places of the same block, each of which all that follows from a value inside attention or MLP passes."""
 
 
 class Reach:
@@ -68,13 +72,14 @@ class Reach:
         imagined: bool,
     ) -> None:
         self.last, self.n_tokens, self.n = layout.n_layers - 1, layout.tokens.n_tokens, n
-        self.by_output: Mask | None = None
+        self.by_output: BoolArray | None = None
         if read is not None:
             self.by_output = np.zeros((1, self.n_tokens), dtype=np.bool_)
             self.by_output[0, list(read.tokens)] = True
         self.tensors, self.follows_from, self.imagined = tensors, follows_from, imagined
         self._zeros: dict[TensorRef, bool] = {}
         self._output_reads: dict[Positions, bool] = {}
+        self._read_of: dict[tuple[object, ...], list[Positions]] = {}
 
     def kept(self, run: BoundRun, reads: Sequence[Read]) -> dict[int, Edit]:
         """Edits of a run that reach its output, or one of what is read of it, by their place in the run."""
@@ -83,8 +88,11 @@ class Reach:
             later = run.edits[place + 1 :]
             if self._is_nothing(edit) or self._is_written_over(edit, later):
                 continue
+            if _is_shut_in(edit, later, reads):
+                continue
             idle = self._unread(edit, later, reads)
             if len(idle) < self.n:
+                edit = self._at_read_tokens(edit, later, reads)
                 found[place] = replace(edit, idle=idle) if idle else edit
         for place in reversed(list(found)[1:]):
             edit, first = found[place], found[next(iter(found))]
@@ -140,7 +148,7 @@ class Reach:
     def _is_written_over(self, edit: Edit, later: Sequence[Edit]) -> bool:
         """Whether all that an edit changes is replaced at the same place, before anything is made of it."""
         for other in later:
-            if other.site != edit.site or operator_of(other.spec) not in _BUILT_IN:
+            if other.site != edit.site or operator_of(other.spec) not in BUILT_IN:
                 return False
             if _replaces_change(other, edit) and self._holds(other, edit):
                 return True
@@ -148,10 +156,14 @@ class Reach:
 
     def _holds(self, these: Edit, those: Edit) -> bool:
         """Whether one edit of a run acts on every token that another acts on."""
-        if these.positions.is_all or these.spec.tokens == those.spec.tokens:
+        if these.positions.is_all:
             return True
-        if those.positions.is_all or self.imagined:
+        if self.imagined:
+            return these.spec.tokens == those.spec.tokens
+        if those.positions.is_all:
             return False
+        if these.positions == those.positions:
+            return True
         return bool((self._mask(these.positions) | ~self._mask(those.positions)).all())
 
     def _unread(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> tuple[int, ...]:
@@ -166,6 +178,24 @@ class Reach:
         unread = ~(live & self._mask(edit.positions)).any(axis=1)
         return tuple(np.flatnonzero(np.broadcast_to(unread, self.n)).tolist())
 
+    def _at_read_tokens(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> Edit:
+        """An edit at the tokens that somebody reads from its site on, if it does the same to each of them."""
+        apart = operator_of(edit.spec) in (interchange, ablate) and edit.keys.is_all and edit.mean is None
+        if not apart or edit.positions.is_all or self.imagined or not self._is_at_end(edit.site):
+            return edit
+        live = self._live(edit, later, reads)
+        if live is None or bool((live | ~self._mask(edit.positions)).all()):
+            return edit
+        source = edit.source
+        if source is not None and source.positions.is_all:
+            return edit
+        of = [edit.positions, *(() if source is None else (source.positions,))]
+        key = *of, live.tobytes()
+        if key not in self._read_of:
+            self._read_of[key] = [where(live, edit.positions, own) for own in of]
+        own = self._read_of[key]
+        return replace(edit, positions=own[0], source=source and replace(source, positions=own[-1]))
+
     def _is_output_of(self, positions: Positions) -> bool:
         """Whether the output reads tokens of some selection from the last block on."""
         if positions not in self._output_reads:
@@ -177,7 +207,7 @@ class Reach:
         """Whether a token's value at a site reaches no other token of what is read."""
         return site.name == "ln_final" or (site.layer == self.last and site.name in _BY_QUERY)
 
-    def _live(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> Mask | None:
+    def _live(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> BoolArray | None:
         """Tokens that are read from an edit's site on, ``[example or 1, token]``; None for all of them."""
         if self.by_output is None or not self._is_at_end(edit.site):
             return None
@@ -191,12 +221,23 @@ class Reach:
             found = found | self._mask(positions)
         return found
 
-    def _mask(self, positions: Positions) -> Mask:
+    def _mask(self, positions: Positions) -> BoolArray:
         """Tokens selected, ``[example or 1, token]``."""
         mask = np.zeros((1 if positions.each is None else self.n, self.n_tokens), dtype=np.bool_)
         row, position, _ = positions.flat(range(len(mask)))
         mask[row, position] = True
         return mask
+
+
+def _is_shut_in(edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> bool:
+    """Whether all that follows from an edit is replaced where it comes out, and nobody reads it before."""
+    outlets = _OUTLETS.get(edit.site.name, ())
+    for other in later:
+        if other.site.layer != edit.site.layer:
+            return False
+        if other.site.name in outlets and _replaces(other) and other.positions.is_all:
+            return not any(edit.site <= read.site < other.site for read in reads)
+    return False
 
 
 def _replaces(edit: Edit) -> bool:

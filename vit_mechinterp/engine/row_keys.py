@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vit_mechinterp.engine.bound import BoundRun, Edit
-from vit_mechinterp.engine.ops import ablate, add_direction, inject_subspace, interchange, operator_of
+from vit_mechinterp.engine.ops import BUILT_IN, ablate, inject_subspace, interchange, operator_of
+from vit_mechinterp.engine.options import options_of
 from vit_mechinterp.engine.positions import BoolArray, IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read
-from vit_mechinterp.spec import Ablate, Intervention, Site, SourcedIntervention, TensorRef
+from vit_mechinterp.spec import Site
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine.numbering import Part
@@ -22,11 +23,6 @@ __all__ = ["Key", "RowKeys"]
 
 Key = tuple[Any, ...]
 
-_BY_HEAD = (interchange, inject_subspace, ablate, add_direction)
-"""Operators for which the order of heads means nothing."""
-_NUMBERS = (bool, int, float)
-_PLAIN = (str, bool, int, float, TensorRef)
-"""Types of fields that are compared as they are."""
 
 
 class RowKeys:
@@ -35,8 +31,8 @@ class RowKeys:
     def __init__(self, sharing: Sharing, parts: Mapping[str, Sequence[Part]]) -> None:
         self.sharing = sharing
         self.parts = parts
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._arrays: dict[tuple[Positions, bool], int | IntArray] = {}
+        self._numbers: dict[Key, int] = {}
+        self._arrays: dict[tuple[tuple[Positions, ...], bool], int | IntArray] = {}
         self._sources: dict[object, IntArray] = {}
         self._distinct: dict[int, tuple[IntArray, bool]] = {}
         self._blank = np.zeros(sharing.n_examples, dtype=np.int64)
@@ -51,7 +47,7 @@ class RowKeys:
         paired = getattr(edit.spec, "source_tokens", None)
         if self.sharing.imagined and paired not in (None, edit.spec.tokens):
             return None
-        here, there = self._positions(edit.positions), self._positions(source.positions)
+        here, there = self._selected(edit.positions), self._selected(source.positions)
         if isinstance(here, int) and isinstance(there, int) and here != there:
             return None
         own = self._source(Read(run.origin, edit.site))
@@ -73,17 +69,14 @@ class RowKeys:
     def of(self, run: BoundRun, edit: Edit) -> tuple[Key, list[IntArray]]:
         """The key of a run's edit: what its rows share, and numbers ``[example]`` for what may differ."""
         heads = edit.spec.heads
-        if heads is not None and operator_of(edit.spec) in _BY_HEAD:
+        if heads is not None and operator_of(edit.spec) in BUILT_IN:
             heads = tuple(sorted(heads))
-        fixed: list[Any] = [type(edit.spec), self._site(run, edit.site), heads, self._options(edit)]
+        options = options_of(edit, imagined=self.sharing.imagined)
+        fixed: list[Any] = [type(edit.spec), self._site(run, edit.site), heads, options, edit.refs]
         varying: list[IntArray] = []
-        source = edit.source.positions if edit.source else None
-        # What is done token by token is the same in any order, if tokens are not paired with others.
-        apart = operator_of(edit.spec) in (interchange, ablate) and source in (None, edit.positions)
-        for positions in (edit.positions, edit.keys, source):
-            place = None if positions is None else self._positions(positions, ordered=not apart)
-            fixed.append(place if place is None or isinstance(place, int) else "each")
-            if place is not None and not isinstance(place, int):
+        for place in self._places(edit):
+            fixed.append(place if isinstance(place, int) else "each")
+            if not isinstance(place, int):
                 varying.append(place)
         if edit.source is not None:
             clean = isinstance(edit.source.origin, ColumnOrigin)
@@ -96,6 +89,13 @@ class RowKeys:
             varying.append(edit.choices)
             fixed.append("choice")
         return tuple(fixed), varying
+
+    def _places(self, edit: Edit) -> list[int | IntArray]:
+        """Numbers for what an edit selects: its tokens and its source's, and keys."""
+        source = edit.positions if edit.source is None else edit.source.positions
+        # What is done token by token is the same in any order.
+        apart = operator_of(edit.spec) in (interchange, ablate)
+        return [self._selected(edit.positions, source, ordered=not apart), self._selected(edit.keys)]
 
     def _site(self, run: BoundRun | None, site: Site) -> Site:
         """One name for a block's input and what the one before puts out, where nobody reads either of them of
@@ -131,46 +131,23 @@ class RowKeys:
     def _column_of(self) -> dict[str, str]:
         return {run.name: run.origin.column for run in self.sharing.bound.runs}
 
-    def _positions(self, positions: Positions, *, ordered: bool = True) -> int | IntArray:
-        """A number that stands for the positions: one for all examples, or one for each, if they differ."""
-        as_number = self._number if ordered else lambda chosen: self._number(tuple(sorted(chosen)))
-        if positions.each is None:
-            return -1 if positions.shared is None else as_number(positions.shared)
-        if (positions, ordered) not in self._arrays:
-            own = np.array([as_number(chosen) for chosen in positions.each], dtype=np.int64)
-            same = not self.sharing.imagined and bool((own == own[0]).all())
-            self._arrays[positions, ordered] = int(own[0]) if same else own
-        return self._arrays[positions, ordered]
+    def _selected(self, *selections: Positions, ordered: bool = True) -> int | IntArray:
+        """A number that stands for selections of tokens that are paired: one for all examples, or, if they
+        differ, one for each."""
+        key = selections, ordered
+        if key not in self._arrays:
+            n = next((len(own.each) for own in selections if own.each is not None), 1)
+            chosen = ([own.of(example) for own in selections] for example in range(n))
+            own = np.array([self._number(_paired(each, ordered=ordered)) for each in chosen], dtype=np.int64)
+            same = n == 1 or (not self.sharing.imagined and bool((own == own[0]).all()))
+            self._arrays[key] = int(own[0]) if same else own
+        return self._arrays[key]
 
-    def _number(self, chosen: tuple[int, ...]) -> int:
+    def _number(self, chosen: Key) -> int:
         return self._numbers.setdefault(chosen, len(self._numbers))
 
-    def _options(self, edit: Edit) -> object:
-        """Every field of an intervention that is not resolved into the bound edit."""
-        resolved = _resolved(
-            type(edit.spec), self.sharing.imagined, edit.choice is not None, edit.source is not None
-        )
-        spec = edit.spec
-        values = [getattr(spec, name) for name in _fields(type(spec)) if name not in resolved]
-        if all(value is None or type(value) in _PLAIN for value in values):
-            # Told apart by type and by how they are written, as in a document: 1.0 is not "1.0", nor 1 True.
-            return tuple((type(value), repr(value)) if type(value) in _NUMBERS else value for value in values)
-        return spec.model_dump_json(exclude=set(resolved))
 
-
-@cache
-def _resolved(kind: type[Intervention], imagined: bool, chosen: bool, sourced: bool) -> frozenset[str]:
-    """Fields whose meaning the bound edit holds."""
-    resolved = set() if imagined else {"site", "tokens", "heads", "keys"}
-    if issubclass(kind, SourcedIntervention) and not imagined:
-        resolved |= {"source", "source_tokens", "source_site"}
-    if chosen and not imagined:
-        resolved.add("choose")
-    if issubclass(kind, Ablate) and sourced:
-        resolved.add("seed")
-    return frozenset(resolved)
-
-
-@cache
-def _fields(kind: type[Intervention]) -> tuple[str, ...]:
-    return tuple(kind.model_fields)
+def _paired(chosen: Sequence[tuple[int, ...] | None], *, ordered: bool) -> Key:
+    """Tokens of several selections, whose order may mean nothing."""
+    known = [own for own in chosen if own is not None]
+    return tuple(chosen) if ordered or len(known) < len(chosen) else tuple(sorted(zip(*known, strict=True)))

@@ -1,0 +1,158 @@
+"""Runs that do the same in other words are the same rows: computed once, with the numbers of either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import vit_mechinterp as vmi
+from tests.engine.world import Counted, World
+from tests.tiny_models import HF_VIT, N_LAYERS
+from vit_mechinterp import Run
+
+Edits = list[dict[str, Any]]
+
+STREAM, Z = "blocks.1.resid_post", "blocks.1.attn.z"
+
+
+@cache
+def world() -> World:
+    made = World(HF_VIT, n=3)
+    made.tensors["ones"] = torch.ones_like(made.tensors["gate"])
+    made.tensors["same direction"] = made.tensors["direction.32"].clone()
+    return made
+
+
+def swap(site: str, **fields: Any) -> dict[str, Any]:
+    return {"op": "interchange", "site": site, "source": "source", **fields}
+
+
+def ablate(site: str, **fields: Any) -> dict[str, Any]:
+    return {"op": "ablate", "site": site, "method": "zero", **fields}
+
+
+def add(site: str, **fields: Any) -> dict[str, Any]:
+    return {"op": "add_direction", "site": site, "vector": "direction.32", **fields}
+
+
+def inject(site: str, **fields: Any) -> dict[str, Any]:
+    basis = f"basis.{32 if 'resid' in site else 8}"
+    return {"op": "inject_subspace", "site": site, "basis": basis, "source": "source", **fields}
+
+
+SAME: Mapping[str, tuple[Edits, Edits]] = {
+    "two tokens": ([swap(STREAM, tokens=[2, 5])], [swap(STREAM, tokens=[2]), swap(STREAM, tokens=[5])]),
+    "two tokens, the last first": ([swap(STREAM, tokens=[2, 5])], [swap(STREAM, tokens=[5]), swap(STREAM, tokens=[2])]),
+    "tokens in pairs": (
+        [swap(STREAM, tokens=[2, 5], source_tokens=[7, 1])],
+        [swap(STREAM, tokens=[5], source_tokens=[1]), swap(STREAM, tokens=[2], source_tokens=[7])],
+    ),
+    "pairs in another order": (
+        [swap(STREAM, tokens=[2, 5], source_tokens=[7, 1])],
+        [swap(STREAM, tokens=[5, 2], source_tokens=[1, 7])],
+    ),
+    "CLS and a token of each example": (
+        [ablate(STREAM, tokens="cls"), ablate(STREAM, tokens={"column": "here"})],
+        [ablate(STREAM, tokens={"column": "here"}), ablate(STREAM, tokens="cls")],
+    ),
+    "other operations on other tokens": (
+        [add(STREAM, tokens=[3]), ablate(STREAM, tokens=[6])],
+        [ablate(STREAM, tokens=[6]), add(STREAM, tokens=[3])],
+    ),
+    "directions": ([add(STREAM, tokens=[3, 4])], [add(STREAM, tokens=[4]), add(STREAM, tokens=[3])]),
+    "subspaces": ([inject(STREAM, tokens=[3, 4])], [inject(STREAM, tokens=[4]), inject(STREAM, tokens=[3])]),
+    "all heads": ([swap(Z, tokens=[2])], [swap(Z, tokens=[2], heads=[3, 0, 1, 2])]),
+    "heads one by one": ([swap(Z, heads=[0, 2])], [swap(Z, heads=[2]), swap(Z, heads=[0])]),
+    "every head one by one": ([inject(Z)], [inject(Z, heads=[head]) for head in (1, 3, 0, 2)]),
+    "CLS and patches": ([swap(Z)], [swap(Z, tokens="patches"), swap(Z, tokens="cls")]),
+    "a gate of ones": ([inject(STREAM, tokens=[3])], [inject(STREAM, tokens=[3], gate="ones")]),
+    "inside an MLP whose increment is replaced": (
+        [swap("blocks.1.mlp_out")],
+        [ablate("blocks.1.mlp.post", tokens=[3]), swap("blocks.1.mlp_out")],
+    ),
+    "before a pattern that is replaced": (
+        [swap("blocks.1.attn.pattern"), ablate(Z, heads=[1])],
+        [ablate("blocks.1.attn.q", heads=[1]), swap("blocks.1.attn.pattern"), ablate(Z, heads=[1])],
+    ),
+    "tokens that nobody reads": (
+        [swap(f"blocks.{N_LAYERS - 1}.attn.z", tokens=["cls", 2])],
+        [swap(f"blocks.{N_LAYERS - 1}.attn.z", tokens=[3, "cls", 4])],
+    ),
+    "pairs that nobody reads": (
+        [swap(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=["cls"], source_tokens=[3])],
+        [swap(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=[2, "cls"], source_tokens=[1, 3])],
+    ),
+    "another name": (
+        [add(STREAM, tokens=[3])],
+        [add(STREAM, tokens=[3]) | {"vector": "same direction"}],
+    ),
+}
+OTHER: Mapping[str, tuple[Edits, Edits]] = {
+    "pairs of others": (
+        [swap(STREAM, tokens=[2, 5], source_tokens=[7, 1])],
+        [swap(STREAM, tokens=[2, 5], source_tokens=[1, 3])],
+    ),
+    "tokens that overlap": (
+        [add(STREAM, tokens=[3, 4]), ablate(STREAM, tokens=[4])],
+        [ablate(STREAM, tokens=[4]), add(STREAM, tokens=[3, 4])],
+    ),
+    "vectors by token": (
+        [add(STREAM, tokens=[3, 4]) | {"vector": "rows.2.32"}],
+        [add(STREAM, tokens=[4, 3]) | {"vector": "rows.2.32"}],
+    ),
+    "twice as much": ([add(STREAM, tokens=[3])], [add(STREAM, tokens=[3], alpha=2.0)]),
+    "a gate": ([inject(STREAM, tokens=[3])], [inject(STREAM, tokens=[3], gate="gate")]),
+    "three heads of four": ([swap(Z)], [swap(Z, heads=[0, 1, 2])]),
+    "inside an MLP whose increment is replaced in part": (
+        [swap("blocks.1.mlp_out", tokens=[3])],
+        [ablate("blocks.1.mlp.post"), swap("blocks.1.mlp_out", tokens=[3])],
+    ),
+    "before scores that are not all replaced": (
+        [swap("blocks.1.attn.pattern", heads=[0])],
+        [ablate("blocks.1.attn.q"), swap("blocks.1.attn.pattern", heads=[0])],
+    ),
+    "before a pattern and values": (
+        [swap("blocks.1.attn.pattern")],
+        [ablate("blocks.1.attn.v"), swap("blocks.1.attn.pattern")],
+    ),
+    "means over other tokens": (
+        [{"op": "ablate", "site": STREAM, "method": "mean", "pool_tokens": True, "tokens": [3, 4]}],
+        [
+            {"op": "ablate", "site": STREAM, "method": "mean", "pool_tokens": True, "tokens": [3]},
+            {"op": "ablate", "site": STREAM, "method": "mean", "pool_tokens": True, "tokens": [4]},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*SAME, *OTHER])
+def test_what_does_the_same_is_computed_once(name: str) -> None:
+    documents = [{"name": f"r{n}", "interventions": own} for n, own in enumerate({**SAME, **OTHER}[name])]
+    runs = [Run.model_validate(document) for document in documents]
+    tensors = world().named(documents)
+    one = vmi.plan(world().vit, runs[:1], world().columns, tensors)
+    both = vmi.plan(world().vit, runs, world().columns, tensors)
+    with Counted(world().module) as count:
+        results = world().execute(documents)
+    world().check(documents, results)
+    assert count.total == both.block_evaluations
+    differ = float((results.logits[0] - results.logits[1]).abs().max()) / world().scale
+    if name in SAME:
+        assert differ == 0
+        assert both.block_evaluations == one.block_evaluations
+    else:
+        assert differ > 1e-4
+        assert both.block_evaluations > one.block_evaluations
+
+
+def test_what_is_captured_inside_is_not_left_out() -> None:
+    inside = "blocks.1.mlp.post"
+    edits = [ablate(inside, tokens=[3]), swap("blocks.1.mlp_out")]
+    document = {"name": "seen", "interventions": edits, "capture": [{"site": inside}]}
+    results = world().execute([document])
+    world().check([document], results)
+    assert (results.captures["seen"][inside][:, 1 + 3] == 0).all()

@@ -1,0 +1,210 @@
+"""Edits in one spelling: what does the same is written in one way, so that it is found to be equal.
+
+All heads by number are no selection of heads, and all tokens by name none of tokens. Tensors of equal
+contents have one name, and a gate of ones is none. Edits of other tokens or other heads at one site can be
+made in any order: they stand in one that does not depend on how they were written, and those that could be
+one are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations, groupby
+
+from torch import Tensor
+
+from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.ops import (
+    BUILT_IN,
+    ablate,
+    add_direction,
+    inject_subspace,
+    interchange,
+    operator_of,
+)
+from vit_mechinterp.engine.options import options_of
+from vit_mechinterp.engine.positions import ALL, Positions, are_disjoint, in_order_of
+from vit_mechinterp.engine.values import Read
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Site, TensorRef
+
+__all__ = ["Spelling"]
+
+Spec = tuple[object, ...]
+
+
+class Spelling:
+    """Writes edits of one experiment in one way.
+
+    Args:
+        vit: the model.
+        tensors: the given tensors, where they are known.
+        imagined: whether there is no data, so that nobody knows which patches a column selects. Then edits
+            are neither put in order nor made one.
+    """
+
+    def __init__(
+        self, vit: HookedViT, tensors: Mapping[TensorRef, Tensor] | None, *, imagined: bool
+    ) -> None:
+        self.vit, self.tensors, self.imagined = vit, tensors or {}, imagined
+        self._n_tokens = vit.layout.tokens.n_tokens
+        self._names = _one_name_each(self.tensors)
+        self._ones = {ref for ref, tensor in self.tensors.items() if bool((tensor == 1).all())}
+        self._heads: dict[Site, int] = {}
+        self._joined: dict[tuple[int, ...], tuple[Sequence[Positions], Positions]] = {}
+        self._apart: dict[tuple[Positions, Positions], bool] = {}
+
+    def of(self, bound: Bound) -> Bound:
+        """The same runs, their edits in one spelling."""
+        return bound.with_runs({run.name: self._run(run) for run in bound.runs})
+
+    def _run(self, run: BoundRun) -> BoundRun:
+        edits = [self._edit(edit) for edit in run.edits]
+        if not self.imagined and len({edit.site for edit in edits}) < len(edits):
+            by_site = groupby(edits, key=lambda edit: edit.site)
+            edits = [edit for _, own in by_site for edit in self._at_one_site(list(own))]
+        return run.with_edits(edits)
+
+    def _edit(self, edit: Edit) -> Edit:
+        if edit.refs:
+            edit = self._with_names(edit)
+        if operator_of(edit.spec) not in BUILT_IN:
+            return edit
+        heads = edit.spec.heads
+        if heads is not None and len(heads) == self._n_heads(edit.site):
+            edit = _with_heads(edit, None)
+        chosen = edit.positions.shared
+        aligned = edit.source is None or edit.source.positions == edit.positions
+        mean_of_all = edit.mean is None or edit.mean.positions.is_all
+        if chosen is not None and aligned and mean_of_all and self._acts_by_token(edit):
+            edit = _with_positions(edit, ALL, ALL) if len(chosen) == self._n_tokens else edit
+        return edit
+
+    def _with_names(self, edit: Edit) -> Edit:
+        without_gate = operator_of(edit.spec) is inject_subspace
+        refs = tuple(
+            (field, self._names.get(ref, ref))
+            for field, ref in edit.refs
+            if not (without_gate and field == "gate" and ref in self._ones)
+        )
+        return edit if refs == edit.refs else replace(edit, refs=refs)
+
+    def _n_heads(self, site: Site) -> int:
+        if site not in self._heads:
+            shape = self.vit.sites()[str(site)].shape
+            self._heads[site] = shape[0] if site.is_attention_matrix else shape[1]
+        return self._heads[site]
+
+    def _at_one_site(self, edits: list[Edit]) -> list[Edit]:
+        """Edits at one site, in the order in which they act."""
+        if len(edits) == 1 or not all(map(self._acts_by_token, edits)):
+            return edits
+        if not all(self._touch_others(*pair) for pair in combinations(edits, 2)):
+            return edits
+        edits = self._made_one(edits, lambda edit: edit.spec.heads, self._with_tokens_of)
+        edits = self._made_one(edits, lambda edit: edit.positions, _with_heads_of)
+        return sorted(map(self._edit, edits), key=_place)
+
+    def _acts_by_token(self, edit: Edit) -> bool:
+        """Whether what an edit does to a token is the same whichever others are selected with it."""
+        if not edit.keys.is_all or not edit.site.has_tokens:
+            return False
+        operator = operator_of(edit.spec)
+        if operator in (interchange, ablate):
+            return True
+        if any(ref not in self.tensors for _, ref in edit.refs):
+            return False
+        shapes = {field: tuple(self.tensors[ref].shape) for field, ref in edit.refs}
+        n_features = self.vit.sites()[str(edit.site)].shape[-1]
+        chosen = 0 if edit.choice is None else 1
+        if operator is add_direction:
+            return shapes["vector"][chosen:] == (n_features,)
+        if operator is inject_subspace and len(shapes["basis"]) == 2:
+            return edit.source is not None or shapes["vectors"][chosen:] == shapes["basis"][1:]
+        return False
+
+    def _touch_others(self, one: Edit, other: Edit) -> bool:
+        """Whether two edits have no token in common, or no head."""
+        heads, others = one.spec.heads, other.spec.heads
+        if heads is not None and others is not None and not set(heads) & set(others):
+            return True
+        pair = one.positions, other.positions
+        if pair not in self._apart:
+            self._apart[pair] = are_disjoint(*pair)
+        return self._apart[pair]
+
+    def _made_one(
+        self,
+        edits: Sequence[Edit],
+        equal: Callable[[Edit], object],
+        together: Callable[[Sequence[Edit]], Edit],
+    ) -> list[Edit]:
+        """Edits that do the same, and are ``equal`` in what else they select, as one."""
+        kinds: defaultdict[Spec, list[Edit]] = defaultdict(list)
+        for edit in edits:
+            kinds[(*self._kind(edit), equal(edit))].append(edit)
+        return [own[0] if len(own) == 1 else together(own) for own in kinds.values()]
+
+    def _kind(self, edit: Edit) -> Spec:
+        """What an edit does, whichever tokens and heads it does it to."""
+        source, mean = edit.source, edit.mean
+        return (
+            type(edit.spec),
+            options_of(edit, imagined=False),
+            edit.refs,
+            edit.choice,
+            source and (source.origin, source.site, source.positions == edit.positions),
+            mean and (mean.origin, mean.positions),
+        )
+
+    def _with_tokens_of(self, edits: Sequence[Edit]) -> Edit:
+        edits = sorted(edits, key=_place)
+        targets = [edit.positions for edit in edits]
+        sources = [edit.source.positions for edit in edits if edit.source is not None]
+        aligned = not sources or sources == targets
+        there = self._together(targets, targets)
+        return _with_positions(edits[0], there, there if aligned else self._together(sources, targets))
+
+    def _together(self, several: Sequence[Positions], by: Sequence[Positions]) -> Positions:
+        """Selections as one, in the order of others; one object for all runs that select the same."""
+        key = tuple(map(id, (*several, *by)))
+        if key not in self._joined:
+            self._joined[key] = (*several, *by), in_order_of(several, by)
+        return self._joined[key][1]
+
+
+def _one_name_each(tensors: Mapping[TensorRef, Tensor]) -> dict[TensorRef, TensorRef]:
+    """For every reference, the first one to equal contents."""
+    known: defaultdict[Spec, list[TensorRef]] = defaultdict(list)
+    names: dict[TensorRef, TensorRef] = {}
+    for ref, tensor in tensors.items():
+        alike = known[tensor.shape, tensor.dtype, float(tensor.sum())]
+        names[ref] = next((other for other in alike if bool((tensors[other] == tensor).all())), ref)
+        if names[ref] is ref:
+            alike.append(ref)
+    return names
+
+
+def _place(edit: Edit) -> tuple[object, ...]:
+    """Where an edit stands among others of one site that have no token or no head in common with it."""
+    positions = edit.positions.of(0)
+    return () if positions is None else tuple(sorted(positions)), edit.spec.heads or ()
+
+
+def _with_heads_of(edits: Sequence[Edit]) -> Edit:
+    return _with_heads(edits[0], tuple(sorted(head for edit in edits for head in edit.spec.heads or ())))
+
+
+def _with_heads(edit: Edit, heads: tuple[int, ...] | None) -> Edit:
+    def of(read: Read | None) -> Read | None:
+        return None if read is None else replace(read, heads=heads)
+
+    spec = edit.spec.model_copy(update={"heads": heads})
+    return replace(edit, spec=spec, source=of(edit.source), mean=of(edit.mean))
+
+
+def _with_positions(edit: Edit, positions: Positions, sources: Positions) -> Edit:
+    source = None if edit.source is None else replace(edit.source, positions=sources)
+    return replace(edit, positions=positions, source=source)
