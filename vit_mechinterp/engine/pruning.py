@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.bound import Bound, Edit
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.rebasing import reading_clean_values, without_base
 from vit_mechinterp.engine.values import Read
