@@ -143,13 +143,18 @@ def chosen_seed(n: int) -> int:
     return next(seed for seed in range(99) if (np.random.default_rng(seed).permutation(n) == np.arange(n)).any())
 
 
-def test_a_stream_that_is_put_back_is_the_bases_own() -> None:
-    """Resampled from the whole dataset, an example may be given its own image."""
+def test_a_stream_that_is_resampled_is_another_images_own() -> None:
+    """The clean forward of the image that it was drawn from answers the row, also where that is the example's own."""
     world = world_of(TIMM_PLAIN, 5)
     resampled = {"op": "ablate", "site": "blocks.0.resid_post", "method": "resample", "seed": chosen_seed(5)}
-    plan = vmi.plan(world.vit, [Run.model_validate(run("a", resampled))], world.columns)
-    assert plan.clean_rows == 1
+    alone = Run.model_validate(run("a", resampled))
+    plan = vmi.plan(world.vit, [Run(name="clean"), alone], world.columns)
+    assert plan.clean_runs == ("clean", "a")
+    assert plan.block_evaluations == vmi.plan(world.vit, [Run(name="clean")], world.columns).block_evaluations
+    assert "another example's image 'base' from blocks.0.resid_post on" in str(plan)
     rows(world, run("a", resampled), effect=None)
+    for store in (None, vmi.ActivationStore()):
+        world.check([run("a", resampled)], world.execute([run("a", resampled)], store=store), effect=None)
     rows(world, run("a", resampled, push("blocks.1.mlp_out", [1]), capture=("blocks.0.resid_post", "blocks.2.ln1")), effect=None)
 
 

@@ -259,7 +259,7 @@ def test_rows_equal_to_rows_of_earlier_chunks_are_computed_once(tmp_path: Path) 
 def test_a_plan_without_data_supposes_that_images_differ() -> None:
     world = world_of(TIMM_PLAIN, 4)
     documents = [
-        run("resampled", {"op": "ablate", "site": "blocks.1.resid_post", "method": "resample"}),
+        run("resampled", {"op": "ablate", "site": "blocks.1.mlp_out", "method": "resample"}),
         run("columns", swap("blocks.1.resid_post", "base", tokens={"column": "here"}, source_tokens={"column": "there"})),
         run("idle", swap("blocks.1.resid_post", "base", tokens={"column": "here"})),
     ]

@@ -63,9 +63,9 @@ def chunk_of(
         for read in means:
             if read not in schedule.last_stage and not schedule.is_kept(read):
                 clean.values.pop(read, None)
-    images, rows = schedule.sharing.images, schedule.rows.of(chunk)
+    images_of, rows = schedule.sharing.images_of, schedule.rows.of(chunk)
     gifts, handed = rows.branches.gifts, rows.branches.handed
-    material = Material(bound, clean, tensors, means, images=images, gifts=gifts, handed=handed)
+    material = Material(bound, clean, tensors, means, images_of=images_of, gifts=gifts, handed=handed)
     outputs = _Outputs(chunk)
     captures: dict[tuple[str, str], Values] = {}
     captured: Pieces = defaultdict(list)
@@ -106,7 +106,7 @@ def chunk_of(
     for run in bound.runs:
         untouched = schedule.clean_rows(run.name, chunk)
         if len(untouched):
-            outputs.put(run.name, untouched, clean.outputs[run.origin.column].whole(untouched).cpu())
+            outputs.put(run.name, untouched, clean.outputs[run.origin].whole(untouched).cpu())
         part.outputs[run.name] = _kept(schedule, chunk, outputs.whole(run.name))
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]

@@ -38,10 +38,11 @@ class CleanPass(Protocol):
 
 @dataclass
 class Clean:
-    """What the clean forwards of one chunk gave: values by read, outputs (float32) by image column."""
+    """What the clean forwards of one chunk gave: values by read, outputs (float32) by what they
+    are made from."""
 
     values: dict[Read, Values] = field(default_factory=dict)
-    outputs: dict[str, Values] = field(default_factory=dict)
+    outputs: dict[ColumnOrigin, Values] = field(default_factory=dict)
 
 
 class _Filling:
@@ -124,15 +125,15 @@ def clean_pass(
         assert isinstance(read.origin, ColumnOrigin)
         filling[read] = _Filling(read, examples, images_of(read.origin)[examples])
     results = {
-        column: _Filling(None, examples, images_of(ColumnOrigin(column))[examples])
-        for column, examples in outputs.items()
+        origin: _Filling(None, examples, images_of(origin)[examples])
+        for origin, examples in outputs.items()
     }
     for batch in schedule.clean_batches(needs, outputs):
         _forward(vit, data, batch, filling, results)
         tick(len(batch.images) * batch.stop.blocks)
     return Clean(
         {read: own.values() for read, own in filling.items()},
-        {column: own.values() for column, own in results.items()},
+        {origin: own.values() for origin, own in results.items()},
     )
 
 
@@ -141,7 +142,7 @@ def _forward(
     data: Data,
     batch: CleanGroup,
     filling: Mapping[Read, _Filling],
-    results: Mapping[str, _Filling],
+    results: Mapping[ColumnOrigin, _Filling],
 ) -> None:
     instrument = Instrument(vit.module, vit.layout)
 

@@ -28,7 +28,7 @@ class Counts:
     """Totals over all chunks.
 
     ``images`` counts by column and number of blocks; ``kept`` are the clean values held, ``outputs`` the
-    columns whose clean output is wanted; ``again`` are images that pass through the model once more because
+    images whose clean output is wanted; ``again`` are images that pass through the model once more because
     they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
     keeps columns apart, and ``rows_again`` equal rows of different chunks; ``spared`` and ``unread`` are
     parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
@@ -52,7 +52,7 @@ class Counts:
     starts: Counter[tuple[str, int, Beginning | None]] = field(default_factory=Counter)
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     kept: dict[Read, None] = field(default_factory=dict)
-    outputs: set[str] = field(default_factory=set)
+    outputs: set[ColumnOrigin] = field(default_factory=set)
 
 
 def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) -> Counts:
@@ -73,7 +73,7 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
         total.apart = _apart(schedule, forecast)
     elif len(chunks) > 1:
         used = [sharing.images_of(r.origin) for r in total.kept if isinstance(r.origin, ColumnOrigin)]
-        used += [sharing.images[column] for column in total.outputs]
+        used += [sharing.images_of(origin) for origin in total.outputs]
         first_pass = sum(total.images.values()) - sum(_means(schedule, Counts()).images.values())
         total.again = max(0, first_pass - len(np.unique(np.concatenate(used)))) if used else 0
     return total
@@ -159,7 +159,7 @@ def _means(schedule: Schedule, own: Counts) -> Counts:
 def _spared(
     schedule: Schedule, segments: list[Segment], shares: dict[str, float], tokens: tuple[int, ...] | None
 ) -> float:
-    found = distinct_rows(segments, [schedule.sharing.images] * len(segments), schedule.n_layers)
+    found = distinct_rows(segments, [schedule.sharing.images_of] * len(segments), schedule.n_layers)
     few = 1.0 if tokens is None or schedule.read is None else len(tokens) / schedule.read.n_tokens
     narrowed = PARTS[PARTS.index("attn.z") :]
     total = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,12 +13,15 @@ from vit_mechinterp.engine.bound import Bound, Edit
 from vit_mechinterp.engine.branching import Handed, Row
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.ops import Inputs, apply
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.values import Read, Values, by_token
+from vit_mechinterp.engine.positions import NONE, IntArray
+from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, by_token
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.spec import Ablate, Site, TensorRef
 
-__all__ = ["Material", "edit_rows", "inputs_of"]
+__all__ = ["ImagesOf", "Material", "edit_rows", "inputs_of"]
+
+ImagesOf = Callable[[ColumnOrigin], IntArray]
+"""Numbers of the images that clean values are made from, ``[example]``."""
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Material:
         means: dataset means by read.
         run_values: values of edited runs by read.
         source_order: for training, a permutation of every source selection's tokens (paper A.6).
-        images: numbers of the images of every column; rows of one image start from the same values.
+        images_of: numbers of the images that rows start from; rows of one image start from the same values.
         copies: rows (run, example) whose values other rows (run, example) share.
         gifts: states that rows (run, example) hand on, each with the site that it is seen at.
         handed: what rows (run, example) hand on of what is read of others.
@@ -45,7 +48,7 @@ class Material:
     means: Mapping[Read, Tensor] = field(default_factory=dict)
     run_values: dict[Read, Values] = field(default_factory=dict)
     source_order: Sequence[int] | None = None
-    images: Mapping[str, IntArray] = field(default_factory=dict)
+    images_of: ImagesOf = lambda origin: NONE
     copies: Mapping[Row, Sequence[Row]] = field(default_factory=dict)
     gifts: Mapping[Row, Iterable[tuple[Site, int]]] = field(default_factory=dict)
     handed: Mapping[Row, Sequence[Handed]] = field(default_factory=dict)

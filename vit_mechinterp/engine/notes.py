@@ -79,10 +79,11 @@ def _over_chunks(schedule: Schedule, counts: Counts) -> Iterator[str]:
         yield "dataset means need a pass of their own, because the dataset spans several chunks"
     if len(schedule.chunks) == 1:
         return
+    origins = [*(read.origin for read in counts.kept), *counts.outputs]
     permuted = {
-        read.origin.column
-        for read in counts.kept
-        if isinstance(read.origin, ColumnOrigin) and read.origin.permutation is not None
+        origin.column
+        for origin in origins
+        if isinstance(origin, ColumnOrigin) and origin.permutation is not None
     }
     for column in sorted(permuted):
         yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"

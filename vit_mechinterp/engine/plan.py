@@ -233,7 +233,7 @@ def describe(
         origins = ((read, read.origin) for read in counts.kept)
         own = (read for read, o in origins if isinstance(o, ColumnOrigin) and o.column == column)
         kept = dict.fromkeys(str(read.site) for read in own)
-        if column in counts.outputs:
+        if any(origin.column == column for origin in counts.outputs):
             kept[vit.layout.output] = None
         clean.append(CleanForwards(column, images, blocks, tuple(kept)))
     starts: defaultdict[tuple[str, int], dict[Beginning | None, int]] = defaultdict(dict)

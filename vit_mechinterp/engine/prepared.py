@@ -15,7 +15,7 @@ from torch import Tensor
 from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.editing import Material
+from vit_mechinterp.engine.editing import ImagesOf, Material
 from vit_mechinterp.engine.order import Segment, filled, starts_late
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import provenance_of
@@ -122,11 +122,12 @@ class Prepared:
         """What the rows of some runs read."""
         bound = Bound(runs=tuple(runs), stages=(tuple(runs),), run_reads=())
         refs = resolve_refs(bound, tensors, self.vit)
-        return Material(bound, self._clean, refs, means=self._means, images=self.schedule.sharing.images)
+        images_of = self.schedule.sharing.images_of
+        return Material(bound, self._clean, refs, means=self._means, images_of=images_of)
 
     def clean_outputs(self, run: BoundRun, examples: Sequence[int]) -> Tensor:
         """Outputs of a run without interventions."""
-        return self._clean.outputs[run.origin.column].whole(examples)
+        return self._clean.outputs[run.origin].whole(examples)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def run_together(
     if any(batch.prepared.vit is not vit for batch in batches):
         raise SpecError("Batches that run together are of one model; these were prepared on several.")
     runs_of = [batch.checked() for batch in batches]
-    images = _images([batch.prepared for batch in batches])
+    images_of = _images_of([batch.prepared for batch in batches])
     schedules = [batch.prepared.schedule for batch in batches]
     spares = schedules[0].spares
     tokens = union(own.tokens_read(stage) for own in schedules for stage in own.bound.stages)
@@ -216,7 +217,7 @@ def run_together(
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
         material = batch.prepared.material(runs, tensors)
-        material = replace(material, source_order=batch.source_order, images=images[n])
+        material = replace(material, source_order=batch.source_order, images_of=images_of[n])
         for run in runs:
             if run.edits:
                 late = spares and starts_late(run, vit.layout.n_layers)
@@ -279,15 +280,19 @@ def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:
     return max(1, sum(len(rows.examples) for rows in placed))
 
 
-def _images(preparations: Sequence[Prepared]) -> list[Mapping[str, IntArray]]:
+def _images_of(preparations: Sequence[Prepared]) -> list[ImagesOf]:
     """Numbers of images that tell the images of different preparations apart."""
-    found: dict[int, Mapping[str, IntArray]] = {}
+    found: dict[int, ImagesOf] = {}
     highest = 0
+
+    def above(own: ImagesOf, number: int) -> ImagesOf:
+        return lambda origin: own(origin) + number
+
     for prepared in preparations:
         if id(prepared) not in found:
-            own = prepared.schedule.sharing.images
-            found[id(prepared)] = {column: numbers + highest for column, numbers in own.items()}
-            highest += 1 + int(max((np.max(numbers) for numbers in own.values()), default=0))
+            sharing = prepared.schedule.sharing
+            found[id(prepared)] = above(sharing.images_of, highest)
+            highest += 1 + int(max(np.max(numbers) for numbers in sharing.images.values()))
     return [found[id(prepared)] for prepared in preparations]
 
 

@@ -30,9 +30,10 @@ def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRu
     first, later = run.edits[0], run.edits[1:]
     source = first.source
     if source is not None and source.site == first.site and source.positions == first.positions:
-        if isinstance(source.origin, ColumnOrigin) and source.origin.permutation is None:
+        if isinstance(source.origin, ColumnOrigin):
             same = _ending_as(run, source.origin, first.site, edits=later)
-            return same, f"image {source.origin.column!r} from {first.site} on"
+            whose = "image" if source.origin.permutation is None else "another example's image"
+            return same, f"{whose} {source.origin.column!r} from {first.site} on"
         other = others.get(first.source_run or "")
         if other is not None and not later and other.edits[-1].site <= first.site:
             same = _ending_as(run, other.origin, first.site, edits=other.edits)

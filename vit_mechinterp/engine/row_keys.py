@@ -56,8 +56,7 @@ class RowKeys:
 
     def base_of(self, run: BoundRun) -> IntArray:
         """What each example's row of a run starts from: its image, or the same for all."""
-        images = self.sharing.images[run.origin.column]
-        return self._blank if run.blank else images
+        return self._blank if run.blank else self.sharing.images_of(run.origin)
 
     def are_distinct(self, numbers: IntArray) -> bool:
         """Whether no number occurs twice."""
@@ -120,7 +119,7 @@ class RowKeys:
     def _states_at(self, name: str, site: Site) -> IntArray:
         """The states of a run's rows at a site, or their images' numbers where no edit comes before."""
         parts = self.parts[name]
-        found = -1 - self.sharing.images[self._column_of[name]]
+        found = -1 - self.sharing.images_of(self._origin_of[name])
         for part in parts:
             made = sum(edit.site <= site for edit in part.run.edits)
             if made:
@@ -128,8 +127,8 @@ class RowKeys:
         return found
 
     @cached_property
-    def _column_of(self) -> dict[str, str]:
-        return {run.name: run.origin.column for run in self.sharing.bound.runs}
+    def _origin_of(self) -> dict[str, ColumnOrigin]:
+        return {run.name: run.origin for run in self.sharing.bound.runs}
 
     def _selected(self, *selections: Positions, ordered: bool = True) -> int | IntArray:
         """A number that stands for selections of tokens that are paired: one for all examples, or, if they

@@ -206,26 +206,26 @@ class Schedule:
         names = (run.name for run in self.bound.runs)
         return frozenset(name for name in names if len(self.sharing.clean_rows(name)))
 
-    def clean_outputs(self, chunk: range) -> dict[str, IntArray]:
-        """Examples of a chunk whose clean output somebody wants, by image column."""
-        wanted: dict[str, list[IntArray]] = {}
+    def clean_outputs(self, chunk: range) -> dict[ColumnOrigin, IntArray]:
+        """Examples of a chunk whose clean output somebody wants, by what it is made from."""
+        wanted: dict[ColumnOrigin, list[IntArray]] = {}
         for run in (run for run in self.bound.runs if run.name in self._partly_clean):
             examples = self.clean_rows(run.name, chunk)
             if len(examples):
-                wanted.setdefault(run.origin.column, []).append(examples)
+                wanted.setdefault(run.origin, []).append(examples)
         everyone = np.arange(chunk.start, chunk.stop)
-        return {column: _union(examples, everyone) for column, examples in wanted.items()}
+        return {origin: _union(examples, everyone) for origin, examples in wanted.items()}
 
     def clean_needs(
         self, chunk: range, reads: Sequence[Read] | None = None
-    ) -> tuple[dict[Read, IntArray], dict[str, IntArray]]:
+    ) -> tuple[dict[Read, IntArray], dict[ColumnOrigin, IntArray]]:
         """Clean values and outputs that a chunk needs, by example; or only some reads, for all examples."""
         if reads is None:
             return self.needs(chunk), self.clean_outputs(chunk)
         return dict.fromkeys(reads, np.arange(chunk.start, chunk.stop)), {}
 
     def clean_batches(
-        self, needs: Mapping[Read, IntArray], outputs: Mapping[str, IntArray]
+        self, needs: Mapping[Read, IntArray], outputs: Mapping[ColumnOrigin, IntArray]
     ) -> Iterator[CleanGroup]:
         """The clean forwards that give what is needed, each image in one of them."""
         for group in self.clean_groups(needs, outputs):
@@ -234,7 +234,7 @@ class Schedule:
                 yield CleanGroup(group.stop, group.images[span], group.sources[span])
 
     def clean_groups(
-        self, needs: Mapping[Read, IntArray], outputs: Mapping[str, IntArray]
+        self, needs: Mapping[Read, IntArray], outputs: Mapping[ColumnOrigin, IntArray]
     ) -> list[CleanGroup]:
         """Distinct images, grouped by how far they pass through the model; those that go furthest first."""
         stops: dict[tuple[ColumnOrigin, bytes], tuple[IntArray, int]] = {}
@@ -247,8 +247,8 @@ class Schedule:
         for read, examples in needs.items():
             assert isinstance(read.origin, ColumnOrigin)
             until(read.origin, examples, Stop.for_site(read.site, self.n_layers).place)
-        for column, examples in outputs.items():
-            until(ColumnOrigin(column), examples, 2 * self.n_layers)
+        for origin, examples in outputs.items():
+            until(origin, examples, 2 * self.n_layers)
         if not stops:
             return []
         numbers, places, sources = [], [], []

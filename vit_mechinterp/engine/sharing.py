@@ -134,8 +134,8 @@ class Sharing:
     @cached_property
     def _sorted_out(self) -> tuple[dict[str, tuple[Part, ...]], dict[str, IntArray], int]:
         parts: dict[str, tuple[Part, ...]] = {}
-        clean = {column: -1 - images for column, images in self.images.items()}
-        classes = {run.name: clean[run.origin.column] for run in self.bound.runs}  # until edits say otherwise
+        clean = {origin: -1 - self.images_of(origin) for origin in {run.origin for run in self.bound.runs}}
+        classes = {run.name: clean[run.origin] for run in self.bound.runs}  # until edits say otherwise
         everyone = np.arange(self.n_examples)
         if not self.rows:
             edited = [run for stage in self.bound.stages for run in stage]

@@ -9,7 +9,7 @@ at once. Parts of a joining block that end before a row's first edit run once fo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import BoundRun, Edit, Join
-from vit_mechinterp.engine.editing import Material, edit_rows
+from vit_mechinterp.engine.editing import ImagesOf, Material, edit_rows
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.stacking import Placed, edit_stack, stacked
@@ -85,11 +85,11 @@ def run_wave(
 
 
 def distinct_rows(
-    segments: Sequence[Segment], images: Sequence[Mapping[str, IntArray]], n_layers: int
+    segments: Sequence[Segment], images_of: Sequence[ImagesOf], n_layers: int
 ) -> dict[int, dict[str, Distinct]]:
     """By layer and part, the distinct rows where they are so few that it pays (see `SPARING_PAYS`).
 
-    ``images`` holds the image numbers by column that each segment's rows start from.
+    ``images_of`` gives numbers of the images that each segment's rows start from.
     """
     starts = np.cumsum([0, *(len(s.examples) for s in segments)])
     by_layer: dict[int, list[int]] = defaultdict(list)
@@ -108,7 +108,7 @@ def distinct_rows(
             if (equal, free) not in known:
                 keys, is_free = -1 - np.arange(rows), np.zeros(rows, dtype=np.bool_)
                 for n in equal:
-                    keys[starts[n] : starts[n + 1]] = _starts_from(segments[n], images[n], below=-1 - rows)
+                    keys[starts[n] : starts[n + 1]] = _starts_from(segments[n], images_of[n], below=-1 - rows)
                 for n in free:
                     is_free[starts[n] : starts[n + 1]] = True
                 told = np.arange(1) if is_free.all() else np.flatnonzero(~is_free)
@@ -125,13 +125,13 @@ def distinct_rows(
     return found
 
 
-def _starts_from(segment: Segment, images: Mapping[str, IntArray], below: int) -> IntArray:
+def _starts_from(segment: Segment, images_of: ImagesOf, below: int) -> IntArray:
     """Numbers by which rows that join with the same values are told: images, or some from ``below`` downwards
     for blank ones, which are equal to each other, and for those that go on from others."""
     run, examples = segment.run, segment.examples
     if segment.begins:
         return below - 1 - np.array(segment.begins)
-    return np.full(len(examples), below) if run.blank else images[run.origin.column][list(examples)]
+    return np.full(len(examples), below) if run.blank else images_of(run.origin)[list(examples)]
 
 
 def _is_behind(site: Site | None, part: str) -> bool:
@@ -163,8 +163,8 @@ class _Wave:
 
     def spare(self) -> None:
         """Let parts of joining blocks run on distinct rows alone."""
-        images = [material.images for material in self.materials]
-        found = distinct_rows(self.segments, images, self.n_layers)
+        images_of = [material.images_of for material in self.materials]
+        found = distinct_rows(self.segments, images_of, self.n_layers)
         opened = {site.layer for site in self.visited if site.name in (*TAP_SITES, "attn.result")}
         for layer, parts in found.items():
             self.sparing.spare(layer, parts, opened=layer in opened)

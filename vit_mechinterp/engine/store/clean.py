@@ -16,10 +16,10 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.expectation import expectations, requests_for
-from vit_mechinterp.engine.store.needs import Needs, column_of, needs_of, places_of, stored_form
+from vit_mechinterp.engine.store.needs import Need, Needs, needs_of, origin_of, places_of, stored_form
 from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
-from vit_mechinterp.engine.values import Read, Values, by_token, gather
+from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, by_token, gather
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["Forecast", "StoredClean"]
@@ -149,18 +149,18 @@ class StoredClean:
                         seen.add((column, batch))
                         yield column, batch
 
-    def values(self, schedule: Schedule, need: Read | str, examples: IntArray) -> Values:
-        """One value of some ascending examples, read on its own (the output of a column by its name)."""
+    def values(self, schedule: Schedule, need: Need, examples: IntArray) -> Values:
+        """One value of some ascending examples, read on its own."""
         asked = self._asked(schedule, {need: examples})[need]
-        found = self.sources[column_of(need)].take({asked.form: asked.examples})
+        found = self.sources[origin_of(need).column].take({asked.form: asked.examples})
         return _values(need, found[asked.form], asked, examples)
 
-    def _asked(self, schedule: Schedule, needs: Needs) -> dict[Read | str, _Asked]:
+    def _asked(self, schedule: Schedule, needs: Needs) -> dict[Need, _Asked]:
         """What to ask the sources for: equal images once, where their values are stored once."""
-        asked: dict[Read | str, _Asked] = {}
+        asked: dict[Need, _Asked] = {}
         for need, examples in needs.items():
             form, own = stored_form(need), places_of(schedule, need, examples)
-            asked[need] = _Asked(form, *self.sources[column_of(need)].stored_once(form, own))
+            asked[need] = _Asked(form, *self.sources[origin_of(need).column].stored_once(form, own))
         return asked
 
     def __call__(
@@ -184,30 +184,30 @@ class StoredClean:
             found = source.take(wanted)
             taken = dict.fromkeys(wanted, 0)
             for need, examples in needs.items():
-                if column_of(need) != column:
+                if origin_of(need).column != column:
                     continue
                 form, begin = asked[need].form, taken[asked[need].form]
                 taken[form] += int(asked[need].counts.sum())
                 values = _values(need, found[form][begin : taken[form]], asked[need], examples)
-                if isinstance(need, str):
+                if isinstance(need, ColumnOrigin):
                     clean.outputs[need] = values
                 else:
                     clean.values[need] = values
         return clean
 
 
-def _by_column(asked: Mapping[Read | str, _Asked]) -> dict[str, dict[Wanted, IntArray]]:
+def _by_column(asked: Mapping[Need, _Asked]) -> dict[str, dict[Wanted, IntArray]]:
     """What to take from every column: needs that are stored alike behind one another."""
     found: dict[str, dict[Wanted, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
     for need, own in asked.items():
-        found[column_of(need)][own.form].append(own.examples)
+        found[origin_of(need).column][own.form].append(own.examples)
     return {
         column: {form: np.concatenate(parts) for form, parts in own.items()} for column, own in found.items()
     }
 
 
-def _values(need: Read | str, items: Tensor, asked: _Asked, examples: IntArray) -> Values:
-    if isinstance(need, str) or asked.form is None or need.positions.is_all:
+def _values(need: Need, items: Tensor, asked: _Asked, examples: IntArray) -> Values:
+    if isinstance(need, ColumnOrigin) or asked.form is None or need.positions.is_all:
         return Values(items, examples, asked.place)
     counts, place = asked.counts, asked.place
     if asked.form.positions != need.positions or asked.form.heads != need.heads:

@@ -11,7 +11,7 @@ import numpy as np
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.forward import Wanted
-from vit_mechinterp.engine.store.needs import Needs, column_of, needs_of, places_of, stored_form
+from vit_mechinterp.engine.store.needs import Needs, needs_of, origin_of, places_of, stored_form
 
 __all__ = ["Expectation", "expectations", "requests_for"]
 
@@ -46,7 +46,7 @@ def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) ->
 def _request(schedule: Schedule, needs: Needs) -> Request:
     found: Request = defaultdict(dict)
     for need, examples in needs.items():
-        own, form = found[column_of(need)], stored_form(need)
+        own, form = found[origin_of(need).column], stored_form(need)
         places = places_of(schedule, need, examples)
         own[form] = np.concatenate([own[form], places]) if form in own else places
     return found

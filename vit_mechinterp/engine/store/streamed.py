@@ -12,7 +12,8 @@ from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import StoredClean
-from vit_mechinterp.engine.values import Read, Values
+from vit_mechinterp.engine.store.needs import Need
+from vit_mechinterp.engine.values import Values
 
 __all__ = ["StreamedValues", "streamed"]
 
@@ -20,7 +21,7 @@ __all__ = ["StreamedValues", "streamed"]
 class StreamedValues(Values):
     """What one read gives, read from the store for the examples that are asked for."""
 
-    def __init__(self, stored: StoredClean, schedule: Schedule, need: Read | str) -> None:
+    def __init__(self, stored: StoredClean, schedule: Schedule, need: Need) -> None:
         super().__init__(torch.empty(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         self._stored = stored
         self._schedule = schedule
@@ -47,5 +48,5 @@ def streamed(stored: StoredClean, schedule: Schedule) -> Clean:
     values, outputs = schedule.clean_needs(range(schedule.n_examples))
     return Clean(
         {read: StreamedValues(stored, schedule, read) for read in values},
-        {column: StreamedValues(stored, schedule, column) for column in outputs},
+        {origin: StreamedValues(stored, schedule, origin) for origin in outputs},
     )
