@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import vit_mechinterp as vmi
 from tests.engine.world import Counted, World
@@ -40,7 +42,7 @@ def add(site: str, **fields: Any) -> dict[str, Any]:
 
 
 def inject(site: str, **fields: Any) -> dict[str, Any]:
-    basis = f"basis.{32 if 'resid' in site else 8}"
+    basis = f"basis.{8 if '.attn.' in site else 32}"
     return {"op": "inject_subspace", "site": site, "basis": basis, "source": "source", **fields}
 
 
@@ -156,3 +158,47 @@ def test_what_is_captured_inside_is_not_left_out() -> None:
     results = world().execute([document])
     world().check([document], results)
     assert (results.captures["seen"][inside][:, 1 + 3] == 0).all()
+
+
+HEADS, PATCHES = 4, 16
+PLACES = {
+    "resid_pre": None, "attn.q": HEADS, "attn.z": HEADS, "attn.pattern": HEADS, "attn_out": None, "mlp.post": None, "resid_post": None,
+}  # fmt: skip
+
+
+@st.composite
+def edits_in_two_spellings(draw: Any) -> tuple[Edits, Edits]:
+    """Interventions at different sites, and the same with some of them in pieces, in any order."""
+    plain: Edits = []
+    pieces: Edits = []
+    names = draw(st.lists(st.sampled_from([f"blocks.{n}.{p}" for n in range(2) for p in PLACES]), min_size=1, max_size=3, unique=True))
+    for site in names:
+        n_heads = PLACES[site.split(".", 2)[2]]
+        tokens = draw(st.lists(st.sampled_from(["cls", *range(PATCHES)]), min_size=1, max_size=4, unique=True))
+        heads = draw(st.none() | st.lists(st.integers(0, HEADS - 1), min_size=1, unique=True)) if n_heads else None
+        made = draw(st.sampled_from([swap, ablate] if n_heads or "mlp.post" in site else [swap, ablate, add, inject]))
+        paired = draw(st.permutations(range(PATCHES))) if made is swap and "pattern" not in site and draw(st.booleans()) else None
+        sources = dict(zip(tokens, paired, strict=False)) if paired else {}
+
+        def edit(some: list[Any], own: list[int] | None, made: Any = made, site: str = site, sources: Any = sources) -> Any:
+            fields: dict[str, Any] = {"tokens": some} | ({"heads": own} if own else {})
+            return made(site, **fields, **({"source_tokens": [sources[token] for token in some]} if sources else {}))
+
+        plain.append(edit(tokens, heads))
+        by_token = [[token] for token in tokens] if draw(st.booleans()) else [draw(st.permutations(tokens))]
+        own = heads or list(range(n_heads or 0))
+        by_head = [[head] for head in own] if n_heads and draw(st.booleans()) else [heads]
+        pieces += draw(st.permutations([edit(some, head) for some in by_token for head in by_head]))
+    return plain, pieces
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(edits_in_two_spellings())
+def test_any_run_in_pieces_is_the_same_rows(both: tuple[Edits, Edits]) -> None:
+    documents = [{"name": f"r{n}", "interventions": own} for n, own in enumerate(both)]
+    runs, tensors = [Run.model_validate(document) for document in documents], world().named(documents)
+    alone, together = (vmi.plan(world().vit, own, world().columns, tensors) for own in (runs[:1], runs))
+    assert together.block_evaluations == alone.block_evaluations
+    results = world().execute(documents)
+    world().check(documents, results, effect=None)
+    assert torch.equal(results.logits[0], results.logits[1])

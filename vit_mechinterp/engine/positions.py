@@ -67,6 +67,12 @@ class Positions:
         return 0 if self.is_all else int(np.diff(self._table[0]).max())
 
     @cached_property
+    def ascend(self) -> bool:
+        """Whether tokens stand in the order of the token axis, in every example."""
+        each = ((self.shared or ()),) if self.each is None else self.each
+        return all(list(own) == sorted(own) for own in each)
+
+    @cached_property
     def repeated(self) -> int | None:
         """The first example (0 where they share) whose selection names a token twice; None if none does."""
         each = ((self.shared or ()),) if self.each is None else self.each

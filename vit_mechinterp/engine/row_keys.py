@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vit_mechinterp.engine.bound import BoundRun, Edit
-from vit_mechinterp.engine.ops import BUILT_IN, ablate, inject_subspace, interchange, operator_of
+from vit_mechinterp.engine.ops import ablate, inject_subspace, interchange, operator_of
 from vit_mechinterp.engine.options import options_of
 from vit_mechinterp.engine.positions import BoolArray, IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read
@@ -32,7 +32,7 @@ class RowKeys:
         self.sharing = sharing
         self.parts = parts
         self._numbers: dict[Key, int] = {}
-        self._arrays: dict[tuple[tuple[Positions, ...], bool], int | IntArray] = {}
+        self._arrays: dict[tuple[Positions, ...], int | IntArray] = {}
         self._sources: dict[object, IntArray] = {}
         self._distinct: dict[int, tuple[IntArray, bool]] = {}
         self._blank = np.zeros(sharing.n_examples, dtype=np.int64)
@@ -67,13 +67,11 @@ class RowKeys:
 
     def of(self, run: BoundRun, edit: Edit) -> tuple[Key, list[IntArray]]:
         """The key of a run's edit: what its rows share, and numbers ``[example]`` for what may differ."""
-        heads = edit.spec.heads
-        if heads is not None and operator_of(edit.spec) in BUILT_IN:
-            heads = tuple(sorted(heads))
         options = options_of(edit, imagined=self.sharing.imagined)
-        fixed: list[Any] = [type(edit.spec), self._site(run, edit.site), heads, options, edit.refs]
+        fixed: list[Any] = [type(edit.spec), self._site(run, edit.site), edit.spec.heads, options, edit.refs]
         varying: list[IntArray] = []
-        for place in self._places(edit):
+        source = edit.positions if edit.source is None else edit.source.positions
+        for place in (self._selected(edit.positions, source), self._selected(edit.keys)):
             fixed.append(place if isinstance(place, int) else "each")
             if not isinstance(place, int):
                 varying.append(place)
@@ -88,13 +86,6 @@ class RowKeys:
             varying.append(edit.choices)
             fixed.append("choice")
         return tuple(fixed), varying
-
-    def _places(self, edit: Edit) -> list[int | IntArray]:
-        """Numbers for what an edit selects: its tokens and its source's, and keys."""
-        source = edit.positions if edit.source is None else edit.source.positions
-        # What is done token by token is the same in any order.
-        apart = operator_of(edit.spec) in (interchange, ablate)
-        return [self._selected(edit.positions, source, ordered=not apart), self._selected(edit.keys)]
 
     def _site(self, run: BoundRun | None, site: Site) -> Site:
         """One name for a block's input and what the one before puts out, where nobody reads either of them of
@@ -130,23 +121,13 @@ class RowKeys:
     def _origin_of(self) -> dict[str, ColumnOrigin]:
         return {run.name: run.origin for run in self.sharing.bound.runs}
 
-    def _selected(self, *selections: Positions, ordered: bool = True) -> int | IntArray:
+    def _selected(self, *selections: Positions) -> int | IntArray:
         """A number that stands for selections of tokens that are paired: one for all examples, or, if they
         differ, one for each."""
-        key = selections, ordered
-        if key not in self._arrays:
+        if selections not in self._arrays:
             n = next((len(own.each) for own in selections if own.each is not None), 1)
-            chosen = ([own.of(example) for own in selections] for example in range(n))
-            own = np.array([self._number(_paired(each, ordered=ordered)) for each in chosen], dtype=np.int64)
-            same = n == 1 or (not self.sharing.imagined and bool((own == own[0]).all()))
-            self._arrays[key] = int(own[0]) if same else own
-        return self._arrays[key]
-
-    def _number(self, chosen: Key) -> int:
-        return self._numbers.setdefault(chosen, len(self._numbers))
-
-
-def _paired(chosen: Sequence[tuple[int, ...] | None], *, ordered: bool) -> Key:
-    """Tokens of several selections, whose order may mean nothing."""
-    known = [own for own in chosen if own is not None]
-    return tuple(chosen) if ordered or len(known) < len(chosen) else tuple(sorted(zip(*known, strict=True)))
+            chosen = (tuple(own.of(example) for own in selections) for example in range(n))
+            numbers = np.array([self._numbers.setdefault(each, len(self._numbers)) for each in chosen])
+            same = n == 1 or (not self.sharing.imagined and bool((numbers == numbers[0]).all()))
+            self._arrays[selections] = int(numbers[0]) if same else numbers
+        return self._arrays[selections]

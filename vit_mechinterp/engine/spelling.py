@@ -26,7 +26,7 @@ from vit_mechinterp.engine.ops import (
 )
 from vit_mechinterp.engine.options import options_of
 from vit_mechinterp.engine.positions import ALL, Positions, are_disjoint, in_order_of
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, TensorRef
 
@@ -64,7 +64,7 @@ class Spelling:
         edits = [self._edit(edit) for edit in run.edits]
         if not self.imagined and len({edit.site for edit in edits}) < len(edits):
             by_site = groupby(edits, key=lambda edit: edit.site)
-            edits = [edit for _, own in by_site for edit in self._at_one_site(list(own))]
+            edits = [edit for _, own in by_site for edit in self._at_one_site(list(own), run.origin)]
         return run.with_edits(edits)
 
     def _edit(self, edit: Edit) -> Edit:
@@ -75,11 +75,21 @@ class Spelling:
         heads = edit.spec.heads
         if heads is not None and len(heads) == self._n_heads(edit.site):
             edit = _with_heads(edit, None)
-        chosen = edit.positions.shared
-        aligned = edit.source is None or edit.source.positions == edit.positions
-        mean_of_all = edit.mean is None or edit.mean.positions.is_all
-        if chosen is not None and aligned and mean_of_all and self._acts_by_token(edit):
-            edit = _with_positions(edit, ALL, ALL) if len(chosen) == self._n_tokens else edit
+        elif heads is not None and list(heads) != sorted(heads):
+            edit = _with_heads(edit, tuple(sorted(heads)))
+        if edit.positions.ascend or self.imagined or not self._acts_by_token(edit):
+            return self._without_names_of_all(edit)
+        return self._without_names_of_all(self._with_tokens_of([edit]))
+
+    def _without_names_of_all(self, edit: Edit) -> Edit:
+        """An edit of all tokens, if it is one of all of them by name or number."""
+        chosen, source, mean = edit.positions.shared, edit.source, edit.mean
+        if chosen is None or len(chosen) < self._n_tokens or not edit.positions.ascend:
+            return edit
+        if (source is None or source.positions in (ALL, edit.positions)) and (
+            mean is None or mean.positions.is_all
+        ):
+            return _with_positions(edit, ALL, ALL)
         return edit
 
     def _with_names(self, edit: Edit) -> Edit:
@@ -97,14 +107,14 @@ class Spelling:
             self._heads[site] = shape[0] if site.is_attention_matrix else shape[1]
         return self._heads[site]
 
-    def _at_one_site(self, edits: list[Edit]) -> list[Edit]:
+    def _at_one_site(self, edits: list[Edit], base: ColumnOrigin) -> list[Edit]:
         """Edits at one site, in the order in which they act."""
         if len(edits) == 1 or not all(map(self._acts_by_token, edits)):
             return edits
         if not all(self._touch_others(*pair) for pair in combinations(edits, 2)):
             return edits
-        edits = self._made_one(edits, lambda edit: edit.spec.heads, self._with_tokens_of)
-        edits = self._made_one(edits, lambda edit: edit.positions, _with_heads_of)
+        edits = self._made_one(edits, base, lambda edit: edit.spec.heads, self._with_tokens_of)
+        edits = self._made_one(edits, base, lambda edit: edit.positions, _with_heads_of)
         return sorted(map(self._edit, edits), key=_place)
 
     def _acts_by_token(self, edit: Edit) -> bool:
@@ -138,31 +148,25 @@ class Spelling:
     def _made_one(
         self,
         edits: Sequence[Edit],
+        base: ColumnOrigin,
         equal: Callable[[Edit], object],
         together: Callable[[Sequence[Edit]], Edit],
     ) -> list[Edit]:
         """Edits that do the same, and are ``equal`` in what else they select, as one."""
         kinds: defaultdict[Spec, list[Edit]] = defaultdict(list)
         for edit in edits:
-            kinds[(*self._kind(edit), equal(edit))].append(edit)
+            kinds[(*_kind(edit, base), equal(edit))].append(edit)
         return [own[0] if len(own) == 1 else together(own) for own in kinds.values()]
-
-    def _kind(self, edit: Edit) -> Spec:
-        """What an edit does, whichever tokens and heads it does it to."""
-        source, mean = edit.source, edit.mean
-        return (
-            type(edit.spec),
-            options_of(edit, imagined=False),
-            edit.refs,
-            edit.choice,
-            source and (source.origin, source.site, source.positions == edit.positions),
-            mean and (mean.origin, mean.positions),
-        )
 
     def _with_tokens_of(self, edits: Sequence[Edit]) -> Edit:
         edits = sorted(edits, key=_place)
         targets = [edit.positions for edit in edits]
-        sources = [edit.source.positions for edit in edits if edit.source is not None]
+        every = Positions(shared=tuple(range(self._n_tokens)))
+        sources = [
+            every if edit.source.positions.is_all else edit.source.positions
+            for edit in edits
+            if edit.source is not None
+        ]
         aligned = not sources or sources == targets
         there = self._together(targets, targets)
         return _with_positions(edits[0], there, there if aligned else self._together(sources, targets))
@@ -185,6 +189,21 @@ def _one_name_each(tensors: Mapping[TensorRef, Tensor]) -> dict[TensorRef, Tenso
         if names[ref] is ref:
             alike.append(ref)
     return names
+
+
+def _kind(edit: Edit, base: ColumnOrigin) -> Spec:
+    """What an edit does, whichever tokens and heads it does it to."""
+    source, mean = edit.source, edit.mean
+    # What puts its base's own tokens back is left out by itself.
+    back = source is not None and source.origin == base and source.positions == edit.positions
+    return (
+        type(edit.spec),
+        options_of(edit, imagined=False),
+        edit.refs,
+        edit.choice,
+        source and (source.origin, source.site, back),
+        mean and (mean.origin, mean.positions),
+    )
 
 
 def _place(edit: Edit) -> tuple[object, ...]:
