@@ -59,6 +59,20 @@ def same(one: Results, other: Results, scale: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_numbers_are_the_engines_in_its_precision(backend: str) -> None:
+    world = world_of(TIMM_PLAIN)
+    swap = {"op": "interchange", "site": "blocks.1.resid_post", "source": "source", "tokens": {"column": "here"}}
+    runs = [{"name": "clean"}, {"name": "swap", "interventions": [swap]}]
+    precise = world.execute(runs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = world.execute(runs).logits
+        theirs = world.execute(runs, backend=backend).logits
+    assert not torch.equal(ours, precise)
+    assert (ours - theirs).abs().max() <= 0.03 * world.scale
+    assert (precise[0] - precise[1]).abs().max() > 0.1 * world.scale
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_captures_and_labels_are_the_engines(backend: str) -> None:
     world = world_of(TIMM_PLAIN)
     documents = COMMON

@@ -228,6 +228,8 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         for wrong in ("ab", [0.5]):
             with pytest.raises(SpecError, match=r"are no numbers of examples, 0 to 3"):
                 prepared(wrong, tensors)
+    with pytest.raises(SpecError, match=r"preparation is over.* inside the block"):
+        prepared([0], tensors)
     for size in (0, "auto", True):
         with (
             pytest.raises(SpecError, match=r"batch_size is a positive integer, got"),

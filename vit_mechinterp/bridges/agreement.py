@@ -53,8 +53,12 @@ def size(value: Tensor) -> float:
 
 
 def tolerance_of(vit: HookedViT) -> float:
-    """The difference that counts as agreement, as a share of a value's size, by the model's precision."""
-    return 1e-4 if torch.finfo(vit.dtype).bits >= 32 else 5e-2
+    """The difference that counts as agreement, as a share of a value's size, by the model's precision or that
+    of autocast."""
+    kind, dtypes = vit.device.type, [vit.dtype]
+    if torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))
+    return 1e-4 if all(torch.finfo(dtype).bits >= 32 for dtype in dtypes) else 5e-2
 
 
 def _check_reads(name: str, vit: HookedViT, forward: Forward, sites: list[Site], images: Tensor) -> None:

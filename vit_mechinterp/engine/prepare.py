@@ -117,7 +117,9 @@ def prepare(
                     store = stack.enter_context(_temporary(vit, budget))
                 with bar:
                     clean, means = _clean(vit, columns, schedule, store, tick, streams=streams)
-                yield Prepared(vit, columns, schedule, clean, means, evaluations)
+                prepared = Prepared(vit, columns, schedule, clean, means, evaluations)
+                stack.callback(prepared.close)
+                yield prepared
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)

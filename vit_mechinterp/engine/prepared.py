@@ -36,6 +36,7 @@ class Prepared:
     """Runs whose clean forwards are done; made by `prepare`.
 
     Attributes:
+        is_open: whether the ``with`` block goes on that it was made for.
         n_examples: number of examples held.
         most_source_tokens: tokens in the largest source selection of any run and example; 0 without sources.
         clean_evaluations: (row, block) pairs that the clean forwards took.
@@ -53,6 +54,7 @@ class Prepared:
     ) -> None:
         self.vit = vit
         self.schedule = schedule
+        self.is_open = True
         self._data = data
         self._clean = clean
         self._means = means
@@ -64,6 +66,10 @@ class Prepared:
         self.most_source_tokens = self.source_tokens(self.run_names)
         self.clean_evaluations = clean_evaluations
         self.nbytes = sum(values.nbytes for values in clean.values.values())
+
+    def close(self) -> None:
+        """Let go of all clean values."""
+        self._clean, self.is_open = Clean(), False
 
     @property
     def run_names(self) -> tuple[str, ...]:
@@ -159,6 +165,11 @@ class Batch:
             SpecError: see `Prepared.__call__`.
         """
         n = self.prepared.n_examples
+        if not self.prepared.is_open:
+            raise SpecError(
+                "This preparation is over: its values went with the 'with prepare(...)' block. Run its "
+                "batches inside the block."
+            )
         if isinstance(self.examples, str) or not all(hasattr(own, "__index__") for own in self.examples):
             raise SpecError(f"examples={self.examples!r} are no numbers of examples, 0 to {n - 1}.")
         if len(self.examples) == 0 or min(self.examples) < 0 or max(self.examples) >= n:

@@ -149,7 +149,7 @@ class ActivationStore:
         return self.tiers.usage()
 
     def close(self) -> None:
-        """Finish writing and give all memory back; files stay."""
+        """Finish writing and give all memory back; files stay, and the store can be used again."""
         self.tiers.close()
 
     def clear(self) -> None:
