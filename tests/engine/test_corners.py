@@ -18,7 +18,7 @@ import vit_mechinterp as vmi
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, TIMM_POOLED, Tiny, stirred
 from vit_mechinterp import Run, Sweep
-from vit_mechinterp.engine import Inputs, register_operator
+from vit_mechinterp.engine import Inputs, register_operator, wave
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.spec import OPS, Intervention, SourcedIntervention, TensorRef, register_op
 
@@ -325,3 +325,10 @@ def test_a_model_that_would_normalise_by_the_batch_is_refused() -> None:
     assert int(module.fc_norm.num_batches_tracked) == 0
     module.fc_norm.eval()
     assert vmi.execute(world.vit, run_, world.columns, progress=False).logits.shape[:2] == (1, 2)
+
+
+def test_an_intervention_that_is_not_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = world_of(TIMM_PLAIN)
+    monkeypatch.setattr(wave, "stacked", lambda edits, value: [])
+    with pytest.raises(ExecutionError, match=r"did not fire: run 'r', interchange at blocks.1.mlp.post"):
+        world.execute([run("r", swap("blocks.1.mlp.post"))])

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from graphlib import CycleError, TopologicalSorter
 
-from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, source_of
+from vit_mechinterp.engine.bound import Blocks, Bound, BoundCapture, BoundRun, Edit, source_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, moved_note, resolve_tokens
@@ -71,9 +71,9 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
         DataError: a column is missing or holds something else.
     """
     bound: dict[str, BoundRun] = {}
-    through, closed = _through(vit), _closed(vit)
+    blocks = Blocks(vit.layout.n_layers, _through(vit), _closed(vit))
     for run in sources_first(runs):
-        bound[run.name] = _bind_run(vit, run, data, bound, through, closed)
+        bound[run.name] = _bind_run(vit, run, data, bound, blocks)
     return Bound.of([bound[run.name] for run in runs], list(bound.values()))
 
 
@@ -133,8 +133,7 @@ def _bind_run(
     run: Run,
     data: Data | None,
     bound: dict[str, BoundRun],
-    through: frozenset[int],
-    closed: frozenset[int],
+    blocks: Blocks,
 ) -> BoundRun:
     if data is not None:
         data.require(run.base, f"run {run.name!r}, base")
@@ -158,10 +157,7 @@ def _bind_run(
     if len(edits) > 1:
         # Sorting is stable: list order counts at one and the same site only.
         edits.sort(key=lambda edit: edit.site)
-    layers = {edit.site.layer for edit in edits if edit.site.layer is not None}
-    through = through & layers if through else through
-    origin = ColumnOrigin(run.base)
-    return BoundRun(run, tuple(edits), tuple(captures), origin, through=through, closed=closed)
+    return BoundRun(run, tuple(edits), tuple(captures), ColumnOrigin(run.base), blocks)
 
 
 def _bind_edit(

@@ -24,7 +24,7 @@ from vit_mechinterp.spec import (
     TokenColumn,
 )
 
-__all__ = ["Beginning", "Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
+__all__ = ["Beginning", "Blocks", "Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
 
 _KNOWN_AT = {
     "attn_out": "attn_out",
@@ -107,6 +107,36 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The blocks of a model as rows pass them.
+
+    ``n`` is how many there are, ``through`` the layers of those that rows must pass as a whole, because
+    somebody else acts on what they return, and ``closed`` of those behind which no row can join.
+    """
+
+    n: int
+    through: frozenset[int] = frozenset()
+    closed: frozenset[int] = frozenset()
+
+    def last_open(self, block: int) -> int:
+        """The last block up to some block at whose input a row can join."""
+        while block and block - 1 in self.closed:
+            block -= 1
+        return block
+
+    def is_increment(self, site: Site) -> bool:
+        """Whether a block's output is what is edited at a site and the middle of the block."""
+        return site.name == "mlp_out" and site.layer not in self.through
+
+    def join(self, site: Site) -> Join:
+        """Where a row may enter that is edited at a site, and not before."""
+        if site.layer is None:
+            before = 0 if site.name == "embed" else self.last_open(self.n)
+            return Join(before - 1, True) if before else Join(0, False)
+        return Join(site.layer, site.name == "resid_post" or self.is_increment(site))
+
+
+@dataclass(frozen=True)
 class BoundCapture:
     """One value to keep from a run, under the name that the results give it."""
 
@@ -121,20 +151,17 @@ class BoundRun:
     ``origin`` is where the clean values of its rows come from, which start from them, unless ``blank``:
     then the first edit replaces all that is read of the residual stream. ``clean_before`` is the site before
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
-    ``through`` holds the layers that rows must pass through as a whole, because somebody else acts on what
-    their blocks return, and ``closed`` those behind which no row can join. ``beginning`` is where rows go on
-    from what others have been through. ``clean_to`` is the number of blocks that the clean forwards of its
-    bases pass whatever its own rows start from.
+    ``beginning`` is where rows go on from what others have been through. ``clean_to`` is the number of blocks
+    that the clean forwards of its bases pass whatever its own rows start from.
     """
 
     run: Run
     edits: tuple[Edit, ...]
     captures: tuple[BoundCapture, ...]
     origin: ColumnOrigin
+    blocks: Blocks
     blank: bool = False
     clean_before: Site | None = None
-    through: frozenset[int] = frozenset()
-    closed: frozenset[int] = frozenset()
     beginning: Beginning | None = None
     clean_to: int = 0
 
@@ -168,7 +195,7 @@ class BoundRun:
         first = self.first
         if first is None or first.layer is None or self.blank or self.beginning is not None:
             return None
-        if first.layer >= self.clean_to or first.layer in self.through:
+        if first.layer >= self.clean_to or first.layer in self.blocks.through:
             return None
         name = _KNOWN_AT.get(first.name)
         return None if name is None else Site(first.layer, name)
@@ -183,54 +210,24 @@ class BoundRun:
         first = self.clean_before or (self.edits[0].site if self.edits else None)
         return first is None or site < first
 
-    def join(self, n_layers: int) -> Join:
+    @cached_property
+    def join(self) -> Join:
         """Where the run's rows enter the growing batch; only for runs with edits."""
-        known = self._joins
-        if n_layers not in known:
-            if self.beginning is not None:
-                known[n_layers] = Join(self.beginning.layer, True)
-            else:
-                known[n_layers] = self._join(self.edits[0].site, n_layers)
-        return known[n_layers]
+        if self.beginning is not None:
+            return Join(self.beginning.layer, True)
+        return self.blocks.join(self.edits[0].site)
 
     @cached_property
-    def _joins(self) -> dict[int, Join]:
-        return {}
-
-    def _join(self, site: Site, n_layers: int) -> Join:
-        """Where a row may enter that is edited at a site, and not before."""
-        if site.layer is None:
-            before = 0 if site.name == "embed" else self.last_open(n_layers)
-            return Join(before - 1, True) if before else Join(0, False)
-        return Join(site.layer, site.name == "resid_post" or self._is_increment(site))
-
-    def last_open(self, block: int) -> int:
-        """The last block up to some block at whose input a row can join."""
-        while block and block - 1 in self.closed:
-            block -= 1
-        return block
-
-    def _is_increment(self, site: Site) -> bool:
-        """Whether a block's output is what is edited at a site and the middle of the block."""
-        return site.name == "mlp_out" and site.layer not in self.through
-
-    def first_blocks(self, n_layers: int) -> tuple[int, ...]:
+    def first_blocks(self) -> tuple[int, ...]:
         """For every edit, the first block whose output it may change."""
-        known = self._first_blocks
-        if n_layers not in known:
-            known[n_layers] = tuple(self._join(edit.site, n_layers).first_block for edit in self.edits)
-        return known[n_layers]
-
-    @cached_property
-    def _first_blocks(self) -> dict[int, tuple[int, ...]]:
-        return {}
+        return tuple(self.blocks.join(edit.site).first_block for edit in self.edits)
 
     @property
     def starts_at_mlp_out(self) -> bool:
         """Whether the run's rows join behind a block with an MLP increment of their own."""
         if self.beginning is not None:
             return self.beginning.halves
-        return self.first is not None and self._is_increment(self.first)
+        return self.first is not None and self.blocks.is_increment(self.first)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,6 @@ class Fork:
 
 def branches(
     stages: Sequence[Sequence[Part]],
-    n_layers: int,
     reads_of: Mapping[str, Sequence[Read]],
     copies: Mapping[Row, Sequence[Row]],
 ) -> Branches:
@@ -115,11 +114,10 @@ def branches(
 
     Args:
         stages: rows that are computed, all of them different.
-        n_layers: number of blocks.
         reads_of: what is read of every run.
         copies: rows that are equal to one that is computed, by that one.
     """
-    known = _Together.of(stages, n_layers)
+    known = _Together.of(stages)
     if known is None:
         return Branches(tuple(map(tuple, stages)))
     forks: defaultdict[int, list[Fork]] = defaultdict(list)
@@ -136,14 +134,13 @@ class _Together:
     through the block before that for it."""
 
     parts: Sequence[Part]
-    n_layers: int
     starts: IntArray
     part_of: IntArray
     alone_from: IntArray
     providers: IntArray
 
     @classmethod
-    def of(cls, stages: Sequence[Sequence[Part]], n_layers: int) -> _Together | None:
+    def of(cls, stages: Sequence[Sequence[Part]]) -> _Together | None:
         """Those of a chunk; None where each row is by itself from its first edit on."""
         parts = [part for stage in stages for part in stage]
         if all(len(part.states) < 2 for part in parts):
@@ -152,11 +149,11 @@ class _Together:
         if len(np.unique(first)) == len(first):
             return None
         starts = np.cumsum([0, *(len(part.examples) for part in parts)])
-        n = len(first)
+        n, n_layers, last_open = len(first), parts[0].run.blocks.n, parts[0].run.blocks.last_open
         states = np.full((n_layers, n), -1, dtype=np.int64)
         joins = np.empty(n, dtype=np.int64)
         for number, part in enumerate(parts):
-            own, blocks = slice(starts[number], starts[number + 1]), part.run.first_blocks(n_layers)
+            own, blocks = slice(starts[number], starts[number + 1]), part.run.first_blocks
             joins[own] = blocks[0]
             for state, since, until in zip(part.states, blocks, [*blocks[1:], n_layers], strict=True):
                 states[since:until, own] = state
@@ -171,12 +168,12 @@ class _Together:
             passing[layer, there] = there[firsts[which.reshape(-1)]]
         passes = (passing == np.arange(n)) & (states >= 0)
         alone_from = np.where(passes.any(axis=0), passes.argmax(axis=0), n_layers)
-        may_join = np.array([parts[0].run.last_open(block) for block in range(n_layers + 1)])
+        may_join = np.array([last_open(block) for block in range(n_layers + 1)])
         alone_from = np.maximum(joins, may_join[alone_from])
         before = passing[np.maximum(alone_from - 1, 0), np.arange(n)]
         providers = np.where(alone_from > joins, before, np.arange(n))
         part_of = np.repeat(np.arange(len(parts)), np.diff(starts))
-        return cls(parts, n_layers, starts, part_of, alone_from, providers)
+        return cls(parts, starts, part_of, alone_from, providers)
 
     def forks(self) -> Iterator[tuple[int, Fork]]:
         """Rows that go on from others, with the number of their part."""
@@ -190,7 +187,7 @@ class _Together:
         ends = np.cumsum(np.bincount(which.reshape(-1), minlength=kinds.shape[1]))
         for (number, block, other), own in zip(kinds.T.tolist(), np.split(order, ends[:-1]), strict=True):
             part, provider = self.parts[number], self.parts[other]
-            beginning = _beginning(part.run, provider.run, block, self.n_layers)
+            beginning = _beginning(part.run, provider.run, block)
             places = rows[own] - self.starts[number]
             yield (
                 number,
@@ -205,11 +202,11 @@ class _Together:
             )
 
 
-def _beginning(run: BoundRun, other: BoundRun, block: int, n_layers: int) -> Beginning:
+def _beginning(run: BoundRun, other: BoundRun, block: int) -> Beginning:
     """Where rows of a run go on by themselves, before some block, from rows of another one."""
     increment, made, halves = Site(block - 1, "mlp_out"), 0, False
     for own in (run, other):
-        made = bisect_right(own.first_blocks(n_layers), block - 1)
+        made = bisect_right(own.first_blocks, block - 1)
         halves = halves or (made < len(own.edits) and own.edits[made].site == increment)
     return Beginning(block - 1, made, halves)
 

@@ -125,8 +125,7 @@ def clean_pass(
         assert isinstance(read.origin, ColumnOrigin)
         filling[read] = _Filling(read, examples, images_of(read.origin)[examples])
     results = {
-        origin: _Filling(None, examples, images_of(origin)[examples])
-        for origin, examples in outputs.items()
+        origin: _Filling(None, examples, images_of(origin)[examples]) for origin, examples in outputs.items()
     }
     for batch in schedule.clean_batches(needs, outputs):
         _forward(vit, data, batch, filling, results)

@@ -38,7 +38,6 @@ class ComputedRows:
     """The rows of an experiment in chunks of consecutive examples."""
 
     sharing: Sharing
-    n_layers: int
     chunk: int
 
     def of(self, chunk: range) -> ChunkRows:
@@ -49,7 +48,7 @@ class ComputedRows:
             copies = tuple(self._copies(stage, chunk) for stage in stages)
             own = [self._computed(stage, chunk) for stage in stages]
             owners = by_owner(chain.from_iterable(copies))
-            self._known[chunk] = ChunkRows(branches(own, self.n_layers, bound.reads_of, owners), copies)
+            self._known[chunk] = ChunkRows(branches(own, bound.reads_of, owners), copies)
         return self._known[chunk]
 
     @cached_property

@@ -10,12 +10,12 @@ import numpy as np
 
 from vit_mechinterp.engine.bind import sources_first
 from vit_mechinterp.engine.bound import Beginning, Bound, source_of
+from vit_mechinterp.engine.distinct import distinct_rows
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin, Read
-from vit_mechinterp.engine.wave import distinct_rows
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import PARTS, costs_of
 from vit_mechinterp.spec import Ablate, RunSource
@@ -93,7 +93,7 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
     for stage, parts, copies in zip(schedule.bound.stages, of_chunk.parts, of_chunk.copies, strict=True):
         rows = _count_rows(own, schedule, parts, schedule.unread(stage))
         own.shared += sum(len(same.examples) for same in copies)
-        if schedule.spares and any(starts_late(part.run, schedule.n_layers) for part in parts):
+        if schedule.spares and any(starts_late(part.run) for part in parts):
             # Rows of one image stand together as far as they fit, which decides how many waves there are.
             for segments in schedule.waves(parts):
                 own.launches += 1
@@ -126,14 +126,14 @@ def _count_rows(own: Counts, schedule: Schedule, parts: Sequence[Part], unread: 
     """Count the rows of one stage and their blocks, whichever waves they pass in; how many there are."""
     n, rows = schedule.n_layers, 0
     for part in parts:
-        size, blocks = len(part.examples), n - part.run.join(n).first_block
+        size, blocks = len(part.examples), n - part.run.join.first_block
         rows += size
         own.starts[part.run.name, id(part.run.edits), part.run.beginning] += size
         own.evaluations += size * blocks
         own.unread += size * unread if blocks else 0.0
         if part.run.beginning is not None:
             own.branched += size
-            own.not_again += size * (n - blocks - part.run.first_blocks(n)[0])
+            own.not_again += size * (n - blocks - part.run.first_blocks[0])
     return rows
 
 
@@ -159,7 +159,7 @@ def _means(schedule: Schedule, own: Counts) -> Counts:
 def _spared(
     schedule: Schedule, segments: list[Segment], shares: dict[str, float], tokens: tuple[int, ...] | None
 ) -> float:
-    found = distinct_rows(segments, [schedule.sharing.images_of] * len(segments), schedule.n_layers)
+    found = distinct_rows(segments, [schedule.sharing.images_of] * len(segments))
     few = 1.0 if tokens is None or schedule.read is None else len(tokens) / schedule.read.n_tokens
     narrowed = PARTS[PARTS.index("attn.z") :]
     total = 0.0

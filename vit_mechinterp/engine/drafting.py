@@ -59,7 +59,7 @@ def draft_of(
     bound = pruned(bound, Reach(vit.layout, read, n, tensors, follows, imagined=data is None))
     spares = why_nothing_is_spared(vit.layout) is None
     if spares and not stored:
-        bound = starting_inside(bound, n_layers)
+        bound = starting_inside(bound)
     sites = {edit.site.name for run in bound.runs for edit in run.edits}
     same = handed_on(vit) if "resid_pre" in sites and sites & {"embed", "resid_post"} else frozenset()
     sharing = Sharing(bound, images, imagined=data is None, handed_on=same)

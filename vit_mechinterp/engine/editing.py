@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,14 +14,11 @@ from vit_mechinterp.engine.branching import Handed, Row
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.ops import Inputs, apply
 from vit_mechinterp.engine.positions import NONE, IntArray
-from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, by_token
+from vit_mechinterp.engine.values import ImagesOf, Read, Values, by_token
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.spec import Ablate, Site, TensorRef
 
-__all__ = ["ImagesOf", "Material", "edit_rows", "inputs_of"]
-
-ImagesOf = Callable[[ColumnOrigin], IntArray]
-"""Numbers of the images that clean values are made from, ``[example]``."""
+__all__ = ["Material", "edit_rows", "inputs_of"]
 
 
 @dataclass

@@ -14,17 +14,17 @@ from vit_mechinterp.engine.values import ColumnOrigin
 __all__ = ["starting_inside"]
 
 
-def starting_inside(bound: Bound, n_layers: int) -> Bound:
+def starting_inside(bound: Bound) -> Bound:
     """The same runs; those that are first edited late in a block know how far their bases' forwards go."""
-    if not any(starts_late(run, n_layers) for run in bound.runs if run.edits):
+    if not any(starts_late(run) for run in bound.runs if run.edits):
         return bound
     clean_to: defaultdict[ColumnOrigin, int] = defaultdict(int)
     for run in bound.runs:
-        for origin, blocks in _passed(run, n_layers):
+        for origin, blocks in _passed(run):
             clean_to[origin] = max(blocks, clean_to[origin])
 
     def knowing(run: BoundRun) -> BoundRun:
-        late = run.edits and starts_late(run, n_layers)
+        late = run.edits and starts_late(run)
         return replace(run, clean_to=clean_to[run.origin]) if late else run
 
     known = {run.name: knowing(run) for run in bound.runs}
@@ -32,14 +32,14 @@ def starting_inside(bound: Bound, n_layers: int) -> Bound:
     return replace(bound, runs=tuple(known.values()), stages=stages)
 
 
-def _passed(run: BoundRun, n_layers: int) -> Iterator[tuple[ColumnOrigin, int]]:
+def _passed(run: BoundRun) -> Iterator[tuple[ColumnOrigin, int]]:
     """How many blocks the clean forward of every example's base passes for a run, at least. (A chunk whose
     rows are copies of those of an earlier one may do without.)"""
     if not run.edits:
-        yield run.origin, n_layers
+        yield run.origin, run.blocks.n
     elif not run.blank:
-        yield run.origin, Stop.for_site(run.join(n_layers).site, n_layers).blocks
+        yield run.origin, Stop.for_site(run.join.site, run.blocks.n).blocks
     for capture in run.captures:
         origin, site = capture.read.origin, capture.read.site
         if isinstance(origin, ColumnOrigin) and run.is_clean_at(site):
-            yield origin, Stop.for_site(site, n_layers).blocks
+            yield origin, Stop.for_site(site, run.blocks.n).blocks

@@ -108,7 +108,7 @@ def _through_a_store(schedule: Schedule, counts: Counts, forecast: Forecast) -> 
 
 def _late(vit: HookedViT, schedule: Schedule) -> Iterator[str]:
     every = [p.run for own in schedule.sharing.parts.values() for p in own]
-    late = [run for run in every if starts_late(run, schedule.n_layers)]
+    late = [run for run in every if starts_late(run)]
     known = {run.first for run in late if run.known_at is not None}
     others = {run.first for run in late if run.known_at is None}
     if known:

@@ -44,26 +44,24 @@ class Segment:
     begins: tuple[int, ...] = ()
 
 
-def starts_late(run: BoundRun, n_layers: int) -> bool:
+def starts_late(run: BoundRun) -> bool:
     """Whether a run's rows stay as they join for a part of the first block that they pass through."""
     first = run.first
-    if first is None or first.layer is None or first.layer != run.join(n_layers).first_block:
+    if first is None or first.layer is None or first.layer != run.join.first_block:
         return False
     return BLOCK_SITES.index(first.name) > EARLY
 
 
-def in_waves(parts: Sequence[Part], width: int, n_layers: int, *, spares: bool) -> Iterator[list[Segment]]:
+def in_waves(parts: Sequence[Part], width: int, *, spares: bool) -> Iterator[list[Segment]]:
     """The waves of `filled`, as segments."""
-    for wave in filled(parts, width, n_layers, spares=spares):
+    for wave in filled(parts, width, spares=spares):
         yield [
             Segment(part.run, tuple(examples.tolist()), tuple(part.begins(examples).tolist()))
             for part, examples in wave
         ]
 
 
-def filled(
-    parts: Sequence[Own], width: int, n_layers: int, *, spares: bool
-) -> Iterator[list[tuple[Own, IntArray]]]:
+def filled(parts: Sequence[Own], width: int, *, spares: bool) -> Iterator[list[tuple[Own, IntArray]]]:
     """Fill waves of at most ``width`` rows, in the order in which the rows join; each part with the examples
     that a wave holds of it.
 
@@ -72,7 +70,7 @@ def filled(
     """
     wave: list[tuple[Own, IntArray]] = []
     free = width
-    for pieces in _pieces(parts, width, n_layers, spares=spares):
+    for pieces in _pieces(parts, width, spares=spares):
         size = sum(len(examples) for _, examples in pieces)
         if len(pieces) > 1 and size > free and wave:
             yield _merged(wave)
@@ -90,14 +88,12 @@ def filled(
         yield _merged(wave)
 
 
-def _pieces(
-    parts: Sequence[Own], width: int, n_layers: int, *, spares: bool
-) -> Iterator[list[tuple[Own, IntArray]]]:
+def _pieces(parts: Sequence[Own], width: int, *, spares: bool) -> Iterator[list[tuple[Own, IntArray]]]:
     """Rows in order; those of one list belong together."""
 
     def place(part: Own) -> tuple[int, bool, bool]:
-        join = part.run.join(n_layers)
-        return join.layer, join.behind, spares and starts_late(part.run, n_layers)
+        join = part.run.join
+        return join.layer, join.behind, spares and starts_late(part.run)
 
     for (_, _, late), group in groupby(sorted(parts, key=place), key=place):
         members = list(group)

@@ -280,13 +280,13 @@ def _rows_of(
         run = replace(part.run, beginning=beginning)
         n = starts[beginning] if len(starts) > 1 else len(part.examples)
         some = n if n < schedule.n_examples else None
-        blocks = schedule.n_layers - run.join(schedule.n_layers).first_block
-        yield Rows(run.name, stage, _joins(run, schedule.n_layers), edits, blocks, some)
+        blocks = schedule.n_layers - run.join.first_block
+        yield Rows(run.name, stage, _joins(run), edits, blocks, some)
 
 
-def _joins(run: BoundRun, n_layers: int) -> str:
+def _joins(run: BoundRun) -> str:
     """Where rows of a run join, in words."""
-    join, beginning = run.join(n_layers), run.beginning
+    join, beginning = run.join, run.beginning
     place = f"the {'output' if join.behind else 'input'} of block {join.layer}"
     if beginning is None:
         return place

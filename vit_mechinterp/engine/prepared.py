@@ -15,7 +15,7 @@ from torch import Tensor
 from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.editing import ImagesOf, Material
+from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.order import Segment, filled, starts_late
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import provenance_of
@@ -24,7 +24,7 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.tensors import resolve_refs
 from vit_mechinterp.engine.throughput import likely_width
 from vit_mechinterp.engine.unread import union
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.values import ImagesOf, Read
 from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
@@ -231,16 +231,16 @@ def run_together(
         material = replace(material, source_order=batch.source_order, images_of=images_of[n])
         for run in runs:
             if run.edits:
-                late = spares and starts_late(run, vit.layout.n_layers)
+                late = spares and starts_late(run)
                 placed.append(_Rows.of(n, run, batch.examples, material, ascending=late))
             else:
                 outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
     pieces: dict[_Rows, list[Tensor]] = defaultdict(list)
     with vit.lock:
-        for wave in filled(placed, _width(vit, placed), vit.layout.n_layers, spares=spares):
+        for wave in filled(placed, _width(vit, placed), spares=spares):
             segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
             # Beforehand, because no forward can run inside another, whose hooks it would set off.
-            materials = [rows.in_memory(examples, vit.layout.n_layers) for rows, examples in wave]
+            materials = [rows.in_memory(examples) for rows, examples in wave]
             result = run_wave(vit, segments, materials, spares=spares, tokens=tokens)
             sizes = [len(examples) for _, examples in wave]
             for (rows, _), output in zip(wave, torch.split(result.output, sizes), strict=True):
@@ -277,10 +277,10 @@ class _Rows:
         order = np.argsort(own, kind="stable")
         return cls(batch, run, own[order], material, np.argsort(order))
 
-    def in_memory(self, examples: IntArray, n_layers: int) -> Material:
+    def in_memory(self, examples: IntArray) -> Material:
         """What the rows of some examples read, out of any store."""
         values = self.material.clean.values
-        reads = clean_sources(self.run, n_layers)
+        reads = clean_sources(self.run)
         return replace(self.material, clean=Clean({own: values[own].in_memory(examples) for own in reads}))
 
 

@@ -37,9 +37,7 @@ def pruned(bound: Bound, reach: Reach) -> Bound:
     return replace(
         bound.with_runs(kept),
         left_out=tuple(left_out),
-        without_base=tuple(
-            instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base
-        ),
+        without_base=tuple(instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base),
     )
 
 

@@ -97,7 +97,7 @@ class Reach:
         for place in reversed(list(found)[1:]):
             edit, first = found[place], found[next(iter(found))]
             between = [read for read in reads if first.site <= read.site < edit.site]
-            if not between and self._replaces_all(edit, run.edits[place + 1 :], reads, run.through):
+            if not between and self._replaces_all(edit, run.edits[place + 1 :], reads, run.blocks.through):
                 return {own: edit for own, edit in found.items() if own >= place}
         return found
 
@@ -108,7 +108,7 @@ class Reach:
         if not _replaces(first) or any(read.site < first.site for read in others):
             return False
         reads = [*(capture.read for capture in run.captures), *others]
-        return self._replaces_all(first, later, reads, run.through)
+        return self._replaces_all(first, later, reads, run.blocks.through)
 
     def _replaces_all(
         self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read], through: frozenset[int]

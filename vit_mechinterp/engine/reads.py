@@ -29,12 +29,12 @@ def clean_read(run: BoundRun, read: Read) -> Read:
     return read
 
 
-def join_reads(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
+def join_reads(run: BoundRun) -> tuple[Read, ...]:
     """The clean values that a run's rows start from, if they go on from no others; none for rows that start
     blank."""
     if run.blank:
         return ()
-    return _join_reads(run.origin, run.join(n_layers), run.known_at, run.starts_at_mlp_out)
+    return _join_reads(run.origin, run.join, run.known_at, run.starts_at_mlp_out)
 
 
 @lru_cache(maxsize=4096)
@@ -51,11 +51,11 @@ def _join_reads(
     return (Read(origin, join.site, Positions()),)
 
 
-def clean_sources(run: BoundRun, n_layers: int) -> tuple[Read, ...]:
+def clean_sources(run: BoundRun) -> tuple[Read, ...]:
     """The clean values that a run's rows start from, and those that its edits read."""
     reads = (edit.source for edit in run.edits)
     return (
-        *join_reads(run, n_layers),
+        *join_reads(run),
         *(r for r in reads if r is not None and isinstance(r.origin, ColumnOrigin)),
     )
 
@@ -68,18 +68,18 @@ class ReadGroups:
     reads: tuple[tuple[Read, ...], ...]
 
     @classmethod
-    def of_parts(cls, parts: Sequence[Part], n_layers: int) -> ReadGroups:
+    def of_parts(cls, parts: Sequence[Part]) -> ReadGroups:
         """Group some parts."""
         known: dict[tuple[Read, ...], int] = {}
-        groups = [known.setdefault(clean_sources(part.run, n_layers), len(known)) for part in parts]
+        groups = [known.setdefault(clean_sources(part.run), len(known)) for part in parts]
         return cls(np.array(groups, dtype=np.int64), tuple(known))
 
 
-def wanted_by_rows(parts: Sequence[Part], n_layers: int, n_examples: int) -> Wanted:
+def wanted_by_rows(parts: Sequence[Part], n_examples: int) -> Wanted:
     """What the rows of some parts start from and read, if all of them are computed."""
     wanted: defaultdict[Read, list[IntArray]] = defaultdict(list)
     for part in parts:
-        for read in clean_sources(part.run, n_layers):
+        for read in clean_sources(part.run):
             wanted[read].append(part.examples)
     return _merged(wanted, n_examples)
 

@@ -37,7 +37,7 @@ def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRu
         other = others.get(first.source_run or "")
         if other is not None and not later and other.edits[-1].site <= first.site:
             same = _ending_as(run, other.origin, first.site, edits=other.edits)
-            same = replace(same, blank=other.blank, through=other.through, clean_before=first.site)
+            same = replace(same, blank=other.blank, clean_before=first.site)
             return same, f"run {other.name!r} from {first.site} on"
     return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"
 

@@ -24,7 +24,6 @@ __all__ = ["Key", "RowKeys"]
 Key = tuple[Any, ...]
 
 
-
 class RowKeys:
     """What rows are compared by: numbers for what varies from example to example, the rest as it is."""
 

@@ -90,8 +90,7 @@ class Schedule:
     @cached_property
     def rows(self) -> ComputedRows:
         """The rows that are computed, chunk by chunk."""
-        key = "rows", self.n_layers, self.chunk
-        return self.sharing.once(key, lambda: ComputedRows(self.sharing, self.n_layers, self.chunk))
+        return self.sharing.once(("rows", self.chunk), lambda: ComputedRows(self.sharing, self.chunk))
 
     @cached_property
     def is_regular(self) -> bool:
@@ -118,13 +117,12 @@ class Schedule:
 
     def waves(self, parts: Sequence[Part]) -> Iterator[list[Segment]]:
         """Rows that fit into one growing batch, in the order in which they join."""
-        return in_waves(parts, self.width, self.n_layers, spares=self.spares)
+        return in_waves(parts, self.width, spares=self.spares)
 
     def tokens_read(self, stage: Sequence[BoundRun]) -> tuple[int, ...] | None:
         """Tokens that somebody reads behind the last attention call, of rows of one stage; None for all."""
         return self.sharing.once(
-            ("tokens", stage[0].name, self.n_layers),
-            lambda: tokens_read(self.read, self._read_of(stage), self.n_layers),
+            ("tokens", stage[0].name), lambda: tokens_read(self.read, self._read_of(stage))
         )
 
     def unread(self, stage: Sequence[BoundRun]) -> float:
@@ -133,10 +131,7 @@ class Schedule:
         tokens = self.tokens_read(stage)
         if tokens is None or self.read is None:
             return 0.0
-        outside = self.sharing.once(
-            ("inside", stage[0].name, self.n_layers),
-            lambda: looks_inside(self._read_of(stage), self.n_layers),
-        )
+        outside = self.sharing.once(("inside", stage[0].name), lambda: looks_inside(self._read_of(stage)))
         return self.read.saved(tokens, outside=outside)
 
     def _read_of(self, stage: Sequence[BoundRun]) -> list[tuple[BoundRun, Sequence[Read]]]:
@@ -145,9 +140,7 @@ class Schedule:
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:
         """(row, block) pairs of one wave."""
-        return sum(
-            len(s.examples) * (self.n_layers - s.run.join(self.n_layers).first_block) for s in segments
-        )
+        return sum(len(s.examples) * (self.n_layers - s.run.join.first_block) for s in segments)
 
     def needs(self, chunk: range) -> dict[Read, IntArray]:
         """Every clean value that a chunk needs, and for which of its examples."""
@@ -180,18 +173,16 @@ class Schedule:
         def find() -> list[tuple[Read, IntArray | None]]:
             stages = () if self.sharing.repeats else self.sharing.parts_of_stages
             parts = [part for own in stages for part in own]
-            by_rows = wanted_by_rows(parts, self.n_layers, self.n_examples)
+            by_rows = wanted_by_rows(parts, self.n_examples)
             return [*by_rows.items(), *wanted_by_runs(self.sharing).items()]
 
-        return self.sharing.once(("wanted", self.n_layers), find)
+        return self.sharing.once(("wanted",), find)
 
     @property
     def _reads_of_parts(self) -> list[ReadGroups]:
         """Parts of every stage by what their rows read."""
         stages = self.sharing.parts_of_stages
-        return self.sharing.once(
-            ("reads", self.n_layers), lambda: [ReadGroups.of_parts(own, self.n_layers) for own in stages]
-        )
+        return self.sharing.once(("reads",), lambda: [ReadGroups.of_parts(own) for own in stages])
 
     def clean_rows(self, run: str, chunk: range) -> IntArray:
         """Examples of a chunk whose row of a run a clean forward answers."""
@@ -276,7 +267,7 @@ class Schedule:
             for run in stage:
                 for part in self.sharing.parts[run.name]:
                     reads = (edit.source for edit in part.run.edits)
-                    clean = clean_sources(part.run, self.n_layers)
+                    clean = clean_sources(part.run)
                     last.update({read: n for read in (*reads, *clean) if read is not None})
         return last
 

@@ -45,9 +45,7 @@ class Spelling:
             are neither put in order nor made one.
     """
 
-    def __init__(
-        self, vit: HookedViT, tensors: Mapping[TensorRef, Tensor] | None, *, imagined: bool
-    ) -> None:
+    def __init__(self, vit: HookedViT, tensors: Mapping[TensorRef, Tensor] | None, *, imagined: bool) -> None:
         self.vit, self.tensors, self.imagined = vit, tensors or {}, imagined
         self._n_tokens = vit.layout.tokens.n_tokens
         self._names = _one_name_each(self.tensors)

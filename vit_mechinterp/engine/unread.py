@@ -21,7 +21,7 @@ _BEHIND = BLOCK_SITES[BLOCK_SITES.index("attn.z") :]
 
 
 def tokens_read(
-    read: ReadTokens | None, runs: Iterable[tuple[BoundRun, Sequence[Read]]], n_layers: int
+    read: ReadTokens | None, runs: Iterable[tuple[BoundRun, Sequence[Read]]]
 ) -> tuple[int, ...] | None:
     """Tokens that are read behind the last attention call: by the output, by what is captured of some runs
     or read by others, and by operators that may look at several tokens at once.
@@ -29,7 +29,6 @@ def tokens_read(
     Args:
         read: what the output reads; None for all tokens.
         runs: each with what is read of its rows.
-        n_layers: number of blocks.
 
     Returns:
         Positions, ascending; None where all tokens are computed.
@@ -37,7 +36,7 @@ def tokens_read(
     if read is None:
         return None
     found = set(read.tokens)
-    for positions in _positions(runs, n_layers):
+    for positions in _positions(runs):
         if positions.is_all:
             return None
         for own in positions.each or (positions.shared or (),):
@@ -45,12 +44,15 @@ def tokens_read(
     return tuple(sorted(found)) if len(found) <= NARROWING_PAYS * read.n_tokens else None
 
 
-def looks_inside(runs: Iterable[tuple[BoundRun, Sequence[Read]]], n_layers: int) -> bool:
+def looks_inside(runs: Iterable[tuple[BoundRun, Sequence[Read]]]) -> bool:
     """Whether scores or pattern of the last block are read or edited: then its call is made in full."""
-    inside = {Site(n_layers - 1, "attn.scores"), Site(n_layers - 1, "attn.pattern")}
+
+    def is_inside(site: Site, run: BoundRun) -> bool:
+        return site.layer == run.blocks.n - 1 and site.name in ("attn.scores", "attn.pattern")
+
     return any(
-        any(edit.site in inside for edit in run.edits)
-        or any(read.site in inside and not run.is_clean_at(read.site) for read in reads)
+        any(is_inside(edit.site, run) for edit in run.edits)
+        or any(is_inside(read.site, run) and not run.is_clean_at(read.site) for read in reads)
         for run, reads in runs
     )
 
@@ -65,17 +67,17 @@ def union(several: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:
     return tuple(sorted(found))
 
 
-def _positions(runs: Iterable[tuple[BoundRun, Sequence[Read]]], n_layers: int) -> Iterator[Positions]:
+def _positions(runs: Iterable[tuple[BoundRun, Sequence[Read]]]) -> Iterator[Positions]:
     for run, reads in runs:
         for read in reads:
-            if _is_behind(read.site, n_layers) and not run.is_clean_at(read.site):
+            if _is_behind(read.site, run) and not run.is_clean_at(read.site):
                 yield read.positions
         for edit in run.edits:
-            if _is_behind(edit.site, n_layers) and not acts_by_token(edit.spec):
+            if _is_behind(edit.site, run) and not acts_by_token(edit.spec):
                 yield edit.positions
 
 
-def _is_behind(site: Site, n_layers: int) -> bool:
+def _is_behind(site: Site, run: BoundRun) -> bool:
     if site.layer is None:
         return site.name == "ln_final"
-    return site.layer == n_layers - 1 and site.name in _BEHIND
+    return site.layer == run.blocks.n - 1 and site.name in _BEHIND

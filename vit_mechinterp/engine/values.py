@@ -7,7 +7,7 @@ Every site is looked at *by token*: ``[row, token, *features]``, where features 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,17 @@ from torch import Tensor
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.spec import Site
 
-__all__ = ["ColumnOrigin", "Read", "RunOrigin", "Values", "by_token", "contiguous", "gather", "permutation"]
+__all__ = [
+    "ColumnOrigin",
+    "ImagesOf",
+    "Read",
+    "RunOrigin",
+    "Values",
+    "by_token",
+    "contiguous",
+    "gather",
+    "permutation",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,10 @@ class Read:
     site: Site
     positions: Positions = Positions()
     heads: tuple[int, ...] | None = None
+
+
+ImagesOf = Callable[[ColumnOrigin], IntArray]
+"""Gives numbers of the images that clean values are made from, ``[example]``."""
 
 
 def permutation(seed: int, n: int) -> IntArray:

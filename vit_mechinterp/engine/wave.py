@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import BoundRun, Edit, Join
-from vit_mechinterp.engine.editing import ImagesOf, Material, edit_rows
-from vit_mechinterp.engine.order import Segment, starts_late
+from vit_mechinterp.engine.distinct import distinct_rows
+from vit_mechinterp.engine.editing import Material, edit_rows
+from vit_mechinterp.engine.order import Segment
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.stacking import Placed, edit_stack, stacked
 from vit_mechinterp.engine.values import Read, contiguous, gather
@@ -30,14 +31,10 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import TAP_SITES
 from vit_mechinterp.model.narrowing import Narrowing
-from vit_mechinterp.model.sparing import PARTS, Distinct, Sparing
-from vit_mechinterp.spec import BLOCK_SITES, Site
+from vit_mechinterp.model.sparing import Sparing
+from vit_mechinterp.spec import Site
 
-__all__ = ["WaveResult", "distinct_rows", "run_wave"]
-
-SPARING_PAYS = 0.75
-"""Parts of a block run on distinct rows where these are at most this share of all rows; the attention module
-as a whole, where its input and output alone are copied, wherever they are fewer."""
+__all__ = ["WaveResult", "run_wave"]
 
 
 @dataclass
@@ -84,67 +81,11 @@ def run_wave(
     return WaveResult(output.float(), wave.captured)
 
 
-def distinct_rows(
-    segments: Sequence[Segment], images_of: Sequence[ImagesOf], n_layers: int
-) -> dict[int, dict[str, Distinct]]:
-    """By layer and part, the distinct rows where they are so few that it pays (see `SPARING_PAYS`).
-
-    ``images_of`` gives numbers of the images that each segment's rows start from.
-    """
-    starts = np.cumsum([0, *(len(s.examples) for s in segments)])
-    by_layer: dict[int, list[int]] = defaultdict(list)
-    for n, segment in enumerate(segments):
-        if starts_late(segment.run, n_layers):
-            by_layer[segment.run.join(n_layers).first_block].append(n)
-    found: dict[int, dict[str, Distinct]] = {}
-    for layer, late in by_layer.items():
-        joined = [n for n, s in enumerate(segments) if s.run.join(n_layers).first_block <= layer]
-        rows = int(starts[joined[-1] + 1])
-        known: dict[tuple[tuple[int, ...], tuple[int, ...]], Distinct] = {}
-        parts: dict[str, Distinct] = {}
-        for part in reversed(PARTS):
-            free = tuple(n for n in late if _is_behind(segments[n].run.known_at, part))
-            equal = tuple(n for n in late if _is_behind(segments[n].run.first, part))
-            if (equal, free) not in known:
-                keys, is_free = -1 - np.arange(rows), np.zeros(rows, dtype=np.bool_)
-                for n in equal:
-                    keys[starts[n] : starts[n + 1]] = _starts_from(segments[n], images_of[n], below=-1 - rows)
-                for n in free:
-                    is_free[starts[n] : starts[n + 1]] = True
-                told = np.arange(1) if is_free.all() else np.flatnonzero(~is_free)
-                _, first, which = np.unique(keys[told], return_index=True, return_inverse=True)
-                index = np.zeros(rows, dtype=np.int64)
-                index[told] = which.reshape(-1)
-                known[equal, free] = Distinct(told[first], index, is_free)
-            own = known[equal, free]
-            whole = part == "attn_out" or parts.get("attn_out") is own
-            if len(own.first) <= (rows - 1 if whole and part != "ln1" else SPARING_PAYS * rows):
-                parts[part] = own
-        if parts:
-            found[layer] = parts
-    return found
-
-
-def _starts_from(segment: Segment, images_of: ImagesOf, below: int) -> IntArray:
-    """Numbers by which rows that join with the same values are told: images, or some from ``below`` downwards
-    for blank ones, which are equal to each other, and for those that go on from others."""
-    run, examples = segment.run, segment.examples
-    if segment.begins:
-        return below - 1 - np.array(segment.begins)
-    return np.full(len(examples), below) if run.blank else images_of(run.origin)[list(examples)]
-
-
-def _is_behind(site: Site | None, part: str) -> bool:
-    """Whether a site of the block that a row joins at comes behind one of the block's parts."""
-    return site is not None and BLOCK_SITES.index(site.name) >= BLOCK_SITES.index(part)
-
-
 class _Wave:
     def __init__(self, vit: HookedViT, segments: Sequence[Segment], materials: Sequence[Material]) -> None:
         self.vit = vit
         self.segments = segments
         self.materials = materials
-        self.n_layers = vit.layout.n_layers
         self.captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]] = defaultdict(list)
         self.applied: set[tuple[int, int]] = set()
         self.visited: set[Site] = set()
@@ -164,7 +105,7 @@ class _Wave:
     def spare(self) -> None:
         """Let parts of joining blocks run on distinct rows alone."""
         images_of = [material.images_of for material in self.materials]
-        found = distinct_rows(self.segments, images_of, self.n_layers)
+        found = distinct_rows(self.segments, images_of)
         opened = {site.layer for site in self.visited if site.name in (*TAP_SITES, "attn.result")}
         for layer, parts in found.items():
             self.sparing.spare(layer, parts, opened=layer in opened)
@@ -186,7 +127,7 @@ class _Wave:
     def _add_joins(self) -> None:
         by_join: dict[Join, list[int]] = defaultdict(list)
         for n, segment in enumerate(self.segments):
-            by_join[segment.run.join(self.n_layers)].append(n)
+            by_join[segment.run.join].append(n)
         first = min(by_join)
         self.instrument.skip(range(first.first_block))
         for join in sorted(by_join):
@@ -207,8 +148,8 @@ class _Wave:
         if (run.blank and run.beginning is None) or (known_at is not None and known_at.name == "resid_mid"):
             return like.new_zeros(len(examples), *like.shape[1:])
         if not run.starts_at_mlp_out:
-            return self._known(n, run.join(self.n_layers).site)
-        layer = run.join(self.n_layers).layer
+            return self._known(n, run.join.site)
+        layer = run.join.layer
         start, site = self._known(n, Site(layer, "resid_mid")), Site(layer, "mlp_out")
         increment = self._known(n, site).clone()
         rows = slice(0, len(examples))
