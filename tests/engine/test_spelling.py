@@ -70,6 +70,14 @@ SAME: Mapping[str, tuple[Edits, Edits]] = {
     "all heads": ([swap(Z, tokens=[2])], [swap(Z, tokens=[2], heads=[3, 0, 1, 2])]),
     "heads one by one": ([swap(Z, heads=[0, 2])], [swap(Z, heads=[2]), swap(Z, heads=[0])]),
     "every head one by one": ([inject(Z)], [inject(Z, heads=[head]) for head in (1, 3, 0, 2)]),
+    "heads of one token and one of another": (
+        [swap(Z, tokens=[2], heads=[0, 1]), swap(Z, tokens=[5], heads=[0])],
+        [swap(Z, tokens=[5, 2], heads=[0]), swap(Z, tokens=[2], heads=[1])],
+    ),
+    "all heads of one token and one of another": (
+        [swap(Z, tokens=[2]), ablate(Z, tokens=[5], heads=[0])],
+        [ablate(Z, tokens=[5], heads=[0]), *(swap(Z, tokens=[2], heads=[head]) for head in range(4))],
+    ),
     "CLS and patches": ([swap(Z)], [swap(Z, tokens="patches"), swap(Z, tokens="cls")]),
     "a gate of ones": ([inject(STREAM, tokens=[3])], [inject(STREAM, tokens=[3], gate="ones")]),
     "inside an MLP whose increment is replaced": (

@@ -149,31 +149,18 @@ class _Together:
         if len(np.unique(first)) == len(first):
             return None
         starts = np.cumsum([0, *(len(part.examples) for part in parts)])
-        n, n_layers, last_open = len(first), parts[0].run.blocks.n, parts[0].run.blocks.last_open
-        states = np.full((n_layers, n), -1, dtype=np.int64)
-        joins = np.empty(n, dtype=np.int64)
-        for number, part in enumerate(parts):
-            own, blocks = slice(starts[number], starts[number + 1]), part.run.first_blocks
-            joins[own] = blocks[0]
-            for state, since, until in zip(part.states, blocks, [*blocks[1:], n_layers], strict=True):
-                states[since:until, own] = state
-        stage_of = np.repeat(np.arange(len(stages)), [sum(len(p.examples) for p in own) for own in stages])
-        passing = np.tile(np.arange(n), (n_layers, 1))
-        for layer, of_block in enumerate(states):
-            there = np.flatnonzero(of_block >= 0)
-            if layer == n_layers - 1:  # of whose tokens one stage may leave out what another one reads
-                of_block = of_block * len(stages) + stage_of
-            # The first in order passes, here and so in every later block that it is in.
-            _, firsts, which = np.unique(of_block[there], return_index=True, return_inverse=True)
-            passing[layer, there] = there[firsts[which.reshape(-1)]]
-        passes = (passing == np.arange(n)) & (states >= 0)
-        alone_from = np.where(passes.any(axis=0), passes.argmax(axis=0), n_layers)
-        may_join = np.array([last_open(block) for block in range(n_layers + 1)])
-        alone_from = np.maximum(joins, may_join[alone_from])
-        before = passing[np.maximum(alone_from - 1, 0), np.arange(n)]
-        providers = np.where(alone_from > joins, before, np.arange(n))
         part_of = np.repeat(np.arange(len(parts)), np.diff(starts))
-        return cls(parts, starts, part_of, alone_from, providers)
+        stage_of_part = np.repeat(np.arange(len(stages)), [len(stage) for stage in stages])
+        states = _states_in_blocks(parts, starts)
+        passing = _passing(states, stage_of_part[part_of], len(stages))
+        rows, blocks = np.arange(len(first)), parts[0].run.blocks
+        passes = (passing == rows) & (states >= 0)
+        own_from = np.where(passes.any(axis=0), passes.argmax(axis=0), blocks.n)
+        may_join = np.array([blocks.last_open(block) for block in range(blocks.n + 1)])
+        joins = np.array([part.run.first_blocks[0] for part in parts])[part_of]
+        alone_from = np.maximum(joins, may_join[own_from])
+        before = passing[np.maximum(alone_from - 1, 0), rows]
+        return cls(parts, starts, part_of, alone_from, np.where(alone_from > joins, before, rows))
 
     def forks(self) -> Iterator[tuple[int, Fork]]:
         """Rows that go on from others, with the number of their part."""
@@ -200,6 +187,31 @@ class _Together:
                     states=part.states[beginning.made - 1][places],
                 ),
             )
+
+
+def _states_in_blocks(parts: Sequence[Part], starts: IntArray) -> IntArray:
+    """The state of every row in every block, ``[block, row]``; -1 before its first edit."""
+    n_layers = parts[0].run.blocks.n
+    states = np.full((n_layers, starts[-1]), -1, dtype=np.int64)
+    for number, part in enumerate(parts):
+        own, blocks = slice(starts[number], starts[number + 1]), part.run.first_blocks
+        for state, since, until in zip(part.states, blocks, [*blocks[1:], n_layers], strict=True):
+            states[since:until, own] = state
+    return states
+
+
+def _passing(states: IntArray, stage_of: IntArray, n_stages: int) -> IntArray:
+    """For every row the one that passes through each block for it, ``[block, row]``: the first in order of
+    those in one state, here and so in every later block that it is in."""
+    n_layers, n = states.shape
+    passing = np.tile(np.arange(n), (n_layers, 1))
+    for layer, of_block in enumerate(states):
+        there = np.flatnonzero(of_block >= 0)
+        if layer == n_layers - 1:  # of whose tokens one stage may leave out what another one reads
+            of_block = of_block * n_stages + stage_of
+        _, firsts, which = np.unique(of_block[there], return_index=True, return_inverse=True)
+        passing[layer, there] = there[firsts[which.reshape(-1)]]
+    return passing
 
 
 def _beginning(run: BoundRun, other: BoundRun, block: int) -> Beginning:

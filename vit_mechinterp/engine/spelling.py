@@ -9,7 +9,7 @@ one are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
 
@@ -71,7 +71,7 @@ class Spelling:
         if operator_of(edit.spec) not in BUILT_IN:
             return edit
         heads = edit.spec.heads
-        if heads is not None and len(heads) == self._n_heads(edit.site):
+        if heads is not None and self._are_all(heads, edit):
             edit = _with_heads(edit, None)
         elif heads is not None and list(heads) != sorted(heads):
             edit = _with_heads(edit, tuple(sorted(heads)))
@@ -99,6 +99,11 @@ class Spelling:
         )
         return edit if refs == edit.refs else replace(edit, refs=refs)
 
+    def _are_all(self, heads: Sequence[int], edit: Edit) -> bool:
+        """Whether these are all heads there are, where an edit is made and where it reads."""
+        sites = {edit.site, *(() if edit.source is None else (edit.source.site,))}
+        return all(self._n_heads(site) == len(heads) for site in sites)
+
     def _n_heads(self, site: Site) -> int:
         if site not in self._heads:
             shape = self.vit.sites()[str(site)].shape
@@ -111,9 +116,14 @@ class Spelling:
             return edits
         if not all(self._touch_others(*pair) for pair in combinations(edits, 2)):
             return edits
+        if len({edit.spec.heads for edit in edits}) > 1:
+            edits = [_with_heads(edit, (head,)) for edit in edits for head in self._heads_of(edit)]
         edits = self._made_one(edits, base, lambda edit: edit.spec.heads, self._with_tokens_of)
         edits = self._made_one(edits, base, lambda edit: edit.positions, _with_heads_of)
         return sorted(map(self._edit, edits), key=_place)
+
+    def _heads_of(self, edit: Edit) -> Iterable[int]:
+        return range(self._n_heads(edit.site)) if edit.spec.heads is None else edit.spec.heads
 
     def _acts_by_token(self, edit: Edit) -> bool:
         """Whether what an edit does to a token is the same whichever others are selected with it."""
