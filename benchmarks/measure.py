@@ -88,7 +88,8 @@ def interleaved(
 ) -> dict[str, Timed]:
     """Time each way several times, with the unit before and behind every repeat.
 
-    The order of the ways turns with every repeat. Call each way once beforehand (checking that all agree does
+    The order of the ways turns, and every other time it is backwards, so that none always gains from what the
+    same one left in memory before it. Call each way once beforehand (checking that all agree does
     so), because the first call pays for what later ones find prepared.
 
     Args:
@@ -102,7 +103,9 @@ def interleaved(
     names = list(ways)
     unit()
     for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        first = turn // 2 % len(names)
+        order = names[first:] + names[:first]
+        for name in reversed(order) if turn % 2 else order:
             gc.collect()
             before = [seconds(unit, device) for _ in range(units_around)]
             taken, peak = peak_bytes(ways[name], device)

@@ -32,7 +32,7 @@ from vit_mechinterp.spec import Site, TensorRef
 
 __all__ = ["Spelling"]
 
-Spec = tuple[object, ...]
+Kind = tuple[object, ...]
 
 
 class Spelling:
@@ -161,7 +161,7 @@ class Spelling:
         together: Callable[[Sequence[Edit]], Edit],
     ) -> list[Edit]:
         """Edits that do the same, and are ``equal`` in what else they select, as one."""
-        kinds: defaultdict[Spec, list[Edit]] = defaultdict(list)
+        kinds: defaultdict[Kind, list[Edit]] = defaultdict(list)
         for edit in edits:
             kinds[(*_kind(edit, base), equal(edit))].append(edit)
         return [own[0] if len(own) == 1 else together(own) for own in kinds.values()]
@@ -189,7 +189,7 @@ class Spelling:
 
 def _one_name_each(tensors: Mapping[TensorRef, Tensor]) -> dict[TensorRef, TensorRef]:
     """For every reference, the first one to equal contents."""
-    known: defaultdict[Spec, list[TensorRef]] = defaultdict(list)
+    known: defaultdict[Kind, list[TensorRef]] = defaultdict(list)
     names: dict[TensorRef, TensorRef] = {}
     for ref, tensor in tensors.items():
         alike = known[tensor.shape, tensor.dtype, float(tensor.sum())]
@@ -199,7 +199,7 @@ def _one_name_each(tensors: Mapping[TensorRef, Tensor]) -> dict[TensorRef, Tenso
     return names
 
 
-def _kind(edit: Edit, base: ColumnOrigin) -> Spec:
+def _kind(edit: Edit, base: ColumnOrigin) -> Kind:
     """What an edit does, whichever tokens and heads it does it to."""
     source, mean = edit.source, edit.mean
     # What puts its base's own tokens back is left out by itself.
@@ -214,7 +214,7 @@ def _kind(edit: Edit, base: ColumnOrigin) -> Spec:
     )
 
 
-def _place(edit: Edit) -> tuple[object, ...]:
+def _place(edit: Edit) -> Kind:
     """Where an edit stands among others of one site that have no token or no head in common with it."""
     positions = edit.positions.of(0)
     return () if positions is None else tuple(sorted(positions)), edit.spec.heads or ()
