@@ -165,7 +165,7 @@ class BoundRun:
     beginning: Beginning | None = None
     clean_to: int = 0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The run's name."""
         return self.run.name
@@ -176,7 +176,7 @@ class BoundRun:
         same = len(own) == len(self.edits) and all(map(operator.is_, own, self.edits))
         return self if same else replace(self, edits=own)
 
-    @property
+    @cached_property
     def first(self) -> Site | None:
         """The site of the first edit that its rows have before them; None if there is none."""
         made = self.beginning.made if self.beginning else 0
@@ -188,7 +188,7 @@ class BoundRun:
         made = self.beginning.made if self.beginning else 0
         return ((place, edit) for place, edit in enumerate(self.edits) if place >= made)
 
-    @property
+    @cached_property
     def known_at(self) -> Site | None:
         """The last site before its rows' first edit at which they are given clean values, so that no part of
         the block before it is computed for them; None where nothing of a block is."""

@@ -48,6 +48,7 @@ class Spelling:
     def __init__(self, vit: HookedViT, tensors: Mapping[TensorRef, Tensor] | None, *, imagined: bool) -> None:
         self.vit, self.tensors, self.imagined = vit, tensors or {}, imagined
         self._n_tokens = vit.layout.tokens.n_tokens
+        self._every = Positions(shared=tuple(range(self._n_tokens)))
         self._names = _one_name_each(self.tensors)
         self._ones = {ref for ref, tensor in self.tensors.items() if bool((tensor == 1).all())}
         self._heads: dict[Site, int] = {}
@@ -167,14 +168,10 @@ class Spelling:
         return [own[0] if len(own) == 1 else together(own) for own in kinds.values()]
 
     def _with_tokens_of(self, edits: Sequence[Edit]) -> Edit:
-        edits = sorted(edits, key=_place)
+        edits = sorted(edits, key=_place) if len(edits) > 1 else edits
         targets = [edit.positions for edit in edits]
-        every = Positions(shared=tuple(range(self._n_tokens)))
-        sources = [
-            every if edit.source.positions.is_all else edit.source.positions
-            for edit in edits
-            if edit.source is not None
-        ]
+        reads = [edit.source.positions for edit in edits if edit.source is not None]
+        sources = [self._every if read.is_all else read for read in reads]
         aligned = not sources or sources == targets
         there = self._together(targets, targets)
         return _with_positions(edits[0], there, there if aligned else self._together(sources, targets))
