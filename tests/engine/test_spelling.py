@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import vit_mechinterp as vmi
 from tests.engine.world import Counted, World
 from tests.tiny_models import HF_VIT, N_LAYERS
+from tests.zoo.transformers_models import build
 from vit_mechinterp import Run
 
 Edits = list[dict[str, Any]]
@@ -210,3 +211,20 @@ def test_any_run_in_pieces_is_the_same_rows(both: tuple[Edits, Edits]) -> None:
     results = world().execute(documents)
     world().check(documents, results, effect=None)
     assert torch.equal(results.logits[0], results.logits[1])
+
+
+@torch.no_grad()
+def test_all_heads_where_an_edit_is_made_may_be_some_of_those_where_it_reads() -> None:
+    vit = vmi.wrap(build("Sapiens2Model").eval())
+    keys, queries = "blocks.1.attn.k", "blocks.1.attn.q"
+    assert (vit.sites()[keys].shape[1], vit.sites()[queries].shape[1]) == (2, 4)
+    draw = torch.Generator().manual_seed(0)
+    data = {name: torch.randn(3, *vit.layout.tokens.input_shape, generator=draw) for name in ("base", "source")}
+    edit = vmi.Interchange(site=keys, heads=(1, 0), source="source", source_site=queries)
+    output = vmi.execute(vit, [Run(name="a", interventions=[edit])], data).logits[0]
+    taken = vit.run(data["source"], capture=[queries])[1][queries][:, :, :2]
+    with vit.hooks({keys: lambda value: taken}):
+        wanted = vit(data["base"])
+    scale = vit(data["base"]).abs().max()
+    assert (output - wanted).abs().max() <= 1e-5 * scale
+    assert (output - vit(data["base"])).abs().max() > 1e-2 * scale
