@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import vit_mechinterp as vmi
 from tests.engine.world import Counted, World
-from tests.tiny_models import HF_VIT, N_LAYERS
+from tests.tiny_models import HF_VIT, N_LAYERS, TIMM_PLAIN
 from tests.zoo.transformers_models import build
 from vit_mechinterp import Run
+from vit_mechinterp.engine import Inputs, register_operator
+from vit_mechinterp.spec import OPS, Intervention, register_op
 
 Edits = list[dict[str, Any]]
 
@@ -27,6 +29,8 @@ def world() -> World:
     made = World(HF_VIT, n=3)
     made.tensors["ones"] = torch.ones_like(made.tensors["gate"])
     made.tensors["same direction"] = made.tensors["direction.32"].clone()
+    made.columns["early"] = torch.tensor([[1], [2], [3]])
+    made.columns["late"] = torch.tensor([[4], [5], [3]])
     return made
 
 
@@ -46,6 +50,9 @@ def inject(site: str, **fields: Any) -> dict[str, Any]:
     basis = f"basis.{8 if '.attn.' in site else 32}"
     return {"op": "inject_subspace", "site": site, "basis": basis, "source": "source", **fields}
 
+
+CHOSEN = {"vector": "kinds.32"}
+VECTORS = {"vectors": "rows.2.3", "source": None}
 
 SAME: Mapping[str, tuple[Edits, Edits]] = {
     "two tokens": ([swap(STREAM, tokens=[2, 5])], [swap(STREAM, tokens=[2]), swap(STREAM, tokens=[5])]),
@@ -80,6 +87,18 @@ SAME: Mapping[str, tuple[Edits, Edits]] = {
         [ablate(Z, tokens=[5], heads=[0]), *(swap(Z, tokens=[2], heads=[head]) for head in range(4))],
     ),
     "CLS and patches": ([swap(Z)], [swap(Z, tokens="patches"), swap(Z, tokens="cls")]),
+    "before heads that are replaced": (
+        [swap(Z, heads=[0])],
+        [ablate("blocks.1.attn.q", heads=[0]), swap(Z, heads=[0])],
+    ),
+    "before activations that are replaced": (
+        [swap("blocks.1.mlp.post")],
+        [ablate("blocks.1.mlp.pre", tokens=[3]), swap("blocks.1.mlp.post")],
+    ),
+    "keys in another order": (
+        [ablate("blocks.1.attn.pattern", keys=[1, 2])],
+        [ablate("blocks.1.attn.pattern", keys=[2, 1])],
+    ),
     "a gate of ones": ([inject(STREAM, tokens=[3])], [inject(STREAM, tokens=[3], gate="ones")]),
     "inside an MLP whose increment is replaced": (
         [swap("blocks.1.mlp_out")],
@@ -106,6 +125,26 @@ OTHER: Mapping[str, tuple[Edits, Edits]] = {
     "pairs of others": (
         [swap(STREAM, tokens=[2, 5], source_tokens=[7, 1])],
         [swap(STREAM, tokens=[2, 5], source_tokens=[1, 3])],
+    ),
+    "heads that read other tokens": (
+        [swap(Z, tokens=[2], source_tokens=[5], heads=[0]), swap(Z, tokens=[2], source_tokens=[7], heads=[1])],
+        [swap(Z, tokens=[2], source_tokens=[5], heads=[0, 1])],
+    ),
+    "tokens that overlap in a later example": (
+        [add(STREAM, tokens={"column": "early"}), ablate(STREAM, tokens={"column": "late"})],
+        [ablate(STREAM, tokens={"column": "late"}), add(STREAM, tokens={"column": "early"})],
+    ),
+    "keys of some": (
+        [ablate("blocks.1.attn.pattern", tokens=[1], keys=[1, 2]), ablate("blocks.1.attn.pattern", tokens=[2], keys=[3])],
+        [ablate("blocks.1.attn.pattern", tokens=[1, 2], keys=[1, 2])],
+    ),
+    "choices by other columns": (
+        [add(STREAM, tokens=[3], choose={"column": "kind"}) | CHOSEN, add(STREAM, tokens=[4], choose={"column": "label"}) | CHOSEN],
+        [add(STREAM, tokens=[3, 4], choose={"column": "kind"}) | CHOSEN],
+    ),
+    "vectors of tokens in another order": (
+        [inject(STREAM, tokens=[3, 4]) | VECTORS],
+        [inject(STREAM, tokens=[4, 3]) | VECTORS],
     ),
     "tokens that overlap": (
         [add(STREAM, tokens=[3, 4]), ablate(STREAM, tokens=[4])],
@@ -228,3 +267,40 @@ def test_all_heads_where_an_edit_is_made_may_be_some_of_those_where_it_reads() -
     scale = vit(data["base"]).abs().max()
     assert (output - wanted).abs().max() <= 1e-5 * scale
     assert (output - vit(data["base"])).abs().max() > 1e-2 * scale
+
+
+def test_what_somebody_elses_hook_takes_out_of_a_block_is_not_shut_in() -> None:
+    world = World(TIMM_PLAIN, 3)
+    taken: dict[str, torch.Tensor] = {}
+    block = world.module.blocks[1]
+    block.attn.proj.register_forward_pre_hook(lambda module, args: taken.update(z=args[0]))
+    block.register_forward_hook(lambda module, args, output: output + 0.1 * taken["z"])
+    document = {"name": "a", "interventions": [ablate(Z), swap("blocks.1.attn_out")]}
+    seen = {**document, "capture": [{"site": Z}]}
+    output, with_capture = (world.execute([own])["a"] for own in (document, seen))
+    without = world.execute([{"name": "a", "interventions": [swap("blocks.1.attn_out")]}])["a"]
+    assert (output - with_capture).abs().max() <= 1e-5 * world.scale
+    assert (output - without).abs().max() > 1e-2 * world.scale
+
+
+def test_an_operator_of_your_own_may_look_at_its_site() -> None:
+    @register_op
+    class ByLayer(Intervention):
+        """``h`` times one more than the layer."""
+
+        op: Literal["by_layer"] = "by_layer"
+
+    @register_operator(ByLayer, by_token=True)
+    def by_layer(spec: ByLayer, h: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        return h * (1 + int(spec.site.split(".")[1]))
+
+    try:
+        sites = ("blocks.0.resid_post", "blocks.1.resid_pre")
+        runs = [Run(name=site, interventions=[ByLayer(site=site, tokens=(1,))]) for site in sites]
+        together = vmi.execute(world().vit, runs, world().columns).logits
+        alone = [vmi.execute(world().vit, [run], world().columns).logits[0] for run in runs]
+        for own, wanted in zip(together, alone, strict=True):
+            assert (own - wanted).abs().max() <= 1e-5 * world().scale
+        assert (alone[0] - alone[1]).abs().max() > 1e-3 * world().scale
+    finally:
+        OPS.pop("by_layer")

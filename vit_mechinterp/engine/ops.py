@@ -79,7 +79,8 @@ def register_operator(
 
     The function is ``(spec, h [m, *features], inputs) -> [m, *features]`` and is pure. A field ``source``
     (with ``source_tokens`` and ``source_site``), fields that hold a `TensorRef`, and ``choose`` are resolved
-    into `Inputs`.
+    into `Inputs`. Interventions of equal fields at one site that select the same, in whatever words, and read
+    the same are one to the engine, so the function looks at no selector itself.
 
     Args:
         spec_type: the spec.

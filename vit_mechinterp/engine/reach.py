@@ -41,10 +41,12 @@ _BY_QUERY = "attn.q", *BLOCK_SITES[BLOCK_SITES.index("attn.scores") :]
 """Places of a block from which a token's value reaches that token of its output alone, if the block can be
 narrowed."""
 _OUTLETS: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("attn.q", "attn.k"), ("attn.scores", "attn.pattern", "attn_out")),
-    "attn.scores": ("attn.pattern", "attn_out"),
-    **dict.fromkeys(("attn.v", "attn.pattern", "attn.z", "attn.result"), ("attn_out",)),
-    **dict.fromkeys(("mlp.pre", "mlp.pre_linear", "mlp.post"), ("mlp_out",)),
+    **dict.fromkeys(("attn.q", "attn.k"), ("attn.scores", "attn.pattern", "attn.z", "attn_out")),
+    "attn.scores": ("attn.pattern", "attn.z", "attn_out"),
+    "attn.pattern": ("attn.z", "attn_out"),
+    **dict.fromkeys(("attn.v", "attn.z", "attn.result"), ("attn_out",)),
+    **dict.fromkeys(("mlp.pre", "mlp.pre_linear"), ("mlp.post", "mlp_out")),
+    "mlp.post": ("mlp_out",),
 }
 """Places of the same block, each of which all that follows from a value inside attention or MLP passes."""
 
@@ -88,7 +90,7 @@ class Reach:
             later = run.edits[place + 1 :]
             if self._is_nothing(edit) or self._is_written_over(edit, later):
                 continue
-            if _is_shut_in(edit, later, reads):
+            if edit.site.layer not in run.blocks.through and _is_shut_in(edit, later, reads):
                 continue
             idle = self._unread(edit, later, reads)
             if len(idle) < self.n:
@@ -235,7 +237,9 @@ def _is_shut_in(edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> boo
     for other in later:
         if other.site.layer != edit.site.layer:
             return False
-        if other.site.name in outlets and _replaces(other) and other.positions.is_all:
+        # Heads of keys may serve several of queries.
+        whole = _replaces(other) if edit.site.name == "attn.k" else _replaces_change(other, edit)
+        if other.site.name in outlets and whole and other.positions.is_all:
             return not any(edit.site <= read.site < other.site for read in reads)
     return False
 

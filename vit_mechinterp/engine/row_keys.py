@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vit_mechinterp.engine.bound import BoundRun, Edit
-from vit_mechinterp.engine.ops import ablate, inject_subspace, interchange, operator_of
+from vit_mechinterp.engine.ops import BUILT_IN, ablate, inject_subspace, interchange, operator_of
 from vit_mechinterp.engine.options import options_of
 from vit_mechinterp.engine.positions import BoolArray, IntArray, Positions
 from vit_mechinterp.engine.values import ColumnOrigin, Read
@@ -66,8 +66,10 @@ class RowKeys:
 
     def of(self, run: BoundRun, edit: Edit) -> tuple[Key, list[IntArray]]:
         """The key of a run's edit: what its rows share, and numbers ``[example]`` for what may differ."""
+        # Other operators may make something of where they are.
+        site = self._site(run, edit.site) if operator_of(edit.spec) in BUILT_IN else edit.site
         options = options_of(edit, imagined=self.sharing.imagined)
-        fixed: list[Any] = [type(edit.spec), self._site(run, edit.site), edit.spec.heads, options, edit.refs]
+        fixed: list[Any] = [type(edit.spec), site, edit.spec.heads, options, edit.refs]
         varying: list[IntArray] = []
         source = edit.positions if edit.source is None else edit.source.positions
         for place in (self._selected(edit.positions, source), self._selected(edit.keys)):

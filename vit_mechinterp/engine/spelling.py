@@ -69,6 +69,9 @@ class Spelling:
     def _edit(self, edit: Edit) -> Edit:
         if edit.refs:
             edit = self._with_names(edit)
+        if not edit.keys.is_all:
+            keys = self._in_order(edit.keys)
+            edit = replace(edit, keys=ALL if keys.shared == self._every.shared else keys)
         if operator_of(edit.spec) not in BUILT_IN:
             return edit
         heads = edit.spec.heads
@@ -90,6 +93,10 @@ class Spelling:
         ):
             return _with_positions(edit, ALL, ALL)
         return edit
+
+    def _in_order(self, positions: Positions) -> Positions:
+        """A selection whose order means nothing."""
+        return positions if positions.ascend or self.imagined else self._together([positions], [positions])
 
     def _with_names(self, edit: Edit) -> Edit:
         without_gate = operator_of(edit.spec) is inject_subspace
@@ -120,7 +127,7 @@ class Spelling:
         if len({edit.spec.heads for edit in edits}) > 1:
             edits = [_with_heads(edit, (head,)) for edit in edits for head in self._heads_of(edit)]
         edits = self._made_one(edits, base, lambda edit: edit.spec.heads, self._with_tokens_of)
-        edits = self._made_one(edits, base, lambda edit: edit.positions, _with_heads_of)
+        edits = self._made_one(edits, base, _tokens, _with_heads_of)
         return sorted(map(self._edit, edits), key=_place)
 
     def _heads_of(self, edit: Edit) -> Iterable[int]:
@@ -189,7 +196,7 @@ def _one_name_each(tensors: Mapping[TensorRef, Tensor]) -> dict[TensorRef, Tenso
     known: defaultdict[Kind, list[TensorRef]] = defaultdict(list)
     names: dict[TensorRef, TensorRef] = {}
     for ref, tensor in tensors.items():
-        alike = known[tensor.shape, tensor.dtype, float(tensor.sum())]
+        alike = known[tensor.shape, tensor.dtype, float(tensor.contiguous().sum())]
         names[ref] = next((other for other in alike if bool((tensors[other] == tensor).all())), ref)
         if names[ref] is ref:
             alike.append(ref)
@@ -209,6 +216,11 @@ def _kind(edit: Edit, base: ColumnOrigin) -> Kind:
         source and (source.origin, source.site, back),
         mean and (mean.origin, mean.positions),
     )
+
+
+def _tokens(edit: Edit) -> Kind:
+    """The tokens that an edit is made at, and those that it reads."""
+    return edit.positions, None if edit.source is None else edit.source.positions
 
 
 def _place(edit: Edit) -> Kind:

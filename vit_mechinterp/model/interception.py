@@ -169,17 +169,10 @@ class Interception(TorchFunctionMode):
         scores = self._visit("scores", scores)
         # Softmax in float32 at least, as the fused kernels accumulate.
         precise = torch.promote_types(scores.dtype, torch.float32)
-        into = scores if scores.dtype == precise and self._is_ours(scores) else None
-        pattern = torch.softmax(scores, dim=-1, dtype=precise, out=into).to(value.dtype)
-        pattern = self._visit("pattern", pattern)
+        pattern = self._visit("pattern", torch.softmax(scores, dim=-1, dtype=precise).to(value.dtype))
         if dropout_p > 0:
             pattern = F.dropout(pattern, dropout_p)
         return pattern @ value
-
-    def _is_ours(self, scores: Tensor) -> bool:
-        """Whether scores can be written over: memory that is written for the first time is slow on a CPU."""
-        seen = "scores" in self.visits or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return scores.device.type == "cpu" and not seen
 
 
 def _scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
