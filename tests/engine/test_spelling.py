@@ -112,6 +112,14 @@ SAME: Mapping[str, tuple[Edits, Edits]] = {
         [swap(f"blocks.{N_LAYERS - 1}.attn.z", tokens=["cls", 2])],
         [swap(f"blocks.{N_LAYERS - 1}.attn.z", tokens=[3, "cls", 4])],
     ),
+    "all tokens, of which one is read": (
+        [swap(f"blocks.{N_LAYERS - 1}.mlp.post", tokens="cls")],
+        [swap(f"blocks.{N_LAYERS - 1}.mlp.post")],
+    ),
+    "means of tokens that nobody reads": (
+        [ablate(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=["cls", 2], method="mean")],
+        [ablate(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=[3, "cls"], method="mean")],
+    ),
     "pairs that nobody reads": (
         [swap(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=["cls"], source_tokens=[3])],
         [swap(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=[2, "cls"], source_tokens=[1, 3])],

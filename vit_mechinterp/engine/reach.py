@@ -79,6 +79,7 @@ class Reach:
             self.by_output = np.zeros((1, self.n_tokens), dtype=np.bool_)
             self.by_output[0, list(read.tokens)] = True
         self.tensors, self.follows_from, self.imagined = tensors, follows_from, imagined
+        self.every = Positions(shared=tuple(range(self.n_tokens)))
         self._zeros: dict[TensorRef, bool] = {}
         self._output_reads: dict[Positions, bool] = {}
         self._read_of: dict[tuple[object, ...], list[Positions]] = {}
@@ -182,19 +183,18 @@ class Reach:
 
     def _at_read_tokens(self, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]) -> Edit:
         """An edit at the tokens that somebody reads from its site on, if it does the same to each of them."""
-        apart = operator_of(edit.spec) in (interchange, ablate) and edit.keys.is_all and edit.mean is None
-        if not apart or edit.positions.is_all or self.imagined or not self._is_at_end(edit.site):
+        source, mean = edit.source, edit.mean
+        apart = operator_of(edit.spec) in (interchange, ablate) and (mean is None or mean.positions.is_all)
+        if not apart or self.imagined or not self._is_at_end(edit.site):
             return edit
         live = self._live(edit, later, reads)
-        if live is None or bool((live | ~self._mask(edit.positions)).all()):
+        chosen = [edit.positions, *(() if source is None else (source.positions,))]
+        of = [self.every if positions.is_all else positions for positions in chosen]
+        if live is None or bool((live | ~self._mask(of[0])).all()):
             return edit
-        source = edit.source
-        if source is not None and source.positions.is_all:
-            return edit
-        of = [edit.positions, *(() if source is None else (source.positions,))]
         key = *of, live.tobytes()
         if key not in self._read_of:
-            self._read_of[key] = [where(live, edit.positions, own) for own in of]
+            self._read_of[key] = [where(live, of[0], own) for own in of]
         own = self._read_of[key]
         return replace(edit, positions=own[0], source=source and replace(source, positions=own[-1]))
 
