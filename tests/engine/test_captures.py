@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 import vit_mechinterp as vmi
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, MAIN, TIMM_PLAIN, TIMM_REGISTERS, Tiny
-from vit_mechinterp.engine import drafting
+from vit_mechinterp.engine import chunk, drafting
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.read_tokens import read_tokens
 
@@ -272,3 +273,25 @@ def test_a_plan_bounds_what_is_held() -> None:
         vmi.plan(world.vit, runs, world.columns, batch_size=2).peak_bytes
         < vmi.plan(world.vit, runs, world.columns, batch_size=7).peak_bytes
     )
+
+
+def test_out_of_memory_is_one_line_for_every_halving_of_what_ran(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many rows a forward might have held: clean forwards of both columns have 14."""
+    world = world_of(TIMM_PLAIN, 7)
+    original = chunk.run_wave
+
+    def small(vit: Any, segments: Any, *args: Any, **options: Any) -> Any:
+        if sum(len(segment.examples) for segment in segments) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory, or so it says.")
+        return original(vit, segments, *args, **options)
+
+    monkeypatch.setattr(chunk, "run_wave", small)
+    swap = {"op": "interchange", "site": "blocks.1.resid_post", "source": "source", "tokens": [3]}
+    with caplog.at_level(logging.WARNING):
+        world.execute([{"name": "a", "interventions": [swap]}])
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory at 14 rows per forward: going on with 7.",
+        "Out of memory at 7 rows per forward: going on with 3.",
+    ]

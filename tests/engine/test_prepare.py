@@ -16,6 +16,7 @@ from tests.oracles import by_hand
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
 from vit_mechinterp.engine import prepare
+from vit_mechinterp.engine.prepared import Batch
 from vit_mechinterp.errors import ExecutionError, SpecError
 
 Document = dict[str, Any]
@@ -228,6 +229,11 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         for wrong in ("ab", [0.5]):
             with pytest.raises(SpecError, match=r"are no numbers of examples, 0 to 3"):
                 prepared(wrong, tensors)
+        for mask in ([True, False], torch.tensor([True, False])):
+            with pytest.raises(SpecError, match=r"examples are a mask; name them by their numbers, 0 to 3"):
+                prepared(mask, tensors)
+        with pytest.raises(SpecError, match=r"is one name; a batch names its runs in a list: \['sender'\]"):
+            Batch(prepared, [0], "sender").checked()
     with pytest.raises(SpecError, match=r"preparation is over.* inside the block"):
         prepared([0], tensors)
     for size in (0, "auto", True):

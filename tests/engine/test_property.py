@@ -107,7 +107,7 @@ def test_any_experiment(
     assert counted.total == plan.block_evaluations
     assert counted.launches == plan.launches
     assert plan.widest <= batch_size
-    world.check(documents, results, tolerance=2e-5, effect=None)
+    world.check(documents, results, effect=None)
 
 
 @st.composite
@@ -179,4 +179,4 @@ def test_no_pair_of_row_and_block_is_computed_in_vain(
     with Counted(world.module) as counted:
         results = world.execute(documents, batch_size=batch_size)
     assert counted.total == least(world, documents)
-    world.check(documents, results, tolerance=2e-5, effect=None)
+    world.check(documents, results, effect=None)

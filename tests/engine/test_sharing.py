@@ -266,7 +266,7 @@ def test_a_plan_without_data_supposes_that_images_differ() -> None:
     plan = vmi.plan(world.vit, list(map(Run.model_validate, documents)))
     assert plan.clean_runs == ("idle",)
     gate = {"op": "inject_subspace", "site": "blocks.1.mlp_out", "basis": "b", "gate": "g", "source": "source"}
-    assert "gates are not known here" in str(vmi.plan(world.vit, [Run.model_validate(run("a", gate))]))
+    assert "tensors are not known here" in str(vmi.plan(world.vit, [Run.model_validate(run("a", gate))]))
 
 
 class _Plain:

@@ -220,7 +220,8 @@ def _chunks(
                     means = dataset_means(vit, data, schedule, tick, clean)
                 # Out here a failed forward's frames are gone, and its memory with them.
                 if means is None:
-                    schedule = replace(schedule, width=make_room(schedule.width))
+                    rows = min(schedule.width, max(map(len, schedule.chunks)))
+                    schedule = replace(schedule, width=make_room(rows))
                     halvings += 1
                 elif kept is not None:
                     kept.add_means(means)
@@ -249,7 +250,8 @@ def _chunks(
                 if most is not None:
                     give_back()
         if waiting:
-            schedule, halvings = replace(schedule, width=make_room(schedule.width)), halvings + 1
+            rows = schedule.widest(waiting[0])
+            schedule, halvings = replace(schedule, width=make_room(rows)), halvings + 1
     return collected, halvings
 
 

@@ -51,9 +51,8 @@ def notes_on(
             "rows that begin with the same interventions on the same images as others go on from these: "
             f"{counts.branched} in all, which spares {counts.not_again} block evaluations"
         )
-    gates = [e for run in bound.runs for e in run.edits if any(name == "gate" for name, _ in e.refs)]
-    if gates and not tensors_known:
-        yield "gates are not known here, so rows whose gate is all zeros count as changed"
+    if not tensors_known and any(edit.refs for run in bound.runs for edit in run.edits):
+        yield "tensors are not known here, so equal ones, and directions and gates of zeros, are not found"
     if vit.compiled is not None:
         last = "" if counts.unread == 0 else ", and so does the last one, most of whose tokens are left out"
         yield f"blocks that are read or edited inside run as they are written{last}; the others compiled"

@@ -113,6 +113,8 @@ class Prepared:
         Raises:
             SpecError: there is no such run, or none is named.
         """
+        if isinstance(names, str):
+            raise SpecError(f"runs={names!r} is one name; a batch names its runs in a list: [{names!r}].")
         names = self.run_names if names is None else names
         for name in names:
             if name not in self._runs:
@@ -170,6 +172,8 @@ class Batch:
                 "This preparation is over: its values went with the 'with prepare(...)' block. Run its "
                 "batches inside the block."
             )
+        if any(isinstance(own, (bool, np.bool_)) or _is_truth(own) for own in self.examples):
+            raise SpecError(f"examples are a mask; name them by their numbers, 0 to {n - 1}.")
         if isinstance(self.examples, str) or not all(hasattr(own, "__index__") for own in self.examples):
             raise SpecError(f"examples={self.examples!r} are no numbers of examples, 0 to {n - 1}.")
         if len(self.examples) == 0 or min(self.examples) < 0 or max(self.examples) >= n:
@@ -289,6 +293,10 @@ def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:
     if vit.device.type == "cpu":
         return likely_width(vit)
     return max(1, sum(len(rows.examples) for rows in placed))
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _images_of(preparations: Sequence[Prepared]) -> list[ImagesOf]:

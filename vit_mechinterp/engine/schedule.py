@@ -224,6 +224,12 @@ class Schedule:
                 span = slice(start, start + self.clean_width)
                 yield CleanGroup(group.stop, group.images[span], group.sources[span])
 
+    def widest(self, chunk: range) -> int:
+        """Most rows in one forward of a chunk, whatever fits into one."""
+        clean = (len(batch.images) for batch in self.clean_batches(*self.clean_needs(chunk)))
+        rows = (sum(len(part.examples) for part in parts) for parts in self.rows.of(chunk).parts)
+        return max((*clean, *(min(own, self.width) for own in rows)), default=1)
+
     def clean_groups(
         self, needs: Mapping[Read, IntArray], outputs: Mapping[ColumnOrigin, IntArray]
     ) -> list[CleanGroup]:

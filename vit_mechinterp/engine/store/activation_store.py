@@ -204,4 +204,4 @@ def _fill(source: Source) -> None:
             source.fill()
             filled = True
         if not filled:
-            source.use_rows(make_room(source.rows))
+            source.use_rows(make_room(min(source.rows, len(set(source.images.tolist())))))
