@@ -229,6 +229,8 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         for wrong in ("ab", [0.5]):
             with pytest.raises(SpecError, match=r"are no numbers of examples, 0 to 3"):
                 prepared(wrong, tensors)
+        with pytest.raises(SpecError, match=r"Tensor 'R' has shape \(23, 4\); it was prepared with \(24, \d\)"):
+            prepared([0], {**tensors, "R": torch.ones(23, 4)})
         for mask in ([True, False], torch.tensor([True, False])):
             with pytest.raises(SpecError, match=r"examples are a mask; name them by their numbers, 0 to 3"):
                 prepared(mask, tensors)

@@ -88,7 +88,8 @@ def prepare(
         raise SpecError(
             "A run that reads another edited run cannot be prepared for training; use execute for it."
         )
-    check_tensors(bound, resolve_refs(bound, tensors, vit), vit, columns.n)
+    resolved = resolve_refs(bound, tensors, vit)
+    check_tensors(bound, resolved, vit, columns.n)
     check_images(columns, bound)
     images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
     one_image, spares = vit.layout.family.one_image, why_nothing_is_spared(vit.layout) is None
@@ -117,7 +118,8 @@ def prepare(
                     store = stack.enter_context(_temporary(vit, budget))
                 with bar:
                     clean, means = _clean(vit, columns, schedule, store, tick, streams=streams)
-                prepared = Prepared(vit, columns, schedule, clean, means, evaluations)
+                shapes = {ref: tuple(tensor.shape) for ref, tensor in resolved.items()}
+                prepared = Prepared(vit, columns, schedule, clean, means, shapes, evaluations)
                 stack.callback(prepared.close)
                 yield prepared
         finally:

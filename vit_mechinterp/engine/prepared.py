@@ -28,6 +28,7 @@ from vit_mechinterp.engine.values import ImagesOf, Read
 from vit_mechinterp.engine.wave import run_wave
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import TensorRef
 
 __all__ = ["Batch", "Prepared", "run_together"]
 
@@ -50,6 +51,7 @@ class Prepared:
         schedule: Schedule,
         clean: Clean,
         means: Mapping[Read, Tensor],
+        shapes: Mapping[TensorRef, tuple[int, ...]],
         clean_evaluations: int,
     ) -> None:
         self.vit = vit
@@ -58,6 +60,7 @@ class Prepared:
         self._data = data
         self._clean = clean
         self._means = means
+        self._shapes = shapes
         self._runs = {run.name: run for run in schedule.bound.runs}
         self._source_tokens = {
             run.name: _most_source_tokens(vit, schedule, run) for run in schedule.bound.runs
@@ -130,6 +133,12 @@ class Prepared:
         """What the rows of some runs read."""
         bound = Bound(runs=tuple(runs), stages=(tuple(runs),), run_reads=())
         refs = resolve_refs(bound, tensors, self.vit)
+        for ref, tensor in refs.items():
+            if tuple(tensor.shape) != self._shapes[ref]:
+                raise SpecError(
+                    f"Tensor {ref.name or ref.key!r} has shape {tuple(tensor.shape)}; it was prepared with "
+                    f"{self._shapes[ref]}."
+                )
         images_of = self.schedule.sharing.images_of
         return Material(bound, self._clean, refs, means=self._means, images_of=images_of)
 
