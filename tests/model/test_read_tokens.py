@@ -63,7 +63,7 @@ def test_the_share_is_what_stands_behind_the_attention_call() -> None:
     whole = 3 * d * d + 2 * tokens * d + d * d + 2 * d * hidden
     assert found is not None
     assert found.share == pytest.approx((whole - 3 * d * d) / whole)
-    assert found.share_outside == pytest.approx(2 * d * hidden / whole)
+    assert found.share_behind_attention == pytest.approx(2 * d * hidden / whole)
     assert found.saved((0,)) == pytest.approx(found.share * 16 / 17)
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
-from vit_mechinterp.engine.bound import Blocks, Bound, BoundCapture, BoundRun, Edit, source_of
+from vit_mechinterp.engine.bound import Blocks, Bound, BoundCapture, BoundRun, Edit, fields_of, source_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, moved_note, resolve_tokens
@@ -180,7 +180,7 @@ def _bind_edit(
     elif isinstance(spec, Ablate) and spec.method == "mean" and spec.mean is None:
         # Per position the mean is over whole activations; pooled, over the selected tokens alone.
         mean = Read(ColumnOrigin(run.base), site, positions if spec.pool_tokens else Positions(), spec.heads)
-    fields = _fields(type(spec))
+    fields = fields_of(type(spec))
     refs = tuple((name, ref) for name in fields if isinstance(ref := getattr(spec, name), TensorRef))
     choose = getattr(spec, "choose") if "choose" in fields else None  # noqa: B009
     choice: tuple[int, ...] | None = None
@@ -194,11 +194,6 @@ def _bind_edit(
 
 
 _parsed = lru_cache(maxsize=4096)(Site.parse)
-
-
-@cache
-def _fields(kind: type[Intervention]) -> tuple[str, ...]:
-    return tuple(kind.model_fields)
 
 
 def _choices(data: Data, column: str, where: str) -> tuple[int, ...]:

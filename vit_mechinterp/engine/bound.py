@@ -24,7 +24,17 @@ from vit_mechinterp.spec import (
     TokenColumn,
 )
 
-__all__ = ["Beginning", "Blocks", "Bound", "BoundCapture", "BoundRun", "Edit", "Join", "source_of"]
+__all__ = [
+    "Beginning",
+    "Blocks",
+    "Bound",
+    "BoundCapture",
+    "BoundRun",
+    "Edit",
+    "Join",
+    "fields_of",
+    "source_of",
+]
 
 _KNOWN_AT = {
     "attn_out": "attn_out",
@@ -303,21 +313,22 @@ class Bound:
 
 def source_of(spec: Intervention) -> str | RunSource | None:
     """The source that an intervention names; None for one that has none."""
-    if "source" not in _fields(type(spec)):
+    if "source" not in fields_of(type(spec)):
         return None
     source: str | RunSource | None = getattr(spec, "source")  # noqa: B009
     return source
 
 
 @cache
-def _fields(kind: type[Intervention | Capture]) -> frozenset[str]:
-    return frozenset(kind.model_fields)
+def fields_of(kind: type[Intervention | Capture]) -> tuple[str, ...]:
+    """Names of the fields of a kind of intervention or capture."""
+    return tuple(kind.model_fields)
 
 
 def _selecting_columns(run: Run) -> Iterator[str]:
     """Columns that a run's selectors and choices read, whatever the fields are called."""
     for part in (*run.interventions, *run.capture):
-        for field in _fields(type(part)):
+        for field in fields_of(type(part)):
             value = getattr(part, field)
             if isinstance(value, (Column, TokenColumn)):
                 yield value.column

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from vit_mechinterp.engine.bound import Edit
+from vit_mechinterp.engine.bound import Edit, fields_of
 from vit_mechinterp.spec import Ablate, Intervention, SourcedIntervention, TensorRef
 
 __all__ = ["options_of"]
@@ -21,7 +21,7 @@ def options_of(edit: Edit, *, imagined: bool) -> object:
     """
     spec = edit.spec
     resolved = _resolved(type(spec), imagined, edit.choice is not None, edit.source is not None)
-    own = {name: getattr(spec, name) for name in _fields(type(spec)) if name not in resolved}
+    own = {name: getattr(spec, name) for name in fields_of(type(spec)) if name not in resolved}
     # The edit holds tensors by field, under one name for equal contents.
     own = {name: None if isinstance(value, TensorRef) else value for name, value in own.items()}
     if all(value is None or type(value) in _PLAIN for value in own.values()):
@@ -44,8 +44,3 @@ def _resolved(kind: type[Intervention], imagined: bool, chosen: bool, sourced: b
     if issubclass(kind, Ablate) and sourced:
         resolved.add("seed")
     return frozenset(resolved)
-
-
-@cache
-def _fields(kind: type[Intervention]) -> tuple[str, ...]:
-    return tuple(kind.model_fields)

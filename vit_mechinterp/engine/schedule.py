@@ -131,8 +131,10 @@ class Schedule:
         tokens = self.tokens_read(stage)
         if tokens is None or self.read is None:
             return 0.0
-        outside = self.sharing.once(("inside", stage[0].name), lambda: looks_inside(self._read_of(stage)))
-        return self.read.saved(tokens, outside=outside)
+        attention_whole = self.sharing.once(
+            ("inside", stage[0].name), lambda: looks_inside(self._read_of(stage))
+        )
+        return self.read.saved(tokens, attention_whole=attention_whole)
 
     def _read_of(self, stage: Sequence[BoundRun]) -> list[tuple[BoundRun, Sequence[Read]]]:
         parts = (part for run in stage for part in self.sharing.parts[run.name])

@@ -42,18 +42,19 @@ class ReadTokens:
         tokens: positions, ascending.
         n_tokens: number of tokens of the stream.
         share: the part of the last block's work that a token is spared which nobody reads.
-        share_outside: the same where scores or pattern are looked at, so that the attention call and the
-            output projection run for all tokens.
+        share_behind_attention: the same where scores or pattern are looked at, so that the attention call
+            and the output projection run for all tokens.
     """
 
     tokens: tuple[int, ...]
     n_tokens: int
     share: float
-    share_outside: float
+    share_behind_attention: float
 
-    def saved(self, tokens: tuple[int, ...], *, outside: bool = False) -> float:
+    def saved(self, tokens: tuple[int, ...], *, attention_whole: bool = False) -> float:
         """Share of the last block's work that a row is spared, if it goes on with some tokens alone."""
-        return (self.share_outside if outside else self.share) * (1 - len(tokens) / self.n_tokens)
+        share = self.share_behind_attention if attention_whole else self.share
+        return share * (1 - len(tokens) / self.n_tokens)
 
 
 def read_tokens(vit: HookedViT) -> ReadTokens | None:
