@@ -38,8 +38,8 @@ class CleanPass(Protocol):
 
 @dataclass
 class Clean:
-    """What the clean forwards of one chunk gave: values by read, outputs (float32) by what they
-    are made from."""
+    """What the clean forwards of one chunk gave: values by read, outputs (float32) by what they are
+    made from."""
 
     values: dict[Read, Values] = field(default_factory=dict)
     outputs: dict[ColumnOrigin, Values] = field(default_factory=dict)
