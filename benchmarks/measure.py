@@ -89,8 +89,8 @@ def interleaved(
     """Time each way several times, with the unit before and behind every repeat.
 
     The order of the ways turns, and every other time it is backwards, so that none always gains from what the
-    same one left in memory before it. Call each way once beforehand (checking that all agree does so), because
-    the first call pays for what later ones find prepared.
+    same one left in memory before it. Call each way once beforehand (checking that all agree does so),
+    because the first call pays for what later ones find prepared.
 
     Args:
         ways: what to time, by name.
