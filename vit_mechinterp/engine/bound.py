@@ -9,7 +9,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.positions import ALL, IntArray, Positions
 from vit_mechinterp.engine.readout import BoundReadout
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import (
@@ -33,6 +33,7 @@ __all__ = [
     "Edit",
     "Join",
     "fields_of",
+    "output_before",
     "source_of",
 ]
 
@@ -109,6 +110,17 @@ class Edit:
         """Name of the run whose edited value is read, if one is."""
         origin = None if self.source is None else self.source.origin
         return origin.run if isinstance(origin, RunOrigin) else None
+
+    def with_heads(self, heads: tuple[int, ...] | None) -> Edit:
+        """The same edit at other heads, which it reads where it reads anything."""
+        reads = (None if read is None else replace(read, heads=heads) for read in (self.source, self.mean))
+        source, mean = reads
+        return replace(self, spec=self.spec.model_copy(update={"heads": heads}), source=source, mean=mean)
+
+    def with_positions(self, positions: Positions, sources: Positions = ALL) -> Edit:
+        """The same edit at other tokens, and reading others where it has a source."""
+        source = None if self.source is None else replace(self.source, positions=sources)
+        return replace(self, positions=positions, source=source)
 
     @cached_property
     def choices(self) -> IntArray:
@@ -309,6 +321,11 @@ class Bound:
         """Names of all columns that decide the results: images, and those that select, choose or read out."""
         own = {name for run in self.runs for name in _selecting_columns(run.run)}
         return self.image_columns | own | (self.readout.spec.columns if self.readout else frozenset())
+
+
+def output_before(site: Site) -> Site:
+    """Where what a block is given comes out of the block before, or of the embedding."""
+    return Site(site.layer - 1, "resid_post") if site.layer else Site(None, "embed")
 
 
 def source_of(spec: Intervention) -> str | RunSource | None:

@@ -8,17 +8,19 @@ from functools import cache, partial
 import numpy as np
 from torch import Tensor
 
+from vit_mechinterp.engine.alone import Alone
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.inside import starting_inside
+from vit_mechinterp.engine.liveness import Liveness
 from vit_mechinterp.engine.pruning import pruned
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.spelling import Spelling
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.read_tokens import follows_from, handed_on, read_tokens
+from vit_mechinterp.model.read_tokens import follows_from, handed_on, is_by_token, read_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import TensorRef
 
@@ -54,13 +56,24 @@ def draft_of(
     else:
         images = image_numbers(data, columns, progress=progress)
     n, n_layers, read = len(next(iter(images.values()))), vit.layout.n_layers, read_tokens(vit)
-    follows = cache(partial(follows_from, vit))
-    bound = Spelling(vit, tensors, imagined=data is None).of(bound)
-    bound = pruned(bound, Reach(vit.layout, read, n, tensors, follows, imagined=data is None))
+    imagined, passed_on = data is None, cache(partial(handed_on, vit))
+    alone = Alone(vit, tensors)
+    spelling = Spelling(vit, tensors, alone, passed_on, imagined=imagined)
+    liveness = Liveness(
+        vit.layout,
+        read,
+        n,
+        spelling.n_heads,
+        cache(partial(follows_from, vit)),
+        cache(lambda layer: (read is not None and layer == n_layers - 1) or is_by_token(vit, layer)),
+        passed_on,
+        imagined,
+    )
+    bound = pruned(spelling.of(bound), Reach(liveness, tensors, alone), spelling)
     spares = why_nothing_is_spared(vit.layout) is None
     if spares and not stored:
         bound = starting_inside(bound)
     sites = {edit.site.name for run in bound.runs for edit in run.edits}
-    same = handed_on(vit) if "resid_pre" in sites and sites & {"embed", "resid_post"} else frozenset()
-    sharing = Sharing(bound, images, imagined=data is None, handed_on=same)
+    same = passed_on() if "resid_pre" in sites and sites & {"embed", "resid_post"} else frozenset()
+    sharing = Sharing(bound, images, imagined=imagined, handed_on=same)
     return Schedule(sharing, n_layers, n, 1, vit.layout.family.one_image, spares, read)

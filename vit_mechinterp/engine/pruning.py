@@ -14,6 +14,7 @@ from dataclasses import replace
 from vit_mechinterp.engine.bound import Bound, Edit
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.rebasing import reading_clean_values, without_base
+from vit_mechinterp.engine.spelling import Spelling
 from vit_mechinterp.engine.values import Read
 
 __all__ = ["pruned"]
@@ -22,10 +23,14 @@ Readers = Mapping[str, Sequence[Read]]
 """By run, what others read of its edited values."""
 
 
-def pruned(bound: Bound, reach: Reach) -> Bound:
+def pruned(bound: Bound, reach: Reach, spelling: Spelling) -> Bound:
     """The same runs without interventions that reach nothing that is read, and without replaced bases."""
     edits, readers = _reaching(bound, reach)
-    kept = {run.name: run.with_edits(edits.get(run.name, {}).values()) for run in bound.runs}
+    reaching = bound.with_runs(
+        {run.name: run.with_edits(edits.get(run.name, {}).values()) for run in bound.runs}
+    )
+    # What is left of edits may be what others are.
+    kept = {run.name: run for run in (reaching if reaching is bound else spelling.of(reaching)).runs}
     instead_of_base: dict[str, str] = {}
     for name in (run.name for stage in bound.stages for run in stage):
         own = reading_clean_values(kept[name], kept)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_mechinterp.engine.bound import BoundRun, Edit
+from vit_mechinterp.engine.bound import BoundRun, Edit, output_before
 from vit_mechinterp.engine.ops import BUILT_IN, ablate, inject_subspace, interchange, operator_of
 from vit_mechinterp.engine.options import options_of
 from vit_mechinterp.engine.positions import BoolArray, IntArray, Positions
@@ -93,7 +93,7 @@ class RowKeys:
         a run (that is edited in between, perhaps)."""
         if site.name != "resid_pre" or site.layer not in self.sharing.handed_on:
             return site
-        output = Site(site.layer - 1, "resid_post") if site.layer else Site(None, "embed")
+        output = output_before(site)
         reads = () if run is None else self.sharing.bound.reads_of[run.name]
         return site if any(read.site in (site, output) for read in reads) else output
 

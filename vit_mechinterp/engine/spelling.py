@@ -15,13 +15,11 @@ from itertools import combinations, groupby
 
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.alone import Alone
+from vit_mechinterp.engine.bound import Bound, BoundRun, Edit, output_before
 from vit_mechinterp.engine.ops import (
     BUILT_IN,
-    ablate,
-    add_direction,
     inject_subspace,
-    interchange,
     operator_of,
 )
 from vit_mechinterp.engine.options import options_of
@@ -41,12 +39,23 @@ class Spelling:
     Args:
         vit: the model.
         tensors: the given tensors, where they are known.
+        alone: finds edits that do the same to each of their tokens.
+        handed_on: blocks that are given the output of the one before, or of the embedding, as it is.
         imagined: whether there is no data, so that nobody knows which patches a column selects. Then edits
             are neither put in order nor made one.
     """
 
-    def __init__(self, vit: HookedViT, tensors: Mapping[TensorRef, Tensor] | None, *, imagined: bool) -> None:
+    def __init__(
+        self,
+        vit: HookedViT,
+        tensors: Mapping[TensorRef, Tensor] | None,
+        alone: Alone,
+        handed_on: Callable[[], frozenset[int]],
+        *,
+        imagined: bool,
+    ) -> None:
         self.vit, self.tensors, self.imagined = vit, tensors or {}, imagined
+        self.alone, self.handed_on = alone, handed_on
         self._n_tokens = vit.layout.tokens.n_tokens
         self._every = Positions(shared=tuple(range(self._n_tokens)))
         self._names = _one_name_each(self.tensors)
@@ -57,42 +66,58 @@ class Spelling:
 
     def of(self, bound: Bound) -> Bound:
         """The same runs, their edits in one spelling."""
-        return bound.with_runs({run.name: self._run(run) for run in bound.runs})
+        return bound.with_runs({run.name: self._run(run, bound.reads_of[run.name]) for run in bound.runs})
 
-    def _run(self, run: BoundRun) -> BoundRun:
-        edits = [self._edit(edit) for edit in run.edits]
+    def _run(self, run: BoundRun, reads: Iterable[Read]) -> BoundRun:
+        edits = [self._edit(edit) for edit in self._by_one_name(run.edits, reads)]
         if not self.imagined and len({edit.site for edit in edits}) < len(edits):
             by_site = groupby(edits, key=lambda edit: edit.site)
             edits = [edit for _, own in by_site for edit in self._at_one_site(list(own), run.origin)]
         return run.with_edits(edits)
 
+    def _by_one_name(self, edits: Sequence[Edit], reads: Iterable[Read]) -> Iterable[Edit]:
+        """Edits of a block's input as ones of the output before, if both are edited and neither is read."""
+        sites = {edit.site for edit in edits}
+        names = {site: output_before(site) for site in sites if site.name == "resid_pre"}
+        names = {site: output for site, output in names.items() if output in sites}
+        for read in reads if names else ():
+            names = {site: output for site, output in names.items() if read.site not in (site, output)}
+        # Other operators may make something of where they are.
+        strange = {edit.site for edit in edits if operator_of(edit.spec) not in BUILT_IN} if names else set()
+        names = {site: own for site, own in names.items() if not {site, own} & strange}
+        names = {site: output for site, output in names.items() if site.layer in self.handed_on()}
+        return [_at_site(edit, names.get(edit.site, edit.site)) for edit in edits] if names else edits
+
     def _edit(self, edit: Edit) -> Edit:
         if edit.refs:
             edit = self._with_names(edit)
         if not edit.keys.is_all:
-            keys = self._in_order(edit.keys)
-            edit = replace(edit, keys=ALL if keys.shared == self._every.shared else keys)
+            edit = replace(edit, keys=self._of_all(self._in_order(edit.keys)))
         if operator_of(edit.spec) not in BUILT_IN:
             return edit
         heads = edit.spec.heads
         if heads is not None and self._are_all(heads, edit):
-            edit = _with_heads(edit, None)
+            edit = edit.with_heads(None)
         elif heads is not None and list(heads) != sorted(heads):
-            edit = _with_heads(edit, tuple(sorted(heads)))
-        if edit.positions.ascend or self.imagined or not self._acts_by_token(edit):
+            edit = edit.with_heads(tuple(sorted(heads)))
+        if edit.positions.ascend or self.imagined or not self.alone.acts(edit):
             return self._without_names_of_all(edit)
         return self._without_names_of_all(self._with_tokens_of([edit]))
 
     def _without_names_of_all(self, edit: Edit) -> Edit:
-        """An edit of all tokens, if it is one of all of them by name or number."""
-        chosen, source, mean = edit.positions.shared, edit.source, edit.mean
-        if chosen is None or len(chosen) < self._n_tokens or not edit.positions.ascend:
+        """All tokens by name or number are no selection of tokens, unless others are paired with them."""
+        if edit.mean is not None and not edit.mean.positions.is_all:
+            mean = replace(edit.mean, positions=self._of_all(self._in_order(edit.mean.positions)))
+            edit = replace(edit, mean=mean)
+        if not edit.site.has_tokens or not self._of_all(edit.positions).is_all:
             return edit
-        if (source is None or source.positions in (ALL, edit.positions)) and (
-            mean is None or mean.positions.is_all
-        ):
-            return _with_positions(edit, ALL, ALL)
-        return edit
+        source = ALL if edit.source is None else edit.source.positions
+        is_paired = not self._of_all(source).is_all
+        own = (self._every, source) if is_paired else (ALL, ALL)
+        return edit if (edit.positions, source) == own else edit.with_positions(*own)
+
+    def _of_all(self, positions: Positions) -> Positions:
+        return ALL if positions.shared == self._every.shared else positions
 
     def _in_order(self, positions: Positions) -> Positions:
         """A selection whose order means nothing."""
@@ -110,9 +135,10 @@ class Spelling:
     def _are_all(self, heads: Sequence[int], edit: Edit) -> bool:
         """Whether these are all heads there are, where an edit is made and where it reads."""
         sites = {edit.site, *(() if edit.source is None else (edit.source.site,))}
-        return all(self._n_heads(site) == len(heads) for site in sites)
+        return all(self.n_heads(site) == len(heads) for site in sites)
 
-    def _n_heads(self, site: Site) -> int:
+    def n_heads(self, site: Site) -> int:
+        """Number of heads at a site that has heads."""
         if site not in self._heads:
             shape = self.vit.sites()[str(site)].shape
             self._heads[site] = shape[0] if site.is_attention_matrix else shape[1]
@@ -120,36 +146,18 @@ class Spelling:
 
     def _at_one_site(self, edits: list[Edit], base: ColumnOrigin) -> list[Edit]:
         """Edits at one site, in the order in which they act."""
-        if len(edits) == 1 or not all(map(self._acts_by_token, edits)):
+        if len(edits) == 1 or not all(map(self.alone.acts, edits)):
             return edits
         if not all(self._touch_others(*pair) for pair in combinations(edits, 2)):
             return edits
         if len({edit.spec.heads for edit in edits}) > 1:
-            edits = [_with_heads(edit, (head,)) for edit in edits for head in self._heads_of(edit)]
+            edits = [edit.with_heads((head,)) for edit in edits for head in self._heads_of(edit)]
         edits = self._made_one(edits, base, lambda edit: edit.spec.heads, self._with_tokens_of)
         edits = self._made_one(edits, base, _tokens, _with_heads_of)
         return sorted(map(self._edit, edits), key=_place)
 
     def _heads_of(self, edit: Edit) -> Iterable[int]:
-        return range(self._n_heads(edit.site)) if edit.spec.heads is None else edit.spec.heads
-
-    def _acts_by_token(self, edit: Edit) -> bool:
-        """Whether what an edit does to a token is the same whichever others are selected with it."""
-        if not edit.keys.is_all or not edit.site.has_tokens:
-            return False
-        operator = operator_of(edit.spec)
-        if operator in (interchange, ablate):
-            return True
-        if any(ref not in self.tensors for _, ref in edit.refs):
-            return False
-        shapes = {field: tuple(self.tensors[ref].shape) for field, ref in edit.refs}
-        n_features = self.vit.sites()[str(edit.site)].shape[-1]
-        chosen = 0 if edit.choice is None else 1
-        if operator is add_direction:
-            return shapes["vector"][chosen:] == (n_features,)
-        if operator is inject_subspace and len(shapes["basis"]) == 2:
-            return edit.source is not None or shapes["vectors"][chosen:] == shapes["basis"][1:]
-        return False
+        return range(self.n_heads(edit.site)) if edit.spec.heads is None else edit.spec.heads
 
     def _touch_others(self, one: Edit, other: Edit) -> bool:
         """Whether two edits have no token in common, or no head."""
@@ -181,7 +189,7 @@ class Spelling:
         sources = [self._every if read.is_all else read for read in reads]
         aligned = not sources or sources == targets
         there = self._together(targets, targets)
-        return _with_positions(edits[0], there, there if aligned else self._together(sources, targets))
+        return edits[0].with_positions(there, there if aligned else self._together(sources, targets))
 
     def _together(self, several: Sequence[Positions], by: Sequence[Positions]) -> Positions:
         """Selections as one, in the order of others; one object for all runs that select the same."""
@@ -229,18 +237,15 @@ def _place(edit: Edit) -> Kind:
     return () if positions is None else tuple(sorted(positions)), edit.spec.heads or ()
 
 
+def _at_site(edit: Edit, site: Site) -> Edit:
+    """A block's input by another name, for an edit and what it reads of the input of an image."""
+    source = edit.source
+    if site == edit.site:
+        return edit
+    if source is not None and source.site == edit.site and isinstance(source.origin, ColumnOrigin):
+        source = replace(source, site=site)
+    return replace(edit, site=site, source=source)
+
+
 def _with_heads_of(edits: Sequence[Edit]) -> Edit:
-    return _with_heads(edits[0], tuple(sorted(head for edit in edits for head in edit.spec.heads or ())))
-
-
-def _with_heads(edit: Edit, heads: tuple[int, ...] | None) -> Edit:
-    def of(read: Read | None) -> Read | None:
-        return None if read is None else replace(read, heads=heads)
-
-    spec = edit.spec.model_copy(update={"heads": heads})
-    return replace(edit, spec=spec, source=of(edit.source), mean=of(edit.mean))
-
-
-def _with_positions(edit: Edit, positions: Positions, sources: Positions) -> Edit:
-    source = None if edit.source is None else replace(edit.source, positions=sources)
-    return replace(edit, positions=positions, source=source)
+    return edits[0].with_heads(tuple(sorted(head for edit in edits for head in edit.spec.heads or ())))

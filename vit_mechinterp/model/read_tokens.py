@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -21,13 +22,15 @@ from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
 from vit_mechinterp.spec import GLOBAL_SITES, Site
 
-__all__ = ["ReadTokens", "follows_from", "handed_on", "read_tokens"]
+__all__ = ["ReadTokens", "follows_from", "handed_on", "is_by_token", "read_tokens"]
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
     weakref.WeakKeyDictionary()
 )
 """By last block, and by what it consists of, its weights, its precision and the tokens: the shares of
 `ReadTokens`, or None if the block cannot be narrowed."""
+_BY_TOKEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = weakref.WeakKeyDictionary()
+"""By block, and by what it consists of, its weights and its precision: what `is_by_token` found."""
 
 Found = TypeVar("Found")
 
@@ -112,6 +115,41 @@ def handed_on(vit: HookedViT) -> frozenset[int]:
     return _tried(vit, found) or frozenset()
 
 
+def is_by_token(vit: HookedViT, layer: int) -> bool:
+    """Try out whether behind the attention call of a block, and past it, tokens are left to themselves.
+
+    Every second token of the block's input and of what the call gives is changed: the others must come out as
+    they do without. False if the model is not as its library made it, or trying failed.
+    """
+    stream, z, output = (Site(layer, name) for name in ("resid_pre", "attn.z", "resid_post"))
+    absent = vit.layout.absent
+    inner = z if str(z) not in absent else Site(layer, "attn_out")
+
+    def changed(value: Tensor, seed: int) -> Tensor:
+        pair = _random(2, value, seed)
+        pair[1, 1::2] = pair[0, 1::2]
+        return pair
+
+    def tried(vit: HookedViT) -> bool:
+        others = [other for other in range(vit.layout.n_layers) if other != layer]
+        replaced: dict[Site, Visitor] = {stream: partial(changed, seed=0), inner: partial(changed, seed=1)}
+        values = _run(vit, replaced, others, 2, [str(output)])
+        if values is None:
+            return False
+        own = values[str(output)]
+        return bool(_moved(vit, own[:, ::2])[1]) and not bool(_moved(vit, own[:, 1::2])[1])
+
+    def found(vit: HookedViT) -> bool:
+        block: nn.Module = lookup(vit.module, vit.layout.block_path(layer))
+        known, key = _BY_TOKEN.setdefault(block, {}), _state_of(vit, block)
+        if key not in known:
+            known.clear()
+            known[key] = tried(vit)
+        return known[key]
+
+    return not {str(stream), str(inner), str(output)} & set(absent) and bool(_tried(vit, found))
+
+
 def _tried(vit: HookedViT, found: Callable[[HookedViT], Found | None], *sites: str) -> Found | None:
     """What is found out about a model that is as its library made it, and has some sites of the last block
     beside its output."""
@@ -137,15 +175,20 @@ def _found(vit: HookedViT) -> ReadTokens | None:
     if not tokens:
         return None
     block: nn.Module = lookup(vit.module, layout.block_path(layout.n_layers - 1))
-    kind = vit.device.type
-    precision = vit.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    known, key = _KNOWN.setdefault(block, {}), (tokens, precision, *_parts_of(block), *_norms_of(block))
+    known, key = _KNOWN.setdefault(block, {}), (tokens, *_state_of(vit, block))
     if key not in known:
         known.clear()
         forget(block)
         known[key] = _shares(vit, block, tokens)
     shares = known[key]
     return None if shares is None else ReadTokens(tokens, n, *shares)
+
+
+def _state_of(vit: HookedViT, block: nn.Module) -> tuple[object, ...]:
+    """What a block computes: its precision, what it consists of, and its weights."""
+    kind = vit.device.type
+    precision = vit.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return precision, *_parts_of(block), *_norms_of(block)
 
 
 def _parts_of(block: nn.Module) -> list[tuple[int, int]]:
@@ -237,7 +280,7 @@ def _random(rows: int, like: Tensor, seed: int = 0) -> Tensor:
 def _run(
     vit: HookedViT,
     replaced: Mapping[Site, Visitor],
-    skipped: range,
+    skipped: Iterable[int],
     rows: int,
     keep: Sequence[str],
     narrowing: Narrowing | None = None,
