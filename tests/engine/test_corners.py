@@ -330,5 +330,5 @@ def test_a_model_that_would_normalise_by_the_batch_is_refused() -> None:
 def test_an_intervention_that_is_not_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_of(TIMM_PLAIN)
     monkeypatch.setattr(wave, "stacked", lambda edits, value: [])
-    with pytest.raises(ExecutionError, match=r"did not fire: run 'r', interchange at blocks.1.mlp.post"):
-        world.execute([run("r", swap("blocks.1.mlp.post"))])
+    with pytest.raises(ExecutionError, match=r"did not fire: run 'r', interchange at blocks.1.attn.q"):
+        world.execute([run("r", swap("blocks.1.attn.q"))])

@@ -126,7 +126,10 @@ def sweeps(draw: Any) -> tuple[World, list[dict[str, Any]]]:
 def least(world: World, documents: list[dict[str, Any]]) -> int:
     """(row, block) pairs that cannot be done without: distinct rows behind the block where their edit is, and distinct
     images up to the last block that somebody reads. Nobody reads patches behind the last attention call of a model whose
-    head reads CLS, and where all that is read of the residual stream is replaced, the row is the source's."""
+    head reads CLS, and where all that is read of the residual stream is replaced, the row is the source's. A token of an
+    image inside attention or MLP is that image's where it comes out."""
+    out = dict.fromkeys(("attn.z", "attn.result"), "attn_out") | dict.fromkeys(("ln2", "mlp.post"), "mlp_out")
+    out |= {"resid_mid": "resid_post"} | ({"mlp.pre": "mlp_out"} if "mlp.pre_linear" in world.tiny.missing else {})
     read = {0} if world.tiny is TIMM_PLAIN else set(range(world.shape("embed")[0]))
     rows: dict[Any, int] = {}
     depth: dict[bytes, int] = {}
@@ -147,7 +150,6 @@ def least(world: World, documents: list[dict[str, Any]]) -> int:
                 depth[base] = N_LAYERS
                 continue
             tokens = tuple(world.oracle.positions(edit["tokens"], i))
-            joins_behind = name in ("resid_post", "mlp_out")
             layer = 0 if site == "embed" else int(site.split(".")[1])
             mixed_later = layer < N_LAYERS - 1 or name in ("embed", "resid_pre", "ln1", "attn.k", "attn.v")
             reaching = set(range(world.shape("embed")[0])) if mixed_later else read
@@ -158,6 +160,9 @@ def least(world: World, documents: list[dict[str, Any]]) -> int:
                 depth[source] = N_LAYERS
                 continue
             # What enters a block is what the one before puts out.
+            name = out.get(name, name)
+            joins_behind = name in ("resid_post", "mlp_out")
+            site = f"blocks.{layer}.{name}" if "." in site else site
             place = f"blocks.{layer - 1}.resid_post" if name == "resid_pre" and layer else site
             rows[base, source, place, tokens] = N_LAYERS - layer - joins_behind
             clean(source, site)

@@ -120,7 +120,7 @@ def test_equal_runs_are_computed_once_and_keep_their_own_captures(tiny: Tiny) ->
         run("a", edit, capture=["blocks.1.mlp_out"]),
         run("b", edit, capture=["blocks.2.attn.pattern", "blocks.0.ln1", "blocks.1.mlp_out"]),
         run("c", {**edit, "source_tokens": ["cls", 2], "source_site": "blocks.1.attn.z"}),
-        run("other", swap("blocks.1.attn.z", heads=[0])),
+        run("other", swap("blocks.1.attn.z", heads=[0], tokens=[1])),
         run("reads b", swap("blocks.2.resid_post", {"run": "b"})),
     ]
     total, plan = counted(world, documents)
@@ -236,7 +236,7 @@ def test_rows_equal_to_rows_of_earlier_chunks_are_computed_once(tmp_path: Path) 
     world = repeating()
     documents = [
         run("a", swap("blocks.0.resid_post")),
-        run("b", swap("blocks.1.resid_post", {"run": "a"}), swap("blocks.1.attn.z", heads=[0])),
+        run("b", swap("blocks.1.resid_post", {"run": "a"}), swap("blocks.1.attn.z", heads=[0], tokens=[1])),
         run("c", swap("blocks.0.resid_post"), swap("blocks.2.mlp_out")),
         run("d", swap("blocks.2.mlp_out"), swap("blocks.0.resid_post")),
     ]

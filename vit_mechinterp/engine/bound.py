@@ -9,6 +9,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
+from vit_mechinterp.engine.ops import ablate, interchange, operator_of
 from vit_mechinterp.engine.positions import ALL, IntArray, Positions
 from vit_mechinterp.engine.readout import BoundReadout
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
@@ -110,6 +111,11 @@ class Edit:
         """Name of the run whose edited value is read, if one is."""
         origin = None if self.source is None else self.source.origin
         return origin.run if isinstance(origin, RunOrigin) else None
+
+    @cached_property
+    def puts_in(self) -> bool:
+        """Whether it puts something in place of what it is given."""
+        return operator_of(self.spec) in (interchange, ablate) and self.keys.is_all
 
     def with_heads(self, heads: tuple[int, ...] | None) -> Edit:
         """The same edit at other heads, which it reads where it reads anything."""

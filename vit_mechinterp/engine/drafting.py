@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from vit_mechinterp.engine.alone import Alone
+from vit_mechinterp.engine.anatomy import Anatomy
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.inside import starting_inside
-from vit_mechinterp.engine.liveness import Liveness
 from vit_mechinterp.engine.pruning import pruned
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.schedule import Schedule
@@ -59,17 +59,15 @@ def draft_of(
     imagined, passed_on = data is None, cache(partial(handed_on, vit))
     alone = Alone(vit, tensors)
     spelling = Spelling(vit, tensors, alone, passed_on, imagined=imagined)
-    liveness = Liveness(
+    anatomy = Anatomy(
         vit.layout,
-        read,
-        n,
         spelling.n_heads,
         cache(partial(follows_from, vit)),
         cache(lambda layer: (read is not None and layer == n_layers - 1) or is_by_token(vit, layer)),
         passed_on,
-        imagined,
     )
-    bound = pruned(spelling.of(bound), Reach(liveness, tensors, alone), spelling)
+    reach = Reach(anatomy, read, n, tensors, alone, imagined=imagined)
+    bound = pruned(spelling.of(bound), reach, spelling, postponing=not stored)
     spares = why_nothing_is_spared(vit.layout) is None
     if spares and not stored:
         bound = starting_inside(bound)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vit_mechinterp.engine.bound import Bound, Edit
+from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.rebasing import reading_clean_values, without_base
 from vit_mechinterp.engine.spelling import Spelling
@@ -23,27 +23,40 @@ Readers = Mapping[str, Sequence[Read]]
 """By run, what others read of its edited values."""
 
 
-def pruned(bound: Bound, reach: Reach, spelling: Spelling) -> Bound:
-    """The same runs without interventions that reach nothing that is read, and without replaced bases."""
-    edits, readers = _reaching(bound, reach)
-    reaching = bound.with_runs(
-        {run.name: run.with_edits(edits.get(run.name, {}).values()) for run in bound.runs}
-    )
+def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) -> Bound:
+    """The same runs without interventions that reach nothing that is read, and without replaced bases.
+
+    With ``postponing``, interventions inside attention or MLP are made where they come out, if that is the
+    same.
+    """
+    reaching, readers = _reaching(bound, reach)
+    left_out: dict[str, list[str]] = {
+        run.name: _others(run, reaching.get(run.name, {})) for run in bound.runs
+    }
     # What is left of edits may be what others are.
-    kept = {run.name: run for run in (reaching if reaching is bound else spelling.of(reaching)).runs}
+    runs = {run.name: run.with_edits(reaching.get(run.name, {}).values()) for run in bound.runs}
+    kept = {run.name: run for run in spelling.of(bound.with_runs(runs)).runs}
     instead_of_base: dict[str, str] = {}
     for name in (run.name for stage in bound.stages for run in stage):
         own = reading_clean_values(kept[name], kept)
         if own.edits and reach.is_rid_of_base(own, readers.get(name, ())):
             own, instead = without_base(own, kept)
             instead_of_base[name] = f"{name} is {instead}"
-        kept[name] = own
-    left_out = (e.where for run in bound.runs for k, e in enumerate(run.edits) if k not in edits[run.name])
+        changing = reach.changing(own)
+        left_out[name] += _others(own, changing)
+        kept[name] = own.with_edits(changing.values())
+        if postponing:
+            kept[name] = own.with_edits(reach.postponed(kept[name], readers.get(name, ())))
     return replace(
-        bound.with_runs(kept),
-        left_out=tuple(left_out),
+        spelling.of(bound.with_runs(kept)),
+        left_out=tuple(where for run in bound.runs for where in left_out[run.name]),
         without_base=tuple(instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base),
     )
+
+
+def _others(run: BoundRun, edits: Mapping[int, Edit]) -> list[str]:
+    """Where those edits of a run stand that are not among some, by their places."""
+    return [edit.where for place, edit in enumerate(run.edits) if place not in edits]
 
 
 def _reaching(bound: Bound, reach: Reach) -> tuple[dict[str, dict[int, Edit]], Readers]:

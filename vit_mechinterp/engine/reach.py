@@ -1,25 +1,30 @@
 """What reaches the output, or somebody who reads values of a run: which interventions, and whether its base.
 
 An intervention reaches nobody where it changes nothing that is read: a direction times zero, a direction or
-gate of zeros, values that nobody reads, or that later interventions write over before anybody does. It is
-made at the tokens and heads that are read alone, where it does the same to each of them. Nothing of a base
-does where all that is read of the residual stream is replaced.
+gate of zeros, a value that is there already, values that nobody reads, or that later interventions write over
+before anybody does. It is made at the tokens and heads where it changes what is read alone, if it does the
+same to each of them. Nothing of a base does where all that is read of the residual stream is replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
 from vit_mechinterp.engine.alone import Alone
+from vit_mechinterp.engine.anatomy import Anatomy
+from vit_mechinterp.engine.ancestry import changes
 from vit_mechinterp.engine.bound import BoundRun, Edit
-from vit_mechinterp.engine.liveness import Live, Liveness
+from vit_mechinterp.engine.liveness import Liveness
+from vit_mechinterp.engine.masks import Mask, Masks
 from vit_mechinterp.engine.ops import Operator, add_direction, inject_subspace, operator_of
 from vit_mechinterp.engine.positions import BoolArray, Positions, where
+from vit_mechinterp.engine.postponing import postponed
 from vit_mechinterp.engine.values import Read
+from vit_mechinterp.model.read_tokens import ReadTokens
 from vit_mechinterp.spec import AddDirection, TensorRef
 
 __all__ = ["Reach"]
@@ -32,44 +37,66 @@ class Reach:
     """What reaches the output of one model, or what somebody reads of a run.
 
     Args:
-        liveness: finds what is read of a run's values.
+        anatomy: the model's.
+        read: the tokens that the output reads of the last block; None for all of them.
+        n: number of examples.
         tensors: the given tensors, where they are known.
         alone: finds edits that do the same to each of their tokens.
+        imagined: whether there is no data, so that nobody knows which patches a column selects.
     """
 
-    def __init__(self, liveness: Liveness, tensors: Mapping[TensorRef, Tensor] | None, alone: Alone) -> None:
-        self.liveness, self.tensors, self.alone = liveness, tensors, alone
-        self.every = Positions(shared=tuple(range(liveness.layout.tokens.n_tokens)))
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        read: ReadTokens | None,
+        n: int,
+        tensors: Mapping[TensorRef, Tensor] | None,
+        alone: Alone,
+        *,
+        imagined: bool,
+    ) -> None:
+        self.anatomy, self.read, self.n = anatomy, read, n
+        self.tensors, self.alone, self.imagined = tensors, alone, imagined
+        self.every = Positions(shared=tuple(range(anatomy.layout.tokens.n_tokens)))
         self._zeros: dict[TensorRef, BoolArray] = {}
-        self._read_of: dict[tuple[object, ...], tuple[Positions, ...]] = {}
+        self._kept: dict[tuple[object, ...], tuple[Positions, ...]] = {}
 
     def kept(self, run: BoundRun, reads: Sequence[Read]) -> dict[int, Edit]:
         """Edits of a run that reach its output, or one of what is read of it, by their place in the run."""
         idle = {place: self._idle(edit) for place, edit in enumerate(run.edits)}
         edits = [(place, edit) for place, edit in enumerate(run.edits) if not idle[place].all()]
-        own = self.liveness.of(run, edits, reads).own
-        found: dict[int, Edit] = {}
-        for place, edit in edits:
-            live, unmoved = own[place], idle[place]
-            if live is not None:
-                unmoved = unmoved | ~live.any(axis=(1, 2))
-                if unmoved.all():
-                    continue
-                edit = self._where_read(edit, live)
-            if unmoved.any():
-                everyone = np.broadcast_to(unmoved, self.liveness.n)
-                edit = replace(edit, idle=tuple(np.flatnonzero(everyone).tolist()))
-            found[place] = edit
-        return found
+        own = self._liveness(run, edits, reads).own
+        found = {place: self._where(edit, own[place], idle[place]) for place, edit in edits}
+        return {place: edit for place, edit in found.items() if edit is not None}
+
+    def changing(self, run: BoundRun) -> dict[int, Edit]:
+        """Edits of a run that do not put in what is there already, by their place in the run."""
+        where, never = changes(self.anatomy, self._masks(run.edits), run), np.zeros(1, dtype=np.bool_)
+        if not where:
+            return dict(enumerate(run.edits))
+        found = {place: self._where(edit, where.get(place), never) for place, edit in enumerate(run.edits)}
+        return {place: edit for place, edit in found.items() if edit is not None}
+
+    def postponed(self, run: BoundRun, others: Sequence[Read]) -> tuple[Edit, ...]:
+        """Edits of a run at the last place where they do the same to what is read, by itself or by others."""
+        reads = [*(capture.read for capture in run.captures), *others]
+        return postponed(self.anatomy, self._masks(run.edits), run, reads)
 
     def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
         """Whether nothing that is read of a run, by itself or by others, is its base's from its first edit
         on, and others read nothing before."""
         site = run.edits[0].site
-        if any(read.site < site for read in others) or not self.liveness.is_cut(site, run):
+        if any(read.site < site for read in others) or not self.anatomy.is_cut(site, run):
             return False
         reads = [*(capture.read for capture in run.captures), *others]
-        return not self.liveness.of(run, list(enumerate(run.edits)), reads).before.any()
+        return not self._liveness(run, list(enumerate(run.edits)), reads).before.any()
+
+    def _liveness(self, run: BoundRun, edits: Sequence[tuple[int, Edit]], reads: Sequence[Read]) -> Liveness:
+        return Liveness(self.anatomy, self._masks(edit for _, edit in edits), self.read, run, edits, reads)
+
+    def _masks(self, edits: Iterable[Edit]) -> Masks:
+        n_tokens = len(self.every.shared or ())
+        return Masks(edits, self.n, n_tokens, self.anatomy.n_heads, imagined=self.imagined)
 
     def _idle(self, edit: Edit) -> BoolArray:
         """Examples in which an edit changes nothing, whatever it is given, ``[example or 1]``."""
@@ -86,16 +113,28 @@ class Reach:
         chosen = edit.choice is not None and operator is add_direction
         return zeros[edit.choices] if chosen else np.asarray(zeros.all(keepdims=True))
 
-    def _where_read(self, edit: Edit, live: Live) -> Edit:
-        """An edit at the tokens and heads where somebody reads what it makes, if it does the same to each."""
-        if self.liveness.imagined or not self.alone.acts(edit):
+    def _where(self, edit: Edit, mask: Mask | None, idle: BoolArray) -> Edit | None:
+        """An edit where it counts, at the tokens and heads of a mask (None: all that it selects) in examples
+        in which it is not idle; None where there are none."""
+        if mask is not None:
+            idle = idle | ~mask.any(axis=(1, 2))
+            if idle.all():
+                return None
+            if not self.imagined and self.alone.acts(edit):
+                edit = self._at(edit, mask)
+        if not idle.any():
             return edit
-        if live.shape[2] > 1:
-            edit = edit.with_heads(tuple(np.flatnonzero(live.any(axis=(0, 1))).tolist()))
+        everyone = np.flatnonzero(np.broadcast_to(idle, self.n)).tolist()
+        return replace(edit, idle=tuple(sorted({*edit.idle, *everyone})))
+
+    def _at(self, edit: Edit, mask: Mask) -> Edit:
+        """An edit at the tokens and heads of a mask."""
+        if mask.shape[2] > 1:
+            edit = edit.with_heads(tuple(np.flatnonzero(mask.any(axis=(0, 1))).tolist()))
         sources = () if edit.source is None else (edit.source.positions,)
-        tokens = np.asarray(live.any(axis=2))
+        tokens = np.asarray(mask.any(axis=2))
         key = edit.positions, *sources, tokens.tobytes()
-        if key not in self._read_of:
+        if key not in self._kept:
             own = [self.every if positions.is_all else positions for positions in (edit.positions, *sources)]
-            self._read_of[key] = tuple(where(tokens, own[0], positions) for positions in own)
-        return edit.with_positions(*self._read_of[key])
+            self._kept[key] = tuple(where(tokens, own[0], positions) for positions in own)
+        return edit.with_positions(*self._kept[key])

@@ -61,14 +61,19 @@ class Spelling:
         self._names = _one_name_each(self.tensors)
         self._ones = {ref for ref, tensor in self.tensors.items() if bool((tensor == 1).all())}
         self._heads: dict[Site, int] = {}
+        self._spelled: dict[int, BoundRun] = {}
         self._joined: dict[tuple[int, ...], tuple[Sequence[Positions], Positions]] = {}
         self._apart: dict[tuple[Positions, Positions], bool] = {}
 
     def of(self, bound: Bound) -> Bound:
         """The same runs, their edits in one spelling."""
-        return bound.with_runs({run.name: self._run(run, bound.reads_of[run.name]) for run in bound.runs})
+        spelled = {run.name: self._run(run, bound.reads_of[run.name]) for run in bound.runs}
+        self._spelled.update((id(run), run) for run in spelled.values())
+        return bound.with_runs(spelled)
 
     def _run(self, run: BoundRun, reads: Iterable[Read]) -> BoundRun:
+        if id(run) in self._spelled:
+            return run
         edits = [self._edit(edit) for edit in self._by_one_name(run.edits, reads)]
         if not self.imagined and len({edit.site for edit in edits}) < len(edits):
             by_site = groupby(edits, key=lambda edit: edit.site)

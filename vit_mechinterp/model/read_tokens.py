@@ -116,14 +116,15 @@ def handed_on(vit: HookedViT) -> frozenset[int]:
 
 
 def is_by_token(vit: HookedViT, layer: int) -> bool:
-    """Try out whether behind the attention call of a block, and past it, tokens are left to themselves.
+    """Try out whether the tokens of a block reach each other in its attention call alone.
 
-    Every second token of the block's input and of what the call gives is changed: the others must come out as
-    they do without. False if the model is not as its library made it, or trying failed.
+    Every second token of the block's input and of what the call gives is changed: the queries, keys and
+    values of the others, and the others themselves, must come out as they do without. False if the model is
+    not as its library made it, or trying failed.
     """
-    stream, z, output = (Site(layer, name) for name in ("resid_pre", "attn.z", "resid_post"))
-    absent = vit.layout.absent
-    inner = z if str(z) not in absent else Site(layer, "attn_out")
+    absent, sites = vit.layout.absent, [Site(layer, f"attn.{name}") for name in ("q", "k", "v", "z")]
+    stream, output = Site(layer, "resid_pre"), Site(layer, "resid_post")
+    inner = sites.pop() if str(sites[-1]) not in absent else Site(layer, "attn_out")
 
     def changed(value: Tensor, seed: int) -> Tensor:
         pair = _random(2, value, seed)
@@ -133,11 +134,11 @@ def is_by_token(vit: HookedViT, layer: int) -> bool:
     def tried(vit: HookedViT) -> bool:
         others = [other for other in range(vit.layout.n_layers) if other != layer]
         replaced: dict[Site, Visitor] = {stream: partial(changed, seed=0), inner: partial(changed, seed=1)}
-        values = _run(vit, replaced, others, 2, [str(output)])
+        values = _run(vit, replaced, others, 2, [str(site) for site in (*sites, output)])
         if values is None:
             return False
-        own = values[str(output)]
-        return bool(_moved(vit, own[:, ::2])[1]) and not bool(_moved(vit, own[:, 1::2])[1])
+        own = [value for name, value in values.items() if name != "output"]
+        return all(_moved(vit, x[:, ::2])[1] and not _moved(vit, x[:, 1::2])[1] for x in own)
 
     def found(vit: HookedViT) -> bool:
         block: nn.Module = lookup(vit.module, vit.layout.block_path(layer))
