@@ -28,7 +28,7 @@ def restored(site: str, *tokens: Any) -> Document:
 
 @pytest.mark.parametrize(
     ("site", "first"),
-    [("attn.z", [1, 2]), ("resid_mid", [1, 2]), ("mlp.post", [1, 2]), ("mlp_out", [2, 3]), ("resid_post", [2, 3])],
+    [("attn.z", [1, 2]), ("resid_mid", [2, 3]), ("mlp.post", [2, 3]), ("mlp_out", [2, 3]), ("resid_post", [2, 3])],
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_corruption_runs_once_whatever_is_restored_behind_it(site: str, first: list[int], batch_size: int) -> None:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
-__all__ = ["CUTS", "Anatomy", "Reduce", "Way"]
+__all__ = ["CUTS", "Anatomy", "Reduce", "Way", "sites_of"]
 
 Marks = NDArray[Any]
-"""What is said of a value, ``[example or 1, token or 1, head or 1]``."""
+"""What is said of a value, ``[example or 1, token or 1, head or 1]``; 1 where it is said of all of them."""
 Reduce = Callable[[Marks, int], Marks]
 """What is said of all tokens (axis 1) or heads (axis 2) together; keeps the axis, as one of length 1."""
 
 CUTS = ("embed", "resid_pre", "resid_mid", "resid_post")
 """Places in or before the blocks that all later ones follow from."""
+
+
+@cache
+def sites_of(layer: int) -> tuple[Site, ...]:
+    """The sites of a block, in forward order."""
+    return tuple(Site(layer, name) for name in BLOCK_SITES)
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,13 @@ class Anatomy:
 
     def carried(self, marks: Marks, layer: int, made: str, of: str, reduce: Reduce) -> Marks:
         """What is said of one of two sites, for what is said of the other: ``made`` is made ``of`` it."""
+        if marks.shape[1:] == (1, 1):
+            return marks
         way = self.made_of[made][of]
         if way.to_all_heads or self._other_heads(layer, made, of):
             marks = reduce(marks, 2)
         if way.to_all_tokens or not self._tokens_stay(layer, made, marks):
-            marks = self.over_all_tokens(marks, reduce)
+            marks = reduce(marks, 1)
         return marks
 
     def handed(self, marks: Marks, above: int, below: int, reduce: Reduce) -> Marks:
@@ -110,7 +117,7 @@ class Anatomy:
 
     def over_all_tokens(self, marks: Marks, reduce: Reduce) -> Marks:
         """What is said of every token and head once all have been mixed."""
-        return np.broadcast_to(reduce(reduce(marks, 1), 2), (len(marks), marks.shape[1], 1))
+        return reduce(reduce(marks, 1), 2)
 
     def _other_heads(self, layer: int, made: str, of: str) -> bool:
         """Whether two sites with heads have other ones (keys and values may serve several queries)."""

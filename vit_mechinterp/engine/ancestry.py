@@ -13,7 +13,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_mechinterp.engine.anatomy import Anatomy
+from vit_mechinterp.engine.anatomy import Anatomy, sites_of
 from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.masks import Mask, Masks
 from vit_mechinterp.engine.ops import inject_subspace, operator_of
@@ -75,7 +75,7 @@ class _Walk:
         self._edits: defaultdict[Site, list[tuple[int, Edit]]] = defaultdict(list)
         for place, edit in enumerate(run.edits):
             self._edits[edit.site].append((place, edit))
-        whose: Whose = np.full(masks.all.shape, NOBODY if run.blank else 0, dtype=np.int16)
+        whose: Whose = np.full((1, 1, 1), NOBODY if run.blank else 0, dtype=np.int16)
         whose, below = self._at(Site(None, "embed"), whose), -1
         for layer in sorted({site.layer for site in self._edits if site.layer is not None}):
             whose, below = self._block(layer, anatomy.handed(whose, layer, below, _of_all)), layer
@@ -83,10 +83,10 @@ class _Walk:
     def _block(self, layer: int, whose: Whose) -> Whose:
         """Whose a block's output is, for whose its input is."""
         found: dict[str, Whose] = {}
-        for name in BLOCK_SITES:
-            made_of = self.anatomy.made_of[name]
-            parts = (self.anatomy.carried(found[of], layer, name, of, _of_all) for of in made_of)
-            found[name] = self._at(Site(layer, name), reduce(_of_both, parts) if made_of else whose)
+        for site in sites_of(layer):
+            made_of = self.anatomy.made_of[site.name]
+            parts = (self.anatomy.carried(found[of], layer, site.name, of, _of_all) for of in made_of)
+            found[site.name] = self._at(site, reduce(_of_both, parts) if made_of else whose)
         output = found["resid_post"]
         # Somebody else may make anything of what such a block returns.
         return np.full_like(output, NOBODY) if layer in self.run.blocks.through else output
@@ -112,10 +112,14 @@ class _Walk:
 
 def _of_all(whose: Whose, axis: int) -> Whose:
     """Whose several tokens or heads are together."""
+    if whose.shape[axis] == 1:
+        return whose
     first = whose.take([0], axis=axis)
     return np.where((whose == first).all(axis=axis, keepdims=True), first, np.int16(NOBODY))
 
 
 def _of_both(one: Whose, other: Whose) -> Whose:
     """Whose it is what is made of two values."""
+    if one is other:
+        return one
     return np.where(one == other, one, np.int16(NOBODY))

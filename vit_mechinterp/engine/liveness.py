@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from itertools import starmap
 
 import numpy as np
 
-from vit_mechinterp.engine.anatomy import CUTS, Anatomy
+from vit_mechinterp.engine.anatomy import CUTS, Anatomy, sites_of
 from vit_mechinterp.engine.bound import BoundRun, Edit
-from vit_mechinterp.engine.masks import Mask, Masks
+from vit_mechinterp.engine.masks import ALL_OF_IT, NONE_OF_IT, Mask, Masks
 from vit_mechinterp.engine.ops import BUILT_IN, acts_by_token, operator_of
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.read_tokens import ReadTokens
-from vit_mechinterp.spec import BLOCK_SITES, Site
+from vit_mechinterp.spec import Site
 
 __all__ = ["Liveness"]
 
@@ -54,7 +53,7 @@ class Liveness:
     ) -> None:
         self.anatomy, self.masks, self.by_output, self.run = anatomy, masks, by_output, run
         self.own: dict[int, Mask | None] = {}
-        self.before = masks.all
+        self.before = ALL_OF_IT
         self._first = edits[0][0] if edits else 0
         self._edits: defaultdict[Site, list[tuple[int, Edit]]] = defaultdict(list)
         self._reads: defaultdict[Site, list[Read]] = defaultdict(list)
@@ -73,10 +72,10 @@ class Liveness:
 
     def _behind_blocks(self) -> Mask:
         """What is read of what the last block puts out."""
-        live = self.masks.all
+        live = ALL_OF_IT
         for name in ("logits", "pooled"):
             live = self._behind(Site(None, name), live)
-        of_stream = self.masks.all if self.by_output is None else self.masks.of_tokens(self.by_output.tokens)
+        of_stream = ALL_OF_IT if self.by_output is None else self.masks.of_tokens(self.by_output.tokens)
         return self._behind(Site(None, "ln_final"), live & of_stream)
 
     def _behind(self, site: Site, live: Mask) -> Mask:
@@ -86,7 +85,7 @@ class Liveness:
     def _handed(self, live: Mask, above: int, below: int) -> Mask:
         """What is read of what a block puts out, for what is read of what a later one is given."""
         if any(below < site.layer < above for site in self._reads if site.layer is not None):
-            return self.masks.all
+            return ALL_OF_IT
         return self.anatomy.handed(live, above, below, _anywhere)
 
     def _block(self, layer: int, live: Mask) -> Mask:
@@ -99,11 +98,13 @@ class Liveness:
         if layer in self.run.blocks.through:
             return self._opaque(layer, live)
         found: dict[str, Mask] = {}
-        for name in reversed(BLOCK_SITES):
-            made = ((found[other], layer, other, name, _anywhere) for other in self.anatomy.makes[name])
-            own = reduce(np.logical_or, starmap(self.anatomy.carried, made)) if found else live
-            found[name] = self._at(Site(layer, name), own)
-        return found["resid_pre"]
+        for site in reversed(sites_of(layer)):
+            made = self.anatomy.makes[site.name]
+            parts = (self.anatomy.carried(found[own], layer, own, site.name, _anywhere) for own in made)
+            live = found[site.name] = self._at(site, reduce(np.logical_or, parts) if made else live)
+            if self._first in self.own:
+                break
+        return live
 
     def _leaves_less(self, place: int, edit: Edit) -> bool:
         """Whether less than everything may be read of a block's input because of the block's first edit."""
@@ -115,8 +116,8 @@ class Liveness:
     def _opaque(self, layer: int, live: Mask) -> Mask:
         """The same where somebody else acts on what the block returns, and may make it of any value."""
         live = self.anatomy.over_all_tokens(self._at(Site(layer, "resid_post"), live), _anywhere)
-        for name in reversed(BLOCK_SITES[1:-1]):
-            self._at(Site(layer, name), live)
+        for site in reversed(sites_of(layer)[1:-1]):
+            self._at(site, live)
         return self._at(Site(layer, "resid_pre"), live)
 
     def _at(self, site: Site, live: Mask) -> Mask:
@@ -124,7 +125,7 @@ class Liveness:
         for read in self._reads.get(site, ()):
             live = live | self.masks.of_read(read)
         is_last = site.layer in (None, self.anatomy.layout.n_layers - 1)
-        written: Mask = np.zeros_like(self.masks.all)
+        written: Mask = NONE_OF_IT
         for place, edit in reversed(self._edits.get(site, ())):
             chosen = self.masks.of_edit(edit)
             own = live & chosen

@@ -11,10 +11,12 @@ from vit_mechinterp.engine.positions import BoolArray, Positions
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.spec import Site, TokenBox, TokenColumn
 
-__all__ = ["Mask", "Masks"]
+__all__ = ["ALL_OF_IT", "NONE_OF_IT", "Mask", "Masks"]
 
 Mask = BoolArray
-"""``[example or 1, token, head or 1]``."""
+"""``[example or 1, token or 1, head or 1]``; 1 where all of them are meant alike."""
+ALL_OF_IT: Mask = np.ones((1, 1, 1), dtype=np.bool_)
+NONE_OF_IT: Mask = ~ALL_OF_IT
 
 
 class Masks:
@@ -43,11 +45,11 @@ class Masks:
         self.n, self.n_heads, self.imagined = n, n_heads, imagined
         columns = {edit.spec.tokens for edit in edits if _is_column(edit)} if imagined else set()
         self._columns = {tokens: n_tokens + place for place, tokens in enumerate(columns)}
-        self.all: Mask = np.ones((1, n_tokens + len(columns), 1), dtype=np.bool_)
+        self._width = n_tokens + len(columns)
 
     def of_tokens(self, tokens: Sequence[int]) -> Mask:
         """Some tokens, of every example."""
-        mask = np.zeros_like(self.all)
+        mask = np.zeros((1, self._width, 1), dtype=np.bool_)
         mask[0, list(tokens)] = True
         return mask
 
@@ -61,15 +63,15 @@ class Masks:
 
     def of_read(self, read: Read) -> Mask:
         """What somebody reads."""
-        tokens = self.all if self.imagined else self._of(read.positions)
+        tokens = ALL_OF_IT if self.imagined else self._of(read.positions)
         return self._with_heads(tokens, read.site, read.heads)
 
     def _of(self, positions: Positions) -> Mask:
         if positions.is_all:
-            return self.all
+            return ALL_OF_IT
         if positions.each is None:
             return self.of_tokens(positions.shared or ())
-        mask = np.zeros((self.n, *self.all.shape[1:]), dtype=np.bool_)
+        mask = np.zeros((self.n, self._width, 1), dtype=np.bool_)
         row, position, _ = positions.flat(range(self.n))
         mask[row, position] = True
         return mask

@@ -85,7 +85,12 @@ class Reach:
     def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
         """Whether nothing that is read of a run, by itself or by others, is its base's from its first edit
         on, and others read nothing before."""
-        site = run.edits[0].site
+        site, n_tokens = run.edits[0].site, len(self.every.shared or ())
+        written = [edit.positions for edit in run.edits if edit.site == site and edit.puts_in]
+        # Most selections are told to be too small by their length alone.
+        is_small = sum(n_tokens if own.is_all else own.most for own in written) < n_tokens
+        if is_small and site.layer not in (None, self.anatomy.layout.n_layers - 1):
+            return False
         if any(read.site < site for read in others) or not self.anatomy.is_cut(site, run):
             return False
         reads = [*(capture.read for capture in run.captures), *others]
@@ -131,6 +136,8 @@ class Reach:
         """An edit at the tokens and heads of a mask."""
         if mask.shape[2] > 1:
             edit = edit.with_heads(tuple(np.flatnonzero(mask.any(axis=(0, 1))).tolist()))
+        if mask.shape[1] == 1:
+            return edit
         sources = () if edit.source is None else (edit.source.positions,)
         tokens = np.asarray(mask.any(axis=2))
         key = edit.positions, *sources, tokens.tobytes()
