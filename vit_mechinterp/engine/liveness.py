@@ -31,7 +31,7 @@ class Liveness:
         own: what is read of what each edit makes, by its place; None where it is read wherever it is made.
             Before the last block nothing is left out but what others write over at the same site: edits that
             are made of the same values, and read in part, are to stay the same.
-        before: what is read of the values that the first edit is given.
+        before: whether anything is read of the values that each edit is given, by its place.
 
     Args:
         anatomy: the model's.
@@ -53,7 +53,7 @@ class Liveness:
     ) -> None:
         self.anatomy, self.masks, self.by_output, self.run = anatomy, masks, by_output, run
         self.own: dict[int, Mask | None] = {}
-        self.before = ALL_OF_IT
+        self.before: dict[int, bool] = {}
         self._first = edits[0][0] if edits else 0
         self._edits: defaultdict[Site, list[tuple[int, Edit]]] = defaultdict(list)
         self._reads: defaultdict[Site, list[Read]] = defaultdict(list)
@@ -94,6 +94,7 @@ class Liveness:
         cuts = any(edit.puts_in for _, edit in edits[1:])
         if live.all() and not cuts and not self._leaves_less(*edits[0]):
             self.own.update((place, None) for place, _ in edits)
+            self.before.update((place, True) for place, _ in edits)
             return live
         if layer in self.run.blocks.through:
             return self._opaque(layer, live)
@@ -137,8 +138,7 @@ class Liveness:
                 # It may make something of other heads, and of the other tokens that it is given.
                 touched = _anywhere(own, 2) if acts_by_token(edit.spec) else _anywhere(own, 1, 2)
                 live = live | (_anywhere(chosen, 2) & touched)
-            if place == self._first:
-                self.before = live
+            self.before[place] = bool(live.any())
         return live
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
-from vit_mechinterp.engine.reach import Reach
+from vit_mechinterp.engine.reach import Kept, Reach
 from vit_mechinterp.engine.rebasing import reading_clean_values, without_base
 from vit_mechinterp.engine.spelling import Spelling
 from vit_mechinterp.engine.values import Read
@@ -30,16 +30,14 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     same.
     """
     reaching, readers = _reaching(bound, reach)
-    left_out: dict[str, list[str]] = {
-        run.name: _others(run, reaching.get(run.name, {})) for run in bound.runs
-    }
+    left_out = {run.name: _others(run, reaching[run.name].edits) for run in bound.runs}
+    runs = {run.name: run.with_edits(reaching[run.name].edits.values()) for run in bound.runs}
     # What is left of edits may be what others are.
-    runs = {run.name: run.with_edits(reaching.get(run.name, {}).values()) for run in bound.runs}
     kept = {run.name: run for run in spelling.of(bound.with_runs(runs)).runs}
     instead_of_base: dict[str, str] = {}
     for name in (run.name for stage in bound.stages for run in stage):
         own = reading_clean_values(kept[name], kept)
-        if own.edits and reach.is_rid_of_base(own, readers.get(name, ())):
+        if not reaching[name].of_first and reach.is_rid_of_base(own, readers.get(name, ())):
             own, instead = without_base(own, kept)
             instead_of_base[name] = f"{name} is {instead}"
         changing = reach.changing(own)
@@ -59,13 +57,13 @@ def _others(run: BoundRun, edits: Mapping[int, Edit]) -> list[str]:
     return [edit.where for place, edit in enumerate(run.edits) if place not in edits]
 
 
-def _reaching(bound: Bound, reach: Reach) -> tuple[dict[str, dict[int, Edit]], Readers]:
-    """Edits that reach what is read, by run and place, and what they read: the last readers come first."""
-    edits: dict[str, dict[int, Edit]] = {}
+def _reaching(bound: Bound, reach: Reach) -> tuple[dict[str, Kept], Readers]:
+    """What reaches what is read, by run, and what others read of it: the last readers come first."""
+    kept = {run.name: Kept() for run in bound.runs}
     readers: defaultdict[str, list[Read]] = defaultdict(list)
     for run in (run for stage in reversed(bound.stages) for run in stage):
-        edits[run.name] = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
-        for edit in edits[run.name].values():
+        kept[run.name] = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
+        for edit in kept[run.name].edits.values():
             if edit.source is not None and edit.source_run is not None:
                 readers[edit.source_run].append(edit.source)
-    return edits, readers
+    return kept, readers

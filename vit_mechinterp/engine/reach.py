@@ -9,7 +9,7 @@ same to each of them. Nothing of a base does where all that is read of the resid
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -27,10 +27,19 @@ from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.read_tokens import ReadTokens
 from vit_mechinterp.spec import AddDirection, TensorRef
 
-__all__ = ["Reach"]
+__all__ = ["Kept", "Reach"]
 
 _FACTORS: Mapping[Operator, str] = {add_direction: "vector", inject_subspace: "gate"}
 """The tensor that the change which an operator makes is a multiple of."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of a run reaches what is read: edits by their place in it, and whether anything is read of the
+    values that the first of them is given."""
+
+    edits: Mapping[int, Edit] = field(default_factory=dict)
+    of_first: bool = True
 
 
 class Reach:
@@ -61,13 +70,15 @@ class Reach:
         self._zeros: dict[TensorRef, BoolArray] = {}
         self._kept: dict[tuple[object, ...], tuple[Positions, ...]] = {}
 
-    def kept(self, run: BoundRun, reads: Sequence[Read]) -> dict[int, Edit]:
-        """Edits of a run that reach its output, or one of what is read of it, by their place in the run."""
+    def kept(self, run: BoundRun, reads: Sequence[Read]) -> Kept:
+        """What of a run reaches its output, or one of what is read of it."""
         idle = {place: self._idle(edit) for place, edit in enumerate(run.edits)}
         edits = [(place, edit) for place, edit in enumerate(run.edits) if not idle[place].all()]
-        own = self._liveness(run, edits, reads).own
-        found = {place: self._where(edit, own[place], idle[place]) for place, edit in edits}
-        return {place: edit for place, edit in found.items() if edit is not None}
+        masks = self._masks(edit for _, edit in edits)
+        liveness = Liveness(self.anatomy, masks, self.read, run, edits, reads)
+        found = {place: self._where(edit, liveness.own[place], idle[place]) for place, edit in edits}
+        kept = {place: edit for place, edit in found.items() if edit is not None}
+        return Kept(kept, not kept or liveness.before[min(kept)])
 
     def changing(self, run: BoundRun) -> dict[int, Edit]:
         """Edits of a run that do not put in what is there already, by their place in the run."""
@@ -83,21 +94,10 @@ class Reach:
         return postponed(self.anatomy, self._masks(run.edits), run, reads)
 
     def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
-        """Whether nothing that is read of a run, by itself or by others, is its base's from its first edit
-        on, and others read nothing before."""
-        site, n_tokens = run.edits[0].site, len(self.every.shared or ())
-        written = [edit.positions for edit in run.edits if edit.site == site and edit.puts_in]
-        # Most selections are told to be too small by their length alone.
-        is_small = sum(n_tokens if own.is_all else own.most for own in written) < n_tokens
-        if is_small and site.layer not in (None, self.anatomy.layout.n_layers - 1):
-            return False
-        if any(read.site < site for read in others) or not self.anatomy.is_cut(site, run):
-            return False
-        reads = [*(capture.read for capture in run.captures), *others]
-        return not self._liveness(run, list(enumerate(run.edits)), reads).before.any()
-
-    def _liveness(self, run: BoundRun, edits: Sequence[tuple[int, Edit]], reads: Sequence[Read]) -> Liveness:
-        return Liveness(self.anatomy, self._masks(edit for _, edit in edits), self.read, run, edits, reads)
+        """Whether a run of whose first edit's values nothing is read holds nothing of its base from there on,
+        and others read nothing before."""
+        site = run.edits[0].site
+        return not any(read.site < site for read in others) and self.anatomy.is_cut(site, run)
 
     def _masks(self, edits: Iterable[Edit]) -> Masks:
         n_tokens = len(self.every.shared or ())
