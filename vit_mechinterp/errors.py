@@ -60,7 +60,7 @@ class ExecutionError(VitMechInterpError, RuntimeError):
 
 def suggest(name: str, options: Iterable[str], *, limit: int = 3) -> str:
     """Return ``" Close matches: a, b."`` for the options nearest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(options), n=limit, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), list(options), n=limit, cutoff=0.6)
     return f" Close matches: {', '.join(close)}." if close else ""
 
 

@@ -226,16 +226,25 @@ def test_what_cannot_be_prepared_is_refused() -> None:
                 SpecError, match=r"examples=.* must name at least one of the 4 examples, 0 to 3"
             ):
                 prepared(examples, tensors)
-        for wrong in ("ab", [0.5]):
-            with pytest.raises(SpecError, match=r"are no numbers of examples, 0 to 3"):
-                prepared(wrong, tensors)
+        with pytest.raises(SpecError, match=r"examples=\[0.5\] are no numbers of examples, 0 to 3"):
+            prepared([0.5], tensors)  # type: ignore[list-item]
         with pytest.raises(SpecError, match=r"Tensor 'R' has shape \(23, 4\); it was prepared with \(24, \d\)"):
             prepared([0], {**tensors, "R": torch.ones(23, 4)})
         for mask in ([True, False], torch.tensor([True, False])):
             with pytest.raises(SpecError, match=r"examples are a mask; name them by their numbers, 0 to 3"):
                 prepared(mask, tensors)
+        for wrong in (3, "ab"):
+            with pytest.raises(SpecError, match=r"examples=.* is no list of numbers of examples, 0 to 3"):
+                prepared(wrong, tensors)  # type: ignore[arg-type]
+        with pytest.raises(SpecError, match="source_order=3 is no order of the sources' tokens"):
+            prepared([0], tensors, source_order=3)  # type: ignore[arg-type]
         with pytest.raises(SpecError, match=r"is one name; a batch names its runs in a list: \['sender'\]"):
             Batch(prepared, [0], "sender").checked()
+    outside: Any = prepare(world.vit, runs[:1], world.columns, tensors, progress=False)
+    with pytest.raises(AttributeError, match=r"write 'with prepare\(...\) as prepared:'; prepared.run_names is there inside"):
+        outside.run_names  # noqa: B018
+    with pytest.raises(SpecError, match=r"write 'with prepare\(...\) as prepared:', and call prepared\(...\) inside"):
+        outside([0], tensors)
     with pytest.raises(SpecError, match=r"preparation is over.* inside the block"):
         prepared([0], tensors)
     for size in (0, "auto", True):

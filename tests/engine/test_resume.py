@@ -190,7 +190,7 @@ def _other_model(world: World) -> dict[str, Any]:
         ),
         (lambda w: {"tensors": {"direction.24": torch.ones(24)}}, "run 'push' differs; tensor 'direction.24' differs"),
         (lambda w: {"world": World(TIMM_PLAIN, N, torch.float64)}, r"the dtype differs \(float32 there, float64 here\)"),
-        (lambda w: {"data": {k: v[:4] for k, v in w.columns.items()}}, r"the examples differs \(8 there, 4 here\)"),
+        (lambda w: {"data": {k: v[:4] for k, v in w.columns.items()}}, r"the examples differ \(8 there, 4 here\)"),
     ],
 )
 def test_another_experiment_is_refused_by_name(
@@ -214,7 +214,7 @@ def test_chunks_are_those_of_the_first_start(
         assert_same_bits(run(world, tmp_path, batch_size=4), whole)
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path} was begun with other chunks, which are kept so that the results are the same: "
-        "chunk 2, width 2."
+        "2 examples per chunk, 2 rows per forward."
     ]
 
 
@@ -228,7 +228,7 @@ def test_other_circumstances_are_said(
     path.write_text(json.dumps(document))
     with caplog.at_level(logging.WARNING):
         run(world, tmp_path)
-    assert "so later chunks may differ in their last bits: the threads differs (99 there" in caplog.text
+    assert "so later chunks may differ in their last bits: the threads differ (99 there" in caplog.text
 
 
 def test_what_a_store_holds_by_then_changes_no_bits(

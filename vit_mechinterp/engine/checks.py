@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def check_arguments(vit: Any, store: Any = None) -> None:
             "store is an ActivationStore, not a path. Make one: "
             f"vit_mechinterp.ActivationStore({str(store)!r})."
         )
+    if store is not None and not hasattr(store, "tiers"):
+        raise SpecError(f"store is an ActivationStore or None, not {type(store).__name__}.")
+
+
+def check_folder(folder: Any, name: str) -> None:
+    """Raise SpecError unless this is a path, or None."""
+    if folder is not None and not isinstance(folder, (str, PathLike)):
+        raise SpecError(f"{name} is the path of a folder or None, not {type(folder).__name__}.")
 
 
 def check_batch_size(batch_size: Any, *, auto: bool = True) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.backends import backend_named
 from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.checks import check_arguments, check_images, refuse_train_mode
+from vit_mechinterp.engine.checks import check_arguments, check_folder, check_images, refuse_train_mode
 from vit_mechinterp.engine.chunk import chunk_of
 from vit_mechinterp.engine.clean import CleanPass, clean_pass, dataset_means
 from vit_mechinterp.engine.collect import Gathering
@@ -118,6 +118,7 @@ def execute(
             "not go with it. Leave them out, or the backend."
         )
     check_arguments(vit, store)
+    check_folder(out, "out")
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_train_mode(vit)
     columns = Data(data, vit, progress=progress)

@@ -70,9 +70,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         elif isinstance(one, list) and isinstance(other, list) and sorted(one) != sorted(other):
             continue  # the entries themselves differ, and are named under their own heading
         elif isinstance(one, list):
-            found.append(f"the {name} differs")
+            found.append(f"the {name} {_differ(name)}")
         else:
-            found.append(f"the {name} differs ({_short(one)} there, {_short(other)} here)")
+            found.append(f"the {name} {_differ(name)} ({_short(one)} there, {_short(other)} here)")
     return found
 
 
@@ -83,6 +83,10 @@ def _entries(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> li
     found = [f"{name} {_named(changed)} differ{'s' * (len(changed) == 1)}"] if changed else []
     found += [f"{name} {_named(gone)} only there"] if gone else []
     return found + ([f"{name} {_named(new)} only here"] if new else [])
+
+
+def _differ(name: str) -> str:
+    return "differ" if name in ("examples", "threads") else "differs"
 
 
 def _named(names: list[str]) -> str:

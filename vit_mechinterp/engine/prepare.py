@@ -6,9 +6,10 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -42,9 +43,42 @@ if TYPE_CHECKING:
 
 __all__ = ["prepare"]
 
+P = ParamSpec("P")
+_WITH = "A preparation lasts as long as a block: write 'with prepare(...) as prepared:'"
+
 logger = logging.getLogger(__name__)
 
 
+class _Preparation(AbstractContextManager["Prepared"]):
+    """What `prepare` gives, to be entered by ``with``."""
+
+    def __init__(self, own: AbstractContextManager[Prepared]) -> None:
+        self._own = own
+
+    def __enter__(self) -> Prepared:
+        return self._own.__enter__()
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._own.__exit__(*exception)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{_WITH}; prepared.{name} is there inside.")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise SpecError(f"{_WITH}, and call prepared(...) inside.")
+
+
+def _in_with_alone(
+    preparing: Callable[P, AbstractContextManager[Prepared]],
+) -> Callable[P, AbstractContextManager[Prepared]]:
+    @wraps(preparing)
+    def prepare(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[Prepared]:
+        return _Preparation(preparing(*args, **kwargs))
+
+    return prepare
+
+
+@_in_with_alone
 @contextmanager
 def prepare(
     vit: HookedViT,

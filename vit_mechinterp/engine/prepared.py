@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,9 +181,11 @@ class Batch:
                 "This preparation is over: its values went with the 'with prepare(...)' block. Run its "
                 "batches inside the block."
             )
+        if isinstance(self.examples, (str, Mapping)) or not isinstance(self.examples, Iterable):
+            raise SpecError(f"examples={self.examples!r} is no list of numbers of examples, 0 to {n - 1}.")
         if any(isinstance(own, (bool, np.bool_)) or _is_truth(own) for own in self.examples):
             raise SpecError(f"examples are a mask; name them by their numbers, 0 to {n - 1}.")
-        if isinstance(self.examples, str) or not all(hasattr(own, "__index__") for own in self.examples):
+        if not all(hasattr(own, "__index__") for own in self.examples):
             raise SpecError(f"examples={self.examples!r} are no numbers of examples, 0 to {n - 1}.")
         if len(self.examples) == 0 or min(self.examples) < 0 or max(self.examples) >= n:
             raise SpecError(
@@ -191,9 +193,9 @@ class Batch:
             )
         runs = self.prepared.find(self.runs)
         most = self.prepared.source_tokens([run.name for run in runs])
-        if self.source_order is not None and sorted(self.source_order) != list(range(most)):
+        if self.source_order is not None and not _is_order(self.source_order, most):
             raise SpecError(
-                f"source_order={list(self.source_order)} is no order of the sources' tokens: give each of "
+                f"source_order={self.source_order!r} is no order of the sources' tokens: give each of "
                 f"0 to {most - 1} once."
             )
         return runs
@@ -227,6 +229,11 @@ def run_together(
     Raises:
         SpecError: a batch does not fit its preparation, or the preparations are of several models.
     """
+    is_list = isinstance(batches, Iterable) and not isinstance(batches, Batch)
+    if not is_list or not all(isinstance(batch, Batch) for batch in batches):
+        raise SpecError(
+            "batches is a list of Batch(prepared, examples), also for one: run_together([batch], tensors)."
+        )
     if not batches:
         return []
     vit = batches[0].prepared.vit
@@ -302,6 +309,10 @@ def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:
     if vit.device.type == "cpu":
         return likely_width(vit)
     return max(1, sum(len(rows.examples) for rows in placed))
+
+
+def _is_order(order: object, n: int) -> bool:
+    return isinstance(order, Iterable) and sorted(order) == list(range(n))
 
 
 def _is_truth(value: object) -> bool:

@@ -101,7 +101,7 @@ class FinishedChunks:
             logger.warning(
                 "%s was begun with other chunks, which are kept so that the results are the same: %s.",
                 self.results,
-                ", ".join(f"{name} {value}" for name, value in fixed.items() if value != own[name]),
+                ", ".join(_words(name, value) for name, value in fixed.items() if value != own[name]),
             )
         self._checked: dict[range, bool] = {}
 
@@ -312,6 +312,12 @@ class FinishedChunks:
             self.path(chunk).unlink(missing_ok=True)
             self._lock(chunk).unlink(missing_ok=True)
         return Results.load(self.results)
+
+
+def _words(name: str, value: Any) -> str:
+    """One of these values, in words."""
+    of = {"chunk": "examples per chunk", "width": "rows per forward"}
+    return f"{value} {of[name]}" if name in of else f"{name} {value}"
 
 
 def _plain_fields(schedule: Schedule) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.bind import check_heads
-from vit_mechinterp.engine.checks import check_arguments, check_batch_size, refuse_train_mode
+from vit_mechinterp.engine.checks import check_arguments, check_batch_size, check_folder, refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.heap import thrifty
@@ -63,6 +63,7 @@ class ActivationStore:
         host: int | str = "4GiB",
         disk: int | str = "50GiB",
     ) -> None:
+        check_folder(folder, "folder")
         self.folder = None if folder is None else Path(folder).expanduser().resolve()
         budgets = [parse_bytes(own, name) for own, name in ((gpu, "gpu"), (host, "host"), (disk, "disk"))]
         try:
@@ -176,6 +177,11 @@ def _reads(
     tokens: Tokens,
     heads: int | Iterable[int] | None,
 ) -> dict[str, Read]:
+    if not isinstance(sites, Iterable):
+        raise SpecError(
+            f"sites is a site name, a glob such as 'blocks.*.resid_post' or several, not "
+            f"{type(sites).__name__}."
+        )
     chosen = None if heads is None else (heads,) if isinstance(heads, int) else tuple(heads)
     reads: dict[str, Read] = {}
     for name in vit.expand([sites] if isinstance(sites, str) else sites):

@@ -63,7 +63,10 @@ class StoredSite:
     def __getitem__(self, index: Any) -> Tensor | list[Tensor]:
         if isinstance(index, Tensor):
             index = index.cpu().numpy()
-        chosen = np.arange(len(self))[index]
+        try:
+            chosen = np.arange(len(self))[index]
+        except IndexError as error:
+            raise IndexError(f"{self!r} is indexed by numbers of examples, not {index!r}: {error}.") from None
         return self.take([int(chosen)])[0] if np.ndim(chosen) == 0 else self.take(chosen)
 
     def __iter__(self) -> Iterator[Tensor | list[Tensor]]:
