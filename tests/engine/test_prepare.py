@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,50 @@ def test_clean_values_beyond_the_budget_are_read_batch_by_batch(tmp_path: Path, 
     assert held[0] > 4096
     assert held[1] == 0
     assert float(found[0][-1].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_memory_that_runs_out_halves_the_images(stored: bool, caplog: pytest.LogCaptureFixture) -> None:
+    world = World(TIMM_PLAIN, 4)
+    runs = [Run(name="swap", interventions=[vmi.Interchange(site="blocks.1.mlp_out", tokens=["cls"], source="source")])]
+    with prepare(world.vit, runs, world.columns, {}, progress=False) as prepared:
+        wanted = prepared(range(4), {})
+    clean = world.oracle.clean("base")[0]
+    assert float((wanted[0] - clean).abs().max()) > 1e-3
+
+    def full(module: Any, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = world.module.register_forward_pre_hook(full)
+    try:
+        with caplog.at_level(logging.WARNING):
+            store = vmi.ActivationStore() if stored else None
+            with prepare(world.vit, runs, world.columns, {}, batch_size=64, progress=False, store=store) as prepared:
+                handle.remove()
+                found = prepared(range(4), {})
+    finally:
+        handle.remove()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory at 8 rows per forward: going on with 4.",
+        "Out of memory at 4 rows per forward: going on with 2.",
+    ]
+    assert torch.allclose(found, wanted, atol=1e-5 * world.scale)
+
+
+def test_a_backend_whose_memory_runs_out_takes_half_the_images(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(TIMM_PLAIN, 4)
+    document = {"name": "swap", "interventions": [{"op": "interchange", "site": "blocks.1.mlp_out", "source": "source"}]}
+
+    def full(module: Any, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = world.module.register_forward_pre_hook(full)
+    try:
+        with caplog.at_level(logging.WARNING):
+            results = world.execute([document], backend="hooks", batch_size=64)
+    finally:
+        handle.remove()
+    assert [record.getMessage() for record in caplog.records] == ["Out of memory at 4 rows per forward: going on with 2."]
+    world.check([document], results)

@@ -21,7 +21,7 @@ from vit_mechinterp.engine.clean import CleanPass, clean_pass, dataset_means
 from vit_mechinterp.engine.collect import Gathering
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.exhaustion import in_fewer_rows, make_room, memory_may_run_out
 from vit_mechinterp.engine.heap import give_back, keeping, thrifty
 from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
@@ -128,7 +128,10 @@ def execute(
     check_images(columns, bound)
     if carry_out is not None:
         width = _BACKEND_BATCH if batch_size == "auto" else batch_size
-        return carry_out(vit, bound, columns, resolved, batch_size=width, progress=progress)
+        return in_fewer_rows(
+            lambda rows: carry_out(vit, bound, columns, resolved, batch_size=rows, progress=progress),
+            min(width, columns.n),
+        )
     options: dict[str, Any] = {"memory": memory, "tensors": resolved, "stored": store is not None}
     schedule = schedule_for(vit, bound, columns, batch_size, measure=True, progress=progress, **options)
     kept: FinishedChunks | None = None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from vit_mechinterp.errors import ExecutionError
 
-__all__ = ["make_room", "memory_may_run_out"]
+__all__ = ["in_fewer_rows", "make_room", "memory_may_run_out"]
+
+Found = TypeVar("Found")
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,18 @@ def memory_may_run_out() -> Iterator[None]:
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
+
+
+def in_fewer_rows(call: Callable[[int], Found], rows: int) -> Found:
+    """What ``call`` gives with so many rows per forward, or half of them as often as memory runs out.
+
+    Raises:
+        ExecutionError: one row does not fit.
+    """
+    while True:
+        with memory_may_run_out():
+            return call(rows)
+        rows = make_room(rows)
 
 
 def make_room(rows: int) -> int:

@@ -20,6 +20,7 @@ from vit_mechinterp.engine.checks import check_arguments, check_batch_size, chec
 from vit_mechinterp.engine.clean import Clean, clean_pass, dataset_means, means_of
 from vit_mechinterp.engine.cutting import budget_of
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.heap import keeping
 from vit_mechinterp.engine.images import image_numbers
@@ -107,6 +108,8 @@ def prepare(
             is free on a GPU by default. If they are more, they stay in the store, or without one in a
             temporary folder, and every batch reads its own.
 
+    Where memory runs out, clean forwards are of half as many images, and a line says so.
+
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
         ExecutionError: the model would drop activations at random, or has gradient checkpointing on.
@@ -150,8 +153,14 @@ def prepare(
                     stack.enter_context(keeping())
                 if streams and store is None:
                     store = stack.enter_context(_temporary(vit, budget))
+
+                def clean_values(rows: int) -> tuple[Schedule, Clean, Mapping[Read, Tensor]]:
+                    own = replace(schedule, width=rows)
+                    return own, *_clean(vit, columns, own, store, tick, streams=streams)
+
                 with bar:
-                    clean, means = _clean(vit, columns, schedule, store, tick, streams=streams)
+                    most = min(batch_size, columns.n * len(images))
+                    schedule, clean, means = in_fewer_rows(clean_values, most)
                 shapes = {ref: tuple(tensor.shape) for ref, tensor in resolved.items()}
                 prepared = Prepared(vit, columns, schedule, clean, means, shapes, evaluations)
                 stack.callback(prepared.close)
