@@ -121,10 +121,16 @@ class Anatomy:
 
     def _other_heads(self, layer: int, made: str, of: str) -> bool:
         """Whether two sites with heads have other ones (keys and values may serve several queries)."""
-        sites = Site(layer, made), Site(layer, of)
-        if not all(site.has_heads and str(site) not in self.layout.absent for site in sites):
-            return False
-        return len({self.n_heads(site) for site in sites}) > 1
+        key = layer, made, of
+        if key not in self._heads_differ:
+            sites = [site for site in (Site(layer, made), Site(layer, of)) if site.has_heads]
+            present = [site for site in sites if str(site) not in self.layout.absent]
+            self._heads_differ[key] = len({self.n_heads(site) for site in present}) > 1
+        return self._heads_differ[key]
+
+    @cached_property
+    def _heads_differ(self) -> dict[tuple[int, str, str], bool]:
+        return {}
 
     def _tokens_stay(self, layer: int, made: str, marks: Marks) -> bool:
         """Whether tokens of one value reach the same tokens of another alone, as far as they differ."""
