@@ -21,7 +21,8 @@ from vit_mechinterp.spec import OPS, Intervention, register_op
 
 Edits = list[dict[str, Any]]
 
-STREAM, Z = "blocks.1.resid_post", "blocks.1.attn.z"
+BLOCK = "blocks.1"
+STREAM, Z = f"{BLOCK}.resid_post", f"{BLOCK}.attn.z"
 
 
 @cache
@@ -124,12 +125,102 @@ SAME: Mapping[str, tuple[Edits, Edits]] = {
         [swap(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=["cls"], source_tokens=[3])],
         [swap(f"blocks.{N_LAYERS - 1}.mlp.post", tokens=[2, "cls"], source_tokens=[1, 3])],
     ),
+    "inside an MLP, at tokens whose increment is replaced": (
+        [swap(f"{BLOCK}.mlp_out", tokens=[2, 3])],
+        [ablate(f"{BLOCK}.mlp.post", tokens=[2]), swap(f"{BLOCK}.mlp_out", tokens=[2, 3])],
+    ),
+    "increments of tokens that are replaced": (
+        [swap(f"{BLOCK}.resid_post", tokens=[2])],
+        [add(f"{BLOCK}.mlp_out", tokens=[2]), swap(f"{BLOCK}.resid_post", tokens=[2])],
+    ),
+    "the middle of tokens that are replaced": (
+        [ablate(f"{BLOCK}.resid_post", tokens=[2])],
+        [add(f"{BLOCK}.resid_mid", tokens=[2]), ablate(f"{BLOCK}.resid_post", tokens=[2])],
+    ),
+    "before the middle of tokens that are replaced": (
+        [ablate(f"{BLOCK}.resid_mid", tokens=[2])],
+        [add(f"{BLOCK}.attn_out", tokens=[2]), ablate(f"{BLOCK}.resid_mid", tokens=[2])],
+    ),
+    "heads of tokens whose attention is replaced": (
+        [ablate(f"{BLOCK}.attn_out", tokens=[2])],
+        [swap(Z, tokens=[2], heads=[1]), ablate(f"{BLOCK}.attn_out", tokens=[2])],
+    ),
+    "what a norm gives to an MLP whose increment is replaced": (
+        [ablate(f"{BLOCK}.mlp_out")],
+        [add(f"{BLOCK}.ln2", tokens=[4]), ablate(f"{BLOCK}.mlp_out")],
+    ),
+    "what a norm gives to attention that is replaced": (
+        [ablate(f"{BLOCK}.attn_out")],
+        [add(f"{BLOCK}.ln1", tokens=[4]), ablate(f"{BLOCK}.attn_out")],
+    ),
+    "a stream that is written over by its other name": (
+        [swap("blocks.2.resid_pre", tokens=[2])],
+        [add(f"{BLOCK}.resid_post", tokens=[2]), swap("blocks.2.resid_pre", tokens=[2])],
+    ),
+    "tokens of a stream by both names": (
+        [ablate(f"{BLOCK}.resid_post", tokens=[2, 5])],
+        [ablate(f"{BLOCK}.resid_post", tokens=[2]), ablate("blocks.2.resid_pre", tokens=[5])],
+    ),
+    "a value put back by its other name": (
+        [add(STREAM, tokens=[3])],
+        [add(STREAM, tokens=[3]), add("blocks.0.resid_post", tokens=[2]), swap("blocks.1.resid_pre", tokens=[2], source="base")],
+    ),
+    "written over by two together": (
+        [swap(STREAM, tokens=[2]), ablate(STREAM, tokens=[5])],
+        [add(STREAM, tokens=[2, 5]), swap(STREAM, tokens=[2]), ablate(STREAM, tokens=[5])],
+    ),
+    "written over in part": (
+        [ablate(STREAM, tokens=[2]), swap(STREAM, tokens=[5])],
+        [ablate(STREAM, tokens=[2, 5]), swap(STREAM, tokens=[5])],
+    ),
+    "put back where nothing has changed": (
+        [ablate(f"{BLOCK}.attn_out", tokens=[2])],
+        [ablate(f"{BLOCK}.attn_out", tokens=[2]), swap(f"{BLOCK}.resid_mid", tokens=[5], source="base")],
+    ),
+    "there already": (
+        [swap("blocks.1.resid_pre", tokens=[2, 5])],
+        [swap("blocks.1.resid_pre", tokens=[2, 5]), swap("blocks.1.attn.q", tokens=[2])],
+    ),
+    "inside an MLP and where it comes out": ([swap(f"{BLOCK}.ln2", tokens=[3])], [swap(f"{BLOCK}.mlp_out", tokens=[3])]),
+    "in the middle of a block and behind it": (
+        [swap(f"{BLOCK}.resid_mid", tokens=[3, 4])],
+        [swap(f"{BLOCK}.resid_post", tokens=[3, 4])],
+    ),
+    "all heads and what comes out of them": ([swap(Z, tokens=[3])], [swap(f"{BLOCK}.attn_out", tokens=[3])]),
+    "all tokens, paired with others": (
+        [swap(STREAM, source_tokens=["cls", *reversed(range(16))])],
+        [swap(STREAM, tokens=["cls", *range(16)], source_tokens=["cls", *reversed(range(16))])],
+    ),
+    "pooled means of the same tokens": (
+        [ablate(STREAM, tokens=[3, 4], method="mean", pool_tokens=True)],
+        [ablate(STREAM, tokens=[4, 3], method="mean", pool_tokens=True)],
+    ),
     "another name": (
         [add(STREAM, tokens=[3])],
         [add(STREAM, tokens=[3]) | {"vector": "same direction"}],
     ),
 }
 OTHER: Mapping[str, tuple[Edits, Edits]] = {
+    "the middle of other tokens": (
+        [swap(f"{BLOCK}.resid_post", tokens=[3])],
+        [add(f"{BLOCK}.resid_mid", tokens=[2]), swap(f"{BLOCK}.resid_post", tokens=[3])],
+    ),
+    "values of tokens whose attention is replaced": (
+        [ablate(f"{BLOCK}.attn_out", tokens=[2])],
+        [ablate(f"{BLOCK}.attn.v", tokens=[2]), ablate(f"{BLOCK}.attn_out", tokens=[2])],
+    ),
+    "put back where something has changed": (
+        [ablate(f"{BLOCK}.attn_out", tokens=[2, 5])],
+        [ablate(f"{BLOCK}.attn_out", tokens=[2, 5]), swap(f"{BLOCK}.resid_mid", tokens=[5], source="base")],
+    ),
+    "what another one has changed on the way": (
+        [add(f"{BLOCK}.mlp.post", tokens=[3]) | {"vector": "direction.40"}, swap(f"{BLOCK}.mlp_out", tokens=[4])],
+        [add(f"{BLOCK}.mlp.post", tokens=[3]) | {"vector": "direction.40"}, swap(f"{BLOCK}.ln2", tokens=[3, 4])],
+    ),
+    "some heads and what comes out of all": (
+        [swap(Z, tokens=[3], heads=[0, 1])],
+        [swap(f"{BLOCK}.attn_out", tokens=[3])],
+    ),
     "pairs of others": (
         [swap(STREAM, tokens=[2, 5], source_tokens=[7, 1])],
         [swap(STREAM, tokens=[2, 5], source_tokens=[1, 3])],

@@ -273,6 +273,8 @@ class Bound:
     """What is kept of every output; None for all of it."""
     left_out: tuple[str, ...] = ()
     """Where interventions were left out, because they change nothing that is read."""
+    postponed: tuple[str, ...] = ()
+    """Where interventions stand that are made later in their block, where that is the same."""
     without_base: tuple[str, ...] = ()
     """For every run of whose base its rows hold nothing, what they hold instead."""
 

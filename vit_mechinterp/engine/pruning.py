@@ -35,6 +35,7 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     # What is left of edits may be what others are.
     kept = {run.name: run for run in spelling.of(bound.with_runs(runs)).runs}
     instead_of_base: dict[str, str] = {}
+    moved: dict[str, list[str]] = {}
     for name in (run.name for stage in bound.stages for run in stage):
         own = reading_clean_values(kept[name], kept)
         if not reaching[name].of_first and reach.is_rid_of_base(own, readers.get(name, ())):
@@ -44,10 +45,13 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
         left_out[name] += _others(own, changing)
         kept[name] = own.with_edits(changing.values())
         if postponing:
-            kept[name] = own.with_edits(reach.postponed(kept[name], readers.get(name, ())))
+            edits = reach.postponed(kept[name], readers.get(name, ()))
+            moved[name] = [edit.where for edit in edits if all(edit is not own for own in kept[name].edits)]
+            kept[name] = own.with_edits(edits)
     return replace(
         spelling.of(bound.with_runs(kept)),
         left_out=tuple(where for run in bound.runs for where in left_out[run.name]),
+        postponed=tuple(where for run in bound.runs for where in moved.get(run.name, ())),
         without_base=tuple(instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base),
     )
 
