@@ -27,38 +27,55 @@ def distinct_rows(
 
     ``images_of`` gives numbers of the images that each segment's rows start from.
     """
-    starts = np.cumsum([0, *(len(s.examples) for s in segments)])
     by_layer: dict[int, list[int]] = defaultdict(list)
     for n, segment in enumerate(segments):
         if starts_late(segment.run):
             by_layer[segment.run.join.first_block].append(n)
     found: dict[int, dict[str, Distinct]] = {}
     for layer, late in by_layer.items():
-        joined = [n for n, s in enumerate(segments) if s.run.join.first_block <= layer]
-        rows = int(starts[joined[-1] + 1])
-        known: dict[tuple[tuple[int, ...], tuple[int, ...]], Distinct] = {}
-        parts: dict[str, Distinct] = {}
-        for part in reversed(PARTS):
-            free = tuple(n for n in late if _is_behind(segments[n].run.known_at, part))
-            equal = tuple(n for n in late if _is_behind(segments[n].run.first, part))
-            if (equal, free) not in known:
-                keys, is_free = -1 - np.arange(rows), np.zeros(rows, dtype=np.bool_)
-                for n in equal:
-                    keys[starts[n] : starts[n + 1]] = _starts_from(segments[n], images_of[n], below=-1 - rows)
-                for n in free:
-                    is_free[starts[n] : starts[n + 1]] = True
-                told = np.arange(1) if is_free.all() else np.flatnonzero(~is_free)
-                _, first, which = np.unique(keys[told], return_index=True, return_inverse=True)
-                index = np.zeros(rows, dtype=np.int64)
-                index[told] = which.reshape(-1)
-                known[equal, free] = Distinct(told[first], index, is_free)
-            own = known[equal, free]
-            whole = part == "attn_out" or parts.get("attn_out") is own
-            if len(own.first) <= (rows - 1 if whole and part != "ln1" else SPARING_PAYS * rows):
-                parts[part] = own
+        joined = max(n for n, s in enumerate(segments) if s.run.join.first_block <= layer)
+        parts = _spared(segments[: joined + 1], images_of, late)
         if parts:
             found[layer] = parts
     return found
+
+
+def _spared(
+    segments: Sequence[Segment], images_of: Sequence[ImagesOf], late: Sequence[int]
+) -> dict[str, Distinct]:
+    """The distinct rows of every part of a block where it pays, if some segments join at the block."""
+    rows = sum(len(segment.examples) for segment in segments)
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], Distinct] = {}
+    parts: dict[str, Distinct] = {}
+    for part in reversed(PARTS):
+        free = tuple(n for n in late if _is_behind(segments[n].run.known_at, part))
+        equal = tuple(n for n in late if _is_behind(segments[n].run.first, part))
+        if (equal, free) not in known:
+            known[equal, free] = _distinct(segments, images_of, equal, free)
+        own = known[equal, free]
+        whole = part == "attn_out" or parts.get("attn_out") is own
+        if len(own.first) <= (rows - 1 if whole and part != "ln1" else SPARING_PAYS * rows):
+            parts[part] = own
+    return parts
+
+
+def _distinct(
+    segments: Sequence[Segment], images_of: Sequence[ImagesOf], equal: Sequence[int], free: Sequence[int]
+) -> Distinct:
+    """The rows of some segments that differ: those of ``equal`` ones hold what they started from, and those of
+    ``free`` ones may hold anything."""
+    starts = np.cumsum([0, *(len(segment.examples) for segment in segments)])
+    rows = int(starts[-1])
+    keys, is_free = -1 - np.arange(rows), np.zeros(rows, dtype=np.bool_)
+    for n in equal:
+        keys[starts[n] : starts[n + 1]] = _starts_from(segments[n], images_of[n], below=-1 - rows)
+    for n in free:
+        is_free[starts[n] : starts[n + 1]] = True
+    told = np.arange(1) if is_free.all() else np.flatnonzero(~is_free)
+    _, first, which = np.unique(keys[told], return_index=True, return_inverse=True)
+    index = np.zeros(rows, dtype=np.int64)
+    index[told] = which.reshape(-1)
+    return Distinct(told[first], index, is_free)
 
 
 def _starts_from(segment: Segment, images_of: ImagesOf, below: int) -> IntArray:

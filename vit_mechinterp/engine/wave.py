@@ -1,8 +1,8 @@
 """One growing batch: rows of many runs join a single native forward at the block where they start.
 
 The native forward begins on one blank image. Blocks before the first row hand their input on at no cost; the
-first rows to join replace the blank image, later ones are appended, each starting from its example's clean
-residual stream. Every row is edited by its own run's interventions, and the model's own tail serves all rows
+first rows to join replace the blank image, later ones are appended, each starting from a clean residual
+stream, from what another row has been through, or blank, if its first edit replaces it all. Every row is edited by its own run's interventions, and the model's own tail serves all rows
 at once. Parts of a joining block that end before a row's first edit run once for all rows of one image.
 """
 
@@ -149,17 +149,20 @@ class _Wave:
             return like.new_zeros(len(examples), *like.shape[1:])
         if not run.starts_at_mlp_out:
             return self._known(n, run.join.site)
-        layer = run.join.layer
-        start, site = self._known(n, Site(layer, "resid_mid")), Site(layer, "mlp_out")
-        increment = self._known(n, site).clone()
-        rows = slice(0, len(examples))
+        middle = self._known(n, Site(run.join.layer, "resid_mid"))
+        return middle + self._edited_increment(n, Site(run.join.layer, "mlp_out"))
+
+    def _edited_increment(self, n: int, site: Site) -> Tensor:
+        """The MLP increment of the block behind which a segment's rows join, read where somebody wants it."""
+        run, increment = self.segments[n].run, self._known(n, site).clone()
+        rows = slice(0, len(increment))
         for k, edit in run.to_make:
             if edit.site == site:
                 self._edit(increment, rows, n, k, edit)
         for name, read, own, of in self._readers(n):
             if read.site == site:
                 self.captured[name, read].append((of, gather(site, increment, own, read, of)))
-        return start + increment
+        return increment
 
     def _known(self, n: int, site: Site) -> Tensor:
         """What a segment's rows start from at a site: clean values, or those of the rows that they go on
