@@ -62,8 +62,8 @@ def _spared(
 def _distinct(
     segments: Sequence[Segment], images_of: Sequence[ImagesOf], equal: Sequence[int], free: Sequence[int]
 ) -> Distinct:
-    """The rows of some segments that differ: those of ``equal`` ones hold what they started from, and those of
-    ``free`` ones may hold anything."""
+    """The rows of some segments that differ, where those of ``equal`` ones hold what they started from, and
+    those of ``free`` ones may hold anything."""
     starts = np.cumsum([0, *(len(segment.examples) for segment in segments)])
     rows = int(starts[-1])
     keys, is_free = -1 - np.arange(rows), np.zeros(rows, dtype=np.bool_)

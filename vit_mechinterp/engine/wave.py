@@ -2,8 +2,9 @@
 
 The native forward begins on one blank image. Blocks before the first row hand their input on at no cost; the
 first rows to join replace the blank image, later ones are appended, each starting from a clean residual
-stream, from what another row has been through, or blank, if its first edit replaces it all. Every row is edited by its own run's interventions, and the model's own tail serves all rows
-at once. Parts of a joining block that end before a row's first edit run once for all rows of one image.
+stream, from what another row has been through, or blank, if its first edit replaces it all. Every row is
+edited by its own run's interventions, and the model's own tail serves all rows at once. Parts of a joining
+block that end before a row's first edit run once for all rows of one image.
 """
 
 from __future__ import annotations
