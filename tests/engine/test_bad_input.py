@@ -19,7 +19,6 @@ from tests.engine.world import World
 from tests.tiny_models import HF_CLIP, HF_DINOV2, TIMM_PLAIN, TIMM_POOLED, Tiny
 from vit_mechinterp import Run
 from vit_mechinterp.engine import prepare
-from vit_mechinterp.engine.prepared import run_together
 from vit_mechinterp.errors import (
     DataError,
     ExecutionError,
@@ -311,23 +310,6 @@ def test_a_native_model_and_a_path_for_a_store(guarded: dict[Tiny, World], tmp_p
         pass
     with path, prepare(world.vit, runs, world.columns, {}, store=tmp_path):  # type: ignore[arg-type]
         pass
-
-
-def test_arguments_of_another_kind(guarded: dict[Tiny, World]) -> None:
-    world = guarded[TIMM_PLAIN]
-    runs, store = [Run(name="clean")], vmi.ActivationStore()
-    with pytest.raises(SpecError, match="out is the path of a folder or None, not int"):
-        vmi.execute(world.vit, runs, world.columns, out=3)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match="folder is the path of a folder or None, not int"):
-        vmi.ActivationStore(3)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match="store is an ActivationStore or None, not int"):
-        vmi.execute(world.vit, runs, world.columns, store=3)  # type: ignore[arg-type]
-    for sites in (7, None):
-        with pytest.raises(SpecError, match=r"sites is a site name, a glob such as .* or several, not (int|NoneType)"):
-            store.capture(world.vit, world.columns, sites)  # type: ignore[arg-type]
-    for batches in (3, [3]):
-        with pytest.raises(SpecError, match=r"a list of Batch\(prepared, examples\), also for one: run_together\(\[batch\]"):
-            run_together(batches, {})  # type: ignore[arg-type]
 
 
 def test_results_of_somebody_else_are_not_written_over(guarded: dict[Tiny, World], tmp_path: Path) -> None:

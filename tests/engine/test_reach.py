@@ -10,6 +10,7 @@ import torch
 import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import TIMM_PLAIN, TIMM_POOLED
+from tests.zoo.test_timm import tiny
 from vit_mechinterp import Run
 from vit_mechinterp.engine.ops import register_operator
 from vit_mechinterp.spec import Intervention, register_op
@@ -205,3 +206,42 @@ def test_without_data_columns_are_not_taken_for_each_other() -> None:
     assert vmi.plan(world.vit, runs).block_evaluations * 3 == vmi.plan(world.vit, runs, world.columns).block_evaluations
     captured = run("a", swap(f"{LAST}.mlp_out", [5]), capture=({"site": f"{LAST}.resid_post", "tokens": {"column": "here"}},))
     assert vmi.plan(world.vit, [Run.model_validate(captured)]).clean_runs == ()
+
+
+def test_what_is_read_inside_a_block_that_somebody_else_acts_on_is_made() -> None:
+    """Its output is replaced, but a capture before that reads what is edited before."""
+    world = World(TIMM_PLAIN, 3)
+    edited = run("a", {"op": "ablate", "site": "blocks.0.ln1"}, swap("blocks.1.resid_pre"), capture=("blocks.0.mlp_out",))
+    without = world.execute([edited]).captures["a"]["blocks.0.mlp_out"]
+    handle = world.module.blocks[0].register_forward_hook(lambda module, args, output: output * 1.0)  # type: ignore[union-attr]
+    try:
+        within = world.execute([edited]).captures["a"]["blocks.0.mlp_out"]
+    finally:
+        handle.remove()
+    assert torch.allclose(within, without, atol=1e-5)
+    clean = world.oracle.clean("base")[1]["blocks.0.mlp_out"]
+    assert float((without - clean).abs().max()) > 1e-3
+
+
+def test_talking_heads_hear_of_each_other() -> None:
+    """A pattern of one head reaches all heads behind it, so what is done to it stays where that head alone is replaced."""
+    vit = tiny("cait_xxs24_224")
+    draw = torch.Generator().manual_seed(0)
+    images = {name: torch.randn(2, *vit.layout.tokens.input_shape, generator=draw) for name in ("base", "source")}
+    given = vit.run(images["source"], capture=["blocks.0.attn.z"])[1]["blocks.0.attn.z"]
+
+    def silent(pattern: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(pattern[:, :1]), pattern[:, 1:]], dim=1)
+
+    def swapped(z: torch.Tensor) -> torch.Tensor:
+        return torch.cat([given[:, :, :1], z[:, :, 1:]], dim=2)
+
+    runs = [Run.model_validate(run("a", {"op": "ablate", "site": "blocks.0.attn.pattern", "heads": [0]}, swap("blocks.0.attn.z", heads=[0])))]
+    found = vmi.execute(vit, runs, images, progress=False)["a"]
+    with torch.no_grad(), vit.hooks({"blocks.0.attn.z": swapped}):
+        less = vit(images["base"])
+        with vit.hooks({"blocks.0.attn.pattern": silent}):
+            wanted = vit(images["base"])
+    scale = float(wanted.abs().max())
+    assert torch.allclose(found, wanted, atol=1e-5 * scale)
+    assert float((wanted - less).abs().max()) > 1e-4 * scale

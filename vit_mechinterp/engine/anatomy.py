@@ -13,7 +13,7 @@ from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
-__all__ = ["CUTS", "Anatomy", "Reduce", "Way", "sites_of"]
+__all__ = ["BEHIND_CALL", "CUTS", "Anatomy", "Reduce", "Way", "sites_of"]
 
 Marks = NDArray[Any]
 """What is said of a value, ``[example or 1, token or 1, head or 1]``; 1 where it is said of all of them."""
@@ -22,6 +22,9 @@ Reduce = Callable[[Marks, int], Marks]
 
 CUTS = ("embed", "resid_pre", "resid_mid", "resid_post")
 """Places in or before the blocks that all later ones follow from."""
+
+BEHIND_CALL = BLOCK_SITES[BLOCK_SITES.index("attn.z") :]
+"""Sites of a block at which its attention call has been made."""
 
 
 @cache

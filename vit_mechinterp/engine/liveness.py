@@ -116,9 +116,10 @@ class Liveness:
 
     def _opaque(self, layer: int, live: Mask) -> Mask:
         """The same where somebody else acts on what the block returns, and may make it of any value."""
-        live = self.anatomy.over_all_tokens(self._at(Site(layer, "resid_post"), live), _anywhere)
-        for site in reversed(sites_of(layer)[1:-1]):
-            self._at(site, live)
+        *inner, output = sites_of(layer)[1:]
+        live = self.anatomy.over_all_tokens(self._at(output, live), _anywhere)
+        for site in reversed(inner):
+            live = live | self.anatomy.over_all_tokens(self._at(site, live), _anywhere)
         return self._at(Site(layer, "resid_pre"), live)
 
     def _at(self, site: Site, live: Mask) -> Mask:

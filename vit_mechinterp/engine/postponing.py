@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vit_mechinterp.engine.anatomy import Anatomy
-from vit_mechinterp.engine.ancestry import brings
+from vit_mechinterp.engine.ancestry import Ancestry, brings, may_hold
 from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.masks import Masks
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Site
 
 __all__ = ["postponed"]
@@ -22,6 +22,7 @@ _IN_MLP = ("mlp.pre", "mlp.pre_linear", "mlp.post")
 _OUT: Mapping[str, tuple[str, Sequence[str]]] = {
     "attn.z": ("attn_out", ("attn.result",)),
     "attn.result": ("attn_out", ()),
+    "attn_out": ("resid_post", ("resid_mid", "ln2", *_IN_MLP, "mlp_out")),
     "resid_mid": ("resid_post", ("ln2", *_IN_MLP, "mlp_out")),
     "ln2": ("mlp_out", _IN_MLP),
     "mlp.pre": ("mlp_out", ("mlp.post",)),
@@ -55,6 +56,11 @@ def _postponed(
         return edit
     if not edit.puts_in or not brings(edit, imagined=masks.imagined):
         return edit
+    if not isinstance(source.origin, ColumnOrigin):
+        return edit
+    before = [own for own in run.edits if own.site < site]
+    if site.name == "attn_out" and not (before and all(may_hold(own, site) for own in before)):
+        return edit
     name, on_the_way = _OUT[site.name]
     there, passed = Site(site.layer, name), {site, *(Site(site.layer, own) for own in on_the_way)}
     absent = anatomy.layout.absent
@@ -68,4 +74,9 @@ def _postponed(
         return edit
     if not anatomy.is_by_token(site.layer):
         return edit
+    if site.name == "attn_out":
+        # What is added to it has to be the image's as well.
+        middle = Site(site.layer, "resid_mid")
+        if not Ancestry(anatomy, masks, run, [middle]).holds(middle, edit):
+            return edit
     return replace(edit, site=there, source=replace(source, site=there))

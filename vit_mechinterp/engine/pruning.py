@@ -37,11 +37,11 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     instead_of_base: dict[str, str] = {}
     moved: dict[str, list[str]] = {}
     for name in (run.name for stage in bound.stages for run in stage):
-        own = reading_clean_values(kept[name], kept)
+        own = reading_clean_values(kept[name], kept, reach.whose)
         if not reaching[name].of_first and reach.is_rid_of_base(own, readers.get(name, ())):
             own, instead = without_base(own, kept)
             instead_of_base[name] = f"{name} is {instead}"
-        changing = reach.changing(own)
+        changing = reach.changing(own, kept)
         left_out[name] += _others(own, changing)
         kept[name] = own.with_edits(changing.values())
         if postponing:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from vit_mechinterp.engine.alone import Alone
 from vit_mechinterp.engine.anatomy import Anatomy
-from vit_mechinterp.engine.ancestry import changes
+from vit_mechinterp.engine.ancestry import Ancestry, brings, may_hold
 from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.liveness import Liveness
 from vit_mechinterp.engine.masks import Mask, Masks
 from vit_mechinterp.engine.ops import Operator, add_direction, inject_subspace, operator_of
 from vit_mechinterp.engine.positions import BoolArray, Positions, where
 from vit_mechinterp.engine.postponing import postponed
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.model.read_tokens import ReadTokens
 from vit_mechinterp.spec import AddDirection, TensorRef
 
@@ -80,13 +80,37 @@ class Reach:
         kept = {place: edit for place, edit in found.items() if edit is not None}
         return Kept(kept, not kept or liveness.before[min(kept)])
 
-    def changing(self, run: BoundRun) -> dict[int, Edit]:
-        """Edits of a run that do not put in what is there already, by their place in the run."""
-        where, never = changes(self.anatomy, self._masks(run.edits), run), np.zeros(1, dtype=np.bool_)
+    def changing(self, run: BoundRun, others: Mapping[str, BoundRun]) -> dict[int, Edit]:
+        """Edits of a run that do not put in what is there already, by their place in the run.
+
+        ``others`` are the runs that it reads, by name.
+        """
+        masks, where = self._masks(run.edits), dict[int, Mask]()
+        bringing = [edit for edit in run.edits if brings(edit, imagined=self.imagined)]
+        pairs = zip(run.edits, run.edits[1:], strict=False)
+        if any(
+            may_hold(before, edit.site) and any(edit is own for own in bringing) for before, edit in pairs
+        ):
+            where |= Ancestry(self.anatomy, masks, run).changes
+        for name in dict.fromkeys(edit.source_run for edit in bringing):
+            other = None if name is None or self.imagined else others[name]
+            if other is not None and other.origin == run.origin and not (other.blank or run.blank):
+                where |= Ancestry(self.anatomy, masks, run, reference=other).changes
         if not where:
             return dict(enumerate(run.edits))
+        never = np.zeros(1, dtype=np.bool_)
         found = {place: self._where(edit, where.get(place), never) for place, edit in enumerate(run.edits)}
         return {place: edit for place, edit in found.items() if edit is not None}
+
+    def whose(self, read: Read, run: BoundRun) -> ColumnOrigin | None:
+        """The image whose clean value a run holds where it is read; None if that is none."""
+        if run.is_clean_at(read.site):
+            return run.origin
+        before = [edit for edit in run.edits if edit.site <= read.site]
+        if self.imagined or not all(may_hold(edit, read.site) for edit in before):
+            return None
+        masks = self._masks(run.edits)
+        return Ancestry(self.anatomy, masks, run, [read.site]).whose(read.site, masks.of_read(read))
 
     def postponed(self, run: BoundRun, others: Sequence[Read]) -> tuple[Edit, ...]:
         """Edits of a run at the last place where they do the same to what is read, by itself or by others."""

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from vit_mechinterp.engine.bound import BoundCapture, BoundRun, Edit
-from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Site
 
 __all__ = ["reading_clean_values", "without_base"]
 
+Whose = Callable[[Read, BoundRun], ColumnOrigin | None]
 
-def reading_clean_values(run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
-    """A run that reads clean values where runs that it reads have become clean."""
+
+def reading_clean_values(run: BoundRun, others: Mapping[str, BoundRun], whose: Whose) -> BoundRun:
+    """A run that reads clean values where runs that it reads hold such.
+
+    ``whose`` gives the image whose clean value a run holds where it is read, if that is one.
+    """
     if all(edit.source_run is None for edit in run.edits):
         return run
     edits = []
     for edit in run.edits:
         other = others.get(edit.source_run or "")
-        if edit.source is not None and other is not None and other.is_clean_at(edit.source.site):
-            edit = replace(edit, source=replace(edit.source, origin=other.origin))
+        origin = None if edit.source is None or other is None else whose(edit.source, other)
+        if edit.source is not None and origin is not None:
+            edit = replace(edit, source=replace(edit.source, origin=origin))
         edits.append(edit)
     return replace(run, edits=tuple(edits))
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from vit_mechinterp.engine.anatomy import BEHIND_CALL
 from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.ops import acts_by_token
 from vit_mechinterp.engine.positions import Positions
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.read_tokens import ReadTokens
-from vit_mechinterp.spec import BLOCK_SITES, Site
+from vit_mechinterp.spec import Site
 
 __all__ = ["looks_inside", "tokens_read", "union"]
 
 NARROWING_PAYS = 0.5
 """Tokens are left out where those that are read are at most this share of all."""
-
-_BEHIND = BLOCK_SITES[BLOCK_SITES.index("attn.z") :]
-"""Sites of a block at which its attention call has been made."""
 
 
 def tokens_read(
@@ -80,4 +78,4 @@ def _positions(runs: Iterable[tuple[BoundRun, Sequence[Read]]]) -> Iterator[Posi
 def _is_behind(site: Site, run: BoundRun) -> bool:
     if site.layer is None:
         return site.name == "ln_final"
-    return site.layer == run.blocks.n - 1 and site.name in _BEHIND
+    return site.layer == run.blocks.n - 1 and site.name in BEHIND_CALL

@@ -156,6 +156,8 @@ class Values:
 
 def contiguous(places: IntArray) -> slice | None:
     """A slice where the places are consecutive, so that nothing is copied."""
+    if len(places) == 0:
+        return slice(0, 0)
     first, last = int(places[0]), int(places[-1]) + 1
     if last - first == len(places) and bool((np.diff(places) == 1).all()):
         return slice(first, last)

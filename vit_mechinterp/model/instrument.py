@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
+from vit_mechinterp.model.interception import among_visitors
 from vit_mechinterp.model.layout import TAP_SITES, Layout
 from vit_mechinterp.model.multihead import is_closed
 from vit_mechinterp.model.ports import Difference, Port, Share, is_missing, lookup
@@ -138,9 +139,10 @@ class Instrument:
         return sites | {Site(s.layer, "attn_out") for s in sites if s.name == "attn.result"}
 
     def _run(self, site: Site, value: Tensor) -> Tensor:
-        for visitor in self._visits[site]:
-            replaced = visitor(value)
-            value = value if replaced is None else replaced
+        with among_visitors():
+            for visitor in self._visits[site]:
+                replaced = visitor(value)
+                value = value if replaced is None else replaced
         self.fired[site] += 1
         return value
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,13 +16,25 @@ from torch.overrides import TorchFunctionMode
 from vit_mechinterp.model.packing import Packing
 from vit_mechinterp.model.visiting import laid_out_as
 
-__all__ = ["Interception", "PackedInterception", "Visit"]
+__all__ = ["Interception", "PackedInterception", "Visit", "among_visitors"]
 
 Visit = Callable[[Tensor], Tensor]
 
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
 _SCALINGS = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
 _SOFTMAXES = frozenset({torch.softmax, Tensor.softmax, F.softmax})
+
+_VISITING: ContextVar[bool] = ContextVar("visiting", default=False)
+
+
+@contextmanager
+def among_visitors() -> Iterator[None]:
+    """While visitors are at work: what they compute is none of the model's attention."""
+    before = _VISITING.set(True)
+    try:
+        yield
+    finally:
+        _VISITING.reset(before)
 
 
 class Interception(TorchFunctionMode):
@@ -46,6 +60,8 @@ class Interception(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if _VISITING.get():
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.calls += 1
             if args and args[0].ndim == 3:

@@ -20,7 +20,7 @@ from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import lookup
 from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
-from vit_mechinterp.spec import GLOBAL_SITES, Site
+from vit_mechinterp.spec import BLOCK_SITES, GLOBAL_SITES, Site
 
 __all__ = ["ReadTokens", "follows_from", "handed_on", "is_by_token", "read_tokens"]
 
@@ -118,13 +118,14 @@ def handed_on(vit: HookedViT) -> frozenset[int]:
 def is_by_token(vit: HookedViT, layer: int) -> bool:
     """Try out whether the tokens of a block reach each other in its attention call alone.
 
-    Every second token of the block's input and of what the call gives is changed: the queries, keys and
-    values of the others, and the others themselves, must come out as they do without. False if the model is
-    not as its library made it, or trying failed.
+    Every second token of the block's input and of what the call gives is changed: the others must come out
+    as they do without, and be what they were on the way. False if the model is not as its library made it, or
+    trying failed.
     """
-    absent, sites = vit.layout.absent, [Site(layer, f"attn.{name}") for name in ("q", "k", "v", "z")]
-    stream, output = Site(layer, "resid_pre"), Site(layer, "resid_post")
-    inner = sites.pop() if str(sites[-1]) not in absent else Site(layer, "attn_out")
+    absent, of_call = vit.layout.absent, ("attn.scores", "attn.pattern", "attn.z")
+    stream, *sites, output = (Site(layer, name) for name in BLOCK_SITES if name not in of_call)
+    inner = Site(layer, "attn.z")
+    inner = inner if str(inner) not in absent else Site(layer, "attn_out")
 
     def changed(value: Tensor, seed: int) -> Tensor:
         pair = _random(2, value, seed)
@@ -137,8 +138,8 @@ def is_by_token(vit: HookedViT, layer: int) -> bool:
         values = _run(vit, replaced, others, 2, [str(site) for site in (*sites, output)])
         if values is None:
             return False
-        own = [value for name, value in values.items() if name != "output"]
-        return all(_moved(vit, x[:, ::2])[1] and not _moved(vit, x[:, 1::2])[1] for x in own)
+        stay = not any(_moved(vit, own[:, 1::2])[1] for name, own in values.items() if name != "output")
+        return stay and bool(_moved(vit, values[str(output)][:, ::2])[1])
 
     def found(vit: HookedViT) -> bool:
         block: nn.Module = lookup(vit.module, vit.layout.block_path(layer))
