@@ -225,7 +225,7 @@ class Counted:
             return tried
 
         self._patch = pytest.MonkeyPatch()
-        for name in ("read_tokens", "follows_from", "handed_on", "is_by_token"):
+        for name in ("read_tokens", "follows_from", "handed_on", "is_by_token", "adds_up"):
             self._patch.setattr(drafting, name, unnoticed(getattr(drafting, name)))
         self._install()
         return self

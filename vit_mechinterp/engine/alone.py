@@ -27,7 +27,7 @@ class Alone:
 
     def acts(self, edit: Edit) -> bool:
         """Whether an edit does."""
-        if not edit.keys.is_all or not edit.site.has_tokens:
+        if edit.carries is not None or not edit.keys.is_all or not edit.site.has_tokens:
             return False
         operator = operator_of(edit.spec)
         if operator in (interchange, ablate):

@@ -92,7 +92,8 @@ class Edit:
 
     ``mean`` is the read to be averaged over the dataset (mean ablation); ``refs`` are its tensors by field
     name; ``choice`` holds an index per example; ``idle`` are the examples in which it changes nothing that is
-    read.
+    read. If it ``carries`` another value, that value of its base is what it edits, and what is changed of it
+    is added at its site.
     """
 
     spec: Intervention
@@ -105,6 +106,7 @@ class Edit:
     choice: tuple[int, ...] | None
     where: str
     idle: tuple[int, ...] = ()
+    carries: Read | None = None
 
     @property
     def source_run(self) -> str | None:
@@ -112,10 +114,15 @@ class Edit:
         origin = None if self.source is None else self.source.origin
         return origin.run if isinstance(origin, RunOrigin) else None
 
+    @property
+    def reads(self) -> Iterator[Read]:
+        """What it reads of images and runs."""
+        return (read for read in (self.source, self.carries) if read is not None)
+
     @cached_property
     def puts_in(self) -> bool:
         """Whether it puts something in place of what it is given."""
-        return operator_of(self.spec) in (interchange, ablate) and self.keys.is_all
+        return self.carries is None and operator_of(self.spec) in (interchange, ablate) and self.keys.is_all
 
     def with_heads(self, heads: tuple[int, ...] | None) -> Edit:
         """The same edit at other heads, which it reads where it reads anything."""

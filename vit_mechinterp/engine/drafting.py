@@ -20,7 +20,7 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.spelling import Spelling
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.read_tokens import follows_from, handed_on, is_by_token, read_tokens
+from vit_mechinterp.model.read_tokens import adds_up, follows_from, handed_on, is_by_token, read_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import TensorRef
 
@@ -66,7 +66,7 @@ def draft_of(
         cache(lambda layer: (read is not None and layer == n_layers - 1) or is_by_token(vit, layer)),
         passed_on,
     )
-    reach = Reach(anatomy, read, n, tensors, alone, imagined=imagined)
+    reach = Reach(anatomy, read, n, tensors, alone, cache(partial(adds_up, vit)), imagined=imagined)
     bound = pruned(spelling.of(bound), reach, spelling, postponing=not stored)
     spares = why_nothing_is_spared(vit.layout) is None
     if spares and not stored:

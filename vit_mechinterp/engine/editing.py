@@ -62,6 +62,9 @@ def edit_rows(value: Tensor, rows: slice, edit: Edit, examples: Sequence[int], m
     Raises:
         ExecutionError: the operator returned something of another shape.
     """
+    if edit.carries is not None:
+        _add_carried(value, rows, examples, edit, material)
+        return
     view = by_token(edit.site, value)
     device = value.device
     features = slice(None) if edit.spec.heads is None else torch.as_tensor(edit.spec.heads, device=device)
@@ -96,6 +99,26 @@ def edit_rows(value: Tensor, rows: slice, edit: Edit, examples: Sequence[int], m
         view[rows] = new.reshape(shape)
     else:
         view[where] = new
+
+
+def _add_carried(value: Tensor, rows: slice, examples: Sequence[int], edit: Edit, material: Material) -> None:
+    """Add what an edit changes of a value of its base's clean forward, over all heads, at another site."""
+    assert edit.carries is not None
+    given = material.values(edit.carries).rows(examples)
+    n_tokens = value.shape[1]
+    counts = edit.positions.counts(examples, n_tokens)
+    if edit.positions.is_all:
+        ordinal = torch.arange(n_tokens, device=value.device).repeat(len(examples))
+    else:
+        row, position, order = edit.positions.flat(examples)
+        ordinal = torch.as_tensor(order, device=value.device)
+    change = apply(edit.spec, given, inputs_of(edit, examples, counts, ordinal, material)) - given
+    change = change.sum(dim=1) if change.ndim == 3 else change
+    if edit.positions.is_all:
+        value[rows] += change.view(value[rows].shape)
+    else:
+        where = (torch.as_tensor(row + rows.start), torch.as_tensor(position))
+        value.index_put_(tuple(own.to(value.device) for own in where), change, accumulate=True)
 
 
 def inputs_of(

@@ -79,7 +79,7 @@ def _row_size(vit: HookedViT, bound: Bound) -> int:
     hidden = [i.shape[-1] for name, i in sites.items() if name.endswith(("mlp.pre", "mlp.pre_linear"))]
     visited = [edit.site for run in bound.runs for edit in run.edits]
     visited += [read.site for own in bound.reads_of.values() for read in own]
-    visited += [e.source.site for run in bound.runs for e in run.edits if e.source is not None]
+    visited += [read.site for run in bound.runs for edit in run.edits for read in edit.reads]
     size = _IMAGES * math.prod(vit.layout.tokens.input_shape)
     size += tokens * (14 * d_model + 3 * max(hidden, default=4 * d_model))
     if any(site.is_attention_matrix for site in visited):

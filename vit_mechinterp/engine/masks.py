@@ -59,7 +59,7 @@ class Masks:
             tokens = self.of_tokens([self._columns[edit.spec.tokens]])
         else:
             tokens = self._of(edit.positions)
-        return self._with_heads(tokens, edit.site, edit.spec.heads)
+        return self._with_heads(tokens, edit.site, None if edit.carries else edit.spec.heads)
 
     def of_read(self, read: Read) -> Mask:
         """What somebody reads."""

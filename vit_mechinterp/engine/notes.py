@@ -38,7 +38,7 @@ def notes_on(
     if bound.left_out:
         yield f"interventions that change nothing that is read are left out: {_places(bound.left_out)}"
     if bound.postponed:
-        yield f"tokens of images are taken where attention or MLP puts them out: {_places(bound.postponed)}"
+        yield f"interventions are made later, where that is the same: {_places(bound.postponed)}"
     if bound.without_base:
         yield (
             "all that is read of the residual stream is replaced, so that no base is run for it: "

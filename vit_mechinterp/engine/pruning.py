@@ -29,13 +29,15 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     With ``postponing``, interventions inside attention or MLP are made where they come out, if that is the
     same.
     """
+    carried = {run.name: reach.carried(run, bound.reads_of[run.name]) for run in bound.runs}
+    moved = {run.name: _changed(run.edits, carried[run.name]) for run in bound.runs}
+    bound = bound.with_runs({run.name: run.with_edits(carried[run.name]) for run in bound.runs})
     reaching, readers = _reaching(bound, reach)
     left_out = {run.name: _others(run, reaching[run.name].edits) for run in bound.runs}
     runs = {run.name: run.with_edits(reaching[run.name].edits.values()) for run in bound.runs}
     # What is left of edits may be what others are.
     kept = {run.name: run for run in spelling.of(bound.with_runs(runs)).runs}
     instead_of_base: dict[str, str] = {}
-    moved: dict[str, list[str]] = {}
     for name in (run.name for stage in bound.stages for run in stage):
         own = reading_clean_values(kept[name], kept, reach.whose)
         if not reaching[name].of_first and reach.is_rid_of_base(own, readers.get(name, ())):
@@ -46,14 +48,19 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
         kept[name] = own.with_edits(changing.values())
         if postponing:
             edits = reach.postponed(kept[name], readers.get(name, ()))
-            moved[name] = [edit.where for edit in edits if all(edit is not own for own in kept[name].edits)]
+            moved[name] += _changed(kept[name].edits, edits)
             kept[name] = own.with_edits(edits)
     return replace(
         spelling.of(bound.with_runs(kept)),
         left_out=tuple(where for run in bound.runs for where in left_out[run.name]),
-        postponed=tuple(where for run in bound.runs for where in moved.get(run.name, ())),
+        postponed=tuple(where for run in bound.runs for where in moved[run.name]),
         without_base=tuple(instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base),
     )
+
+
+def _changed(edits: Sequence[Edit], moved: Sequence[Edit]) -> list[str]:
+    """Where those edits stand that are others than before."""
+    return [edit.where for edit in moved if all(edit is not own for own in edits)]
 
 
 def _others(run: BoundRun, edits: Mapping[int, Edit]) -> list[str]:

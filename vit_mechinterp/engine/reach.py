@@ -8,7 +8,7 @@ same to each of them. Nothing of a base does where all that is read of the resid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from vit_mechinterp.engine.alone import Alone
 from vit_mechinterp.engine.anatomy import Anatomy
 from vit_mechinterp.engine.ancestry import Ancestry, brings, may_hold
 from vit_mechinterp.engine.bound import BoundRun, Edit
+from vit_mechinterp.engine.carrying import carried
 from vit_mechinterp.engine.liveness import Liveness
 from vit_mechinterp.engine.masks import Mask, Masks
 from vit_mechinterp.engine.ops import Operator, add_direction, inject_subspace, operator_of
@@ -51,6 +52,7 @@ class Reach:
         n: number of examples.
         tensors: the given tensors, where they are known.
         alone: finds edits that do the same to each of their tokens.
+        adds_up: whether a block, by layer, puts out the sum of its input and of what attention and MLP add.
         imagined: whether there is no data, so that nobody knows which patches a column selects.
     """
 
@@ -61,11 +63,13 @@ class Reach:
         n: int,
         tensors: Mapping[TensorRef, Tensor] | None,
         alone: Alone,
+        adds_up: Callable[[int], bool],
         *,
         imagined: bool,
     ) -> None:
         self.anatomy, self.read, self.n = anatomy, read, n
         self.tensors, self.alone, self.imagined = tensors, alone, imagined
+        self.adds_up = adds_up
         self.every = Positions(shared=tuple(range(anatomy.layout.tokens.n_tokens)))
         self._zeros: dict[TensorRef, BoolArray] = {}
         self._kept: dict[tuple[object, ...], tuple[Positions, ...]] = {}
@@ -111,6 +115,10 @@ class Reach:
             return None
         masks = self._masks(run.edits)
         return Ancestry(self.anatomy, masks, run, [read.site]).whose(read.site, masks.of_read(read))
+
+    def carried(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
+        """Edits of a run, the first of them behind all blocks that add its difference up alone."""
+        return carried(self.anatomy, self.adds_up, run, reads)
 
     def postponed(self, run: BoundRun, others: Sequence[Read]) -> tuple[Edit, ...]:
         """Edits of a run at the last place where they do the same to what is read, by itself or by others."""

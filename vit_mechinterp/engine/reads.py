@@ -53,11 +53,8 @@ def _join_reads(
 
 def clean_sources(run: BoundRun) -> tuple[Read, ...]:
     """The clean values that a run's rows start from, and those that its edits read."""
-    reads = (edit.source for edit in run.edits)
-    return (
-        *join_reads(run),
-        *(r for r in reads if r is not None and isinstance(r.origin, ColumnOrigin)),
-    )
+    reads = (read for edit in run.edits for read in edit.reads)
+    return (*join_reads(run), *(read for read in reads if isinstance(read.origin, ColumnOrigin)))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class RowKeys:
         source = edit.source
         if operator_of(edit.spec) not in (interchange, inject_subspace, ablate):
             return None
-        if source is None or source.site != edit.site:
+        given = edit.carries or Read(run.origin, edit.site)
+        if source is None or source.site != given.site:
             return None
         paired = getattr(edit.spec, "source_tokens", None)
         if self.sharing.imagined and paired not in (None, edit.spec.tokens):
@@ -49,7 +50,7 @@ class RowKeys:
         here, there = self._selected(edit.positions), self._selected(source.positions)
         if isinstance(here, int) and isinstance(there, int) and here != there:
             return None
-        own = self._source(Read(run.origin, edit.site))
+        own = self._source(given)
         same: BoolArray = (self._source(source) == own) & (here == there)
         return same if same.any() else None
 
@@ -70,6 +71,8 @@ class RowKeys:
         site = self._site(run, edit.site) if operator_of(edit.spec) in BUILT_IN else edit.site
         options = options_of(edit, imagined=self.sharing.imagined)
         fixed: list[Any] = [type(edit.spec), site, edit.spec.heads, options, edit.refs]
+        if edit.carries is not None:
+            fixed.append(edit.carries.site)
         varying: list[IntArray] = []
         source = edit.positions if edit.source is None else edit.source.positions
         for place in (self._selected(edit.positions, source), self._selected(edit.keys)):

@@ -274,9 +274,8 @@ class Schedule:
         for n, stage in enumerate(self.bound.stages):
             for run in stage:
                 for part in self.sharing.parts[run.name]:
-                    reads = (edit.source for edit in part.run.edits)
-                    clean = clean_sources(part.run)
-                    last.update({read: n for read in (*reads, *clean) if read is not None})
+                    reads = (read for edit in part.run.edits for read in edit.reads)
+                    last.update(dict.fromkeys((*reads, *clean_sources(part.run)), n))
         return last
 
 

@@ -98,7 +98,7 @@ class Spelling:
             edit = self._with_names(edit)
         if not edit.keys.is_all:
             edit = replace(edit, keys=self._of_all(self._in_order(edit.keys)))
-        if operator_of(edit.spec) not in BUILT_IN:
+        if operator_of(edit.spec) not in BUILT_IN or edit.carries is not None:
             return edit
         heads = edit.spec.heads
         if heads is not None and self._are_all(heads, edit):

@@ -75,7 +75,7 @@ def stacked(edits: Sequence[Placed], value: Tensor) -> list[list[Placed]]:
 def _kind(own: Placed, value: Tensor) -> tuple[object, ...]:
     """What interventions must have in common; empty for one that stands alone."""
     edit, spec = own.edit, own.edit.spec
-    if edit.positions.is_all or not edit.keys.is_all:
+    if edit.positions.is_all or not edit.keys.is_all or edit.carries is not None:
         return ()
     operator = operator_of(spec)
     if operator is interchange:

@@ -22,15 +22,17 @@ from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
 from vit_mechinterp.spec import BLOCK_SITES, GLOBAL_SITES, Site
 
-__all__ = ["ReadTokens", "follows_from", "handed_on", "is_by_token", "read_tokens"]
+__all__ = ["ReadTokens", "adds_up", "follows_from", "handed_on", "is_by_token", "read_tokens"]
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
     weakref.WeakKeyDictionary()
 )
 """By last block, and by what it consists of, its weights, its precision and the tokens: the shares of
 `ReadTokens`, or None if the block cannot be narrowed."""
-_BY_TOKEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = weakref.WeakKeyDictionary()
-"""By block, and by what it consists of, its weights and its precision: what `is_by_token` found."""
+_TRIED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[object, ...]], bool]] = (
+    weakref.WeakKeyDictionary()
+)
+"""By block, and by what was tried, what the block consists of, its weights and precision: what came out."""
 
 Found = TypeVar("Found")
 
@@ -141,15 +143,39 @@ def is_by_token(vit: HookedViT, layer: int) -> bool:
         stay = not any(_moved(vit, own[:, 1::2])[1] for name, own in values.items() if name != "output")
         return stay and bool(_moved(vit, values[str(output)][:, ::2])[1])
 
+    is_there = not {str(stream), str(inner), str(output)} & set(absent)
+    return is_there and _of_block(vit, layer, "by token", tried)
+
+
+def adds_up(vit: HookedViT, layer: int) -> bool:
+    """Try out whether a block puts out the sum of its input and of what attention and MLP add to it. False if
+    it lacks one of these sites, the model is not as its library made it, or trying failed."""
+    names = [str(Site(layer, name)) for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+
+    def tried(vit: HookedViT) -> bool:
+        others = [other for other in range(vit.layout.n_layers) if other != layer]
+        values = _run(vit, {Site(layer, names[0].split(".")[-1]): lambda x: _random(2, x)}, others, 2, names)
+        if values is None:
+            return False
+        *parts, whole = (values[name] for name in names)
+        return bool((sum(parts) - whole).abs().max() <= 2e-6 * whole.abs().max())
+
+    return not set(names) & set(vit.layout.absent) and _of_block(vit, layer, "adds up", tried)
+
+
+def _of_block(vit: HookedViT, layer: int, what: str, tried: Callable[[HookedViT], bool]) -> bool:
+    """What trying a block out gave, once for its parts and weights."""
+
     def found(vit: HookedViT) -> bool:
         block: nn.Module = lookup(vit.module, vit.layout.block_path(layer))
-        known, key = _BY_TOKEN.setdefault(block, {}), _state_of(vit, block)
-        if key not in known:
-            known.clear()
-            known[key] = tried(vit)
-        return known[key]
+        known, state = _TRIED.setdefault(block, {}), _state_of(vit, block)
+        if (what, state) not in known:
+            for other in [own for own in known if own[0] == what]:
+                del known[other]
+            known[what, state] = tried(vit)
+        return known[what, state]
 
-    return not {str(stream), str(inner), str(output)} & set(absent) and bool(_tried(vit, found))
+    return bool(_tried(vit, found))
 
 
 def _tried(vit: HookedViT, found: Callable[[HookedViT], Found | None], *sites: str) -> Found | None:

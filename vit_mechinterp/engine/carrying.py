@@ -1,0 +1,106 @@
+"""Interventions whose difference the residual stream alone carries on, past blocks that are held.
+
+Where attention and MLP of a block are held to the base's own values at every token, all that the block does
+to a difference is to add it to what it puts out. So the difference is added behind the last such block, and
+no row passes through any of them (path patching, with everything but the stream held).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from vit_mechinterp.engine.anatomy import Anatomy
+from vit_mechinterp.engine.bound import BoundRun, Edit
+from vit_mechinterp.engine.ops import BUILT_IN, ablate, operator_of
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.spec import Ablate, Site
+
+__all__ = ["carried"]
+
+_ATTENTION, _MLP = ("attn.z", "attn.result", "attn_out"), ("mlp.post", "mlp_out")
+"""Where a module is held, if all of its values are put back there."""
+_TO_BE_HELD = {
+    "resid_pre": (_ATTENTION, _MLP),
+    **dict.fromkeys(("attn.z", "attn.result", "attn_out", "resid_mid"), (_MLP,)),
+    **dict.fromkeys(("mlp_out", "resid_post"), ()),
+}
+"""What has to be held of the block of an edit, by its site: what would make something else of its change."""
+
+
+def carried(
+    anatomy: Anatomy, adds_up: Callable[[int], bool], run: BoundRun, reads: Sequence[Read]
+) -> tuple[Edit, ...]:
+    """Edits of a run, the first of them behind the last block that only adds its difference up; the same ones
+    if there is none.
+
+    Args:
+        anatomy: the model's.
+        adds_up: whether a block, by layer, puts out the sum of its input and of what attention and MLP add.
+        run: the run.
+        reads: what is read of its values.
+    """
+    first = next((edit for edit in run.edits if not _holds(edit, run)), None)
+    if first is None or len(run.edits) < 2 or not _is_additive(anatomy, first):
+        return run.edits
+    others = [edit for edit in run.edits if not _holds(edit, run) and edit is not first]
+    held = {edit.site for edit in run.edits if _holds(edit, run) and edit.site >= first.site}
+    own = -1 if first.site.layer is None else first.site.layer
+    seen = [edit.site for edit in others] + [read.site for read in reads if read.site >= first.site]
+    end = min((anatomy.layout.n_layers if site.layer is None else site.layer for site in seen), default=None)
+    end = anatomy.layout.n_layers if end is None else end
+
+    def is_held(layer: int, modules: Sequence[Sequence[str]]) -> bool:
+        is_whole = layer not in run.blocks.through and adds_up(layer)
+        return is_whole and all(any(Site(layer, name) in held for name in module) for module in modules)
+
+    needs = _TO_BE_HELD[first.site.name] if own >= 0 else ()
+    if own >= end or (needs and not is_held(own, needs)):
+        return run.edits
+    last = own
+    while last + 1 < end and is_held(last + 1, (_ATTENTION, _MLP)):
+        last += 1
+    if last < 0 or (last == own and not needs):
+        return run.edits
+    left = [edit for edit in run.edits if edit.site.layer is None or edit.site.layer > last]
+    return (_behind(first, Site(last, "resid_post"), run), *(edit for edit in left if edit is not first))
+
+
+def _holds(edit: Edit, run: BoundRun) -> bool:
+    """Whether an edit puts back all that an attention module or an MLP gives for the run's base."""
+    source = edit.source
+    return (
+        edit.site.name in _ATTENTION + _MLP
+        and edit.puts_in
+        and source is not None
+        and (source.origin, source.site, source.heads) == (run.origin, edit.site, None)
+        and edit.positions.is_all
+        and source.positions.is_all
+    )
+
+
+def _is_additive(anatomy: Anatomy, edit: Edit) -> bool:
+    """Whether the stream is changed by a sum of what an edit changes of its value."""
+    if operator_of(edit.spec) not in BUILT_IN or not edit.keys.is_all:
+        return False
+    if edit.site.name != "attn.z":
+        return edit.site.name == "embed" or edit.site.name in _TO_BE_HELD
+    # What heads contribute is linear in what is put in: values of an image, or none.
+    assert edit.site.layer is not None
+    is_zero = (
+        operator_of(edit.spec) is ablate and isinstance(edit.spec, Ablate) and edit.spec.method == "zero"
+    )
+    source = edit.source
+    is_image = edit.puts_in and source is not None and isinstance(source.origin, ColumnOrigin)
+    is_same = is_image and source is not None and source.site == edit.site
+    return (is_zero or is_same) and str(Site(edit.site.layer, "attn.result")) not in anatomy.layout.absent
+
+
+def _behind(edit: Edit, site: Site, run: BoundRun) -> Edit:
+    """An edit whose difference is added at a site."""
+    of, source = edit.site, edit.source
+    if of.name == "attn.z":
+        of = Site(of.layer, "attn.result")
+        source = None if source is None else replace(source, site=of)
+    carries = Read(run.origin, of, edit.positions, edit.spec.heads)
+    return replace(edit, site=site, source=source, carries=carries)
