@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from vit_mechinterp.engine.anatomy import Anatomy
 from vit_mechinterp.engine.bound import BoundRun, Edit
-from vit_mechinterp.engine.ops import BUILT_IN, ablate, operator_of
-from vit_mechinterp.engine.values import ColumnOrigin, Read
-from vit_mechinterp.spec import Ablate, Site
+from vit_mechinterp.engine.ops import BUILT_IN, operator_of
+from vit_mechinterp.engine.values import Read
+from vit_mechinterp.spec import Site
 
 __all__ = ["carried"]
 
@@ -45,6 +45,8 @@ def carried(
         return run.edits
     others = [edit for edit in run.edits if not _holds(edit, run) and edit is not first]
     held = {edit.site for edit in run.edits if _holds(edit, run) and edit.site >= first.site}
+    if any(site.layer == first.site.layer and _is_put_back(first, site) for site in held):
+        return run.edits
     own = -1 if first.site.layer is None else first.site.layer
     seen = [edit.site for edit in others] + [read.site for read in reads if read.site >= first.site]
     end = min((anatomy.layout.n_layers if site.layer is None else site.layer for site in seen), default=None)
@@ -79,28 +81,22 @@ def _holds(edit: Edit, run: BoundRun) -> bool:
     )
 
 
+def _is_put_back(edit: Edit, site: Site) -> bool:
+    """Whether nothing is left of an edit where the module that it is in is held."""
+    return any({edit.site.name, site.name} <= set(module) for module in (_ATTENTION, _MLP))
+
+
 def _is_additive(anatomy: Anatomy, edit: Edit) -> bool:
     """Whether the stream is changed by a sum of what an edit changes of its value."""
     if operator_of(edit.spec) not in BUILT_IN or not edit.keys.is_all:
         return False
-    if edit.site.name != "attn.z":
-        return edit.site.name == "embed" or edit.site.name in _TO_BE_HELD
-    # What heads contribute is linear in what is put in: values of an image, or none.
-    assert edit.site.layer is not None
-    is_zero = (
-        operator_of(edit.spec) is ablate and isinstance(edit.spec, Ablate) and edit.spec.method == "zero"
-    )
-    source = edit.source
-    is_image = edit.puts_in and source is not None and isinstance(source.origin, ColumnOrigin)
-    is_same = is_image and source is not None and source.site == edit.site
-    return (is_zero or is_same) and str(Site(edit.site.layer, "attn.result")) not in anatomy.layout.absent
+    if edit.site.name == "attn.z":
+        # What heads add to the stream is linear in their z, if it is known by heads at all.
+        return f"blocks.{edit.site.layer}.attn.result" not in anatomy.layout.absent
+    return edit.site.name == "embed" or edit.site.name in _TO_BE_HELD
 
 
 def _behind(edit: Edit, site: Site, run: BoundRun) -> Edit:
     """An edit whose difference is added at a site."""
-    of, source = edit.site, edit.source
-    if of.name == "attn.z":
-        of = Site(of.layer, "attn.result")
-        source = None if source is None else replace(source, site=of)
-    carries = Read(run.origin, of, edit.positions, edit.spec.heads)
-    return replace(edit, site=site, source=source, carries=carries)
+    carries = Read(run.origin, edit.site, edit.positions, edit.spec.heads)
+    return replace(edit, site=site, carries=carries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from vit_mechinterp.engine.reads import clean_read
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import Read, RunOrigin, Values
 from vit_mechinterp.engine.wave import run_wave
+from vit_mechinterp.model.head_weights import written_by_heads
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 
@@ -65,7 +67,10 @@ def chunk_of(
                 clean.values.pop(read, None)
     images_of, rows = schedule.sharing.images_of, schedule.rows.of(chunk)
     gifts, handed = rows.branches.gifts, rows.branches.handed
-    material = Material(bound, clean, tensors, means, images_of=images_of, gifts=gifts, handed=handed)
+    write = partial(written_by_heads, vit.module, vit.layout)
+    material = Material(
+        bound, clean, tensors, means, images_of=images_of, gifts=gifts, handed=handed, write=write
+    )
     outputs = _Outputs(chunk)
     captures: dict[tuple[str, str], Values] = {}
     captured: Pieces = defaultdict(list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,7 @@ class Material:
         gifts: states that rows (run, example) hand on, each with the site that it is seen at.
         handed: what rows (run, example) hand on of what is read of others.
         begun: the states handed on so far.
+        write: what heads of a block add to the stream for their z (see `written_by_heads`).
     """
 
     bound: Bound
@@ -50,6 +51,7 @@ class Material:
     gifts: Mapping[Row, Iterable[tuple[Site, int]]] = field(default_factory=dict)
     handed: Mapping[Row, Sequence[Handed]] = field(default_factory=dict)
     begun: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
+    write: Callable[[int, Tensor, Sequence[int] | None], Tensor] | None = None
 
     def values(self, read: Read) -> Values:
         """The values of a read, clean or from an earlier run."""
@@ -105,6 +107,7 @@ def _add_carried(value: Tensor, rows: slice, examples: Sequence[int], edit: Edit
     """Add what an edit changes of a value of its base's clean forward, over all heads, at another site."""
     assert edit.carries is not None
     given = material.values(edit.carries).rows(examples)
+    given = given.to(torch.promote_types(given.dtype, torch.float32))  # the change is small beside it
     n_tokens = value.shape[1]
     counts = edit.positions.counts(examples, n_tokens)
     if edit.positions.is_all:
@@ -113,7 +116,13 @@ def _add_carried(value: Tensor, rows: slice, examples: Sequence[int], edit: Edit
         row, position, order = edit.positions.flat(examples)
         ordinal = torch.as_tensor(order, device=value.device)
     change = apply(edit.spec, given, inputs_of(edit, examples, counts, ordinal, material)) - given
-    change = change.sum(dim=1) if change.ndim == 3 else change
+    if edit.carries.site.name == "attn.z":
+        assert material.write is not None
+        assert edit.carries.site.layer is not None
+        change = material.write(edit.carries.site.layer, change, edit.carries.heads)
+    elif change.ndim == 3:
+        change = change.sum(dim=1)
+    change = change.to(value.dtype)
     if edit.positions.is_all:
         value[rows] += change.view(value[rows].shape)
     else:

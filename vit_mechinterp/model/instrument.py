@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vit_mechinterp.errors import ExecutionError, UnsupportedSiteError
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
+from vit_mechinterp.model.head_weights import head_weights
 from vit_mechinterp.model.interception import among_visitors
 from vit_mechinterp.model.layout import TAP_SITES, Layout
 from vit_mechinterp.model.multihead import is_closed
@@ -174,8 +175,6 @@ class Instrument:
         attention: nn.Module = lookup(self.module, attention_path)
         if is_closed(attention):  # it calls its output projection while it is tapped alone
             stack.enter_context(tapped(attention, {}, attention_path, self.layout.n_heads))
-        scales = [lookup(block, path) for path in self.layout.family.attention_scale]
-        scale = next((s for s in scales if not is_missing(s)), None)
         port = self.layout.ports.get(f"blocks.{layer}.attn.result")
         token_first = isinstance(port, Port) and port.token_first
         packing = self.layout.sequence
@@ -194,11 +193,9 @@ class Instrument:
             z = projected(merged, self.layout.family.out_projection, layer)
             result = _EDITED_RESULTS.get(projection)
             if result is None:
-                # The heads come first where the projection serves the MLP as well.
-                shape = self.layout.n_heads, self.layout.d_head
-                width = shape[0] * shape[1]
-                heads = projection.weight[:, :width].reshape(-1, *shape)
-                z = z[..., :width].reshape(*value.shape[:-1], *shape)
+                heads, scale = head_weights(self.module, self.layout, layer)
+                shape = heads.shape[1:]
+                z = z[..., : shape.numel()].reshape(*value.shape[:-1], *shape)
                 result = torch.einsum("...hd,mhd->...hm", z, heads)
                 if scale is not None:
                     result = result * scale
