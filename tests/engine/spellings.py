@@ -14,6 +14,7 @@ from tests.tiny_models import HF_VIT, N_LAYERS
 Edits = list[dict[str, Any]]
 
 BLOCK = "blocks.1"
+PATTERN = f"{BLOCK}.attn.pattern"
 STREAM, Z = f"{BLOCK}.resid_post", f"{BLOCK}.attn.z"
 
 
@@ -92,6 +93,23 @@ SAME: Mapping[str, tuple[Edits, Edits]] = {
         [ablate("blocks.1.attn.pattern", keys=[1, 2])],
         [ablate("blocks.1.attn.pattern", keys=[2, 1])],
     ),
+    "keys one by one": (
+        [ablate(PATTERN, tokens="cls", keys=[1, 2])],
+        [ablate(PATTERN, tokens="cls", keys=[2]), ablate(PATTERN, tokens="cls", keys=[1])],
+    ),
+    "keys of heads and queries one by one": (
+        [ablate(PATTERN, tokens=["cls", 3], keys=[1, 2], heads=[0, 2])],
+        [
+            ablate(PATTERN, tokens="cls", keys=[1, 2], heads=[2]),
+            *(ablate(PATTERN, tokens="cls", keys=[key], heads=[0]) for key in (2, 1)),
+            ablate(PATTERN, tokens=[3], keys=[1, 2], heads=[0, 2]),
+        ],
+    ),
+    "all keys one by one": (
+        [swap(PATTERN, tokens=[3])],
+        [swap(PATTERN, tokens=[3], keys=[key]) for key in ("cls", *reversed(range(16)))],
+    ),
+    "keys twice": ([ablate(PATTERN, keys=[1])], [ablate(PATTERN, keys=[1]), ablate(PATTERN, keys=[1])]),
     "a gate of ones": ([inject(STREAM, tokens=[3])], [inject(STREAM, tokens=[3], gate="ones")]),
     "inside an MLP whose increment is replaced": (
         [swap("blocks.1.mlp_out")],

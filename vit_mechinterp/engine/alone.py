@@ -27,11 +27,11 @@ class Alone:
 
     def acts(self, edit: Edit) -> bool:
         """Whether an edit does."""
-        if edit.carries is not None or not edit.keys.is_all or not edit.site.has_tokens:
+        if edit.carries is not None or not edit.site.has_tokens:
             return False
         operator = operator_of(edit.spec)
-        if operator in (interchange, ablate):
-            return True
+        if operator in (interchange, ablate) or not edit.keys.is_all:
+            return operator in (interchange, ablate)
         if any(ref not in self.tensors for _, ref in edit.refs):
             return False
         # Vectors and subspaces that are given token by token are paired with tokens by their order.

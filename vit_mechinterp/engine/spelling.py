@@ -19,7 +19,9 @@ from vit_mechinterp.engine.alone import Alone
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit, output_before
 from vit_mechinterp.engine.ops import (
     BUILT_IN,
+    ablate,
     inject_subspace,
+    interchange,
     operator_of,
 )
 from vit_mechinterp.engine.options import options_of
@@ -151,28 +153,35 @@ class Spelling:
 
     def _at_one_site(self, edits: list[Edit], base: ColumnOrigin) -> list[Edit]:
         """Edits at one site, in the order in which they act."""
+        edits = [own for n, own in enumerate(edits) if n == 0 or not _is_again(edits[n - 1], own)]
         if len(edits) == 1 or not all(map(self.alone.acts, edits)):
             return edits
         if not all(self._touch_others(*pair) for pair in combinations(edits, 2)):
             return edits
         if len({edit.spec.heads for edit in edits}) > 1:
             edits = [edit.with_heads((head,)) for edit in edits for head in self._heads_of(edit)]
-        edits = self._made_one(edits, base, lambda edit: edit.spec.heads, self._with_tokens_of)
-        edits = self._made_one(edits, base, _tokens, _with_heads_of)
+        for _ in range(2 if len({edit.keys for edit in edits}) > 1 else 1):
+            edits = self._made_one(edits, base, lambda own: (own.spec.heads, own.keys), self._with_tokens_of)
+            edits = self._made_one(edits, base, lambda own: (*_tokens(own), own.keys), _with_heads_of)
+            edits = self._made_one(
+                edits, base, lambda own: (*_tokens(own), own.spec.heads), self._with_keys_of
+            )
         return sorted(map(self._edit, edits), key=_place)
 
     def _heads_of(self, edit: Edit) -> Iterable[int]:
         return range(self.n_heads(edit.site)) if edit.spec.heads is None else edit.spec.heads
 
     def _touch_others(self, one: Edit, other: Edit) -> bool:
-        """Whether two edits have no token in common, or no head."""
+        """Whether two edits have no token in common, or no head, or no key."""
         heads, others = one.spec.heads, other.spec.heads
         if heads is not None and others is not None and not set(heads) & set(others):
             return True
-        pair = one.positions, other.positions
-        if pair not in self._apart:
-            self._apart[pair] = are_disjoint(*pair)
-        return self._apart[pair]
+        return self._are_apart(one.positions, other.positions) or self._are_apart(one.keys, other.keys)
+
+    def _are_apart(self, one: Positions, other: Positions) -> bool:
+        if (one, other) not in self._apart:
+            self._apart[one, other] = are_disjoint(one, other)
+        return self._apart[one, other]
 
     def _made_one(
         self,
@@ -195,6 +204,10 @@ class Spelling:
         aligned = not sources or sources == targets
         there = self._together(targets, targets)
         return edits[0].with_positions(there, there if aligned else self._together(sources, targets))
+
+    def _with_keys_of(self, edits: Sequence[Edit]) -> Edit:
+        keys = [edit.keys for edit in edits]
+        return replace(edits[0], keys=self._of_all(self._together(keys, keys)))
 
     def _together(self, several: Sequence[Positions], by: Sequence[Positions]) -> Positions:
         """Selections as one, in the order of others; one object for all runs that select the same."""
@@ -237,9 +250,14 @@ def _tokens(edit: Edit) -> Kind:
 
 
 def _place(edit: Edit) -> Kind:
-    """Where an edit stands among others of one site that have no token or no head in common with it."""
-    positions = edit.positions.of(0)
-    return () if positions is None else tuple(sorted(positions)), edit.spec.heads or ()
+    """Where an edit stands among others of one site that have no token, head or key in common with it."""
+    chosen = (edit.positions.of(0), edit.spec.heads, edit.keys.of(0))
+    return tuple(tuple(sorted(own or ())) for own in chosen)
+
+
+def _is_again(before: Edit, edit: Edit) -> bool:
+    """Whether an edit puts in what the one before has just put in."""
+    return operator_of(edit.spec) in (interchange, ablate) and replace(before, where=edit.where) == edit
 
 
 def _at_site(edit: Edit, site: Site) -> Edit:
