@@ -136,13 +136,13 @@ class Plan:
             lines.append(f"  {_counted(self.shared_rows, 'row')} equal to others, computed once")
         if self.spared > 0:
             lines.append(
-                f"  of these, {self.spared:.4g} blocks' worth is spared inside the blocks where rows of one "
-                "image join"
+                f"  of the block evaluations, {self.spared:.4g} blocks' worth is spared inside blocks where "
+                "rows of one image join"
             )
         if self.unread > 0:
             lines.append(
-                f"  of these, {self.unread:.4g} blocks' worth is left out of the last block, behind whose "
-                "attention most tokens are not read"
+                f"  of the block evaluations, {self.unread:.4g} blocks' worth is left out of the last block, "
+                "behind whose attention most tokens are not read"
             )
         for stage in sorted({rows.stage for rows in self.rows}):
             lines.append(f"  rows that join one growing batch{f' (stage {stage + 1})' if stage else ''}")

@@ -164,6 +164,13 @@ class Batch:
     runs: Sequence[str] | None = None
     source_order: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.prepared, Prepared):
+            kind = type(self.prepared).__name__
+            raise SpecError(
+                f"A batch is one of a preparation ('with prepare(...) as prepared:'), not of {kind}."
+            )
+
     @property
     def rows(self) -> int:
         """(run, example) pairs."""
@@ -175,22 +182,12 @@ class Batch:
         Raises:
             SpecError: see `Prepared.__call__`.
         """
-        n = self.prepared.n_examples
         if not self.prepared.is_open:
             raise SpecError(
                 "This preparation is over: its values went with the 'with prepare(...)' block. Run its "
                 "batches inside the block."
             )
-        if isinstance(self.examples, (str, Mapping)) or not isinstance(self.examples, Iterable):
-            raise SpecError(f"examples={self.examples!r} is no list of numbers of examples, 0 to {n - 1}.")
-        if any(isinstance(own, (bool, np.bool_)) or _is_truth(own) for own in self.examples):
-            raise SpecError(f"examples are a mask; name them by their numbers, 0 to {n - 1}.")
-        if not all(hasattr(own, "__index__") for own in self.examples):
-            raise SpecError(f"examples={self.examples!r} are no numbers of examples, 0 to {n - 1}.")
-        if len(self.examples) == 0 or min(self.examples) < 0 or max(self.examples) >= n:
-            raise SpecError(
-                f"examples={list(self.examples)} must name at least one of the {n} examples, 0 to {n - 1}."
-            )
+        _check_examples(self.examples, self.prepared.n_examples)
         runs = self.prepared.find(self.runs)
         most = self.prepared.source_tokens([run.name for run in runs])
         if self.source_order is not None and not _is_order(self.source_order, most):
@@ -309,6 +306,22 @@ def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:
     if vit.device.type == "cpu":
         return likely_width(vit)
     return max(1, sum(len(rows.examples) for rows in placed))
+
+
+def _check_examples(examples: Sequence[int], n: int) -> None:
+    """Raise SpecError unless these are numbers of examples."""
+    if isinstance(examples, Tensor) and examples.ndim != 1:
+        raise SpecError(f"examples are one list of numbers, and these have shape {tuple(examples.shape)}.")
+    if isinstance(examples, (str, Mapping)) or not isinstance(examples, Iterable):
+        raise SpecError(f"examples={examples!r} is no list of numbers of examples, 0 to {n - 1}.")
+    if any(isinstance(own, (bool, np.bool_)) or _is_truth(own) for own in examples):
+        raise SpecError(f"examples are a mask; name them by their numbers, 0 to {n - 1}.")
+    if not all(hasattr(own, "__index__") for own in examples):
+        raise SpecError(f"examples={examples!r} are no numbers of examples, 0 to {n - 1}.")
+    if len(examples) == 0 or min(examples) < 0 or max(examples) >= n:
+        raise SpecError(
+            f"examples={list(examples)} must name at least one of the {n} examples, 0 to {n - 1}."
+        )
 
 
 def _is_order(order: object, n: int) -> bool:

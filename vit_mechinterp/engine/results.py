@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from vit_mechinterp.engine.checks import check_folder
 from vit_mechinterp.engine.tensorfiles import file_checksum, read_tensors, replacing, writing
 from vit_mechinterp.errors import TensorFileError, suggest
 from vit_mechinterp.model.cache import BySite
@@ -110,6 +111,7 @@ class Results:
 
         Every file takes its name once it is complete, so a folder of older results is replaced, never mixed.
         """
+        check_folder(folder, "folder")
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {"logits": self.logits}

@@ -161,11 +161,9 @@ class Spelling:
         if len({edit.spec.heads for edit in edits}) > 1:
             edits = [edit.with_heads((head,)) for edit in edits for head in self._heads_of(edit)]
         for _ in range(2 if len({edit.keys for edit in edits}) > 1 else 1):
-            edits = self._made_one(edits, base, lambda own: (own.spec.heads, own.keys), self._with_tokens_of)
-            edits = self._made_one(edits, base, lambda own: (*_tokens(own), own.keys), _with_heads_of)
-            edits = self._made_one(
-                edits, base, lambda own: (*_tokens(own), own.spec.heads), self._with_keys_of
-            )
+            edits = self._made_one(edits, base, lambda e: (e.spec.heads, e.keys), self._with_tokens_of)
+            edits = self._made_one(edits, base, lambda e: (*_tokens(e), e.keys), _with_heads_of)
+            edits = self._made_one(edits, base, lambda e: (*_tokens(e), e.spec.heads), self._with_keys_of)
         return sorted(map(self._edit, edits), key=_place)
 
     def _heads_of(self, edit: Edit) -> Iterable[int]:

@@ -25,6 +25,7 @@ __all__ = [
     "AnyIntervention",
     "Heads",
     "Intervention",
+    "Interventions",
     "RunSource",
     "SiteName",
     "Source",
@@ -202,3 +203,11 @@ AnyIntervention: TypeAlias = Annotated[
     SerializeAsAny[Intervention], BeforeValidator(_intervention, json_schema_input_type=Any), _RegisteredOps()
 ]
 """Any registered intervention; in a document, a mapping with its ``op``."""
+
+
+def _one_is_several(value: Any) -> Any:
+    return [value] if isinstance(value, (Intervention, Mapping)) else value
+
+
+Interventions: TypeAlias = Annotated[tuple[AnyIntervention, ...], BeforeValidator(_one_is_several)]
+"""A list of interventions; a single one stands for a list of it."""

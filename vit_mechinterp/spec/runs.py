@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self, TypeAlias
 from pydantic import BeforeValidator, Field, model_validator
 
 from vit_mechinterp.spec.base import SpecModel
-from vit_mechinterp.spec.ops import AnyIntervention, Heads, check_selectors
+from vit_mechinterp.spec.ops import Heads, Interventions, check_selectors
 from vit_mechinterp.spec.sites import Site, is_glob
 from vit_mechinterp.spec.tokens import Tokens
 
@@ -59,6 +59,6 @@ class Run(SpecModel):
     """
 
     name: str = Field(min_length=1)
-    interventions: tuple[AnyIntervention, ...] = ()
+    interventions: Interventions = ()
     base: str = Field(default="base", min_length=1)
     capture: Captures = ()

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.spec.base import SpecModel, as_index
-from vit_mechinterp.spec.ops import AnyIntervention, Intervention
+from vit_mechinterp.spec.ops import Intervention, Interventions
 from vit_mechinterp.spec.runs import Captures, Run
 from vit_mechinterp.spec.sites import Site
 
@@ -69,7 +69,7 @@ class Sweep(SpecModel):
     """
 
     name: str = Field(default="layer{layer}", min_length=1)
-    interventions: tuple[AnyIntervention, ...]
+    interventions: Interventions
     base: str = Field(default="base", min_length=1)
     capture: Captures = ()
     over: Annotated[dict[str, Axis], BeforeValidator(_axes, json_schema_input_type=dict[str, Axis])]
@@ -97,14 +97,14 @@ class Sweep(SpecModel):
 
     def runs(self, n_layers: int) -> list[Run]:
         """Return the runs for a model of ``n_layers`` blocks; SpecError if a layer lies beyond them."""
-        return self._product(n_layers)
+        return self._product(as_index(n_layers))
 
     def _product(self, n_layers: int | None) -> list[Run]:
         axes = [self._points(axis, values, n_layers) for axis, values in self.over.items()]
         runs: dict[str, Run] = {}
         for point in itertools.product(*axes):
             labels = {axis: label for axis, (label, _) in zip(self.over, point, strict=True)}
-            name = self.name.format_map(labels)
+            name = self._named(labels)
             if name in runs:
                 raise SpecError(
                     f"Two runs of the sweep would be called {name!r}; give the values distinct labels."
@@ -175,7 +175,19 @@ class Sweep(SpecModel):
         return entry.at(layer=layer if in_block else None, **fields)
 
     def _name_fields(self) -> list[str]:
-        return [field for _, field, _, _ in string.Formatter().parse(self.name) if field is not None]
+        try:
+            return [field for _, field, _, _ in string.Formatter().parse(self.name) if field is not None]
+        except ValueError as error:
+            raise self._no_format(error) from None
+
+    def _named(self, labels: Mapping[str, Any]) -> str:
+        try:
+            return self.name.format_map(labels)
+        except ValueError as error:
+            raise self._no_format(error) from None
+
+    def _no_format(self, error: ValueError) -> SpecError:
+        return SpecError(f"The name {self.name!r} is no format string ({error}). Write an axis as {{axis}}.")
 
 
 def _label(axis: str, value: Any) -> Any:
