@@ -133,3 +133,20 @@ def test_what_an_intervention_multiplies_is_not_taken_for_attention() -> None:
         clean = vit(images["base"])
     assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
     assert float((wanted - clean).abs().max()) > 1e-3
+
+
+def test_edits_that_are_made_one_are_idle_where_both_are() -> None:
+    """One of them is written over in the second example, and not in the first."""
+    world = World(TIMM_PLAIN, 2)
+    world.columns["here"] = torch.tensor([[0, 2, 1], [1, 0, 3]])
+    edits = [
+        swap("blocks.2.mlp.pre", "all", "source"),
+        swap("blocks.2.mlp.post", [3], "source"),
+        {"op": "ablate", "site": "blocks.2.mlp_out", "tokens": {"column": "here"}},
+    ]
+    edited = run("edited", *edits, capture=["blocks.2.mlp_out"])
+    evaluations(world, edited)
+    found = world.execute([edited]).captures["edited"]["blocks.2.mlp_out"]
+    assert torch.allclose(found, world.oracle.run(edited)[1]["blocks.2.mlp_out"], atol=1e-5)
+    assert (found[1, [1, 2, 4]] == 0).all()
+    assert float(found[1, 3].abs().min()) > 0

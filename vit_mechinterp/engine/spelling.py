@@ -192,7 +192,7 @@ class Spelling:
         kinds: defaultdict[Kind, list[Edit]] = defaultdict(list)
         for edit in edits:
             kinds[(*_kind(edit, base), equal(edit))].append(edit)
-        return [own[0] if len(own) == 1 else together(own) for own in kinds.values()]
+        return [own[0] if len(own) == 1 else _with_idle_of(own, together(own)) for own in kinds.values()]
 
     def _with_tokens_of(self, edits: Sequence[Edit]) -> Edit:
         edits = sorted(edits, key=_place) if len(edits) > 1 else edits
@@ -266,6 +266,12 @@ def _at_site(edit: Edit, site: Site) -> Edit:
     if source is not None and source.site == edit.site and isinstance(source.origin, ColumnOrigin):
         source = replace(source, site=site)
     return replace(edit, site=site, source=source)
+
+
+def _with_idle_of(edits: Sequence[Edit], together: Edit) -> Edit:
+    """Edits as one, which is idle where all of them are."""
+    idle = set(edits[0].idle).intersection(*(edit.idle for edit in edits))
+    return replace(together, idle=tuple(sorted(idle)))
 
 
 def _with_heads_of(edits: Sequence[Edit]) -> Edit:
