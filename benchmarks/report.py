@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -223,6 +224,7 @@ def configuration(options: Any) -> dict[str, Any]:
         "load average before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": _commit(),
         "dtype": options.dtype,
         "scale": options.scale,
     }
@@ -239,6 +241,16 @@ def host_kind(device: torch.device) -> str:
     if device.type == "cuda":
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
     return f"cpu-{platform.machine().lower()}-{torch.get_num_threads()}-threads"
+
+
+def _commit() -> str | None:
+    """The commit that is measured, and whether something was changed since; None outside a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _processor() -> str:

@@ -1,4 +1,9 @@
-"""No (row, block) pair is computed that need not be: forwards in words, read from their outputs backwards, count them."""
+"""No (row, block) pair is computed that need not be: a count that knows nothing of the engine gives the same number.
+
+Every token of every row has a word at every site: equal words, equal values. From the output (CLS behind the last block) the
+count asks backwards for the words that it is made of; a word that is an image's own is asked of that image. A block has to run
+once for every image, and once for every row, of which such words are asked, unless another row's words hold them all.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,7 @@ MADE_OF = {
 }
 """What a token is made of, token by token; the attention call reads all of the block's input as well."""
 HANDED_ON = ("resid_pre", "resid_post")
-"""What a row may hold without passing through the block: a sum of what the block makes is a value to go on from."""
+"""What enters a block and leaves it is handed on; everything between is the block's own work."""
 OUTLETS = ("attn_out", "mlp_out", "resid_post")
 """Where what a token is made into comes out."""
 
@@ -107,8 +112,7 @@ def word(*parts: Any) -> int:
 
 
 def needed(world: World, documents: list[Document], n_layers: int) -> int:
-    """Blocks that have to run: for every row and block the words that its output, CLS behind the last block, is made of; rows
-    that make no others than another one does are that one."""
+    """Blocks that have to run, for every row's output: CLS behind the last block."""
     n_tokens = world.vit.layout.tokens.n_tokens
 
     @cache
@@ -130,14 +134,18 @@ def needed(world: World, documents: list[Document], n_layers: int) -> int:
             row = Row(clean("base", i).image, written, n_layers, n_tokens)
             asked_of += asked(row, (n_layers - 1, "resid_post", 0))
     images = [of_image(image) for image in dict.fromkeys(row.image for row, _ in asked_of)]
-    count = 0
-    for layer in range(n_layers):
-        computed = [image.computed[layer] for image in images]
-        sets = {frozenset(words[layer]) for _, words in asked_of if words[layer]}
-        count += len({next((n for n, own in enumerate(computed) if words <= own), None) for words in sets} - {None})
-        of_rows = {words for words in sets if not any(words <= own for own in computed)}
-        count += sum(not any(words < other for other in of_rows) for words in of_rows)
-    return count
+    return sum(
+        blocks([words[layer] for _, words in asked_of], [image.computed[layer] for image in images]) for layer in range(n_layers)
+    )
+
+
+def blocks(asked_here: list[set[int]], images: list[set[int]]) -> int:
+    """How often one block has to run for the words that are asked of its rows: once for every image that has them, and once
+    for every other row, unless another one's words hold them all."""
+    sets = {frozenset(words) for words in asked_here if words}
+    image_of = {words: next((n for n, own in enumerate(images) if words <= own), None) for words in sets}
+    of_rows = [words for words, image in image_of.items() if image is None]
+    return len({*image_of.values()} - {None}) + sum(not any(words < other for other in of_rows) for words in of_rows)
 
 
 def asked(row: Row, place: Place) -> list[tuple[Row, defaultdict[int, set[int]]]]:

@@ -30,41 +30,42 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     same.
     """
     carried = {run.name: reach.carried(run, bound.reads_of[run.name]) for run in bound.runs}
-    moved = {run.name: _changed(run.edits, carried[run.name]) for run in bound.runs}
+    moved = {run.name: _new(run.edits, carried[run.name]) for run in bound.runs}
     bound = bound.with_runs({run.name: run.with_edits(carried[run.name]) for run in bound.runs})
     reaching, readers = _reaching(bound, reach)
-    left_out = {run.name: _others(run, reaching[run.name].edits) for run in bound.runs}
+    left_out = {run.name: _left_out(run, reaching[run.name].edits) for run in bound.runs}
     runs = {run.name: run.with_edits(reaching[run.name].edits.values()) for run in bound.runs}
     # What is left of edits may be what others are.
-    kept = {run.name: run for run in spelling.of(bound.with_runs(runs)).runs}
+    runs = {run.name: run for run in spelling.of(bound.with_runs(runs)).runs}
+    in_order = [run.name for stage in bound.stages for run in stage]
     instead_of_base: dict[str, str] = {}
-    for name in (run.name for stage in bound.stages for run in stage):
-        own = reading_clean_values(kept[name], kept, reach.whose)
-        if not reaching[name].of_first and reach.is_rid_of_base(own, readers.get(name, ())):
-            own, instead = without_base(own, kept)
+    for name in in_order:
+        own = reading_clean_values(runs[name], runs, reach.whose)
+        if not reaching[name].of_first and reach.is_rid_of_base(own, readers[name]):
+            own, instead = without_base(own, runs)
             instead_of_base[name] = f"{name} is {instead}"
-        changing = reach.changing(own, kept)
-        left_out[name] += _others(own, changing)
-        kept[name] = own.with_edits(changing.values())
-        if postponing:
-            edits = reach.postponed(kept[name], readers.get(name, ()))
-            moved[name] += _changed(kept[name].edits, edits)
-            kept[name] = own.with_edits(edits)
+        changing = reach.changing(own, runs)
+        left_out[name] += _left_out(own, changing)
+        runs[name] = own.with_edits(changing.values())
+    for name in in_order if postponing else ():
+        edits = reach.postponed(runs[name], readers[name])
+        moved[name] += _new(runs[name].edits, edits)
+        runs[name] = runs[name].with_edits(edits)
     return replace(
-        spelling.of(bound.with_runs(kept)),
+        spelling.of(bound.with_runs(runs)),
         left_out=tuple(where for run in bound.runs for where in left_out[run.name]),
         postponed=tuple(where for run in bound.runs for where in moved[run.name]),
         without_base=tuple(instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base),
     )
 
 
-def _changed(edits: Sequence[Edit], moved: Sequence[Edit]) -> list[str]:
+def _new(edits: Sequence[Edit], moved: Sequence[Edit]) -> list[str]:
     """Where those edits stand that are others than before."""
     return [edit.where for edit in moved if all(edit is not own for own in edits)]
 
 
-def _others(run: BoundRun, edits: Mapping[int, Edit]) -> list[str]:
-    """Where those edits of a run stand that are not among some, by their places."""
+def _left_out(run: BoundRun, edits: Mapping[int, Edit]) -> list[str]:
+    """Where those edits of a run stand that are not among some, given by their places."""
     return [edit.where for place, edit in enumerate(run.edits) if place not in edits]
 
 

@@ -72,7 +72,7 @@ class Reach:
         self.adds_up = adds_up
         self.every = Positions(shared=tuple(range(anatomy.layout.tokens.n_tokens)))
         self._zeros: dict[TensorRef, BoolArray] = {}
-        self._kept: dict[tuple[object, ...], tuple[Positions, ...]] = {}
+        self._narrowed: dict[tuple[object, ...], tuple[Positions, ...]] = {}
 
     def kept(self, run: BoundRun, reads: Sequence[Read]) -> Kept:
         """What of a run reaches its output, or one of what is read of it."""
@@ -173,7 +173,7 @@ class Reach:
         sources = () if edit.source is None else (edit.source.positions,)
         tokens = np.asarray(mask.any(axis=2))
         key = edit.positions, *sources, tokens.tobytes()
-        if key not in self._kept:
+        if key not in self._narrowed:
             own = [self.every if positions.is_all else positions for positions in (edit.positions, *sources)]
-            self._kept[key] = tuple(where(tokens, own[0], positions) for positions in own)
-        return edit.with_positions(*self._kept[key])
+            self._narrowed[key] = tuple(where(tokens, own[0], positions) for positions in own)
+        return edit.with_positions(*self._narrowed[key])
