@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
@@ -150,3 +152,34 @@ def test_edits_that_are_made_one_are_idle_where_both_are() -> None:
     assert torch.allclose(found, world.oracle.run(edited)[1]["blocks.2.mlp_out"], atol=1e-5)
     assert (found[1, [1, 2, 4]] == 0).all()
     assert float(found[1, 3].abs().min()) > 0
+
+
+SITES = ("resid_pre", "ln1", "attn.q", "attn.v", "attn.z", "attn_out", "resid_mid", "ln2", "mlp.post", "mlp_out", "resid_post")
+
+
+@st.composite
+def runs_that_begin_alike(draw: Any) -> list[Document]:
+    """A corrupted run, and runs that begin with some of its interventions and read it, their base and another image."""
+
+    def edit(sources: list[Any]) -> Document:
+        site = f"blocks.{draw(st.integers(0, 2))}.{draw(st.sampled_from(SITES))}"
+        tokens = draw(st.sampled_from([[1], ["cls", 2], [2, 3], [3, 1], "all", {"column": "here"}]))
+        kinds: list[Document] = [{"op": "interchange", "source": source} for source in sources]
+        if "attn" not in site and "mlp.post" not in site:
+            kinds.append({"op": "add_direction", "vector": "direction.24"})
+        return {**draw(st.sampled_from(kinds)), "site": site, "tokens": tokens}
+
+    begun = [edit(["source", "base"]) for _ in range(draw(st.integers(1, 2)))]
+    begun += [NOISE] if draw(st.booleans()) else []
+    documents = [run("corrupt", *begun)]
+    for n in range(draw(st.integers(1, 3))):
+        some = [own for own in begun if draw(st.integers(0, 3))]
+        others = [edit([{"run": "corrupt"}, {"run": "corrupt"}, "base", "source"]) for _ in range(draw(st.integers(1, 3)))]
+        documents.append(run(n, *draw(st.permutations([*some, *others]))))
+    return documents
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(runs_that_begin_alike())
+def test_any_runs_that_begin_alike(documents: list[Document]) -> None:
+    evaluations(world_of(TIMM_PLAIN, 3), *documents)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vit_mechinterp.engine.anatomy import BEHIND_CALL, Anatomy, sites_of
 from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.masks import Mask, Masks
-from vit_mechinterp.engine.ops import inject_subspace, operator_of
+from vit_mechinterp.engine.ops import BUILT_IN, inject_subspace, operator_of
 from vit_mechinterp.engine.values import ColumnOrigin, RunOrigin
 from vit_mechinterp.spec import Site
 
@@ -134,9 +134,7 @@ class Ancestry:
         for place, edit in edits:
             chosen = self.masks.of_edit(edit)
             if place in self._shared:
-                # Both make the same of the same, or put in the same.
-                same = chosen if edit.puts_in else chosen & (whose == 0)
-                whose = np.where(chosen, np.where(same, np.int16(0), np.int16(NOBODY)), whose)
+                whose = np.where(chosen, _where_both_make_it(edit, chosen, whose), whose)
                 to_come.remove(edit)
                 continue
             number = self._number_of(edit)
@@ -161,6 +159,15 @@ class Ancestry:
         origin = edit.source.origin
         is_known = isinstance(origin, ColumnOrigin) or origin == self._first
         return self._numbers.setdefault(origin, len(self._numbers)) if is_known else NOBODY
+
+
+def _where_both_make_it(edit: Edit, chosen: Mask, whose: Whose) -> Whose:
+    """Whose an edit's tokens are that both runs make: the other run's where it puts in the same, or makes the
+    same of the same."""
+    same = (whose == 0) | ~chosen
+    if operator_of(edit.spec) not in BUILT_IN:  # it may make something of all of its tokens
+        same = np.asarray(same.all(axis=(1, 2), keepdims=True))
+    return np.where(edit.puts_in | same, np.int16(0), np.int16(NOBODY))
 
 
 def _is_same(one: Edit, other: Edit) -> bool:

@@ -98,7 +98,9 @@ class Reach:
             where |= Ancestry(self.anatomy, masks, run).changes
         for name in dict.fromkeys(edit.source_run for edit in bringing):
             other = None if name is None or self.imagined else others[name]
-            if other is not None and other.origin == run.origin and not (other.blank or run.blank):
+            if other is None or other.origin != run.origin:
+                continue
+            if not (run.blank or other.blank or other.clean_before):
                 where |= Ancestry(self.anatomy, masks, run, reference=other).changes
         if not where:
             return dict(enumerate(run.edits))
