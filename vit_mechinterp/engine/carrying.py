@@ -53,8 +53,8 @@ def carried(
     end = anatomy.layout.n_layers if end is None else end
 
     def is_held(layer: int, modules: Sequence[Sequence[str]]) -> bool:
-        is_whole = layer not in run.blocks.through and adds_up(layer)
-        return is_whole and all(any(Site(layer, name) in held for name in module) for module in modules)
+        is_whole = all(any(Site(layer, name) in held for name in module) for module in modules)
+        return is_whole and layer not in run.blocks.through and adds_up(layer)
 
     needs = _TO_BE_HELD[first.site.name] if own >= 0 else ()
     if own >= end or (needs and not is_held(own, needs)):

@@ -12,8 +12,10 @@ from vit_mechinterp.engine.alone import Alone
 from vit_mechinterp.engine.anatomy import Anatomy
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.inside import starting_inside
+from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.pruning import pruned
 from vit_mechinterp.engine.reach import Reach
 from vit_mechinterp.engine.schedule import Schedule
@@ -55,8 +57,21 @@ def draft_of(
         images = {column: np.array([n]) for n, column in enumerate(columns)}
     else:
         images = image_numbers(data, columns, progress=progress)
+    with uncollected():
+        return _drafted(vit, bound, images, tensors, imagined=data is None, stored=stored)
+
+
+def _drafted(
+    vit: HookedViT,
+    bound: Bound,
+    images: Mapping[str, IntArray],
+    tensors: Mapping[TensorRef, Tensor] | None,
+    *,
+    imagined: bool,
+    stored: bool,
+) -> Schedule:
     n, n_layers, read = len(next(iter(images.values()))), vit.layout.n_layers, read_tokens(vit)
-    imagined, passed_on = data is None, cache(partial(handed_on, vit))
+    passed_on = cache(partial(handed_on, vit))
     alone = Alone(vit, tensors)
     spelling = Spelling(vit, tensors, alone, passed_on, imagined=imagined)
     anatomy = Anatomy(

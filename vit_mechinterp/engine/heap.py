@@ -8,13 +8,14 @@ alive in it; where a budget was given, that counts too.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-__all__ = ["give_back", "keeping", "thrifty"]
+__all__ = ["give_back", "keeping", "thrifty", "uncollected"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of ``mallopt``."""
@@ -29,6 +30,19 @@ _TUNED_BY = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES
 
 _lock = threading.Lock()
 _users = {"thrifty": 0, "keeping": 0}
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Make many small objects that live on without Python looking for circles among them, which takes longer
+    the more a process holds."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def give_back() -> None:

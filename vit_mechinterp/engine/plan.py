@@ -16,6 +16,7 @@ from vit_mechinterp.engine.counting import count
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.footprint import footprint
+from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.notes import notes_on
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.readout import bind_readout
@@ -217,6 +218,7 @@ def plan(
     return describe(vit, schedule, per_example=columns is None, forecast=forecast, tensors_known=known)
 
 
+@uncollected()
 def describe(
     vit: HookedViT,
     schedule: Schedule,

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from vit_mechinterp.engine.alone import Alone
-from vit_mechinterp.engine.anatomy import Anatomy
+from vit_mechinterp.engine.anatomy import CUTS, Anatomy
 from vit_mechinterp.engine.ancestry import Ancestry, brings, may_hold
 from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.carrying import carried
@@ -78,35 +78,55 @@ class Reach:
         """What of a run reaches its output, or one of what is read of it."""
         idle = {place: self._idle(edit) for place, edit in enumerate(run.edits)}
         edits = [(place, edit) for place, edit in enumerate(run.edits) if not idle[place].all()]
+        if self._are_all_read([edit for _, edit in edits]):
+            found = {place: self._where(edit, None, idle[place]) for place, edit in edits}
+            return Kept({place: edit for place, edit in found.items() if edit is not None})
         masks = self._masks(edit for _, edit in edits)
         liveness = Liveness(self.anatomy, masks, self.read, run, edits, reads)
         found = {place: self._where(edit, liveness.own[place], idle[place]) for place, edit in edits}
         kept = {place: edit for place, edit in found.items() if edit is not None}
         return Kept(kept, not kept or liveness.before[min(kept)])
 
+    def _are_all_read(self, edits: Sequence[Edit]) -> bool:
+        """Whether edits are told to reach the output at a glance: none is in the last block or behind it, and
+        none writes over a whole stream, or over what one in its block or the block before has changed."""
+        before: int | None = None
+        for edit in edits:
+            layer = edit.site.layer
+            if layer is None or layer == self.anatomy.layout.n_layers - 1:
+                return False
+            if edit.puts_in and before is not None and layer - before <= 1:
+                return False
+            if edit.puts_in and edit.site.name in CUTS and self._is_large(edit.positions):
+                return False
+            before = layer
+        return True
+
+    def _is_large(self, positions: Positions) -> bool:
+        return positions.is_all or positions.most >= len(self.every.shared or ())
+
     def changing(self, run: BoundRun, others: Mapping[str, BoundRun]) -> dict[int, Edit]:
         """Edits of a run that do not put in what is there already, by their place in the run.
 
         ``others`` are the runs that it reads, by name.
         """
-        masks, where = self._masks(run.edits), dict[int, Mask]()
-        bringing = [edit for edit in run.edits if brings(edit, imagined=self.imagined)]
+        where: dict[int, Mask] = {}
         pairs = zip(run.edits, run.edits[1:], strict=False)
-        if any(
-            may_hold(before, edit.site) and any(edit is own for own in bringing) for before, edit in pairs
-        ):
-            where |= Ancestry(self.anatomy, masks, run).changes
-        for name in dict.fromkeys(edit.source_run for edit in bringing):
-            other = None if name is None or self.imagined else others[name]
-            if other is None or other.origin != run.origin:
-                continue
-            if not (run.blank or other.blank or other.clean_before):
-                where |= Ancestry(self.anatomy, masks, run, reference=other).changes
+        if any(may_hold(earlier, edit.site) and self._brings(edit) for earlier, edit in pairs):
+            where |= Ancestry(self.anatomy, self._masks(run.edits), run).changes
+        reading = (edit for edit in run.edits if edit.source_run is not None and not self.imagined)
+        for name in {edit.source_run or "" for edit in reading if self._brings(edit)}:
+            other = others[name]
+            if other.origin == run.origin and not (run.blank or other.blank or other.clean_before):
+                where |= Ancestry(self.anatomy, self._masks(run.edits), run, reference=other).changes
         if not where:
             return dict(enumerate(run.edits))
         never = np.zeros(1, dtype=np.bool_)
         found = {place: self._where(edit, where.get(place), never) for place, edit in enumerate(run.edits)}
         return {place: edit for place, edit in found.items() if edit is not None}
+
+    def _brings(self, edit: Edit) -> bool:
+        return brings(edit, imagined=self.imagined)
 
     def whose(self, read: Read, run: BoundRun) -> ColumnOrigin | None:
         """The image whose clean value a run holds where it is read; None if that is none."""
