@@ -12,6 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from vit_mechinterp.engine.bound import Blocks, Bound, BoundCapture, BoundRun, Edit, fields_of, source_of
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, moved_note, resolve_tokens
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
@@ -63,6 +64,7 @@ def _instead_of(item: object) -> str:
     return ""
 
 
+@uncollected()
 def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
     """Resolve and check every selector of every run.
 

@@ -226,9 +226,10 @@ def _parts_of(block: nn.Module) -> list[tuple[int, int]]:
 
 def _norms_of(block: nn.Module) -> list[float]:
     """Norms of a block's weights: a part whose weights are zeros hides what it would make of other tokens."""
-    own = (*block.parameters(), *block.buffers())
-    norms = [torch.linalg.vector_norm(x.float()) for x in own if x.is_floating_point()]
-    found: list[float] = torch.stack(norms).tolist() if norms else []
+    weights = [
+        own.detach().float() for own in (*block.parameters(), *block.buffers()) if own.is_floating_point()
+    ]
+    found: list[float] = torch.stack(torch._foreach_norm(weights)).tolist() if weights else []
     return found
 
 
