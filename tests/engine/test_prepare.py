@@ -315,6 +315,11 @@ def test_clean_values_beyond_the_budget_are_read_batch_by_batch(tmp_path: Path, 
     assert float(found[0][-1].abs().max()) > 1e-3
 
 
+def room_for_two(module: Any, args: tuple[Tensor, ...]) -> None:
+    if len(args[0]) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_memory_that_runs_out_halves_the_images(stored: bool, caplog: pytest.LogCaptureFixture) -> None:
     world = World(TIMM_PLAIN, 4)
@@ -323,12 +328,7 @@ def test_memory_that_runs_out_halves_the_images(stored: bool, caplog: pytest.Log
         wanted = prepared(range(4), {})
     clean = world.oracle.clean("base")[0]
     assert float((wanted[0] - clean).abs().max()) > 1e-3
-
-    def full(module: Any, args: tuple[Tensor, ...]) -> None:
-        if len(args[0]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    handle = world.module.register_forward_pre_hook(full)
+    handle = world.module.register_forward_pre_hook(room_for_two)
     try:
         with caplog.at_level(logging.WARNING):
             store = vmi.ActivationStore() if stored else None
@@ -347,12 +347,7 @@ def test_memory_that_runs_out_halves_the_images(stored: bool, caplog: pytest.Log
 def test_a_backend_whose_memory_runs_out_takes_half_the_images(caplog: pytest.LogCaptureFixture) -> None:
     world = World(TIMM_PLAIN, 4)
     document = {"name": "swap", "interventions": [{"op": "interchange", "site": "blocks.1.mlp_out", "source": "source"}]}
-
-    def full(module: Any, args: tuple[Tensor, ...]) -> None:
-        if len(args[0]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    handle = world.module.register_forward_pre_hook(full)
+    handle = world.module.register_forward_pre_hook(room_for_two)
     try:
         with caplog.at_level(logging.WARNING):
             results = world.execute([document], backend="hooks", batch_size=64)
