@@ -93,7 +93,7 @@ class Anatomy:
             for site in BLOCK_SITES
         }
 
-    def carried(self, marks: Marks, layer: int, made: str, of: str, reduce: Reduce) -> Marks:
+    def passed(self, marks: Marks, layer: int, made: str, of: str, reduce: Reduce) -> Marks:
         """What is said of one of two sites, for what is said of the other: ``made`` is made ``of`` it."""
         if marks.shape[1:] == (1, 1):
             return marks

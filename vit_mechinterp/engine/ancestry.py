@@ -121,7 +121,7 @@ class Ancestry:
         found: dict[str, Whose] = {}
         for site in sites_of(layer):
             made_of = self.anatomy.made_of[site.name]
-            parts = (self.anatomy.carried(found[of], layer, site.name, of, _of_all) for of in made_of)
+            parts = (self.anatomy.passed(found[of], layer, site.name, of, _of_all) for of in made_of)
             found[site.name] = self._after(site, reduce(_of_both, parts) if made_of else whose)
         output = found["resid_post"]
         # Somebody else may make anything of what such a block returns.

@@ -281,7 +281,7 @@ class Bound:
     left_out: tuple[str, ...] = ()
     """Where interventions were left out, because they change nothing that is read."""
     postponed: tuple[str, ...] = ()
-    """Where interventions stand that are made later in their block, where that is the same."""
+    """Where interventions stand that are made later, where that is the same."""
     without_base: tuple[str, ...] = ()
     """For every run of whose base its rows hold nothing, what they hold instead."""
 

@@ -107,7 +107,6 @@ def _add_carried(value: Tensor, rows: slice, examples: Sequence[int], edit: Edit
     """Add what an edit changes of a value of its base's clean forward, over all heads, at another site."""
     assert edit.carries is not None
     given = material.values(edit.carries).rows(examples)
-    given = given.to(torch.promote_types(given.dtype, torch.float32))  # the change is small beside it
     n_tokens = value.shape[1]
     counts = edit.positions.counts(examples, n_tokens)
     if edit.positions.is_all:

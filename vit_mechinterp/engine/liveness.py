@@ -101,7 +101,7 @@ class Liveness:
         found: dict[str, Mask] = {}
         for site in reversed(sites_of(layer)):
             made = self.anatomy.makes[site.name]
-            parts = (self.anatomy.carried(found[own], layer, own, site.name, _anywhere) for own in made)
+            parts = (self.anatomy.passed(found[own], layer, own, site.name, _anywhere) for own in made)
             live = found[site.name] = self._at(site, reduce(np.logical_or, parts) if made else live)
             if self._first in self.own:
                 break
@@ -111,7 +111,7 @@ class Liveness:
         """Whether less than everything may be read of a block's input because of the block's first edit."""
         if not edit.puts_in or edit.site.name not in CUTS:
             return False
-        is_all = edit.positions.is_all or edit.positions.most >= self.anatomy.layout.tokens.n_tokens
+        is_all = edit.positions.may_be_all(self.anatomy.layout.tokens.n_tokens)
         return is_all or (edit.site.name == "resid_pre" and place != self._first)
 
     def _opaque(self, layer: int, live: Mask) -> Mask:

@@ -66,6 +66,10 @@ class Positions:
         """How many tokens are selected at most; 0 for the whole activation."""
         return 0 if self.is_all else int(np.diff(self._table[0]).max())
 
+    def may_be_all(self, n_tokens: int) -> bool:
+        """Whether every token may be selected: most selections are told to be too small by their length."""
+        return self.is_all or self.most >= n_tokens
+
     @cached_property
     def ascend(self) -> bool:
         """Whether tokens stand in the order of the token axis, in every example."""

@@ -90,20 +90,17 @@ class Reach:
     def _are_all_read(self, edits: Sequence[Edit]) -> bool:
         """Whether edits are told to reach the output at a glance: none is in the last block or behind it, and
         none writes over a whole stream, or over what one in its block or the block before has changed."""
-        before: int | None = None
+        before, n_tokens = None, self.anatomy.layout.tokens.n_tokens
         for edit in edits:
             layer = edit.site.layer
             if layer is None or layer == self.anatomy.layout.n_layers - 1:
                 return False
             if edit.puts_in and before is not None and layer - before <= 1:
                 return False
-            if edit.puts_in and edit.site.name in CUTS and self._is_large(edit.positions):
+            if edit.puts_in and edit.site.name in CUTS and edit.positions.may_be_all(n_tokens):
                 return False
             before = layer
         return True
-
-    def _is_large(self, positions: Positions) -> bool:
-        return positions.is_all or positions.most >= len(self.every.shared or ())
 
     def changing(self, run: BoundRun, others: Mapping[str, BoundRun]) -> dict[int, Edit]:
         """Edits of a run that do not put in what is there already, by their place in the run.

@@ -150,11 +150,12 @@ def is_by_token(vit: HookedViT, layer: int) -> bool:
 def adds_up(vit: HookedViT, layer: int) -> bool:
     """Try out whether a block puts out the sum of its input and of what attention and MLP add to it. False if
     it lacks one of these sites, the model is not as its library made it, or trying failed."""
-    names = [str(Site(layer, name)) for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    sites = [Site(layer, name) for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    names = list(map(str, sites))
 
     def tried(vit: HookedViT) -> bool:
         others = [other for other in range(vit.layout.n_layers) if other != layer]
-        values = _run(vit, {Site(layer, names[0].split(".")[-1]): lambda x: _random(2, x)}, others, 2, names)
+        values = _run(vit, {sites[0]: lambda x: _random(2, x)}, others, 2, names)
         if values is None:
             return False
         *parts, whole = (values[name] for name in names)
