@@ -14,7 +14,7 @@ from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, MAIN, TIMM_PLAIN, TIMM_REGISTERS, Tiny
 from vit_mechinterp.engine import chunk, drafting
 from vit_mechinterp.errors import ExecutionError, SpecError
-from vit_mechinterp.model.read_tokens import read_tokens
+from vit_mechinterp.model.output_tokens import output_tokens
 
 Document = dict[str, Any]
 
@@ -214,8 +214,8 @@ def test_out_of_memory_halves_the_rows(
     world = world_of(TIMM_PLAIN, 7)
     expected = world.execute(RUNS, batch_size=8)
     native = type(world.module).forward_features
-    calls, read = iter(range(1000)), read_tokens(world.vit)
-    monkeypatch.setattr(drafting, "read_tokens", lambda vit: read)  # finding out takes forwards of its own
+    calls, read = iter(range(1000)), output_tokens(world.vit)
+    monkeypatch.setattr(drafting, "output_tokens", lambda vit: read)  # finding out takes forwards of its own
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         if next(calls) in fails:

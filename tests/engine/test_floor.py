@@ -112,7 +112,7 @@ def word(*parts: Any) -> int:
 
 
 def needed(world: World, documents: list[Document], n_layers: int) -> int:
-    """Blocks that have to run, for every row's output: CLS behind the last block."""
+    """Blocks that have to run, for every row's output (CLS behind the last block), if it is wanted, and for its captures."""
     n_tokens = world.vit.layout.tokens.n_tokens
 
     @cache
@@ -132,11 +132,23 @@ def needed(world: World, documents: list[Document], n_layers: int) -> int:
                 for token in positions(edit["tokens"], n_tokens):
                     written[int(layer), site, token] = clean(edit["source"], i)
             row = Row(clean("base", i).image, written, n_layers, n_tokens)
-            asked_of += asked(row, (n_layers - 1, "resid_post", 0))
+            places: list[Place] = [(n_layers - 1, "resid_post", 0)] if document.get("output", True) else []
+            for capture in document.get("capture", ()):
+                _, layer, site = capture.split(".", 2)
+                places += [(int(layer), site, token) for token in range(n_tokens)]
+            asked_of += asked(row, places)
     images = [of_image(image) for image in dict.fromkeys(row.image for row, _ in asked_of)]
     return sum(
-        blocks([words[layer] for _, words in asked_of], [image.computed[layer] for image in images]) for layer in range(n_layers)
+        blocks(together(asked_of, layer), [image.computed[layer] for image in images]) for layer in range(n_layers)
     )
+
+
+def together(asked_of: list[tuple[Row, defaultdict[int, set[int]]]], layer: int) -> list[set[int]]:
+    """The words that are asked of one block: rows that are alike there are asked together."""
+    alike: defaultdict[frozenset[int], set[int]] = defaultdict(set)
+    for row, words in asked_of:
+        alike[frozenset(row.computed[layer])] |= words[layer]
+    return list(alike.values())
 
 
 def blocks(asked_here: list[set[int]], images: list[set[int]]) -> int:
@@ -148,10 +160,10 @@ def blocks(asked_here: list[set[int]], images: list[set[int]]) -> int:
     return len({*image_of.values()} - {None}) + sum(not any(words < other for other in of_rows) for words in of_rows)
 
 
-def asked(row: Row, place: Place) -> list[tuple[Row, defaultdict[int, set[int]]]]:
-    """The words of each block that a value is made of, for the row and the images that it is made from."""
+def asked(row: Row, places: list[Place]) -> list[tuple[Row, defaultdict[int, set[int]]]]:
+    """The words of each block that values are made of, for the row and the images that they are made from."""
     words: dict[Row, defaultdict[int, set[int]]] = {row: defaultdict(set)}
-    left, seen = [(row, place)], set()
+    left, seen = [(row, place) for place in places], set()
     while left:
         own, at = left.pop()
         if (own, at) in seen:

@@ -1,7 +1,7 @@
 """Whatever small set of runs is drawn: the plan counts what is executed, and sharing changes no result.
 
-Ops, sites, tokens, heads, layers, run graphs, repeated images and examples, rows per forward, chunks and stores are drawn; what
-must come out is what the oracle makes of one run at a time. Blocks are counted with hooks on them, and held against a
+Ops, sites, tokens, heads, layers, run graphs, runs without output, repeated images and examples, rows per forward, chunks and
+stores are drawn; what must come out is what the oracle makes of one run at a time. Blocks are counted with hooks on them, and held against a
 count of distinct rows that is made from the documents alone.
 """
 
@@ -79,7 +79,8 @@ def experiments(draw: Any) -> tuple[Any, list[dict[str, Any]]]:
         again = draw(st.sampled_from([[], [], *(run["interventions"] for run in runs)]))
         more = draw(made) if not again or (len(again) < 4 and draw(st.booleans())) else []
         edited = [*again[: draw(st.integers(1, len(again)))], *more] if again else more
-        runs.append({"name": f"run{n}", "base": base, "interventions": edited, "capture": sites})
+        wanted = {"output": False} if sites and draw(st.integers(0, 2)) == 0 else {}
+        runs.append({"name": f"run{n}", "base": base, "interventions": edited, "capture": sites, **wanted})
     return world, draw(st.permutations(runs))
 
 
@@ -96,7 +97,7 @@ def test_any_experiment(
     runs = [Run.model_validate(document) for document in documents]
     options: dict[str, Any] = {"batch_size": batch_size}
     if chunk is not None:
-        options["memory"] = world.memory(documents, chunk, batch_size)
+        options["memory"] = world.memory(documents, chunk, batch_size, stored=stored)
     world.vit.sites()  # takes a forward, once
     with ActivationStore() if stored else nullcontext() as store:
         options["store"] = store

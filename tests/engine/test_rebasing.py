@@ -15,7 +15,7 @@ from tests.engine.test_reach import LAST, Document, push, rows, run, swap
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
-from vit_mechinterp.model.read_tokens import follows_from
+from vit_mechinterp.model.structure import follows_from
 from vit_mechinterp.spec import Site
 
 

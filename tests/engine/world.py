@@ -92,20 +92,22 @@ class World:
         edits = [edit for document in documents for edit in document.get("interventions", ())]
         return {name: self.tensors[name] for edit in edits for field in fields if (name := edit.get(field))}
 
-    def schedule(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> Schedule:
+    def schedule(
+        self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int, *, stored: bool = False
+    ) -> Schedule:
         """The schedule of an experiment in chunks of so many examples, with so many rows per forward."""
         documents = list(documents)
         runs = [Run.model_validate(document) for document in documents]
         columns = Data(self.columns, self.vit)
         bound = bind(self.vit, runs, columns)
         tensors = resolve_refs(bound, self.named(documents), self.vit)
-        return replace(schedule_for(self.vit, bound, columns, rows, tensors=tensors), chunk=chunk)
+        return replace(schedule_for(self.vit, bound, columns, rows, tensors=tensors, stored=stored), chunk=chunk)
 
-    def memory(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int) -> int:
+    def memory(self, documents: Iterable[Mapping[str, Any]], chunk: int, rows: int, *, stored: bool = False) -> int:
         """A budget that cuts an experiment into chunks of so many examples, with so many rows per forward. (About so many,
         where rows go on from others: what they hold of them depends on the chunk.)"""
         held = max(
-            (footprint(self.vit, self.schedule(documents, size, rows)) for size in (chunk, self.n)),
+            (footprint(self.vit, self.schedule(documents, size, rows, stored=stored)) for size in (chunk, self.n)),
             key=lambda own: own.example,
         )
         return held.peak(chunk, rows) + held.example // 2
@@ -137,6 +139,14 @@ class World:
         wrong, idle = [], []
         for document in documents:
             output, values = self.oracle.run(document)
+            for site, captured in results.captures[document["name"]].items():
+                assert captured.shape == values[site].shape
+                size = float(values[site].abs().max())
+                if not float((captured - values[site]).abs().max()) <= tolerance * max(size, 1):
+                    wrong.append(f"{document['name']}: capture of {site}")
+            if not document.get("output", True):
+                assert document["name"] not in results.run_names
+                continue
             clean = self.oracle.clean(document.get("base", "base"))[0]
             error = float((results[document["name"]] - output).abs().max()) / self.scale
             if not error <= tolerance:
@@ -148,11 +158,6 @@ class World:
                 and not change > max(effect, 10 * tolerance)
             ):
                 idle.append(f"{document['name']}: {change:.2g}")
-            for site, captured in results.captures[document["name"]].items():
-                assert captured.shape == values[site].shape
-                size = float(values[site].abs().max())
-                if not float((captured - values[site]).abs().max()) <= tolerance * max(size, 1):
-                    wrong.append(f"{document['name']}: capture of {site}")
         assert not wrong, f"not what the oracle says: {'; '.join(wrong)}"
         assert not idle, f"these runs changed nothing, so they show nothing: {'; '.join(idle)}"
 
@@ -225,7 +230,7 @@ class Counted:
             return tried
 
         self._patch = pytest.MonkeyPatch()
-        for name in ("read_tokens", "follows_from", "handed_on", "is_by_token", "adds_up"):
+        for name in ("output_tokens", "follows_from", "handed_on", "by_token", "adding_up"):
             self._patch.setattr(drafting, name, unnoticed(getattr(drafting, name)))
         self._install()
         return self

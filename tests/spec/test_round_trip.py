@@ -71,7 +71,7 @@ def test_the_digest_is_the_hash_of_sorted_json_with_defaults() -> None:
     import hashlib
 
     run = Run(name="clean")
-    text = '{"base":"base","capture":[],"interventions":[],"name":"clean"}'
+    text = '{"base":"base","capture":[],"interventions":[],"name":"clean","output":true}'
     assert canonical_json(run.model_dump(mode="json")) == text
     assert run.digest == hashlib.sha256(text.encode()).hexdigest()
 

@@ -92,9 +92,11 @@ def execute_sequentially(
             collected = {run.name: experiment.collect(run, bar.update) for run in bound.runs}
     schedule = Schedule(Sharing(bound, {}, rows=False), vit.layout.n_layers, data.n, batch_size)
     versions = {package: metadata.version(package) for package in packages}
+    names = tuple(run.name for run in bound.with_output)
+    outputs = [collected[name][0] for name in names]
     return Results(
-        logits=torch.stack([collected[run.name][0] for run in bound.runs]),
-        run_names=tuple(run.name for run in bound.runs),
+        logits=torch.stack(outputs) if outputs else collected[bound.runs[0].name][0][None][:0],
+        run_names=names,
         captures={run.name: Captures(run.name, collected[run.name][1]) for run in bound.runs},
         labels=data.labels(),
         provenance={

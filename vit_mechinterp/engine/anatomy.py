@@ -52,14 +52,15 @@ class Anatomy:
         layout: the model's.
         n_heads: number of heads at a site that has heads.
         follows_from: whether the output follows from a site behind the blocks alone.
-        is_by_token: whether tokens of a block, by layer, reach each other in its attention call alone.
+        by_token: blocks whose tokens reach each other in the attention call alone, as far as anybody
+            can tell.
         handed_on: blocks that are given the output of the one before, or of the embedding, as it is.
     """
 
     layout: Layout
     n_heads: Callable[[Site], int]
     follows_from: Callable[[Site], bool]
-    is_by_token: Callable[[int], bool]
+    by_token: Callable[[], frozenset[int]]
     handed_on: Callable[[], frozenset[int]]
 
     @cached_property
@@ -108,7 +109,7 @@ class Anatomy:
         """What is said of one of two streams, for what is said of the other: what block ``above`` is given
         (behind the last one, their output), and what block ``below`` puts out (-1, the embedding)."""
         is_next = above == below + 1
-        if (marks == marks[:, :1]).all() or (is_next and above == self.layout.n_layers):
+        if _are_alike(marks) or (is_next and above == self.layout.n_layers):
             return marks
         return marks if is_next and above in self.handed_on() else self.over_all_tokens(marks, reduce)
 
@@ -137,7 +138,12 @@ class Anatomy:
 
     def _tokens_stay(self, layer: int, made: str, marks: Marks) -> bool:
         """Whether tokens of one value reach the same tokens of another alone, as far as they differ."""
-        if (marks == marks[:, :1]).all():
+        if _are_alike(marks):
             return True
         is_known = made != "attn.scores" or f"blocks.{layer}.attn.scores" not in self.layout.absent
-        return is_known and self.is_by_token(layer)
+        return is_known and layer in self.by_token()
+
+
+def _are_alike(marks: Marks) -> bool:
+    """Whether the same is said of all tokens."""
+    return marks.shape[1] == 1 or bool((marks == marks[:, :1]).all())

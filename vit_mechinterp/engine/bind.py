@@ -72,6 +72,7 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
         SpecError: a site, head, layer, token name or run does not exist, or selections do not pair up.
         DataError: a column is missing or holds something else.
     """
+    _refuse_idle(runs)
     bound: dict[str, BoundRun] = {}
     blocks = Blocks(vit.layout.n_layers, _through(vit), _closed(vit))
     for run in sources_first(runs):
@@ -107,6 +108,17 @@ def sources_first(runs: Sequence[Run]) -> list[Run]:
         raise SpecError(
             f"Runs read each other in a cycle: {names}. Break it by reading a clean image instead."
         ) from None
+
+
+def _refuse_idle(runs: Sequence[Run]) -> None:
+    """Raise SpecError for a run of which nobody wants anything."""
+    read = {name for run in runs for name in _run_sources(run)}
+    for run in runs:
+        if not run.output and not run.capture and run.name not in read:
+            raise SpecError(
+                f"Nobody wants anything of run {run.name!r}: it has output=False, no capture, and no run "
+                "reads it. Give it a capture, let a run read it, or leave output out."
+            )
 
 
 def _run_sources(run: Run) -> list[str]:

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from vit_mechinterp.engine.ops import ablate, interchange, operator_of
+from vit_mechinterp.engine.pieces import Stop
 from vit_mechinterp.engine.positions import ALL, IntArray, Positions
 from vit_mechinterp.engine.readout import BoundReadout
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
@@ -187,7 +188,8 @@ class BoundRun:
     then the first edit replaces all that is read of the residual stream. ``clean_before`` is the site before
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``beginning`` is where rows go on from what others have been through. ``clean_to`` is the number of blocks
-    that the clean forwards of its bases pass whatever its own rows start from.
+    that the clean forwards of its bases pass whatever its own rows start from. ``ends`` is the last place at
+    which something of its rows is read, if their output is not.
     """
 
     run: Run
@@ -199,11 +201,22 @@ class BoundRun:
     clean_before: Site | None = None
     beginning: Beginning | None = None
     clean_to: int = 0
+    ends: Stop | None = None
 
     @cached_property
     def name(self) -> str:
         """The run's name."""
         return self.run.name
+
+    @property
+    def has_output(self) -> bool:
+        """Whether anybody wants its output."""
+        return self.run.output
+
+    @property
+    def end(self) -> int:
+        """The number of blocks behind which nothing of its rows is read."""
+        return self.blocks.n if self.ends is None else self.ends.blocks
 
     def with_edits(self, edits: Iterable[Edit]) -> BoundRun:
         """The same run with other edits; itself if they are its own."""
@@ -295,7 +308,8 @@ class Bound:
             others = (edit.source_run for edit in run.edits)
             levels[run.name] = 1 + max((levels[name] for name in others if name is not None), default=-1)
         stages: dict[int, list[BoundRun]] = {}
-        for run in runs:
+        # Of equal rows the first one is computed: it is to be one that goes to the end, if there is one.
+        for run in sorted(runs, key=lambda run: not run.has_output):
             if run.edits:
                 stages.setdefault(levels[run.name], []).append(run)
         return cls(tuple(runs), tuple(tuple(stages[level]) for level in sorted(stages)), tuple(reads))
@@ -309,6 +323,11 @@ class Bound:
         unedited = [runs[run.name] for run in self.runs if not run.edits]
         bound = Bound.of(own, [*unedited, *staged])
         return replace(self, runs=bound.runs, stages=bound.stages, run_reads=bound.run_reads)
+
+    @cached_property
+    def with_output(self) -> tuple[BoundRun, ...]:
+        """The runs whose output is wanted, in the order of the outputs."""
+        return tuple(run for run in self.runs if run.has_output)
 
     @cached_property
     def image_columns(self) -> frozenset[str]:

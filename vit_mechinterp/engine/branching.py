@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -50,7 +50,7 @@ class Branches:
     def gifts(self) -> Mapping[Row, Mapping[tuple[Site, int], None]]:
         """The states that a row hands on, each with the site that it is seen at."""
         gifts: defaultdict[Row, dict[tuple[Site, int], None]] = defaultdict(dict)
-        for fork in self.forks:
+        for fork in filter(self.goes_on, self.forks):
             name, sites = fork.provider.run.name, fork.beginning.sites
             for example, state in zip(fork.providers.tolist(), fork.states.tolist(), strict=True):
                 gifts[name, example].update(((site, state), None) for site in sites)
@@ -60,10 +60,19 @@ class Branches:
     def n_states(self) -> int:
         """How many values of the residual stream are handed on."""
         by_site: defaultdict[Site, list[IntArray]] = defaultdict(list)
-        for fork in self.forks:
+        for fork in filter(self.goes_on, self.forks):
             for site in fork.beginning.sites:
                 by_site[site].append(fork.states)
         return sum(len(np.unique(np.concatenate(states))) for states in by_site.values())
+
+    def goes_on(self, fork: Fork) -> bool:
+        """Whether anything is left for the rows of a fork that other rows do not hand on."""
+        run, beginning = fork.part.run, fork.beginning
+        if run.end > beginning.layer + 1 or run.has_output or beginning.made < len(run.edits):
+            return True
+        rows = ((run.name, example) for example in fork.examples.tolist())
+        readers = {run.name, *(name for row in rows for name, _ in self.copies.get(row, ()))}
+        return any(read.site >= beginning.sites[-1] for name in readers for read in self.reads_of[name])
 
     @cached_property
     def handed(self) -> Mapping[Row, Sequence[Handed]]:
@@ -123,9 +132,9 @@ def branches(
     forks: defaultdict[int, list[Fork]] = defaultdict(list)
     for number, fork in known.forks():
         forks[number].append(fork)
-    split = (_split(part, forks[number]) for number, part in enumerate(known.parts))
-    parts = tuple(tuple(own for _ in stage for own in next(split)) for stage in stages)
-    return Branches(parts, [fork for own in forks.values() for fork in own], reads_of, copies)
+    found = Branches((), [fork for own in forks.values() for fork in own], reads_of, copies)
+    split = (_split(part, forks[number], found.goes_on) for number, part in enumerate(known.parts))
+    return replace(found, parts=tuple(tuple(own for _ in stage for own in next(split)) for stage in stages))
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,8 @@ class _Together:
         passing = _passing(states, stage_of_part[part_of], len(stages))
         rows, blocks = np.arange(len(first)), parts[0].run.blocks
         passes = (passing == rows) & (states >= 0)
-        own_from = np.where(passes.any(axis=0), passes.argmax(axis=0), blocks.n)
+        ends = np.array([part.run.end for part in parts])[part_of]
+        own_from = np.where(passes.any(axis=0), passes.argmax(axis=0), ends)
         may_join = np.array([blocks.last_open(block) for block in range(blocks.n + 1)])
         joins = np.array([part.run.first_blocks[0] for part in parts])[part_of]
         alone_from = np.maximum(joins, may_join[own_from])
@@ -190,13 +200,14 @@ class _Together:
 
 
 def _states_in_blocks(parts: Sequence[Part], starts: IntArray) -> IntArray:
-    """The state of every row in every block, ``[block, row]``; -1 before its first edit."""
+    """The state of every row in every block, ``[block, row]``; -1 before its first edit, and where it has
+    ended."""
     n_layers = parts[0].run.blocks.n
     states = np.full((n_layers, starts[-1]), -1, dtype=np.int64)
     for number, part in enumerate(parts):
         own, blocks = slice(starts[number], starts[number + 1]), part.run.first_blocks
         for state, since, until in zip(part.states, blocks, [*blocks[1:], n_layers], strict=True):
-            states[since:until, own] = state
+            states[since : min(until, part.run.end), own] = state
     return states
 
 
@@ -223,12 +234,12 @@ def _beginning(run: BoundRun, other: BoundRun, block: int) -> Beginning:
     return Beginning(block - 1, made, halves)
 
 
-def _split(part: Part, forks: Sequence[Fork]) -> Sequence[Part]:
-    """A part, by where its rows begin."""
+def _split(part: Part, forks: Sequence[Fork], goes_on: Callable[[Fork], bool]) -> Sequence[Part]:
+    """A part, by where its rows begin, without those that do not go on."""
     if not forks:
         return (part,)
     by_beginning: dict[Beginning, list[IntArray]] = {}
-    for fork in forks:
+    for fork in filter(goes_on, forks):
         by_beginning.setdefault(fork.beginning, []).append(fork.examples)
     own = []
     if sum(len(fork.examples) for fork in forks) < len(part.examples):

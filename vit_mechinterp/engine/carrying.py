@@ -29,14 +29,14 @@ _TO_BE_HELD = {
 
 
 def carried(
-    anatomy: Anatomy, adds_up: Callable[[int], bool], run: BoundRun, reads: Sequence[Read]
+    anatomy: Anatomy, adding_up: Callable[[], frozenset[int]], run: BoundRun, reads: Sequence[Read]
 ) -> tuple[Edit, ...]:
     """Edits of a run, the first of them behind the last block that only adds its difference up; the same ones
     if there is none.
 
     Args:
         anatomy: the model's.
-        adds_up: whether a block, by layer, puts out the sum of its input and of what attention and MLP add.
+        adding_up: blocks that put out the sum of their input and of what attention and MLP add.
         run: the run.
         reads: what is read of its values.
     """
@@ -54,7 +54,7 @@ def carried(
 
     def is_held(layer: int, modules: Sequence[Sequence[str]]) -> bool:
         is_whole = all(any(Site(layer, name) in held for name in module) for module in modules)
-        return is_whole and layer not in run.blocks.through and adds_up(layer)
+        return is_whole and layer not in run.blocks.through and layer in adding_up()
 
     needs = _TO_BE_HELD[first.site.name] if own >= 0 else ()
     if own >= end or (needs and not is_held(own, needs)):

@@ -16,7 +16,7 @@ from vit_mechinterp.engine.clean import CleanPass, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.pieces import by_owner
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.positions import NONE, IntArray
 from vit_mechinterp.engine.reads import clean_read
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import Read, RunOrigin, Values
@@ -34,9 +34,10 @@ Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 @dataclass
 class Collected:
-    """What one chunk gave, on the CPU: outputs by run; captures by run and name, with the number of tokens of
-    each example where tokens are selected."""
+    """What one chunk gave, on the CPU: outputs by run, and what shape one has; captures by run and name, with
+    the number of tokens of each example where tokens are selected."""
 
+    shape: tuple[int, ...]
     outputs: dict[str, Tensor] = field(default_factory=dict)
     captures: dict[tuple[str, str], tuple[Tensor, list[int] | None]] = field(default_factory=dict)
 
@@ -72,21 +73,23 @@ def chunk_of(
         bound, clean, tensors, means, images_of=images_of, gifts=gifts, handed=handed, write=write
     )
     outputs = _Outputs(chunk)
+    wanted = {run.name for run in bound.with_output}
     captures: dict[tuple[str, str], Values] = {}
     captured: Pieces = defaultdict(list)
     for n, stage in enumerate(bound.stages):
         parts, copies = rows.parts[n], rows.copies[n]
         material.copies = by_owner(copies)
-        tokens = schedule.tokens_read(stage)
+        tokens = schedule.tokens_wanted(stage)
         for segments in schedule.waves(parts):
             result = run_wave(vit, segments, material, spares=schedule.spares, tokens=tokens)
-            sizes = [len(segment.examples) for segment in segments]
-            for segment, output in zip(segments, torch.split(result.output.cpu(), sizes), strict=True):
-                outputs.put(segment.run.name, np.array(segment.examples), output)
+            if result.output is not None:
+                sizes = [len(segment.examples) for segment in segments]
+                for segment, output in zip(segments, torch.split(result.output.cpu(), sizes), strict=True):
+                    outputs.put(segment.run.name, np.array(segment.examples), output)
             for key, pieces in result.captured.items():
                 captured[key] += pieces
             tick(schedule.wave_blocks(segments))
-        for same in copies:
+        for same in (own for own in copies if own.run in wanted):
             inside = same.owners >= chunk.start
             if inside.any():
                 outputs.put(same.run, same.examples[inside], outputs.get(same.owner, same.owners[inside]))
@@ -107,12 +110,13 @@ def chunk_of(
             material.run_values.pop(read, None)
             if not schedule.is_kept(read):
                 clean.values.pop(read, None)
-    part = Collected()
+    part = Collected(vit.output_shape() if bound.readout is None else bound.readout.shape)
     for run in bound.runs:
-        untouched = schedule.clean_rows(run.name, chunk)
+        untouched = schedule.clean_rows(run.name, chunk) if run.has_output else NONE
         if len(untouched):
             outputs.put(run.name, untouched, clean.outputs[run.origin].whole(untouched).cpu())
-        part.outputs[run.name] = _kept(schedule, chunk, outputs.whole(run.name))
+        if run.has_output:
+            part.outputs[run.name] = _kept(schedule, chunk, outputs.whole(run.name))
         for capture in run.captures:
             values = captures.get((run.name, capture.name)) or clean.values[capture.read]
             kept = values.whole(chunk) if values.starts is None else values.rows(chunk)

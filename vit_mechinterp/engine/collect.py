@@ -31,7 +31,7 @@ class Gathering:
     def __init__(self, bound: Bound, n_examples: int) -> None:
         self._runs = bound.runs
         self._n = n_examples
-        self._numbers = {run.name: n for n, run in enumerate(bound.runs)}
+        self._numbers = {run.name: n for n, run in enumerate(bound.with_output)}
         self._outputs: Tensor | None = None
         self._captures = {
             (run.name, capture.name): _Capture(capture.read, n_examples)
@@ -41,9 +41,9 @@ class Gathering:
 
     def add(self, chunk: range, part: Collected) -> None:
         """Keep what a chunk gave."""
+        if self._outputs is None:
+            self._outputs = torch.empty(len(self._numbers), self._n, *part.shape)
         for run, rows in part.outputs.items():
-            if self._outputs is None:
-                self._outputs = rows.new_empty(len(self._runs), self._n, *rows.shape[1:])
             self._outputs[self._numbers[run], chunk.start : chunk.stop] = rows
         for key, (values, _) in part.captures.items():
             self._captures[key].put(chunk, values)

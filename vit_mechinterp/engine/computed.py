@@ -10,6 +10,7 @@ from itertools import chain
 import numpy as np
 
 from vit_mechinterp.engine.branching import Branches, branches
+from vit_mechinterp.engine.ending import ending, ends_of
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.pieces import Copies, by_owner
 from vit_mechinterp.engine.positions import IntArray
@@ -46,7 +47,8 @@ class ComputedRows:
             self._known.clear()  # one chunk is asked for again and again, and then the next
             bound, stages = self.sharing.bound, range(len(self.sharing.bound.stages))
             copies = tuple(self._copies(stage, chunk) for stage in stages)
-            own = [self._computed(stage, chunk) for stage in stages]
+            ends = ends_of(bound, chain.from_iterable(copies))
+            own = [ending(self._computed(stage, chunk), ends) for stage in stages]
             owners = by_owner(chain.from_iterable(copies))
             self._known[chunk] = ChunkRows(branches(own, bound.reads_of, owners), copies)
         return self._known[chunk]
@@ -85,7 +87,8 @@ class ComputedRows:
         bound = self.sharing.bound
         if bound.readout is not None:  # whole outputs are gone with their chunk, and labels may differ
             return frozenset(run.name for run in bound.runs)
-        return frozenset(name for name, reads in bound.reads_of.items() if reads)
+        without = (run.name for run in bound.runs if not run.has_output)
+        return frozenset(name for name, reads in bound.reads_of.items() if reads).union(without)
 
 
 def within(examples: IntArray, chunk: range) -> slice:

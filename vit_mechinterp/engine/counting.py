@@ -11,8 +11,10 @@ import numpy as np
 from vit_mechinterp.engine.bind import sources_first
 from vit_mechinterp.engine.bound import Beginning, Bound, source_of
 from vit_mechinterp.engine.distinct import distinct_rows
+from vit_mechinterp.engine.ending import ending_together
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, starts_late
+from vit_mechinterp.engine.pieces import Stop
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin, Read
@@ -20,7 +22,10 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import PARTS, costs_of
 from vit_mechinterp.spec import Ablate, RunSource
 
-__all__ = ["Counts", "count"]
+__all__ = ["Counts", "Way", "count"]
+
+Way = tuple[Beginning | None, Stop | None]
+"""Where rows go on from others, and where they end."""
 
 
 @dataclass
@@ -32,8 +37,8 @@ class Counts:
     they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
     keeps columns apart, and ``rows_again`` equal rows of different chunks; ``spared`` and ``unread`` are
     parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
-    rows go on from others, for which ``not_again`` pairs are not computed; ``starts`` counts rows by run, by
-    the identity of the edits that act on them, and by where they go on from others.
+    rows go on from others, for which ``not_again`` pairs are not computed; ``ways`` counts rows by run, by
+    the identity of the edits that act on them, and by where they go on from others and end.
     """
 
     evaluations: int = 0
@@ -49,7 +54,7 @@ class Counts:
     rows_again: int = 0
     branched: int = 0
     not_again: int = 0
-    starts: Counter[tuple[str, int, Beginning | None]] = field(default_factory=Counter)
+    ways: Counter[tuple[str, int, Way]] = field(default_factory=Counter)
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     kept: dict[Read, None] = field(default_factory=dict)
     outputs: set[ColumnOrigin] = field(default_factory=set)
@@ -91,15 +96,17 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
         own.outputs |= set(outputs)
     of_chunk = schedule.rows.of(chunk)
     for stage, parts, copies in zip(schedule.bound.stages, of_chunk.parts, of_chunk.copies, strict=True):
-        rows = _count_rows(own, schedule, parts, schedule.unread(stage))
+        _count_rows(own, schedule, parts, schedule.unread(stage))
         own.shared += sum(len(same.examples) for same in copies)
         if schedule.spares and any(starts_late(part.run) for part in parts):
             # Rows of one image stand together as far as they fit, which decides how many waves there are.
             for segments in schedule.waves(parts):
                 own.launches += 1
                 own.widest = max(own.widest, sum(len(s.examples) for s in segments))
-                own.spared += _spared(schedule, segments, shares, schedule.tokens_read(stage))
-        else:
+                own.spared += _spared(schedule, segments, shares, schedule.tokens_wanted(stage))
+            continue
+        for together in ending_together(parts):
+            rows = sum(len(part.examples) for part in together)
             own.launches += -(-rows // schedule.width)
             own.widest = max(own.widest, min(rows, schedule.width))
     return own
@@ -122,19 +129,16 @@ def _apart(schedule: Schedule, forecast: Forecast) -> int:
     return sum(map(len, by_column.values())) - len(set().union(*by_column.values()))
 
 
-def _count_rows(own: Counts, schedule: Schedule, parts: Sequence[Part], unread: float) -> int:
-    """Count the rows of one stage and their blocks, whichever waves they pass in; how many there are."""
-    n, rows = schedule.n_layers, 0
+def _count_rows(own: Counts, schedule: Schedule, parts: Sequence[Part], unread: float) -> None:
+    """Count the rows of one stage and their blocks, whichever waves they pass in."""
     for part in parts:
-        size, blocks = len(part.examples), n - part.run.join.first_block
-        rows += size
-        own.starts[part.run.name, id(part.run.edits), part.run.beginning] += size
+        size, blocks = len(part.examples), part.run.end - part.run.join.first_block
+        own.ways[part.run.name, id(part.run.edits), (part.run.beginning, part.run.ends)] += size
         own.evaluations += size * blocks
-        own.unread += size * unread if blocks else 0.0
+        own.unread += size * unread if blocks and part.run.end == schedule.n_layers else 0.0
         if part.run.beginning is not None:
             own.branched += size
-            own.not_again += size * (n - blocks - part.run.first_blocks[0])
-    return rows
+            own.not_again += size * (part.run.join.first_block - part.run.first_blocks[0])
 
 
 def _count_clean(own: Counts, schedule: Schedule, chunk: range, *, means: bool) -> None:
@@ -160,7 +164,7 @@ def _spared(
     schedule: Schedule, segments: list[Segment], shares: dict[str, float], tokens: tuple[int, ...] | None
 ) -> float:
     found = distinct_rows(segments, [schedule.sharing.images_of] * len(segments))
-    few = 1.0 if tokens is None or schedule.read is None else len(tokens) / schedule.read.n_tokens
+    few = 1.0 if tokens is None or schedule.by_output is None else len(tokens) / schedule.by_output.n_tokens
     narrowed = PARTS[PARTS.index("attn.z") :]
     total = 0.0
     for layer, parts in found.items():
@@ -179,7 +183,7 @@ def _add(total: Counts, own: Counts) -> None:
     total.shared += own.shared
     total.branched += own.branched
     total.not_again += own.not_again
-    total.starts.update(own.starts)
+    total.ways.update(own.ways)
     total.images.update(own.images)
     total.kept.update(own.kept)
     total.outputs |= own.outputs

@@ -22,8 +22,9 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.spelling import Spelling
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.read_tokens import adds_up, follows_from, handed_on, is_by_token, read_tokens
+from vit_mechinterp.model.output_tokens import output_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
+from vit_mechinterp.model.structure import adding_up, by_token, follows_from, handed_on
 from vit_mechinterp.spec import TensorRef
 
 __all__ = ["draft_of"]
@@ -70,7 +71,8 @@ def _drafted(
     imagined: bool,
     stored: bool,
 ) -> Schedule:
-    n, n_layers, read = len(next(iter(images.values()))), vit.layout.n_layers, read_tokens(vit)
+    n, by_output = len(next(iter(images.values()))), output_tokens(vit)
+    last = frozenset(() if by_output is None else (vit.layout.n_layers - 1,))
     passed_on = cache(partial(handed_on, vit))
     alone = Alone(vit, tensors)
     spelling = Spelling(vit, tensors, alone, passed_on, imagined=imagined)
@@ -78,10 +80,10 @@ def _drafted(
         vit.layout,
         spelling.n_heads,
         cache(partial(follows_from, vit)),
-        cache(lambda layer: (read is not None and layer == n_layers - 1) or is_by_token(vit, layer)),
+        cache(lambda: last | by_token(vit)),
         passed_on,
     )
-    reach = Reach(anatomy, read, n, tensors, alone, cache(partial(adds_up, vit)), imagined=imagined)
+    reach = Reach(anatomy, by_output, n, tensors, alone, cache(partial(adding_up, vit)), imagined=imagined)
     bound = pruned(spelling.of(bound), reach, spelling, postponing=not stored)
     spares = why_nothing_is_spared(vit.layout) is None
     if spares and not stored:
@@ -89,4 +91,4 @@ def _drafted(
     sites = {edit.site.name for run in bound.runs for edit in run.edits}
     same = passed_on() if "resid_pre" in sites and sites & {"embed", "resid_post"} else frozenset()
     sharing = Sharing(bound, images, imagined=imagined, handed_on=same)
-    return Schedule(sharing, n_layers, n, 1, vit.layout.family.one_image, spares, read)
+    return Schedule(sharing, vit.layout.n_layers, n, 1, vit.layout.family.one_image, spares, by_output)

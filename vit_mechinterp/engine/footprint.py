@@ -55,8 +55,8 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
     held += (schedule.states_handed_on if states is None else states) * math.prod(vit.sites()["embed"].shape)
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
     captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
-    outputs = 4 * len(bound.runs) * math.prod(vit.output_shape())
-    handed_over = outputs if bound.readout is None else 4 * len(bound.runs) * bound.readout.size
+    outputs = 4 * len(bound.with_output) * math.prod(vit.output_shape())
+    handed_over = outputs if bound.readout is None else 4 * len(bound.with_output) * bound.readout.size
     return Footprint(
         # A run's values come in pieces that are then joined, so for a moment both are there.
         example=element * (held + 2 * kept) + 2 * outputs,

@@ -35,9 +35,9 @@ def starting_inside(bound: Bound) -> Bound:
 def _passed(run: BoundRun) -> Iterator[tuple[ColumnOrigin, int]]:
     """How many blocks the clean forward of every example's base passes for a run, at least. (A chunk whose
     rows are copies of those of an earlier one may do without.)"""
-    if not run.edits:
+    if not run.edits and run.has_output:
         yield run.origin, run.blocks.n
-    elif not run.blank:
+    elif run.edits and not run.blank:
         yield run.origin, Stop.for_site(run.join.site, run.blocks.n).blocks
     for capture in run.captures:
         origin, site = capture.read.origin, capture.read.site

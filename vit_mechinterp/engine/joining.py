@@ -92,7 +92,7 @@ def join_chunks(
                 capture.counts.extend(tensors[f"counts.{capture.key}"].tolist())
     first, _ = read_tensors(paths[0])
     outputs = first["outputs"]
-    layout: dict[str, Spec] = {"logits": (outputs.dtype, (len(runs), n, *outputs.shape[2:]))}
+    layout: dict[str, Spec] = {"logits": (outputs.dtype, (len(outputs), n, *outputs.shape[2:]))}
     index: list[dict[str, Any]] = []
     keys = {capture.key: capture.keys(n) for capture in captures}
     for capture in captures:
@@ -111,6 +111,6 @@ def join_chunks(
                     continue
                 for key, part in zip(keys[capture.key][chunk.start : chunk.stop], value, strict=True):
                     writer.write(key, part)
-    names = [run.name for run in runs]
+    names = [run.name for run in schedule.bound.with_output]
     complete = {**provenance, "halvings": halvings}
     save_document(folder, names, index, labels, complete, experiment=experiment)

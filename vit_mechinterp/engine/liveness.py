@@ -18,7 +18,7 @@ from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.masks import ALL_OF_IT, NONE_OF_IT, Mask, Masks
 from vit_mechinterp.engine.ops import BUILT_IN, acts_by_token, operator_of
 from vit_mechinterp.engine.values import Read
-from vit_mechinterp.model.read_tokens import ReadTokens
+from vit_mechinterp.model.output_tokens import OutputTokens
 from vit_mechinterp.spec import Site
 
 __all__ = ["Liveness"]
@@ -46,7 +46,7 @@ class Liveness:
         self,
         anatomy: Anatomy,
         masks: Masks,
-        by_output: ReadTokens | None,
+        by_output: OutputTokens | None,
         run: BoundRun,
         edits: Sequence[tuple[int, Edit]],
         reads: Iterable[Read],
@@ -72,7 +72,7 @@ class Liveness:
 
     def _behind_blocks(self) -> Mask:
         """What is read of what the last block puts out."""
-        live = ALL_OF_IT
+        live = ALL_OF_IT if self.run.has_output else NONE_OF_IT
         for name in ("logits", "pooled"):
             live = self._behind(Site(None, name), live)
         of_stream = ALL_OF_IT if self.by_output is None else self.masks.of_tokens(self.by_output.tokens)

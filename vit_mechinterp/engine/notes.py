@@ -44,6 +44,9 @@ def notes_on(
             "all that is read of the residual stream is replaced, so that no base is run for it: "
             f"{_places(bound.without_base)}"
         )
+    if len(bound.with_output) < len(bound.runs):
+        without = [run.name for run in bound.runs if not run.has_output]
+        yield f"no output is wanted of {listed(without)}: rows end at the last place where they are read"
     if bound.readout is not None:
         yield f"of every output this is kept: {listed(bound.readout.spec.names)}"
     if len(bound.stages) > 1:
@@ -58,12 +61,14 @@ def notes_on(
     if vit.compiled is not None:
         last = "" if counts.unread == 0 else ", and so does the last one, most of whose tokens are left out"
         yield f"blocks that are read or edited inside run as they are written{last}; the others compiled"
-    if schedule.read is not None and any(schedule.tokens_read(stage) is None for stage in bound.stages):
+    if schedule.by_output is not None and any(
+        schedule.tokens_wanted(stage) is None for stage in bound.stages
+    ):
         yield (
             "all tokens of the last block are computed, because most are captured there, read by other runs, "
             "or given to operators that may look at several at once"
         )
-    elif schedule.read is None and not is_as_made(vit.module):
+    elif schedule.by_output is None and not is_as_made(vit.module):
         yield (
             "all tokens of the last block are computed, because hooks, forwards or modules that are not its "
             "library's are on the model"

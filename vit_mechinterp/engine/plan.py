@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.bound import Beginning, BoundRun
+from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.checks import check_arguments
-from vit_mechinterp.engine.counting import count
+from vit_mechinterp.engine.counting import Way, count
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.ending import ends_of
 from vit_mechinterp.engine.footprint import footprint
 from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.notes import notes_on
@@ -238,14 +239,14 @@ def describe(
         if any(origin.column == column for origin in counts.outputs):
             kept[vit.layout.output] = None
         clean.append(CleanForwards(column, images, blocks, tuple(kept)))
-    starts: defaultdict[tuple[str, int], dict[Beginning | None, int]] = defaultdict(dict)
-    for (name, edits, beginning), times in counts.starts.items():
-        starts[name, edits][beginning] = times
+    ways: defaultdict[tuple[str, int], dict[Way, int]] = defaultdict(dict)
+    for (name, edits, way), times in counts.ways.items():
+        ways[name, edits][way] = times
     rows = [
         row
         for number, parts in enumerate(schedule.sharing.parts_of_stages)
         for part in parts
-        for row in _rows_of(part, starts[part.run.name, id(part.run.edits)], number, schedule)
+        for row in _rows_of(part, ways[part.run.name, id(part.run.edits)], number, schedule)
     ]
     n, clean_rows = schedule.n_examples, schedule.sharing.clean_rows
     untouched = tuple(run.name for run in bound.runs if len(clean_rows(run.name)) == n)
@@ -274,15 +275,16 @@ def describe(
 
 
 def _rows_of(
-    part: Part, starts: Mapping[Beginning | None, int], stage: int, schedule: Schedule
+    part: Part, ways: Mapping[Way, int], stage: int, schedule: Schedule
 ) -> Iterator[Rows]:
-    """Rows of a run on which the same edits act, by where they join; ``starts`` counts those computed."""
+    """Rows of a run on which the same edits act, by where they join and end; ``ways`` counts those that are
+    computed."""
     edits = tuple(f"{edit.spec.op} at {edit.site}" for edit in part.run.edits)
-    for beginning in starts or (None,):
-        run = replace(part.run, beginning=beginning)
-        n = starts[beginning] if len(starts) > 1 else len(part.examples)
+    for beginning, ends in ways or ((None, ends_of(schedule.bound, ()).get(part.run.name)),):
+        run = replace(part.run, beginning=beginning, ends=ends)
+        n = ways[beginning, ends] if len(ways) > 1 else len(part.examples)
         some = n if n < schedule.n_examples else None
-        blocks = schedule.n_layers - run.join.first_block
+        blocks = run.end - run.join.first_block
         yield Rows(run.name, stage, _joins(run), edits, blocks, some)
 
 

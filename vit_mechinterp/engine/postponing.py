@@ -72,7 +72,7 @@ def _postponed(
     chosen = masks.of_edit(edit)
     if any(other.site in passed and (chosen & masks.of_edit(other)).any() for other in later):
         return edit
-    if not anatomy.is_by_token(site.layer):
+    if site.layer not in anatomy.by_token():
         return edit
     if site.name == "attn_out":
         # What is added to it has to be the image's as well.

@@ -32,10 +32,10 @@ from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.engine.store.streamed import streamed
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.values import Read
-from vit_mechinterp.errors import SpecError
+from vit_mechinterp.errors import SpecError, listed
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.read_tokens import read_tokens
+from vit_mechinterp.model.output_tokens import output_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
 from vit_mechinterp.spec import Experiment, Run, Sweep
 
@@ -125,14 +125,19 @@ def prepare(
         raise SpecError(
             "A run that reads another edited run cannot be prepared for training; use execute for it."
         )
+    if without := [run.name for run in bound.runs if not run.has_output]:
+        raise SpecError(
+            f"Runs without output (output=False) cannot be prepared, which is for their outputs: "
+            f"{listed(without)}. Leave them, or output=False, out."
+        )
     resolved = resolve_refs(bound, tensors, vit)
     check_tensors(bound, resolved, vit, columns.n)
     check_images(columns, bound)
     images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
     one_image, spares = vit.layout.family.one_image, why_nothing_is_spared(vit.layout) is None
-    read = read_tokens(vit)
+    by_output = output_tokens(vit)
     sharing = Sharing(bound, images, rows=False)
-    schedule = Schedule(sharing, vit.layout.n_layers, columns.n, batch_size, one_image, spares, read)
+    schedule = Schedule(sharing, vit.layout.n_layers, columns.n, batch_size, one_image, spares, by_output)
     budget = budget_of(vit) if memory is None else parse_bytes(memory)
     streams = footprint(vit, schedule).example * columns.n > budget
     parameters = [p for p in vit.module.parameters() if p.requires_grad]

@@ -240,7 +240,7 @@ def run_together(
     images_of = _images_of([batch.prepared for batch in batches])
     schedules = [batch.prepared.schedule for batch in batches]
     spares = schedules[0].spares
-    tokens = union(own.tokens_read(stage) for own in schedules for stage in own.bound.stages)
+    tokens = union(own.tokens_wanted(stage) for own in schedules for stage in own.bound.stages)
     placed: list[_Rows] = []
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
@@ -259,6 +259,7 @@ def run_together(
             # Beforehand, because no forward can run inside another, whose hooks it would set off.
             materials = [rows.in_memory(examples) for rows, examples in wave]
             result = run_wave(vit, segments, materials, spares=spares, tokens=tokens)
+            assert result.output is not None
             sizes = [len(examples) for _, examples in wave]
             for (rows, _), output in zip(wave, torch.split(result.output, sizes), strict=True):
                 pieces[rows].append(output)

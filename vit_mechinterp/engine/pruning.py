@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.reach import Kept, Reach
-from vit_mechinterp.engine.rebasing import reading_clean_values, without_base
+from vit_mechinterp.engine.rebasing import reading_clean_values, showing_clean_values, without_base
 from vit_mechinterp.engine.spelling import Spelling
 from vit_mechinterp.engine.values import Read
 
@@ -45,6 +45,8 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
             own, instead = without_base(own, runs)
             instead_of_base[name] = f"{name} is {instead}"
         changing = reach.changing(own, runs)
+        if not own.has_output and not readers[name]:
+            own, changing = showing_clean_values(own, reach.whose, changing)
         left_out[name] += _left_out(own, changing)
         runs[name] = own.with_edits(changing.values())
     for name in in_order if postponing else ():

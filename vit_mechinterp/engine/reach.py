@@ -25,7 +25,7 @@ from vit_mechinterp.engine.ops import Operator, add_direction, inject_subspace, 
 from vit_mechinterp.engine.positions import BoolArray, Positions, where
 from vit_mechinterp.engine.postponing import postponed
 from vit_mechinterp.engine.values import ColumnOrigin, Read
-from vit_mechinterp.model.read_tokens import ReadTokens
+from vit_mechinterp.model.output_tokens import OutputTokens
 from vit_mechinterp.spec import AddDirection, TensorRef
 
 __all__ = ["Kept", "Reach"]
@@ -48,28 +48,28 @@ class Reach:
 
     Args:
         anatomy: the model's.
-        read: the tokens that the output reads of the last block; None for all of them.
+        by_output: the tokens that the output reads of the last block; None for all of them.
         n: number of examples.
         tensors: the given tensors, where they are known.
         alone: finds edits that do the same to each of their tokens.
-        adds_up: whether a block, by layer, puts out the sum of its input and of what attention and MLP add.
+        adding_up: blocks that put out the sum of their input and of what attention and MLP add.
         imagined: whether there is no data, so that nobody knows which patches a column selects.
     """
 
     def __init__(
         self,
         anatomy: Anatomy,
-        read: ReadTokens | None,
+        by_output: OutputTokens | None,
         n: int,
         tensors: Mapping[TensorRef, Tensor] | None,
         alone: Alone,
-        adds_up: Callable[[int], bool],
+        adding_up: Callable[[], frozenset[int]],
         *,
         imagined: bool,
     ) -> None:
-        self.anatomy, self.read, self.n = anatomy, read, n
+        self.anatomy, self.by_output, self.n = anatomy, by_output, n
         self.tensors, self.alone, self.imagined = tensors, alone, imagined
-        self.adds_up = adds_up
+        self.adding_up = adding_up
         self.every = Positions(shared=tuple(range(anatomy.layout.tokens.n_tokens)))
         self._zeros: dict[TensorRef, BoolArray] = {}
         self._narrowed: dict[tuple[object, ...], tuple[Positions, ...]] = {}
@@ -78,11 +78,11 @@ class Reach:
         """What of a run reaches its output, or one of what is read of it."""
         idle = {place: self._idle(edit) for place, edit in enumerate(run.edits)}
         edits = [(place, edit) for place, edit in enumerate(run.edits) if not idle[place].all()]
-        if self._are_all_read([edit for _, edit in edits]):
+        if run.has_output and self._are_all_read([edit for _, edit in edits]):
             found = {place: self._where(edit, None, idle[place]) for place, edit in edits}
             return Kept({place: edit for place, edit in found.items() if edit is not None})
         masks = self._masks(edit for _, edit in edits)
-        liveness = Liveness(self.anatomy, masks, self.read, run, edits, reads)
+        liveness = Liveness(self.anatomy, masks, self.by_output, run, edits, reads)
         found = {place: self._where(edit, liveness.own[place], idle[place]) for place, edit in edits}
         kept = {place: edit for place, edit in found.items() if edit is not None}
         return Kept(kept, not kept or liveness.before[min(kept)])
@@ -137,7 +137,7 @@ class Reach:
 
     def carried(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
         """Edits of a run, the first of them behind all blocks that add its difference up alone."""
-        return carried(self.anatomy, self.adds_up, run, reads)
+        return carried(self.anatomy, self.adding_up, run, reads)
 
     def postponed(self, run: BoundRun, others: Sequence[Read]) -> tuple[Edit, ...]:
         """Edits of a run at the last place where they do the same to what is read, by itself or by others."""

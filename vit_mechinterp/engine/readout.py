@@ -36,6 +36,11 @@ class BoundReadout:
         """Numbers that are kept of one output."""
         return len(self.classes)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is kept of one output."""
+        return () if isinstance(self.spec, CrossEntropy) else (self.size,)
+
     def __call__(
         self, outputs: Float[Tensor, "row class"], examples: NDArray[np.int64]
     ) -> Float[Tensor, "row *readout"]:

@@ -9,7 +9,7 @@ from vit_mechinterp.engine.bound import BoundCapture, BoundRun, Edit
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Site
 
-__all__ = ["reading_clean_values", "without_base"]
+__all__ = ["reading_clean_values", "showing_clean_values", "without_base"]
 
 Whose = Callable[[Read, BoundRun], ColumnOrigin | None]
 
@@ -29,6 +29,20 @@ def reading_clean_values(run: BoundRun, others: Mapping[str, BoundRun], whose: W
             edit = replace(edit, source=replace(edit.source, origin=origin))
         edits.append(edit)
     return replace(run, edits=tuple(edits))
+
+
+def showing_clean_values(
+    run: BoundRun, whose: Whose, edits: Mapping[int, Edit]
+) -> tuple[BoundRun, Mapping[int, Edit]]:
+    """A run of which nothing but captures is wanted, and those of its edits that count: none where every
+    capture is of an image's clean value."""
+    origins = [whose(capture.read, run) for capture in run.captures]
+    captures = [
+        replace(capture, read=replace(capture.read, origin=origin))
+        for capture, origin in zip(run.captures, origins, strict=True)
+        if origin is not None
+    ]
+    return (run, edits) if None in origins else (replace(run, captures=tuple(captures)), {})
 
 
 def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRun, str]:

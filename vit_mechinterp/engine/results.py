@@ -55,8 +55,8 @@ class Results:
     Args:
         logits: the model's output, ``[run, example, *output]``, float32 (what it is: ``vit.layout.output``);
             where the experiment has a readout, what it keeps, ``[run, example, *readout]``.
-        run_names: names of the runs, in order.
-        captures: captured values by run and site, in the model's dtype.
+        run_names: names of the runs, in order; those without output (``Run.output``) are not among them.
+        captures: captured values by run (these too) and site, in the model's dtype.
         labels: integer columns of the data by name, for tables.
         provenance: digests of spec, model, data and tensors; chunks; versions.
     """
@@ -72,6 +72,8 @@ class Results:
 
     def __getitem__(self, run: str) -> Float[Tensor, "example *output"]:
         """The outputs of one run, or what was kept of them."""
+        if run not in self.run_names and run in self.captures:
+            raise KeyError(f"Run {run!r} has no output (output=False): its captures are captures[{run!r}].")
         if run not in self.run_names:
             raise KeyError(_no_run(run, self.run_names))
         return self.logits[self.run_names.index(run)]
@@ -116,8 +118,8 @@ class Results:
         path.mkdir(parents=True, exist_ok=True)
         tensors = {"logits": self.logits}
         index: list[dict[str, Any]] = []
-        for n, run in enumerate(self.run_names):
-            for site, value in self.captures.get(run, {}).items():
+        for n, (run, captures) in enumerate(self.captures.items()):
+            for site, value in captures.items():
                 parts = value if isinstance(value, list) else [value]
                 keys = capture_keys(n, site, len(value) if isinstance(value, list) else None)
                 tensors |= dict(zip(keys, parts, strict=True))
@@ -159,7 +161,7 @@ class Results:
             captures: dict[str, dict[str, Tensor | list[Tensor]]] = {run: {} for run in document["runs"]}
             for entry in document["captures"]:
                 parts = [tensors[key] for key in entry["keys"]]
-                captures[entry["run"]][entry["site"]] = parts if entry["ragged"] else parts[0]
+                captures.setdefault(entry["run"], {})[entry["site"]] = parts if entry["ragged"] else parts[0]
             return cls(
                 logits=tensors["logits"],
                 run_names=tuple(document["runs"]),

@@ -224,7 +224,8 @@ class FinishedChunks:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {run.name: n for n, run in enumerate(self.schedule.bound.runs)}
+        """The numbers of runs among the outputs."""
+        return {run.name: n for n, run in enumerate(self.schedule.bound.with_output)}
 
     def has(self, chunk: range) -> bool:
         """Whether a chunk is finished, looked at once; a damaged file is dropped with a warning."""
@@ -270,8 +271,9 @@ class FinishedChunks:
 
     def add(self, chunk: range, part: Collected, width: int, halvings: int) -> None:
         """Keep what a chunk gave."""
-        runs = self.schedule.bound.runs
-        tensors = {"outputs": torch.stack([part.outputs[run.name] for run in runs])}
+        runs, outputs = self.schedule.bound.runs, [part.outputs[name] for name in self._numbers]
+        none = torch.empty(0, len(chunk), *part.shape)
+        tensors = {"outputs": torch.stack(outputs) if outputs else none}
         for key, (n, name) in capture_names(self.schedule.bound).items():
             tensors[key], counts = part.captures[runs[n].name, name]
             if counts is not None:

@@ -10,15 +10,16 @@ import numpy as np
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.computed import ComputedRows, within
+from vit_mechinterp.engine.ending import ending_together
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, in_waves
 from vit_mechinterp.engine.pieces import CleanGroup, Stop
 from vit_mechinterp.engine.positions import NONE, IntArray
 from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
 from vit_mechinterp.engine.sharing import Sharing
-from vit_mechinterp.engine.unread import looks_inside, tokens_read
+from vit_mechinterp.engine.unread import looks_inside, tokens_wanted
 from vit_mechinterp.engine.values import ColumnOrigin, Read
-from vit_mechinterp.model.read_tokens import ReadTokens
+from vit_mechinterp.model.output_tokens import OutputTokens
 
 __all__ = ["CleanGroup", "Schedule", "Segment", "Stop"]
 
@@ -35,7 +36,7 @@ class Schedule:
         one_image: why the model takes one image per forward, or None (see `Family`). Rows that join behind
             its embeddings are not limited by it.
         spares: whether parts of a joining block run once for rows that are still equal there.
-        read: the tokens that the output reads of the last block, if these are not all.
+        by_output: the tokens that the output reads of the last block, if these are not all.
     """
 
     sharing: Sharing
@@ -44,7 +45,7 @@ class Schedule:
     width: int
     one_image: str | None = None
     spares: bool = False
-    read: ReadTokens | None = None
+    by_output: OutputTokens | None = None
 
     @property
     def bound(self) -> Bound:
@@ -116,25 +117,26 @@ class Schedule:
         return max(-(-self.rows.of(chunk).branches.n_states // len(chunk)) for chunk in chunks)
 
     def waves(self, parts: Sequence[Part]) -> Iterator[list[Segment]]:
-        """Rows that fit into one growing batch, in the order in which they join."""
-        return in_waves(parts, self.width, spares=self.spares)
+        """Rows that fit into one growing batch and end together, in the order in which they join."""
+        for together in ending_together(parts):
+            yield from in_waves(together, self.width, spares=self.spares)
 
-    def tokens_read(self, stage: Sequence[BoundRun]) -> tuple[int, ...] | None:
+    def tokens_wanted(self, stage: Sequence[BoundRun]) -> tuple[int, ...] | None:
         """Tokens that somebody reads behind the last attention call, of rows of one stage; None for all."""
         return self.sharing.once(
-            ("tokens", stage[0].name), lambda: tokens_read(self.read, self._read_of(stage))
+            ("tokens", stage[0].name), lambda: tokens_wanted(self.by_output, self._read_of(stage))
         )
 
     def unread(self, stage: Sequence[BoundRun]) -> float:
         """The part of the last block that each row of a stage is spared, because nobody reads it. (A little
         more, where scores or pattern of that block are looked at in some waves and not in others.)"""
-        tokens = self.tokens_read(stage)
-        if tokens is None or self.read is None:
+        tokens = self.tokens_wanted(stage)
+        if tokens is None or self.by_output is None:
             return 0.0
         attention_whole = self.sharing.once(
             ("inside", stage[0].name), lambda: looks_inside(self._read_of(stage))
         )
-        return self.read.saved(tokens, attention_whole=attention_whole)
+        return self.by_output.saved(tokens, attention_whole=attention_whole)
 
     def _read_of(self, stage: Sequence[BoundRun]) -> list[tuple[BoundRun, Sequence[Read]]]:
         parts = (part for run in stage for part in self.sharing.parts[run.name])
@@ -142,7 +144,7 @@ class Schedule:
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:
         """(row, block) pairs of one wave."""
-        return sum(len(s.examples) * (self.n_layers - s.run.join.first_block) for s in segments)
+        return sum(len(s.examples) * (s.run.end - s.run.join.first_block) for s in segments)
 
     def needs(self, chunk: range) -> dict[Read, IntArray]:
         """Every clean value that a chunk needs, and for which of its examples."""
@@ -202,7 +204,7 @@ class Schedule:
     def clean_outputs(self, chunk: range) -> dict[ColumnOrigin, IntArray]:
         """Examples of a chunk whose clean output somebody wants, by what it is made from."""
         wanted: dict[ColumnOrigin, list[IntArray]] = {}
-        for run in (run for run in self.bound.runs if run.name in self._partly_clean):
+        for run in (run for run in self.bound.runs if run.has_output and run.name in self._partly_clean):
             examples = self.clean_rows(run.name, chunk)
             if len(examples):
                 wanted.setdefault(run.origin, []).append(examples)

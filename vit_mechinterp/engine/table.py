@@ -25,7 +25,7 @@ class StageRows:
         parts: the parts.
         chunk: examples per chunk.
         read: names of the runs whose values somebody reads beside their outputs, or whose outputs are not
-            kept; equal rows of other chunks are no use to them.
+            kept; equal rows of other chunks are no use to them. Runs without output are among them.
     """
 
     sharing: Sharing
@@ -46,7 +46,7 @@ class StageRows:
     @cached_property
     def owners(self) -> IntArray:
         """For every row, the row that is computed for it: the first equal one of its chunk, or, where only
-        outputs are wanted of all equal rows of its chunk, the first equal one at all."""
+        outputs are wanted of all equal rows of its chunk, the first equal one at all that has one."""
         rows = np.arange(len(self.examples))
         if not self.sharing.repeats or not self.parts:
             return rows
@@ -57,9 +57,12 @@ class StageRows:
         which = which.reshape(-1)
         read = np.array([part.run.name in self.read for part in self.parts])[self.part_of]
         is_read = np.bincount(which, weights=read, minlength=len(groups)) > 0
+        has_output = np.array([part.run.has_output for part in self.parts])[self.part_of[first]]
         # Groups of one class follow one another, chunk by chunk.
-        _, earliest, of = np.unique(groups // n_chunks, return_index=True, return_inverse=True)
-        owner = np.where(is_read, first, first[earliest[of.reshape(-1)]])
+        of_class = groups // n_chunks
+        known, earliest = np.unique(of_class[has_output], return_index=True)
+        owner = first.copy()
+        owner[~is_read] = first[has_output][earliest[np.searchsorted(known, of_class[~is_read])]]
         found: IntArray = owner[which]
         return found
 

@@ -9,37 +9,37 @@ from vit_mechinterp.engine.bound import BoundRun
 from vit_mechinterp.engine.ops import acts_by_token
 from vit_mechinterp.engine.positions import Positions
 from vit_mechinterp.engine.values import Read
-from vit_mechinterp.model.read_tokens import ReadTokens
+from vit_mechinterp.model.output_tokens import OutputTokens
 from vit_mechinterp.spec import Site
 
-__all__ = ["looks_inside", "tokens_read", "union"]
+__all__ = ["looks_inside", "tokens_wanted", "union"]
 
 NARROWING_PAYS = 0.5
 """Tokens are left out where those that are read are at most this share of all."""
 
 
-def tokens_read(
-    read: ReadTokens | None, runs: Iterable[tuple[BoundRun, Sequence[Read]]]
+def tokens_wanted(
+    by_output: OutputTokens | None, runs: Iterable[tuple[BoundRun, Sequence[Read]]]
 ) -> tuple[int, ...] | None:
     """Tokens that are read behind the last attention call: by the output, by what is captured of some runs
     or read by others, and by operators that may look at several tokens at once.
 
     Args:
-        read: what the output reads; None for all tokens.
+        by_output: what the output reads; None for all tokens.
         runs: each with what is read of its rows.
 
     Returns:
         Positions, ascending; None where all tokens are computed.
     """
-    if read is None:
+    if by_output is None:
         return None
-    found = set(read.tokens)
+    found = set(by_output.tokens)
     for positions in _positions(runs):
         if positions.is_all:
             return None
         for own in positions.each or (positions.shared or (),):
             found.update(own)
-    return tuple(sorted(found)) if len(found) <= NARROWING_PAYS * read.n_tokens else None
+    return tuple(sorted(found)) if len(found) <= NARROWING_PAYS * by_output.n_tokens else None
 
 
 def looks_inside(runs: Iterable[tuple[BoundRun, Sequence[Read]]]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ from vit_mechinterp.engine.values import Read, contiguous, gather
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model.as_made import is_untouched
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.model.instrument import Instrument, Visitor
+from vit_mechinterp.model.instrument import Instrument, StopForward, Visitor
 from vit_mechinterp.model.layout import TAP_SITES
 from vit_mechinterp.model.narrowing import Narrowing
 from vit_mechinterp.model.sparing import Sparing
@@ -40,10 +40,10 @@ __all__ = ["WaveResult", "run_wave"]
 
 @dataclass
 class WaveResult:
-    """What one wave gave: outputs (float32), segment by segment, and by run and read the pieces captured,
-    each with the examples that it holds."""
+    """What one wave gave: outputs (float32), segment by segment, if it went to the end; and by run and read
+    the pieces that it captured, each with the examples that it holds."""
 
-    output: Float[Tensor, "row *output"]
+    output: Float[Tensor, "row *output"] | None
     captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
 
@@ -74,12 +74,13 @@ def run_wave(
     narrowed: AbstractContextManager[None] = nullcontext()
     if tokens is not None and is_untouched(vit.module):
         narrowed = Narrowing(vit.module, vit.layout, tokens).installed()
+    output: Tensor | None = None
     with wave.instrument.installed():
-        with wave.sparing.installed(), narrowed:
-            output = vit(vit.beginning(wave.starts[-1]))
+        with wave.sparing.installed(), narrowed, suppress(StopForward):
+            output = vit(vit.beginning(wave.starts[-1])).float()
         wave.instrument.verify()
     wave.verify()
-    return WaveResult(output.float(), wave.captured)
+    return WaveResult(output, wave.captured)
 
 
 class _Wave:
@@ -98,6 +99,7 @@ class _Wave:
         self._add_edits()
         self._add_gifts(before_edits=False)
         self._add_captures()
+        self._stop()
 
     def span(self, index: int) -> slice:
         """Rows of a segment in the full batch."""
@@ -124,6 +126,14 @@ class _Wave:
     def _visit(self, site: Site, visitor: Visitor) -> None:
         self.visited.add(site)
         self.instrument.visit(site, visitor)
+
+    def _stop(self) -> None:
+        """Stop behind the last place at which something is read, if no row's output is."""
+        ends = [segment.run.ends for segment in self.segments]
+        last = max((end for end in ends if end is not None), default=None)
+        place = None if last is None or None in ends else last.at(self.vit.layout.n_layers)
+        if place is not None:
+            self.instrument.stop(place[0], before=place[1])
 
     def _add_joins(self) -> None:
         by_join: dict[Join, list[int]] = defaultdict(list)

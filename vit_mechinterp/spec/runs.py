@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from vit_mechinterp.spec.base import SpecModel
 from vit_mechinterp.spec.ops import Heads, Interventions, check_selectors
@@ -56,9 +56,13 @@ class Run(SpecModel):
 
     Interventions at different sites act in forward order; the order of the list counts at one and the same
     site only. A run without interventions is the clean one.
+
+    ``output`` says whether its output is wanted. A run without is there for its captures, or for runs that
+    read it: it goes no further than they do, and has no row among the outputs.
     """
 
     name: str = Field(min_length=1)
     interventions: Interventions = ()
     base: str = Field(default="base", min_length=1)
     capture: Captures = ()
+    output: StrictBool = True

@@ -7,7 +7,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, StrictBool, model_validator
 from pydantic_core import to_jsonable_python
 
 from vit_mechinterp.errors import SpecError, suggest
@@ -72,6 +72,7 @@ class Sweep(SpecModel):
     interventions: Interventions
     base: str = Field(default="base", min_length=1)
     capture: Captures = ()
+    output: StrictBool = True
     over: Annotated[dict[str, Axis], BeforeValidator(_axes, json_schema_input_type=dict[str, Axis])]
 
     @model_validator(mode="after")
@@ -115,7 +116,11 @@ class Sweep(SpecModel):
                     raise SpecError(f"Run {name!r}: two axes of the sweep set {', '.join(twice)}.")
                 changes.update(fields)
             runs[name] = Run(
-                name=name, interventions=self._changed(changes, name), base=self.base, capture=self.capture
+                name=name,
+                interventions=self._changed(changes, name),
+                base=self.base,
+                capture=self.capture,
+                output=self.output,
             )
         return list(runs.values())
 

@@ -21,7 +21,7 @@ from tests.tiny_models import (
     stirred,
 )
 from tests.zoo.shrink import shrunk
-from vit_mechinterp.model.read_tokens import read_tokens
+from vit_mechinterp.model.output_tokens import output_tokens
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from vit_mechinterp.model.read_tokens import read_tokens
 )
 def test_the_tokens_are_those_whose_change_moves_the_output(tiny: Tiny) -> None:
     vit = vmi.wrap(tiny.module())
-    found = read_tokens(vit)
+    found = output_tokens(vit)
     x = tiny.images(1)
     last = f"blocks.{vit.layout.n_layers - 1}.resid_post"
     clean, moving = vit(x), []
@@ -51,14 +51,14 @@ def test_the_tokens_are_those_whose_change_moves_the_output(tiny: Tiny) -> None:
 
 def test_two_tokens_are_read_where_there_are_two_heads() -> None:
     vit = vmi.wrap(stirred(shrunk("deit_tiny_distilled_patch16_224")).eval())
-    found = read_tokens(vit)
+    found = output_tokens(vit)
     assert found is not None
     assert found.tokens == (0, 1)
     assert vit.layout.tokens.prefix == ("cls", "distillation")
 
 
 def test_the_share_is_what_stands_behind_the_attention_call() -> None:
-    found = read_tokens(vmi.wrap(TIMM_PLAIN.module()))
+    found = output_tokens(vmi.wrap(TIMM_PLAIN.module()))
     d, tokens, hidden = 24, 17, 96
     whole = 3 * d * d + 2 * tokens * d + d * d + 2 * d * hidden
     assert found is not None
@@ -70,11 +70,11 @@ def test_the_share_is_what_stands_behind_the_attention_call() -> None:
 def test_another_head_is_noticed() -> None:
     module: Any = TIMM_PLAIN.module()
     vit = vmi.wrap(module)
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     module.global_pool = "avg"
-    assert read_tokens(vit) is None
+    assert output_tokens(vit) is None
     module.global_pool = "token"
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
 
 
 def of_timm(kind: type[nn.Module]) -> type[nn.Module]:
@@ -95,9 +95,9 @@ class Foreign(nn.Linear):
 
 def test_modules_of_the_users_own_are_left_whole() -> None:
     module: Any = TIMM_PLAIN.module()
-    assert read_tokens(vmi.wrap(module)) is not None
+    assert output_tokens(vmi.wrap(module)) is not None
     module.head = Foreign(24, 5)
-    assert read_tokens(vmi.wrap(module)) is None
+    assert output_tokens(vmi.wrap(module)) is None
 
 
 @of_timm
@@ -116,7 +116,7 @@ class Mixing(nn.Module):
 def test_a_block_that_mixes_tokens_behind_its_attention_is_left_whole() -> None:
     module: Any = TIMM_PLAIN.module()
     module.blocks[2].mlp = Mixing(module.blocks[2].mlp)
-    assert read_tokens(vmi.wrap(module)) is None
+    assert output_tokens(vmi.wrap(module)) is None
 
 
 @of_timm
@@ -155,9 +155,9 @@ class ByPlace(nn.Module):
 def test_a_part_that_mixes_tokens_is_found_out(part: type[nn.Module]) -> None:
     module: Any = TIMM_PLAIN.module()
     vit = vmi.wrap(module)
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     module.blocks[2].ls2 = part()
-    assert read_tokens(vit) is None
+    assert output_tokens(vit) is None
 
 
 def test_pooled_counts_as_read() -> None:
@@ -165,7 +165,7 @@ def test_pooled_counts_as_read() -> None:
     module: Any = HF_DINOV2.module()
     with torch.no_grad():
         module.classifier.weight[:, module.config.hidden_size :] = 0
-    assert read_tokens(vmi.wrap(module)) is None
+    assert output_tokens(vmi.wrap(module)) is None
 
 
 def test_a_trial_that_fails_costs_no_more_than_the_whole_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,20 +178,20 @@ def test_a_trial_that_fails_costs_no_more_than_the_whole_block(monkeypatch: pyte
     fail.__module__ = "timm.models"
     with monkeypatch.context() as patch:
         patch.setattr(type(module), "forward_head", fail)
-        assert read_tokens(vit) is None
-    assert read_tokens(vit) is not None
+        assert output_tokens(vit) is None
+    assert output_tokens(vit) is not None
 
 
 def test_another_function_of_a_part_is_noticed() -> None:
     module: Any = TIMM_PLAIN.module()
     vit = vmi.wrap(module)
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     mlp = module.blocks[2].mlp
     native = mlp.forward
     mlp.forward = lambda x: native(x) + x.mean(dim=1, keepdim=True)
-    assert read_tokens(vit) is None
+    assert output_tokens(vit) is None
     del mlp.forward
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
 
 
 @of_timm
@@ -211,9 +211,9 @@ def test_weights_that_no_longer_hide_what_a_part_does_are_noticed() -> None:
     module: Any = TIMM_PLAIN.module()
     module.blocks[2].ls2 = part = Zeroed()
     vit = vmi.wrap(module)
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     part.proj.weight.data.normal_()  # which the parameter's own count of versions does not see
-    assert read_tokens(vit) is None
+    assert output_tokens(vit) is None
 
 
 def test_methods_of_the_users_own_are_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,15 +226,15 @@ def test_methods_of_the_users_own_are_left_whole(monkeypatch: pytest.MonkeyPatch
         moved = x + (x[:, :1, :7] > 0).all(dim=-1, keepdim=True) * x[:, 4:5]
         return native(moved, *args, **kwargs)
 
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     module.forward_head = rarely
-    assert read_tokens(vit) is None
+    assert output_tokens(vit) is None
     del module.forward_head
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     with monkeypatch.context() as patch:
         patch.setattr(type(module), "forward_head", lambda self, x, **kwargs: rarely(x, **kwargs))
-        assert read_tokens(vit) is None
-    assert read_tokens(vit) is not None
+        assert output_tokens(vit) is None
+    assert output_tokens(vit) is not None
 
 
 def test_hooks_of_other_people_are_not_set_off_and_see_everything() -> None:
@@ -242,12 +242,12 @@ def test_hooks_of_other_people_are_not_set_off_and_see_everything() -> None:
     vit = vmi.wrap(module)
     seen: list[Tensor] = []
     hook = module.blocks[2].mlp.register_forward_hook(lambda m, args, output: seen.append(output))
-    assert read_tokens(vit) is None
+    assert output_tokens(vit) is None
     assert not seen
     hook.remove()
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     hook = nn.modules.module.register_module_forward_hook(lambda m, args, output: seen.append(output))
-    assert read_tokens(vit) is None
+    assert output_tokens(vit) is None
     assert not seen
     hook.remove()
 
@@ -256,16 +256,16 @@ def test_recording_hooks_of_transformers_are_no_obstacle() -> None:
     module: Any = HF_VIT.module()
     module(HF_VIT.images(1), output_hidden_states=True)
     assert any(part._forward_hooks for part in module.modules())
-    assert read_tokens(vmi.wrap(module)) is not None
+    assert output_tokens(vmi.wrap(module)) is not None
 
 
 def test_nothing_is_left_behind() -> None:
     module = TIMM_PLAIN.module()
     vit = vmi.wrap(module)
     before = {name: dict(vars(part)) for name, part in module.named_modules()}
-    assert read_tokens(vit) is not None
+    assert output_tokens(vit) is not None
     assert {name: dict(vars(part)) for name, part in module.named_modules()} == before
 
 
 def test_a_model_without_weights_is_not_tried() -> None:
-    assert read_tokens(vmi.wrap(TIMM_PLAIN.module().to("meta"))) is None
+    assert output_tokens(vmi.wrap(TIMM_PLAIN.module().to("meta"))) is None

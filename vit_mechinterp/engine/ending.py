@@ -1,0 +1,55 @@
+"""Where rows end whose output nobody wants: at the last place at which something of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from vit_mechinterp.engine.bound import Bound, Join
+from vit_mechinterp.engine.numbering import Part
+from vit_mechinterp.engine.pieces import Copies, Stop
+
+__all__ = ["ending", "ending_together", "ends_of"]
+
+
+def ends_of(bound: Bound, copies: Iterable[Copies]) -> Mapping[str, Stop]:
+    """Where rows of runs without output end, by run; what is read of ``copies`` is read
+    of the rows that they are."""
+    own = [run for run in bound.runs if not run.has_output]
+    if not own:
+        return {}
+    reads = {run.name: [read.site for read in bound.reads_of[run.name]] for run in own}
+    for same in copies:
+        if same.owner in reads:  # and so has no output for the copy either
+            reads[same.owner] += reads[same.run]
+    return {
+        run.name: max((Stop.for_site(site, run.blocks.n) for site in reads[run.name]), default=Stop(0))
+        for run in own
+    }
+
+
+def ending(parts: Sequence[Part], ends: Mapping[str, Stop]) -> list[Part]:
+    """Rows that end where they may."""
+    return [
+        replace(part, run=replace(part.run, ends=ends[part.run.name])) if part.run.name in ends else part
+        for part in parts
+    ]
+
+
+def ending_together(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Rows that end at one place; those that others go on from come before these, which join later."""
+    if len({part.run.ends for part in parts}) < 2:
+        yield list(parts)
+        return
+
+    def place(part: Part) -> tuple[bool, Join, int]:
+        run = part.run
+        place = 2 * run.blocks.n if run.ends is None else run.ends.place
+        return run.beginning is not None, _NOWHERE if run.beginning is None else run.join, place
+
+    for _, own in groupby(sorted(parts, key=place), key=place):
+        yield list(own)
+
+
+_NOWHERE = Join(0, False)

@@ -1,0 +1,139 @@
+"""What a model's output reads of the last block, and behind it: tried out, not declared."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.layout import lookup
+from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
+from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
+from vit_mechinterp.model.trials import forward, moved, random_streams, state_of, tried
+from vit_mechinterp.spec import Site
+
+__all__ = ["OutputTokens", "output_tokens"]
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
+    weakref.WeakKeyDictionary()
+)
+"""By last block, and by what it consists of, its weights, its precision and the tokens: the shares of
+`OutputTokens`, or None if the block cannot be narrowed."""
+
+
+@dataclass(frozen=True)
+class OutputTokens:
+    """What the output reads of the last residual stream, where that is not all of it.
+
+    Args:
+        tokens: positions, ascending.
+        n_tokens: number of tokens of the stream.
+        share: the part of the last block's work that a token is spared which nobody reads.
+        share_behind_attention: the same where scores or pattern are looked at, so that the attention call
+            and the output projection run for all tokens.
+    """
+
+    tokens: tuple[int, ...]
+    n_tokens: int
+    share: float
+    share_behind_attention: float
+
+    def saved(self, tokens: tuple[int, ...], *, attention_whole: bool = False) -> float:
+        """Share of the last block's work that a row is spared, if it goes on with some tokens alone."""
+        share = self.share_behind_attention if attention_whole else self.share
+        return share * (1 - len(tokens) / self.n_tokens)
+
+
+def output_tokens(vit: HookedViT) -> OutputTokens | None:
+    """Try out which tokens the output reads, and whether the last block gives the same without the others.
+
+    Random streams take the place of the last block's output: what changes the output, or ``pooled``, is read.
+    The head may be another one tomorrow, so this is done anew at every call; it costs a few forwards
+    without blocks. Whether the block itself can be narrowed is tried once for its parts and weights.
+
+    Returns:
+        None where all tokens are read, the model has no others than patches, it is not as its library made it
+        (see `is_as_made`), the block's parts do not work token by token, or trying failed.
+    """
+    return tried(vit, _found, "resid_pre") if why_nothing_is_spared(vit.layout) is None else None
+
+
+def _found(vit: HookedViT) -> OutputTokens | None:
+    layout = vit.layout
+    prefix, n = len(layout.tokens.prefix), layout.tokens.n_tokens
+    special = [*range(prefix), *range(prefix + layout.tokens.n_patches, n)]
+    tokens = _read_by_output(vit, special) if special else ()
+    if not tokens:
+        return None
+    block: nn.Module = lookup(vit.module, layout.block_path(layout.n_layers - 1))
+    known, key = _KNOWN.setdefault(block, {}), (tokens, *state_of(vit, block))
+    if key not in known:
+        known.clear()
+        forget(block)
+        known[key] = _shares(vit, block, tokens)
+    shares = known[key]
+    return None if shares is None else OutputTokens(tokens, n, *shares)
+
+
+def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
+    """Those of some tokens that the output or ``pooled`` reads; none if either reads others too."""
+    n_layers, n = vit.layout.n_layers, vit.layout.tokens.n_tokens
+    others = sorted(set(range(n)) - set(special))
+    rows = 2 + len(special)
+    read = torch.zeros(rows, dtype=torch.bool)
+    for seed, scale in enumerate((1.0, 1.0, 0.1, 10.0)):
+
+        def streams(value: Tensor, seed: int = seed, scale: float = scale) -> Tensor:
+            pair = scale * random_streams(2, value, seed)
+            changed = pair[:1].repeat(rows, 1, 1)
+            changed[1, others] = pair[1, others]
+            for row, token in enumerate(special, start=2):
+                changed[row, token] = pair[1, token]
+            return changed
+
+        site = Site(n_layers - 1, "resid_post")
+        found = forward(vit, {site: streams}, range(n_layers), rows, ("pooled",))
+        if found is None:
+            return ()
+        for values in found.values():
+            read |= moved(vit, values)
+    return () if read[1] else tuple(token for token, own in zip(special, read[2:], strict=True) if own)
+
+
+def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[float, float] | None:
+    """The shares of the last block's work that narrowing spares; None if the values of the tokens that are
+    read, or the output, are others then."""
+    n_layers = vit.layout.n_layers
+    site, before = Site(n_layers - 1, "resid_pre"), range(n_layers - 1)
+    last = f"blocks.{n_layers - 1}.resid_post"
+    n_patches, prefix = vit.layout.tokens.n_patches, len(vit.layout.tokens.prefix)
+    patches = prefix + np.random.default_rng(0).permutation(n_patches)[: max(1, n_patches // 4)]
+    some = tuple(sorted({*tokens, *patches.tolist()}))
+    precise = vit.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(vit.device.type)
+
+    def run(narrowing: Narrowing | None = None) -> dict[str, Tensor] | None:
+        return forward(vit, {site: lambda value: random_streams(2, value)}, before, 2, (last,), narrowing)
+
+    whole = run()
+    for few, opened in ((tokens, True), (some, True), (some, False), (tokens, False)):
+        narrowing = Narrowing(vit.module, vit.layout, few, opened=opened)
+        for _ in range(2):  # the first call of a module is there to compare it with itself
+            found = run(narrowing)
+        if whole is None or found is None or mixes_tokens(block):
+            return None
+        for name, values in found.items():
+            expected = whole[name]
+            if name == last:
+                values, expected = values[:, list(few)], expected[:, list(few)]
+            tolerance = (2e-6 if precise else 3e-2) * expected.abs().max()
+            if not bool((values - expected).abs().max() <= tolerance):
+                return None
+    parts = narrowing.narrowed  # of the last trial, which is how waves run: the tokens read, nothing opened
+    attention: nn.Module = lookup(vit.module, vit.layout.attention_path(n_layers - 1))
+    outside = parts - set(attention.modules())
+    share = share_of(vit.module, vit.layout, n_layers - 1, parts, call=narrowing.called)
+    return (share, share_of(vit.module, vit.layout, n_layers - 1, outside)) if share else None
