@@ -42,12 +42,6 @@ DOCUMENTS: list[dict[str, Any]] = [
         ],
     },
     {"name": "push", "interventions": [{"op": "add_direction", "site": "blocks.2.resid_pre", "vector": "direction.24"}]},
-    {
-        "name": "looked at",
-        "interventions": [{"op": "ablate", "site": "blocks.0.attn.z", "tokens": ["cls", 4], "heads": [0]}],
-        "capture": ["blocks.1.mlp.post"],
-        "output": False,
-    },
 ]
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import vit_mechinterp as vmi
+from tests.engine.experiments import assert_same_bits
 from tests.engine.test_floor import SITES, TOKENS, needed
 from tests.engine.test_sharing import repeating
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_VIT, MAIN, N_LAYERS, TIMM_PLAIN, Tiny
 from vit_mechinterp import Experiment, Results, Run, Sweep
 from vit_mechinterp.engine import prepare
+from vit_mechinterp.engine.resume import FinishedChunks
 from vit_mechinterp.errors import SpecError
 
 Document = dict[str, Any]
@@ -173,6 +175,28 @@ def test_with_a_store_folders_and_backends(batch_size: int, tmp_path: Path) -> N
         assert loaded.run_names == ("kept",)
         assert torch.equal(loaded.captures["seen"]["blocks.1.resid_mid"], results.captures["seen"]["blocks.1.resid_mid"])
         assert set(results.to_pandas().run) == {"kept"}
+
+
+def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = repeating(TIMM_PLAIN)
+    edit = swap("blocks.0.resid_post", tokens=[2])
+    documents = [unwanted("seen", edit, capture=["blocks.1.ln1"]), run("whole", edit), run("other", swap("blocks.1.attn.q"))]
+    options: dict[str, Any] = {"memory": world.memory(documents, 1, 2), "batch_size": 2}
+    add, finished = FinishedChunks.add, []
+
+    def stopping(self: Any, chunk: range, *args: Any) -> None:
+        add(self, chunk, *args)
+        finished.append(chunk)
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinishedChunks, "add", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            world.execute(documents, out=tmp_path, **options)
+        results = world.execute(documents, out=tmp_path, **options)
+    assert sorted(chunk.start for chunk in finished) == list(range(len(finished)))
+    assert_same_bits(results, world.execute(documents, **options))
 
 
 @pytest.mark.parametrize("out", [False, True])

@@ -274,9 +274,7 @@ def describe(
     )
 
 
-def _rows_of(
-    part: Part, ways: Mapping[Way, int], stage: int, schedule: Schedule
-) -> Iterator[Rows]:
+def _rows_of(part: Part, ways: Mapping[Way, int], stage: int, schedule: Schedule) -> Iterator[Rows]:
     """Rows of a run on which the same edits act, by where they join and end; ``ways`` counts those that are
     computed."""
     edits = tuple(f"{edit.spec.op} at {edit.site}" for edit in part.run.edits)
