@@ -13,7 +13,7 @@ import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_DINOV2, HF_VIT, N_LAYERS, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
-from vit_mechinterp.circuits.nodes import senders_of
+from vit_mechinterp.circuits.nodes import LOGITS, Node, senders_of
 from vit_mechinterp.circuits.path_patching import path_runs
 
 Document = dict[str, Any]
@@ -41,7 +41,7 @@ def checked(world: World, documents: list[Document]) -> tuple[int, vmi.Plan]:
 def test_path_patching_costs_its_clean_forwards(tiny: Tiny) -> None:
     """Every head, MLP and the embedding, into the logits alone: two forwards of each pair, and no block more."""
     world = World(tiny, 3)
-    runs = [run for sender in senders_of(world.vit, None, embed=True)[0] for run in path_runs(world.vit, sender, [])]
+    runs = [run for sender in senders_of(world.vit, None, embed=True)[0] for run in path_runs(world.vit, sender, [Node(LOGITS)])]
     documents = [run.model_dump(mode="json", exclude_defaults=True) for run in runs]
     total, plan = checked(world, documents)
     assert total == 2 * 3 * N_LAYERS < plan.naive_block_evaluations / 10

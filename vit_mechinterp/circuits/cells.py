@@ -110,7 +110,7 @@ def measure(
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> Measured:
-    """Carry out runs and reduce each to the metric's numbers.
+    """Carry out runs and reduce each that has an output to the metric's numbers.
 
     Args:
         vit: the model.
@@ -144,7 +144,7 @@ def measure(
                 vit, group, data, tensors=tensors, batch_size=batch_size, progress=progress and alone
             )
             with torch.no_grad():
-                found = {run.name: metric(results[run.name]).cpu() for run in group}
+                found = {name: metric(results[name]).cpu() for name in results.run_names}
             assert all(len(numbers) == n for numbers in found.values())
             records.append({**results.provenance})
             if kept is not None:

@@ -40,11 +40,12 @@ def runs_at_once(vit: HookedViT, n_examples: int) -> int:
 def pieces(runs: Sequence[Run], most: int, finished: Collection[str] = ()) -> list[list[Run]]:
     """Cut runs into pieces of about ``most``, without those that are finished.
 
-    Runs that read each other stay together, finished or not.
+    Runs that read each other stay together, finished or not; those without output have no numbers to be
+    finished.
     """
     cut: list[list[Run]] = []
     for group in _together(runs):
-        if all(run.name in finished for run in group):
+        if all(run.name in finished for run in group if run.output):
             continue
         if not cut or len(cut[-1]) + len(group) > most:
             cut.append([])

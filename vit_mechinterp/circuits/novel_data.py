@@ -120,5 +120,6 @@ def object_values(
     """Activations at the source objects' tokens by site, and where they come from."""
     names = list(dict.fromkeys(sites))
     captures = [Capture(site=site, tokens=source_tokens) for site in names]
-    results = execute(vit, Run(name="objects", base=source, capture=captures), data, **how)
+    run = Run(name="objects", base=source, capture=captures, output=False)
+    results = execute(vit, run, data, **how)
     return {site: torch.as_tensor(results.captures["objects"][site]) for site in names}, results.provenance

@@ -198,19 +198,25 @@ def path_runs(
     freeze_mlps: bool = True,
     tokens: Any = "all",
 ) -> list[Run]:
-    """Return the graph of runs of one sender: the run that sends, and per receiver one that reads from it."""
+    """Return the graph of runs of one sender: the run that sends, and per receiver one that reads from it.
+
+    The output of the run that sends is that of the path into the logits, and wanted if these receive. A
+    sender that none of the receivers follows has no runs.
+    """
     held = [Interchange(site=s, source=base) for s in frozen_sites(vit, sender, mlps=freeze_mlps)]
+    into_logits = any(r.site == LOGITS for r in receivers)
     sending = Run(
         name=run_name(sender, Node(LOGITS)),
         interventions=(sender.interchange(source, tokens), *held),
         base=base,
+        output=into_logits,
     )
     through = [
         Run(name=run_name(sender, r), interventions=(r.interchange({"run": sending.name}),), base=base)
         for r in receivers
         if r.site != LOGITS and reaches(vit, sender, r)
     ]
-    return [sending, *through]
+    return [sending, *through] if through or into_logits else []
 
 
 def _gap(effects: Mapping[str, Any], without: Tensor, target: Tensor) -> float:

@@ -141,7 +141,8 @@ def probe_intervention(
     names = list(known)
     read = [Run(name=f"clean, {name}", base=base, capture=places.captures(_tokens(name))) for name in names]
     how: dict[str, Any] = {"batch_size": rows_at_once, "progress": progress}
-    seen = execute(vit, read, fitted.data, **how)
+    shown = [run.model_copy(update={"output": False}) for run in read]
+    seen = execute(vit, shown, fitted.data, **how)
     features = [_features(seen, places, layer, names) for layer in places.layers]
     probes = train_probes(
         features, fitted.relations.flatten(), training, device=vit.device, progress=progress

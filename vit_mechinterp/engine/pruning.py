@@ -44,7 +44,7 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
         if not reaching[name].of_first and reach.is_rid_of_base(own, readers[name]):
             own, instead = without_base(own, runs)
             instead_of_base[name] = f"{name} is {instead}"
-        changing = reach.changing(own, runs)
+        changing: Mapping[int, Edit] = reach.changing(own, runs)
         if not own.has_output and not readers[name]:
             own, changing = showing_clean_values(own, reach.whose, changing)
         left_out[name] += _left_out(own, changing)
