@@ -90,6 +90,23 @@ def test_what_is_stored_of_one_column_is_not_computed_for_both(world: World) -> 
     assert [(forward.column, forward.images) for forward in plan.clean] == [("source", IMAGES)]
 
 
+def test_columns_of_the_same_images_are_one(world: World) -> None:
+    world.columns["source"] = world.columns["base"].clone()
+    documents = [
+        {"name": column, "base": column, "interventions": [{"op": "ablate", "site": f"blocks.{n}.attn_out"}]}
+        for n, column in enumerate(("base", "source"))
+    ]
+    documents.append({"name": "mean", "interventions": [{"op": "ablate", "site": "blocks.1.mlp_out", "method": "mean"}]})
+    with ActivationStore() as store:
+        plan = planned(world, documents, store)
+        with Counted(world.module) as counted:
+            results = world.execute(documents, batch_size=3, store=store)
+        assert (counted.total, counted.launches) == (plan.block_evaluations, plan.launches)
+        assert not any("once for each column" in note for note in plan.notes)
+        assert [(own.column, own.images) for own in plan.clean] == [("base", IMAGES)]
+        world.check(documents, results)
+
+
 def test_it_says_that_a_store_is_too_small(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch)
     with ActivationStore(host="4KiB") as store:

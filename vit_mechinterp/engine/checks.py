@@ -63,7 +63,8 @@ def refuse_train_mode(vit: HookedViT) -> None:
             )
 
 
-def check_images(data: Data, bound: Bound) -> None:
-    """Raise DataError before the first forward if an image column holds something else."""
+def check_images(data: Data, bound: Bound, *, decode: bool = True) -> None:
+    """Raise DataError before the first forward if an image column holds something else (encoded images:
+    something that cannot be decoded, unless that is not tried)."""
     for column in sorted(bound.image_columns):
-        data.check_images(column)
+        data.check_images(column, decode=decode)

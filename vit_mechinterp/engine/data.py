@@ -120,23 +120,24 @@ class Data(Columns):
                 f"Column {column!r}, example {example}: the image cannot be decoded ({error})."
             ) from error
 
-    def check_images(self, column: str) -> None:
-        """Preprocess one image, and look at every entry: encoded images are decoded once per process.
+    def check_images(self, column: str, *, decode: bool = True) -> None:
+        """Preprocess one image, and look at every entry: encoded images are decoded once per process, unless
+        ``decode`` is off.
 
         Raises:
             DataError: an image cannot be decoded (all that cannot are named), an entry is neither a PIL image
                 nor a tensor of the model's input size, or both occur.
         """
         stored = stored_images(self._data, column)
-        if stored is not None:
+        if stored is not None and decode:
             self._check_files(column, stored)
-        else:
+        elif stored is None:
             pictures, damaged = set(), {}
             for example, entry in enumerate(self._scan(column, "looking at")):
                 pictures.add(is_picture(entry))
                 if not is_picture(entry):
                     self._tensor(column, example, entry)
-                elif trouble := damaged_picture(entry):
+                elif decode and (trouble := damaged_picture(entry)):
                     damaged[example] = trouble
             if len(pictures) > 1:
                 raise DataError(_mixed(column))

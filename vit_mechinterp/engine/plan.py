@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.bound import BoundRun
-from vit_mechinterp.engine.checks import check_arguments
+from vit_mechinterp.engine.checks import check_arguments, check_images
 from vit_mechinterp.engine.counting import Way, count
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
@@ -194,7 +194,7 @@ def plan(
 
     Raises:
         SpecError: a run or the readout does not fit the model, or a store is given without data.
-        DataError: the data lacks what a run or the readout reads.
+        DataError: the data lacks what a run or the readout reads, or holds images that the model cannot take.
     """
     if isinstance(runs, Experiment) and batch_size == "auto":
         batch_size = runs.batch_size
@@ -209,6 +209,8 @@ def plan(
     flat = expand_runs(runs, vit.layout.n_layers)
     columns = None if data is None else Data(data, vit)
     bound = replace(bind(vit, flat, columns), readout=bind_readout(vit, readout, columns))
+    if columns is not None:
+        check_images(columns, bound, decode=False)
     resolved = None if tensors is None else resolve_refs(bound, tensors, vit)
     options: dict[str, Any] = {"memory": memory, "tensors": resolved, "stored": store is not None}
     schedule = schedule_for(vit, bound, columns, batch_size, **options)

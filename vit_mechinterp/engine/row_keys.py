@@ -85,7 +85,7 @@ class RowKeys:
             varying.append(self._source(edit.source))
         if edit.mean is not None:
             assert isinstance(edit.mean.origin, ColumnOrigin)
-            fixed += [self.sharing.means_of(edit.mean.origin.column), edit.mean.positions]
+            fixed += [self.sharing.first_alike(edit.mean.origin.column), edit.mean.positions]
         if edit.choice is not None:
             varying.append(edit.choices)
             fixed.append("choice")

@@ -126,10 +126,14 @@ class Sharing:
             return NONE
         return np.flatnonzero(self.classes[run] < 0)
 
-    def means_of(self, column: str) -> str:
-        """The first column that holds the same images: its means are the same."""
-        own = self.images[column]
-        return next(name for name, other in self.images.items() if np.array_equal(own, other))
+    def first_alike(self, column: str) -> str:
+        """The first column that holds the same images."""
+
+        def find() -> str:
+            own = self.images[column]
+            return next(name for name, other in self.images.items() if np.array_equal(own, other))
+
+        return self.once(("alike", column), find)
 
     @cached_property
     def _sorted_out(self) -> tuple[dict[str, tuple[Part, ...]], dict[str, IntArray], int]:

@@ -30,11 +30,13 @@ class _Asked:
     """What a source is asked for.
 
     Args:
+        column: the source's image column.
         form: what is stored.
         examples: of which examples.
         place: which of these stands for each of the examples that it is needed of.
     """
 
+    column: str
     form: Wanted
     examples: IntArray
     place: IntArray
@@ -152,15 +154,16 @@ class StoredClean:
     def values(self, schedule: Schedule, need: Need, examples: IntArray) -> Values:
         """One value of some ascending examples, read on its own."""
         asked = self._asked(schedule, {need: examples})[need]
-        found = self.sources[origin_of(need).column].take({asked.form: asked.examples})
+        found = self.sources[origin_of(schedule, need).column].take({asked.form: asked.examples})
         return _values(need, found[asked.form], asked, examples)
 
     def _asked(self, schedule: Schedule, needs: Needs) -> dict[Need, _Asked]:
         """What to ask the sources for: equal images once, where their values are stored once."""
         asked: dict[Need, _Asked] = {}
         for need, examples in needs.items():
-            form, own = stored_form(need), places_of(schedule, need, examples)
-            asked[need] = _Asked(form, *self.sources[origin_of(need).column].stored_once(form, own))
+            form, own = stored_form(schedule, need), places_of(schedule, need, examples)
+            column = origin_of(schedule, need).column
+            asked[need] = _Asked(column, form, *self.sources[column].stored_once(form, own))
         return asked
 
     def __call__(
@@ -184,7 +187,7 @@ class StoredClean:
             found = source.take(wanted)
             taken = dict.fromkeys(wanted, 0)
             for need, examples in needs.items():
-                if origin_of(need).column != column:
+                if asked[need].column != column:
                     continue
                 form, begin = asked[need].form, taken[asked[need].form]
                 taken[form] += int(asked[need].counts.sum())
@@ -199,8 +202,8 @@ class StoredClean:
 def _by_column(asked: Mapping[Need, _Asked]) -> dict[str, dict[Wanted, IntArray]]:
     """What to take from every column: needs that are stored alike behind one another."""
     found: dict[str, dict[Wanted, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
-    for need, own in asked.items():
-        found[origin_of(need).column][own.form].append(own.examples)
+    for own in asked.values():
+        found[own.column][own.form].append(own.examples)
     return {
         column: {form: np.concatenate(parts) for form, parts in own.items()} for column, own in found.items()
     }

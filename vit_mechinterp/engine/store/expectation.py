@@ -46,7 +46,7 @@ def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) ->
 def _request(schedule: Schedule, needs: Needs) -> Request:
     found: Request = defaultdict(dict)
     for need, examples in needs.items():
-        own, form = found[origin_of(need).column], stored_form(need)
+        own, form = found[origin_of(schedule, need).column], stored_form(schedule, need)
         places = places_of(schedule, need, examples)
         own[form] = np.concatenate([own[form], places]) if form in own else places
     return found

@@ -25,18 +25,18 @@ def needs_of(schedule: Schedule, chunk: range, reads: Sequence[Read] | None = No
     return needs
 
 
-def origin_of(need: Need) -> ColumnOrigin:
-    """The images that a need is about."""
+def origin_of(schedule: Schedule, need: Need) -> ColumnOrigin:
+    """The images that a need is about; those of columns that hold the same are the first one's."""
     origin = need if isinstance(need, ColumnOrigin) else need.origin
     assert isinstance(origin, ColumnOrigin)
-    return origin
+    return ColumnOrigin(schedule.sharing.first_alike(origin.column), origin.permutation)
 
 
-def stored_form(need: Need) -> Wanted:
+def stored_form(schedule: Schedule, need: Need) -> Wanted:
     """What is stored for a need: the column's own values, of tokens that belong to the image."""
     if isinstance(need, ColumnOrigin):
         return None
-    origin = origin_of(need)
+    origin = origin_of(schedule, need)
     own = ColumnOrigin(origin.column)
     if origin.permutation is not None and need.positions.each is not None:
         return Read(own, need.site)
@@ -45,4 +45,4 @@ def stored_form(need: Need) -> Wanted:
 
 def places_of(schedule: Schedule, need: Need, examples: IntArray) -> IntArray:
     """The examples in whose place of the column the images stand."""
-    return schedule.sharing.places_of(origin_of(need))[examples]
+    return schedule.sharing.places_of(origin_of(schedule, need))[examples]
