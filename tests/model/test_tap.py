@@ -148,6 +148,37 @@ def test_the_fused_kernel_runs_unless_scores_or_pattern_are_wanted(monkeypatch: 
         assert calls.count("fused") == expected
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_pattern_without_its_scores_and_without_gradients(name: str) -> None:
+    options = CALLS[name]
+    q, k, v = inputs(2 if name == "grouped" else HEADS)
+    module, kept = Call(**options), {}
+    expected = written_out(q, k, v, **options)
+    before = [x.clone() for x in (q, k, v, BIAS)]
+    with torch.no_grad(), tapped(module, keeping(kept, "pattern"), "here"):
+        found = module(q, k, v)
+    near(kept["pattern"], expected["pattern"])
+    near(found, expected["z"])
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v, BIAS), before, strict=True))
+
+
+def test_transforms_of_functions_see_the_pattern() -> None:
+    q, k, v = inputs()
+    module, kept = Call(), {}
+
+    def attend(q: Tensor) -> Tensor:
+        with tapped(module, keeping(kept, "pattern"), "here"):
+            return module(q, k, v)
+
+    with torch.no_grad():
+        expected, (_, tangent) = module(q, k, v), torch.func.jvp(lambda q: written_out(q, k, v)["z"], (q,), (q,))
+        near(torch.vmap(attend)(torch.stack([q, q]))[1], expected)
+        found, along = torch.func.jvp(attend, (q,), (q,))
+    near(found, expected)
+    near(along, tangent)
+    moved(along, torch.zeros_like(along))
+
+
 def test_dropout_acts_on_the_pattern_after_its_edit() -> None:
     q, k, v = inputs()
     module = Call(dropout_p=0.5)

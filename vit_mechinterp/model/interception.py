@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -182,10 +182,9 @@ class Interception(TorchFunctionMode):
             scores = scores.masked_fill(~causal, -math.inf)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        own = "scores" not in self.visits
         scores = self._visit("scores", scores)
-        # Softmax in float32 at least, as the fused kernels accumulate.
-        precise = torch.promote_types(scores.dtype, torch.float32)
-        pattern = self._visit("pattern", torch.softmax(scores, dim=-1, dtype=precise).to(value.dtype))
+        pattern = self._visit("pattern", _normalised(scores, own=own).to(value.dtype))
         if dropout_p > 0:
             pattern = F.dropout(pattern, dropout_p)
         return pattern @ value
@@ -197,6 +196,20 @@ def _scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
     q, k = (x.expand(*leading, *x.shape[-2:]).flatten(0, -3) for x in (query, key))
     product = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
     return product.reshape(*leading, *product.shape[-2:])
+
+
+def _normalised(scores: Tensor, *, own: bool) -> Tensor:
+    """Softmax over keys, in float32 at least, as the fused kernels accumulate.
+
+    It is written over scores that are our ``own``, and that no gradient needs: to fill memory that is new
+    takes as long as the softmax.
+    """
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    if own and scores.dtype == precise and not torch.is_grad_enabled():
+        # Refused, before anything is written, inside vmap and forward-mode differentiation.
+        with suppress(RuntimeError):
+            return torch.softmax(scores, dim=-1, out=scores)
+    return torch.softmax(scores, dim=-1, dtype=precise)
 
 
 class PackedInterception(Interception):
