@@ -397,15 +397,3 @@ def test_numpy_columns_and_tensors_are_taken() -> None:
         world.vit, run, as_numpy, tensors={"v": vector.double().numpy().astype(np.float32)}, progress=False
     )
     assert torch.equal(expected.logits, found.logits)
-
-
-def test_a_plan_refuses_images_that_the_model_cannot_take(guarded: dict[Tiny, World]) -> None:
-    world = guarded[TIMM_PLAIN]
-    run = Run.model_validate({"name": "swap", "interventions": [swap()]})
-    other = {**world.columns, "source": torch.zeros(world.n, 3, 8, 8)}
-    said = []
-    for refusing in (lambda: vmi.plan(world.vit, run, other), lambda: vmi.execute(world.vit, run, other)):
-        with pytest.raises(DataError, match="'source'") as error:
-            refusing()
-        said.append(str(error.value))
-    assert said[0] == said[1]

@@ -14,6 +14,7 @@ import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_CLIP, HF_DINOV2, TIMM_PLAIN, TIMM_REGISTERS, Tiny
 from vit_mechinterp import HookedViT, Interchange, Run, Sweep
+from vit_mechinterp.errors import DataError
 
 Document = dict[str, Any]
 TWELVE = replace(
@@ -236,3 +237,15 @@ def test_own_hooks_on_skipped_blocks_see_a_blank_row() -> None:
     # The images' own forward, and the one whose rows join behind the last block.
     assert len(seen) >= 2
     assert 1 in seen
+
+
+def test_a_plan_refuses_images_that_the_model_cannot_take() -> None:
+    world = world_of(TIMM_PLAIN)
+    run = Run.model_validate({"name": "swap", "interventions": [swap("blocks.1.resid_post")]})
+    other = {**world.columns, "source": torch.zeros(world.n, 3, 8, 8)}
+    said = []
+    for refusing in (lambda: vmi.plan(world.vit, run, other), lambda: vmi.execute(world.vit, run, other)):
+        with pytest.raises(DataError, match="'source'") as error:
+            refusing()
+        said.append(str(error.value))
+    assert said[0] == said[1]

@@ -130,6 +130,8 @@ class Ancestry:
     def _after(self, site: Site, whose: Whose) -> Whose:
         """Whose a value is after its edits, for whose it is before."""
         edits, lacking = self._edits.get(site, ()), self._lacking.get(site, ())
+        if not (edits or lacking or site in self._wanted):
+            return whose
         to_come = [edit for place, edit in edits if place in self._shared] + list(lacking)
         for place, edit in edits:
             chosen = self.masks.of_edit(edit)

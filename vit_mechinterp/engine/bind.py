@@ -112,9 +112,10 @@ def sources_first(runs: Sequence[Run]) -> list[Run]:
 
 def _refuse_idle(runs: Sequence[Run]) -> None:
     """Raise SpecError for a run of which nobody wants anything."""
-    read = {name for run in runs for name in _run_sources(run)}
-    for run in runs:
-        if not run.output and not run.capture and run.name not in read:
+    idle = [run for run in runs if not run.output and not run.capture]
+    read = {name for run in runs for name in _run_sources(run)} if idle else set()
+    for run in idle:
+        if run.name not in read:
             raise SpecError(
                 f"Nobody wants anything of run {run.name!r}: it has output=False, no capture, and no run "
                 "reads it. Give it a capture, let a run read it, or leave output out."

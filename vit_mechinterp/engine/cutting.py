@@ -14,6 +14,7 @@ from vit_mechinterp.engine.checks import check_batch_size
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.drafting import draft_of
 from vit_mechinterp.engine.footprint import Footprint, footprint
+from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.throughput import likely_width, measured_width, remembered_width
@@ -40,6 +41,7 @@ FEWEST_ROWS, MOST_ROWS = 2048, 16384
 chunk's outputs are in memory."""
 
 
+@uncollected()
 def schedule_for(
     vit: HookedViT,
     bound: Bound,

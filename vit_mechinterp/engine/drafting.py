@@ -12,7 +12,6 @@ from vit_mechinterp.engine.alone import Alone
 from vit_mechinterp.engine.anatomy import Anatomy
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.inside import starting_inside
 from vit_mechinterp.engine.positions import IntArray
@@ -58,8 +57,7 @@ def draft_of(
         images = {column: np.array([n]) for n, column in enumerate(columns)}
     else:
         images = image_numbers(data, columns, progress=progress)
-    with uncollected():
-        return _drafted(vit, bound, images, tensors, imagined=data is None, stored=stored)
+    return _drafted(vit, bound, images, tensors, imagined=data is None, stored=stored)
 
 
 def _drafted(

@@ -16,9 +16,9 @@ __all__ = ["ending", "ending_together", "ends_of"]
 def ends_of(bound: Bound, copies: Iterable[Copies]) -> Mapping[str, Stop]:
     """Where rows of runs without output end, by run; what is read of ``copies`` is read
     of the rows that they are."""
-    own = [run for run in bound.runs if not run.has_output]
-    if not own:
+    if len(bound.with_output) == len(bound.runs):
         return {}
+    own = [run for run in bound.runs if not run.has_output]
     reads = {run.name: [read.site for read in bound.reads_of[run.name]] for run in own}
     for same in copies:
         if same.owner in reads:  # and so has no output for the copy either

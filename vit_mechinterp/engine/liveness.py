@@ -126,9 +126,11 @@ class Liveness:
         """What is read of a value before its edits are made, for what is read of what is made of it."""
         for read in self._reads.get(site, ()):
             live = live | self.masks.of_read(read)
+        if site not in self._edits:
+            return live
         is_last = site.layer in (None, self.anatomy.layout.n_layers - 1)
         written: Mask = NONE_OF_IT
-        for place, edit in reversed(self._edits.get(site, ())):
+        for place, edit in reversed(self._edits[site]):
             chosen = self.masks.of_edit(edit)
             own = live & chosen
             made = own if is_last else own | (chosen & ~written & _anywhere(own, 1, 2))
