@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,20 +11,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.backends import backend_named
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_arguments, check_folder, check_images, refuse_train_mode
-from vit_mechinterp.engine.chunk import chunk_of
-from vit_mechinterp.engine.clean import CleanPass, clean_pass, dataset_means
-from vit_mechinterp.engine.collect import Gathering
+from vit_mechinterp.engine.clean import CleanPass, clean_pass
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.exhaustion import in_fewer_rows, make_room, memory_may_run_out
-from vit_mechinterp.engine.heap import give_back, keeping, thrifty
+from vit_mechinterp.engine.exhaustion import in_fewer_rows
+from vit_mechinterp.engine.heap import keeping, thrifty
 from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
-from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.provenance import circumstances, provenance_of
 from vit_mechinterp.engine.readout import bind_readout
 from vit_mechinterp.engine.results import Results
@@ -34,10 +29,10 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import parse_bytes
 from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.work import Work
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.spec import Experiment, Readout, Run, Sweep, TensorRef
+from vit_mechinterp.spec import Experiment, Readout, Run, Sweep
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine.store import ActivationStore
@@ -150,16 +145,17 @@ def execute(
     heap = keeping() if memory is None else thrifty()
     with vit.lock, torch.no_grad(), heap, _Bar(vit, schedule, clean, progress) as tick:
         most = None if memory is None else parse_bytes(memory) // 16
-        collected, halvings = _chunks(vit, columns, schedule, resolved, clean, kept, tick, most)
+        work = Work(vit, columns, schedule, resolved, clean, kept, tick, most)
+        work.carry_out()
     if store is not None:
         store.tiers.flush()
     labels = columns.labels()
-    provenance = provenance_of(vit, columns, schedule, resolved, halvings)
+    provenance = provenance_of(vit, columns, schedule, resolved, work.halvings)
     if isinstance(clean, StoredClean):
         provenance["images_per_stored_forward"] = clean.rows
     if kept is not None:
         return kept.finish(labels, provenance)
-    return collected.results(labels, provenance)
+    return work.collected.results(labels, provenance)
 
 
 class _Bar:
@@ -187,80 +183,3 @@ class _Bar:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-
-
-def _chunks(
-    vit: HookedViT,
-    data: Data,
-    schedule: Schedule,
-    tensors: Mapping[TensorRef, Tensor],
-    clean: CleanPass,
-    kept: FinishedChunks | None,
-    tick: Tick,
-    most: int | None,
-) -> tuple[Gathering, int]:
-    """Run every chunk; where memory runs out, halve the rows per forward and do the chunk again.
-
-    Chunks go to ``kept``, if it is given, and those that it has are left out. ``most`` bytes of images wait.
-    """
-    collected = Gathering(schedule.bound, schedule.n_examples)
-    ahead = clean.requests if isinstance(clean, StoredClean) else requests_of
-    waiting = [chunk for chunk in schedule.chunks if kept is None or not kept.has(chunk)]
-    if kept is not None:
-        schedule = replace(schedule, width=kept.width())
-
-    def expect(*, means: bool) -> None:
-        if isinstance(clean, StoredClean):
-            clean.expect(schedule, waiting, means=means)
-
-    halvings = 0
-    means: Mapping[Read, Tensor] | None = {}
-    if waiting and schedule.means_come_first:
-        with nullcontext() if kept is None else kept.computing_means() as means:
-            expect(means=means is None)
-            while means is None:
-                batches = ahead(schedule, schedule.chunks, schedule.mean_reads)
-                with memory_may_run_out(), data.ahead(batches, most):
-                    means = dataset_means(vit, data, schedule, tick, clean)
-                # Out here a failed forward's frames are gone, and its memory with them.
-                if means is None:
-                    rows = min(schedule.width, max(map(len, schedule.chunks)))
-                    schedule = replace(schedule, width=make_room(rows))
-                    halvings += 1
-                elif kept is not None:
-                    kept.add_means(means)
-    else:
-        expect(means=False)
-    assert means is not None
-
-    def earlier(run: str, examples: IntArray) -> Tensor:
-        if kept is not None:
-            return kept.outputs_of(run, examples)
-        return collected.outputs_of(run, examples)
-
-    while waiting:
-        with (
-            memory_may_run_out(),
-            data.ahead(ahead(schedule, list(waiting)), most),
-            closing(_in_order(waiting) if kept is None else kept.next_of(waiting)) as chunks,
-        ):
-            for chunk in chunks:
-                part = chunk_of(vit, data, schedule, chunk, tensors, means, tick, clean, earlier)
-                if kept is None:
-                    collected.add(chunk, part)
-                else:
-                    kept.add(chunk, part, schedule.width, halvings)
-                del part  # or it would stay beside what the next chunk takes
-                if most is not None:
-                    give_back()
-        if waiting:
-            rows = schedule.widest(waiting[0])
-            schedule, halvings = replace(schedule, width=make_room(rows)), halvings + 1
-    return collected, halvings
-
-
-def _in_order(waiting: list[range]) -> Generator[range, None, None]:
-    """The first of some chunks, again and again; each is left out once the next is asked for."""
-    while waiting:
-        yield waiting[0]
-        waiting.pop(0)

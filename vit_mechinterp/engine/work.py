@@ -1,0 +1,135 @@
+"""The work of an experiment, chunk by chunk; where memory runs out, in forwards of half as many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+
+from torch import Tensor
+
+from vit_mechinterp.engine.ahead import Request, requests_of
+from vit_mechinterp.engine.chunk import chunk_of
+from vit_mechinterp.engine.clean import CleanPass, dataset_means
+from vit_mechinterp.engine.collect import Gathering
+from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.heap import give_back
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.resume import FinishedChunks
+from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.store.clean import StoredClean
+from vit_mechinterp.engine.values import Read
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import TensorRef
+
+__all__ = ["Work"]
+
+
+class Work:
+    """Carries out a schedule.
+
+    Args:
+        vit: the model.
+        data: the examples.
+        schedule: what is to be computed.
+        tensors: the given tensors.
+        clean: makes clean values.
+        kept: where finished chunks go, and where those are that need not be computed; None keeps them here.
+        tick: called with the number of (row, block) pairs of every forward.
+        most: bytes of images that wait at most; None if no budget was given.
+
+    Attributes:
+        collected: what the chunks gave that are kept here.
+        halvings: how often memory ran out.
+    """
+
+    def __init__(
+        self,
+        vit: HookedViT,
+        data: Data,
+        schedule: Schedule,
+        tensors: Mapping[TensorRef, Tensor],
+        clean: CleanPass,
+        kept: FinishedChunks | None,
+        tick: Callable[[int], None],
+        most: int | None,
+    ) -> None:
+        self.vit, self.data, self.tensors, self.clean = vit, data, tensors, clean
+        self.kept, self.tick, self.most = kept, tick, most
+        self.schedule = schedule if kept is None else replace(schedule, width=kept.width())
+        self.collected = Gathering(schedule.bound, schedule.n_examples)
+        self.halvings = 0
+        self._waiting = [chunk for chunk in schedule.chunks if kept is None or not kept.has(chunk)]
+
+    def carry_out(self) -> None:
+        """Compute all chunks that are not finished."""
+        means = self._means()
+        while self._waiting:
+            with (
+                memory_may_run_out(),
+                self.data.ahead(self._requests(self._waiting), self.most),
+                closing(self._next()) as chunks,
+            ):
+                for chunk in chunks:
+                    self._finish(chunk, means)
+            # Out here a failed forward's frames are gone, and its memory with them.
+            if self._waiting:
+                self._halve(self.schedule.widest(self._waiting[0]))
+
+    def _means(self) -> Mapping[Read, Tensor]:
+        """The dataset means, if they come first; computed by us or, where others work here too, by them."""
+        if not (self._waiting and self.schedule.means_come_first):
+            self._expect(means=False)
+            return {}
+        with nullcontext() if self.kept is None else self.kept.computing_means() as known:
+            self._expect(means=known is None)
+            means: Mapping[Read, Tensor] | None = known
+            while means is None:
+                batches = self._requests(self.schedule.chunks, self.schedule.mean_reads)
+                with memory_may_run_out(), self.data.ahead(batches, self.most):
+                    means = dataset_means(self.vit, self.data, self.schedule, self.tick, self.clean)
+                if means is None:
+                    self._halve(min(self.schedule.width, max(map(len, self.schedule.chunks))))
+                elif self.kept is not None:
+                    self.kept.add_means(means)
+        return means
+
+    def _finish(self, chunk: range, means: Mapping[Read, Tensor]) -> None:
+        """Compute one chunk, and keep what it gives."""
+        given = self.vit, self.data, self.schedule, chunk, self.tensors, means, self.tick, self.clean
+        part = chunk_of(*given, self._earlier)
+        if self.kept is None:
+            self.collected.add(chunk, part)
+        else:
+            self.kept.add(chunk, part, self.schedule.width, self.halvings)
+        del part  # or it would be held while memory is given back
+        if self.most is not None:
+            give_back()
+
+    def _earlier(self, run: str, examples: IntArray) -> Tensor:
+        """Outputs of a run for some examples of finished chunks."""
+        finished = self.collected if self.kept is None else self.kept
+        return finished.outputs_of(run, examples)
+
+    def _next(self) -> Generator[range, None, None]:
+        """The first chunk that waits, again and again; each is left out once the next is asked for."""
+        if self.kept is not None:
+            yield from self.kept.next_of(self._waiting)
+            return
+        while self._waiting:
+            yield self._waiting[0]
+            self._waiting.pop(0)
+
+    def _requests(self, chunks: Sequence[range], reads: Sequence[Read] | None = None) -> Iterator[Request]:
+        """The batches of images that some chunks will ask for."""
+        ahead = self.clean.requests if isinstance(self.clean, StoredClean) else requests_of
+        return ahead(self.schedule, list(chunks), reads)
+
+    def _expect(self, *, means: bool) -> None:
+        if isinstance(self.clean, StoredClean):
+            self.clean.expect(self.schedule, self._waiting, means=means)
+
+    def _halve(self, rows: int) -> None:
+        self.schedule = replace(self.schedule, width=make_room(rows))
+        self.halvings += 1
