@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
-from vit_mechinterp.engine.bound import Blocks, Bound, BoundCapture, BoundRun, Edit, fields_of, source_of
+from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, fields_of, source_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.heap import uncollected
+from vit_mechinterp.engine.joins import Blocks
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, moved_note, resolve_tokens
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin

@@ -15,7 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
-from vit_mechinterp.engine.bound import Beginning, BoundRun
+from vit_mechinterp.engine.bound import BoundRun
+from vit_mechinterp.engine.joins import Beginning
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.values import Read

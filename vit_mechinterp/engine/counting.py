@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vit_mechinterp.engine.bind import sources_first
-from vit_mechinterp.engine.bound import Beginning, Bound, source_of
+from vit_mechinterp.engine.bound import Bound, source_of
 from vit_mechinterp.engine.distinct import distinct_rows
 from vit_mechinterp.engine.ending import ending_together
+from vit_mechinterp.engine.joins import Beginning
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.pieces import Stop

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from vit_mechinterp.engine.bound import Bound, Join
+from vit_mechinterp.engine.bound import Bound
+from vit_mechinterp.engine.joins import Join
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.pieces import Copies, Stop
 

@@ -9,7 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from vit_mechinterp.engine.bound import BoundRun, Join
+from vit_mechinterp.engine.bound import BoundRun
+from vit_mechinterp.engine.joins import Join
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.positions import IntArray, Positions
 from vit_mechinterp.engine.sharing import Sharing

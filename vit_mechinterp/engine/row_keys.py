@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_mechinterp.engine.bound import BoundRun, Edit, output_before
+from vit_mechinterp.engine.bound import BoundRun, Edit
+from vit_mechinterp.engine.joins import output_before
 from vit_mechinterp.engine.ops import BUILT_IN, ablate, inject_subspace, interchange, operator_of
 from vit_mechinterp.engine.options import options_of
 from vit_mechinterp.engine.positions import BoolArray, IntArray, Positions

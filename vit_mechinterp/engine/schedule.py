@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
+from vit_mechinterp.engine.clean_groups import clean_groups
 from vit_mechinterp.engine.computed import ComputedRows, within
 from vit_mechinterp.engine.ending import ending_together
 from vit_mechinterp.engine.numbering import Part
@@ -223,7 +224,7 @@ class Schedule:
         self, needs: Mapping[Read, IntArray], outputs: Mapping[ColumnOrigin, IntArray]
     ) -> Iterator[CleanGroup]:
         """The clean forwards that give what is needed, each image in one of them."""
-        for group in self.clean_groups(needs, outputs):
+        for group in clean_groups(self.sharing, self.n_layers, needs, outputs):
             for start in range(0, len(group.images), self.clean_width):
                 span = slice(start, start + self.clean_width)
                 yield CleanGroup(group.stop, group.images[span], group.sources[span])
@@ -233,41 +234,6 @@ class Schedule:
         clean = (len(batch.images) for batch in self.clean_batches(*self.clean_needs(chunk)))
         rows = (sum(len(part.examples) for part in parts) for parts in self.rows.of(chunk).parts)
         return max((*clean, *(min(own, self.width) for own in rows)), default=1)
-
-    def clean_groups(
-        self, needs: Mapping[Read, IntArray], outputs: Mapping[ColumnOrigin, IntArray]
-    ) -> list[CleanGroup]:
-        """Distinct images, grouped by how far they pass through the model; those that go furthest first."""
-        stops: dict[tuple[ColumnOrigin, bytes], tuple[IntArray, int]] = {}
-
-        def until(origin: ColumnOrigin, examples: IntArray, place: int) -> None:
-            key = origin, examples.tobytes()
-            known = stops.get(key, (examples, 0))
-            stops[key] = examples, max(place, known[1])
-
-        for read, examples in needs.items():
-            assert isinstance(read.origin, ColumnOrigin)
-            until(read.origin, examples, Stop.for_site(read.site, self.n_layers).place)
-        for origin, examples in outputs.items():
-            until(origin, examples, 2 * self.n_layers)
-        if not stops:
-            return []
-        numbers, places, sources = [], [], []
-        for (origin, _), (examples, place) in stops.items():
-            numbers.append(self.sharing.images_of(origin)[examples])
-            places.append(np.full(len(examples), place))
-            sources += [(origin.column, i) for i in self.sharing.places_of(origin)[examples].tolist()]
-        distinct, first, which = np.unique(np.concatenate(numbers), return_index=True, return_inverse=True)
-        furthest = np.zeros(len(distinct), dtype=np.int64)
-        np.maximum.at(furthest, which.reshape(-1), np.concatenate(places))
-        groups = []
-        for place in sorted(set(furthest.tolist()), reverse=True):
-            members = np.flatnonzero(furthest == place)
-            members = members[np.argsort(first[members], kind="stable")]
-            groups.append(
-                CleanGroup(Stop(place), distinct[members], tuple(sources[i] for i in first[members].tolist()))
-            )
-        return groups
 
     @cached_property
     def last_stage(self) -> dict[Read, int]:

@@ -16,7 +16,8 @@ from itertools import combinations, groupby
 from torch import Tensor
 
 from vit_mechinterp.engine.alone import Alone
-from vit_mechinterp.engine.bound import Bound, BoundRun, Edit, output_before
+from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.joins import output_before
 from vit_mechinterp.engine.ops import (
     BUILT_IN,
     ablate,

@@ -19,11 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import BoundRun, Edit, Join
+from vit_mechinterp.engine.bound import BoundRun, Edit
 from vit_mechinterp.engine.distinct import distinct_rows
 from vit_mechinterp.engine.editing import Material, edit_rows
+from vit_mechinterp.engine.joins import Join
 from vit_mechinterp.engine.order import Segment
 from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.readers import Reader, readers_of
 from vit_mechinterp.engine.stacking import Placed, edit_stack, stacked
 from vit_mechinterp.engine.values import Read, contiguous, gather
 from vit_mechinterp.errors import ExecutionError
@@ -170,9 +172,10 @@ class _Wave:
         for k, edit in run.to_make:
             if edit.site == site:
                 self._edit(increment, rows, n, k, edit)
-        for name, read, own, of in self._readers(n):
-            if read.site == site:
-                self.captured[name, read].append((of, gather(site, increment, own, read, of)))
+        for own in readers_of(self.segments[n], self.materials[n]):
+            if own.read.site == site:
+                piece = gather(site, increment, own.rows, own.read, own.examples)
+                self.captured[own.run, own.read].append((own.examples, piece))
         return increment
 
     def _known(self, n: int, site: Site) -> Tensor:
@@ -248,53 +251,21 @@ class _Wave:
         edit_rows(value, rows, edit, self.segments[n].examples, self.materials[n])
         self.applied.add((n, k))
 
-    def _readers(self, n: int) -> list[tuple[str, Read, IntArray | slice, IntArray]]:
-        """Who reads values off a segment's rows: run, read, rows within the segment, and its examples."""
-        segment, material = self.segments[n], self.materials[n]
-        everyone = np.array(segment.examples)
-        found: list[tuple[str, Read, IntArray | slice, IntArray]] = []
-
-        def add(
-            name: str, rows: IntArray | slice, examples: IntArray, since: Site, until: Site | None = None
-        ) -> None:
-            first = max(since, material.bound.clean_before.get(name, since))
-            for read in material.bound.reads_of[name]:
-                if read.site >= first and (until is None or read.site < until):
-                    found.append((name, read, rows, examples))
-
-        since = segment.run.own_from
-        if since is not None:
-            add(segment.run.name, slice(0, len(everyone)), everyone, since)
-        others: dict[tuple[str, Site, Site | None], list[tuple[int, int]]] = defaultdict(list)
-        for row, example in enumerate(segment.examples):
-            key = segment.run.name, example
-            if since is not None:
-                for name, other in material.copies.get(key, ()):
-                    others[name, since, None].append((row, other))
-            for own in material.handed.get(key, ()):
-                others[own.row[0], own.since, own.until].append((row, own.row[1]))
-        for (name, first, last), pairs in others.items():
-            rows, of = (np.array(own) for own in zip(*pairs, strict=True))
-            add(name, rows, of, first, last)
-        return found
-
     def _add_captures(self) -> None:
         for n, segment in enumerate(self.segments):
-            for name, read, rows, examples in self._readers(n):
-                if self._behind_join(segment.run, read.site):
-                    self._visit(read.site, self._capturing(n, name, read, rows, examples))
+            for reader in readers_of(segment, self.materials[n]):
+                if self._behind_join(segment.run, reader.read.site):
+                    self._visit(reader.read.site, self._capturing(n, reader))
 
-    def _capturing(
-        self, n: int, name: str, read: Read, rows: IntArray | slice, examples: IntArray
-    ) -> Visitor:
-        start = self.starts[n]
-        of = slice(start, self.starts[n + 1]) if isinstance(rows, slice) else rows + start
+    def _capturing(self, n: int, reader: Reader) -> Visitor:
+        read, examples = reader.read, reader.examples
+        of = self.span(n) if isinstance(reader.rows, slice) else reader.rows + self.starts[n]
 
         def visitor(value: Tensor) -> None:
             own = of if isinstance(of, slice) else (contiguous(of) or of)
             piece = gather(read.site, value, own, read, examples)
             if piece.untyped_storage().nbytes() > piece.nbytes and not piece.requires_grad:
                 piece = piece.clone()  # or the rows of all others would stay alive with it
-            self.captured[name, read].append((examples, piece))
+            self.captured[reader.run, read].append((examples, piece))
 
         return visitor

@@ -1,0 +1,59 @@
+"""Which images pass through the model together in clean forwards, and how far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from vit_mechinterp.engine.pieces import CleanGroup, Stop
+from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.sharing import Sharing
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+
+__all__ = ["clean_groups"]
+
+
+def clean_groups(
+    sharing: Sharing,
+    n_layers: int,
+    needs: Mapping[Read, IntArray],
+    outputs: Mapping[ColumnOrigin, IntArray],
+) -> list[CleanGroup]:
+    """Distinct images, grouped by how far they pass through the model; those that go furthest first.
+
+    Args:
+        sharing: the images' numbers.
+        n_layers: number of blocks of the model.
+        needs: clean values, each with the examples that it is needed of.
+        outputs: the same for clean outputs.
+    """
+    stops: dict[tuple[ColumnOrigin, bytes], tuple[IntArray, int]] = {}
+
+    def until(origin: ColumnOrigin, examples: IntArray, place: int) -> None:
+        key = origin, examples.tobytes()
+        known = stops.get(key, (examples, 0))
+        stops[key] = examples, max(place, known[1])
+
+    for read, examples in needs.items():
+        assert isinstance(read.origin, ColumnOrigin)
+        until(read.origin, examples, Stop.for_site(read.site, n_layers).place)
+    for origin, examples in outputs.items():
+        until(origin, examples, 2 * n_layers)
+    if not stops:
+        return []
+    numbers, places, sources = [], [], []
+    for (origin, _), (examples, place) in stops.items():
+        numbers.append(sharing.images_of(origin)[examples])
+        places.append(np.full(len(examples), place))
+        sources += [(origin.column, i) for i in sharing.places_of(origin)[examples].tolist()]
+    distinct, first, which = np.unique(np.concatenate(numbers), return_index=True, return_inverse=True)
+    furthest = np.zeros(len(distinct), dtype=np.int64)
+    np.maximum.at(furthest, which.reshape(-1), np.concatenate(places))
+    groups = []
+    for place in sorted(set(furthest.tolist()), reverse=True):
+        members = np.flatnonzero(furthest == place)
+        members = members[np.argsort(first[members], kind="stable")]
+        taken_from = tuple(sources[i] for i in first[members].tolist())
+        groups.append(CleanGroup(Stop(place), distinct[members], taken_from))
+    return groups
