@@ -221,6 +221,15 @@ def test_a_run_without_labels_shows_mean_outputs() -> None:
     assert [row.split() for row in rows] == [["clean", "2.000", "2.000"], ["swap", "0.000", "2.000"]]
 
 
+def test_runs_without_output_show_none() -> None:
+    import torch
+
+    from vit_mechinterp.commands.analyses import _summary
+
+    results = vit_mechinterp.Results(torch.zeros(0, 2, 3), run_names=(), captures={})
+    assert _summary(results) == "No run has an output; what they captured is in the results."
+
+
 def test_a_run_with_a_readout_shows_means_of_what_it_keeps() -> None:
     import torch
 

@@ -87,17 +87,22 @@ def execute_sequentially(
     with vit.lock, torch.no_grad(), opened(vit, sites) as forward:
         check_agreement(name, vit, forward, sites, edited_sites)
         experiment = _Experiment(vit, bound, data, tensors, forward, batch_size)
-        bar = tqdm(total=len(bound.runs) * data.n, desc=name, unit="row", delay=2.0, disable=not progress)
+        wanted = [run for run in bound.runs if run.has_output or run.captures]
+        bar = tqdm(total=len(wanted) * data.n, desc=name, unit="row", delay=2.0, disable=not progress)
         with bar:
-            collected = {run.name: experiment.collect(run, bar.update) for run in bound.runs}
+            collected = {run.name: experiment.collect(run, bar.update) for run in wanted}
     schedule = Schedule(Sharing(bound, {}, rows=False), vit.layout.n_layers, data.n, batch_size)
     versions = {package: metadata.version(package) for package in packages}
     names = tuple(run.name for run in bound.with_output)
     outputs = [collected[name][0] for name in names]
+    some, _ = next(iter(collected.values()))
     return Results(
-        logits=torch.stack(outputs) if outputs else collected[bound.runs[0].name][0][None][:0],
+        logits=torch.stack(outputs) if outputs else some.new_empty(0, *some.shape),
         run_names=names,
-        captures={run.name: Captures(run.name, collected[run.name][1]) for run in bound.runs},
+        captures={
+            run.name: Captures(run.name, collected[run.name][1] if run in wanted else {})
+            for run in bound.runs
+        },
         labels=data.labels(),
         provenance={
             **provenance_of(vit, data, schedule, tensors, halvings=0),

@@ -72,6 +72,8 @@ def _store(folder: Path | None) -> AbstractContextManager[ActivationStore | None
 def _summary(results: Results) -> str:
     """How often each run predicts what the data's label columns say, or, without any, its mean outputs (or
     the mean of what was kept of them)."""
+    if not results.run_names:
+        return "No run has an output; what they captured is in the results."
     table = results.to_pandas()
     n = results.logits.shape[1]
     readout = results.readout
