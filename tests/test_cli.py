@@ -22,7 +22,7 @@ def test_an_error_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest.
     assert printed.out == ""
     assert printed.err == (
         f"vit-mechinterp: {path}: runs.0.nmae: Unknown field 'nmae'. Close matches: name. "
-        "Fields of Run: name, interventions, base, capture.\n"
+        "Fields of Run: name, interventions, base, capture, output.\n"
     )
     with pytest.raises(SpecError, match="nmae"):
         main(["--debug", "run", str(path), "--out", str(tmp_path)])

@@ -79,8 +79,11 @@ def experiments(draw: Any) -> tuple[Any, list[dict[str, Any]]]:
         again = draw(st.sampled_from([[], [], *(run["interventions"] for run in runs)]))
         more = draw(made) if not again or (len(again) < 4 and draw(st.booleans())) else []
         edited = [*again[: draw(st.integers(1, len(again)))], *more] if again else more
-        wanted = {"output": False} if sites and draw(st.integers(0, 2)) == 0 else {}
-        runs.append({"name": f"run{n}", "base": base, "interventions": edited, "capture": sites, **wanted})
+        runs.append({"name": f"run{n}", "base": base, "interventions": edited, "capture": sites})
+    read = {edit["source"]["run"] for run in runs for edit in run["interventions"] if isinstance(edit.get("source"), dict)}
+    for run in runs:
+        if (run["capture"] or run["name"] in read) and draw(st.integers(0, 2)) == 0:
+            run["output"] = False
     return world, draw(st.permutations(runs))
 
 

@@ -83,7 +83,7 @@ def test_a_replaced_stream_of_another_run_goes_on_from_it() -> None:
     with_own = rows(world, sender, captured, effect=None)
     assert with_own == [alone[0], alone[1] + 3, alone[2]]  # its own base, as far as it is captured
     further = run("further", whole, push(f"{LAST}.mlp_out", ["cls"]), base="source")
-    assert rows(world, sender, further, effect=None) == [alone[0], alone[1], alone[2] + 3]
+    assert rows(world, sender, further, effect=None) == alone  # what it adds, it adds behind the last block
     # What the sender does later is not in it.
     late = run("sender", swap("blocks.0.mlp_out", [2]), push(f"{LAST}.mlp_out", ["cls"]))
     assert rows(world, late, run("same", whole, base="source"), effect=None) == [alone[0], alone[1], alone[2] + 3]
@@ -222,7 +222,7 @@ def test_means_of_a_folder_are_those_of_the_sites_that_read_them(
         handle = world.module.blocks[1].register_forward_hook(lambda module, args, output: None) if own else None
         with monkeypatch.context() as patch:
             if first:
-                patch.setattr(importlib.import_module("vit_mechinterp.engine.execute"), "chunk_of", dying)
+                patch.setattr(importlib.import_module("vit_mechinterp.engine.work"), "chunk_of", dying)
                 with pytest.raises(KeyboardInterrupt):
                     world.execute(documents, **options)
             else:

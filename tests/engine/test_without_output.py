@@ -14,7 +14,7 @@ from tests.engine.experiments import assert_same_bits
 from tests.engine.test_floor import SITES, TOKENS, needed
 from tests.engine.test_sharing import repeating
 from tests.engine.world import Counted, World, world_of
-from tests.tiny_models import HF_VIT, MAIN, N_LAYERS, TIMM_PLAIN, Tiny
+from tests.tiny_models import HF_VIT, MAIN, N_LAYERS, TIMM_PLAIN, TIMM_POOLED, Tiny
 from vit_mechinterp import Experiment, Results, Run, Sweep
 from vit_mechinterp.engine import prepare
 from vit_mechinterp.engine.resume import FinishedChunks
@@ -142,6 +142,56 @@ def test_equal_rows_of_other_chunks(readout: Any, first_wanted: bool) -> None:
     assert results is None or torch.allclose(results.logits, cut.logits, atol=1e-6)
 
 
+@pytest.mark.parametrize("tiny", [HF_VIT, TIMM_POOLED], ids=lambda tiny: tiny.name)
+def test_what_is_shown_before_a_base_is_replaced_is_the_bases(tiny: Tiny) -> None:
+    world = world_of(tiny)
+    early, late = "blocks.0.resid_post", "blocks.2.attn_out"
+    start = run("start", swap("blocks.0.attn.z", tokens="all"))
+    for source in ("source", {"run": "start"}):
+        for site in ("blocks.1.resid_post", "blocks.1.resid_mid"):
+            seen = unwanted("seen", swap(site, tokens="all") | {"source": source}, capture=[early, late])
+            more = unwanted("more", *seen["interventions"], swap("blocks.2.attn.q", tokens=[2]), capture=[early, late])
+            for documents in ([start, seen], [start, more], [start, seen, more]):
+                _, results = counted(world, documents)
+                for own in documents[1:]:
+                    captured, clean = results.captures[own["name"]], world.oracle.clean("base")[1]
+                    assert torch.allclose(captured[early], clean[early], atol=1e-4)
+                    assert not torch.allclose(captured[late], clean[late], atol=1e-2)
+
+
+def test_runs_whose_readers_read_nothing_of_theirs_are_left_out() -> None:
+    world = world_of(TIMM_PLAIN, N)
+    start = unwanted("start", swap("blocks.0.resid_post", tokens=[3, 4]))
+    for site, expected in (("attn.q", [N, N, N]), ("resid_pre", [N, N, N])):
+        reader = run("reader", swap(f"blocks.1.{site}", tokens=[7]) | {"source": {"run": "start"}})
+        rows, _ = counted(world, [start, reader])
+        assert rows == expected, site  # token 7 is the base's own
+    reader = run("reader", swap("blocks.1.ln1", tokens=[3]) | {"source": {"run": "start"}})
+    rows, results = counted(world, [start, reader])
+    assert rows == [2 * N, 2 * N, N]  # token 3 is the source's
+    assert float((results["reader"] - world.oracle.clean("base")[0]).abs().max()) > 1e-3
+    plan = vmi.plan(world.vit, [Run.model_validate(own) for own in (start, reader)], world.columns)
+    assert [(rows.run, rows.blocks) for rows in plan.rows] == [("reader", 2)]
+
+
+@pytest.mark.parametrize("seen", ["blocks.1.attn.k", "blocks.1.attn.v", "blocks.1.attn.q", "blocks.0.mlp_out", "blocks.2.attn.z"])
+def test_a_run_is_read_off_the_rows_of_an_equal_one_that_goes_on(seen: str) -> None:
+    world = world_of(HF_VIT, N)
+    edits = [swap("blocks.1.attn.q", tokens=[3]), swap("blocks.2.ln2", tokens=["cls"])]
+    whole = run("whole", *edits)
+    with_output, _ = counted(world, [run("seen", *edits, capture=[seen]), whole])
+    without, _ = counted(world, [unwanted("seen", *edits, capture=[seen]), whole])
+    assert sum(without) <= sum(with_output)
+
+
+def test_a_run_that_goes_on_from_another_ones_stream_shares_its_beginning() -> None:
+    world = world_of(TIMM_PLAIN, N)
+    start = run("start", swap("blocks.0.resid_post"))
+    over = swap("blocks.1.resid_post", tokens="all") | {"source": {"run": "start"}}
+    rows, _ = counted(world, [start, run("reader", over, swap("blocks.2.attn_out", tokens="cls"))])
+    assert rows == [2 * N, 2 * N, 3 * N]  # base and source in block 0; start, and the source's own attention; both runs
+
+
 def test_clean_runs_without_output_go_as_far_as_their_captures() -> None:
     world = world_of(HF_VIT, N)
     rows, results = counted(world, [{"name": "clean", "capture": ["blocks.0.mlp.post"], "output": False}])
@@ -171,7 +221,7 @@ def test_with_a_store_folders_and_backends(batch_size: int, tmp_path: Path) -> N
         assert torch.allclose(results.logits, expected.logits, atol=1e-5), way
         world.check(documents, results, effect=None)
         loaded = Results.load(results.save(tmp_path / way))
-        assert set(loaded.captures) == {"seen", "kept", "clean"}
+        assert list(loaded.captures) == list(results.captures) == ["seen", "kept", "clean"]
         assert loaded.run_names == ("kept",)
         assert torch.equal(loaded.captures["seen"]["blocks.1.resid_mid"], results.captures["seen"]["blocks.1.resid_mid"])
         assert set(results.to_pandas().run) == {"kept"}
@@ -223,10 +273,16 @@ def test_what_is_wrong_is_said() -> None:
     with pytest.raises(SpecError, match=r"Runs without output .* cannot be prepared, which is for their outputs: seen"):
         prepare(world.vit, [seen], world.columns, {}).__enter__()
     results = vmi.execute(world.vit, [seen], world.columns, progress=False)
-    with pytest.raises(KeyError, match=r"Run 'seen' has no output .*: its captures are captures"):
+    with pytest.raises(KeyError, match=r"Run 'seen' has no output .* What it captured is captures\['seen'\]"):
         results["seen"]
-    with pytest.raises(KeyError, match="There is no run 'see'"):
+    with pytest.raises(KeyError, match=r"There is no run 'see'\. Close matches: seen\. Runs: seen\."):
         results["see"]
+    assert repr(results) == "Results(0 runs x 5 examples, 1 runs without output, 1 captures)"
+    start, reader = unwanted("start", swap("blocks.0.attn.z")), run("reader", swap("blocks.1.attn.z"))
+    reader["interventions"][0]["source"] = {"run": "start"}
+    results = world.execute([start, reader])
+    with pytest.raises(KeyError, match=r"Run 'start' has no output \(output=False\)\.\"$"):
+        results["start"]
     with pytest.raises(SpecError, match="output"):
         Run.model_validate(run("seen", output="no"))
 

@@ -73,7 +73,7 @@ def bind(vit: HookedViT, runs: Sequence[Run], data: Data | None) -> Bound:
         SpecError: a site, head, layer, token name or run does not exist, or selections do not pair up.
         DataError: a column is missing or holds something else.
     """
-    _refuse_idle(runs)
+    _refuse_unwanted(runs)
     bound: dict[str, BoundRun] = {}
     blocks = Blocks(vit.layout.n_layers, _through(vit), _closed(vit))
     for run in sources_first(runs):
@@ -111,11 +111,11 @@ def sources_first(runs: Sequence[Run]) -> list[Run]:
         ) from None
 
 
-def _refuse_idle(runs: Sequence[Run]) -> None:
+def _refuse_unwanted(runs: Sequence[Run]) -> None:
     """Raise SpecError for a run of which nobody wants anything."""
-    idle = [run for run in runs if not run.output and not run.capture]
-    read = {name for run in runs for name in _run_sources(run)} if idle else set()
-    for run in idle:
+    unseen = [run for run in runs if not run.output and not run.capture]
+    read = {name for run in runs for name in _run_sources(run)} if unseen else set()
+    for run in unseen:
         if run.name not in read:
             raise SpecError(
                 f"Nobody wants anything of run {run.name!r}: it has output=False, no capture, and no run "

@@ -25,8 +25,9 @@ def ends_of(bound: Bound, copies: Iterable[Copies]) -> Mapping[str, Stop]:
         if same.owner in reads:  # and so has no output for the copy either
             reads[same.owner] += reads[same.run]
     return {
-        run.name: max((Stop.for_site(site, run.blocks.n) for site in reads[run.name]), default=Stop(0))
+        run.name: max(Stop.for_site(site, run.blocks.n) for site in reads[run.name])
         for run in own
+        if reads[run.name]
     }
 
 

@@ -92,8 +92,8 @@ def execute(
             outputs are there until their chunk of examples is done, and, of clean images, in a store.
 
     Returns:
-        Outputs ``[run, example, *output]``, or with a readout ``[run, example]`` (a loss) or
-        ``[run, example, k]`` (logits of k classes), and captures, on the CPU.
+        Outputs ``[run, example, *output]`` of the runs that have one (see `Run`), or with a readout
+        ``[run, example]`` (a loss) or ``[run, example, k]`` (logits of k classes), and captures, on the CPU.
 
     Raises:
         SpecError, DataError, TensorFileError: before the first forward, if anything does not fit.

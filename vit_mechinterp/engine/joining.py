@@ -111,6 +111,6 @@ def join_chunks(
                     continue
                 for key, part in zip(keys[capture.key][chunk.start : chunk.stop], value, strict=True):
                     writer.write(key, part)
-    names = [run.name for run in schedule.bound.with_output]
+    names, every = ([run.name for run in own] for own in (schedule.bound.with_output, runs))
     complete = {**provenance, "halvings": halvings}
-    save_document(folder, names, index, labels, complete, experiment=experiment)
+    save_document(folder, names, every, index, labels, complete, experiment=experiment)

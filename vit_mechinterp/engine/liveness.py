@@ -40,6 +40,7 @@ class Liveness:
         run: the run.
         edits: its edits that count, with their places in it, in forward order.
         reads: what is read of its values.
+        to_end: whether its output is.
     """
 
     def __init__(
@@ -50,8 +51,11 @@ class Liveness:
         run: BoundRun,
         edits: Sequence[tuple[int, Edit]],
         reads: Iterable[Read],
+        *,
+        to_end: bool,
     ) -> None:
         self.anatomy, self.masks, self.by_output, self.run = anatomy, masks, by_output, run
+        self.to_end = to_end
         self.own: dict[int, Mask | None] = {}
         self.before: dict[int, bool] = {}
         self._first = edits[0][0] if edits else 0
@@ -72,7 +76,7 @@ class Liveness:
 
     def _behind_blocks(self) -> Mask:
         """What is read of what the last block puts out."""
-        live = ALL_OF_IT if self.run.has_output else NONE_OF_IT
+        live = ALL_OF_IT if self.to_end else NONE_OF_IT
         for name in ("logits", "pooled"):
             live = self._behind(Site(None, name), live)
         of_stream = ALL_OF_IT if self.by_output is None else self.masks.of_tokens(self.by_output.tokens)

@@ -67,10 +67,10 @@ class Plan:
     """What will be computed. ``n_examples`` is None for a plan made without data: all counts are per example.
 
     ``block_evaluations`` counts (row, block) pairs, clean ones included; ``naive_block_evaluations`` what one
-    run at a time would need, with every source and base forward run anew. ``spared`` is the part of these
-    pairs, in blocks' worth of work, that rows share inside the blocks where they join, ``unread`` the part
-    that nobody reads: tokens behind the last attention call. ``peak_bytes`` bounds
-    what the engine holds beside the model while it computes, ``result_bytes`` is what it hands over, and
+    run at a time would need, in whole forwards, with every source and base forward run anew. ``spared`` is
+    the part of these pairs, in blocks' worth of work, that rows share inside the blocks where they join,
+    ``unread`` the part that nobody reads: tokens behind the last attention call. ``peak_bytes`` bounds what
+    the engine holds beside the model while it computes, ``result_bytes`` is what it hands over, and
     ``launches`` the number of forwards of the native module, beside the few small ones that find out what
     the output reads. ``width`` is the most rows that one forward may
     hold, ``widest`` the most that one does; ``clean_runs`` are changed by no edit, so clean forwards answer

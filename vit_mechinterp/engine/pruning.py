@@ -8,7 +8,7 @@ blank at that place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
@@ -19,9 +19,6 @@ from vit_mechinterp.engine.values import Read
 
 __all__ = ["pruned"]
 
-Readers = Mapping[str, Sequence[Read]]
-"""By run, what others read of its edited values."""
-
 
 def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) -> Bound:
     """The same runs without interventions that reach nothing that is read, and without replaced bases.
@@ -29,55 +26,103 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     With ``postponing``, interventions inside attention or MLP are made where they come out, if that is the
     same.
     """
-    carried = {run.name: reach.carried(run, bound.reads_of[run.name]) for run in bound.runs}
-    moved = {run.name: _new(run.edits, carried[run.name]) for run in bound.runs}
-    bound = bound.with_runs({run.name: run.with_edits(carried[run.name]) for run in bound.runs})
-    reaching, readers = _reaching(bound, reach)
-    left_out = {run.name: _left_out(run, reaching[run.name].edits) for run in bound.runs}
-    runs = {run.name: run.with_edits(reaching[run.name].edits.values()) for run in bound.runs}
-    # What is left of edits may be what others are.
-    runs = {run.name: run for run in spelling.of(bound.with_runs(runs)).runs}
-    in_order = [run.name for stage in bound.stages for run in stage]
-    instead_of_base: dict[str, str] = {}
-    for name in in_order:
-        own = reading_clean_values(runs[name], runs, reach.whose)
-        if not reaching[name].of_first and reach.is_rid_of_base(own, readers[name]):
-            own, instead = without_base(own, runs)
-            instead_of_base[name] = f"{name} is {instead}"
-        changing: Mapping[int, Edit] = reach.changing(own, runs)
-        if not own.has_output and not readers[name]:
-            own, changing = showing_clean_values(own, reach.whose, changing)
-        left_out[name] += _left_out(own, changing)
-        runs[name] = own.with_edits(changing.values())
-    for name in in_order if postponing else ():
-        edits = reach.postponed(runs[name], readers[name])
-        moved[name] += _new(runs[name].edits, edits)
-        runs[name] = runs[name].with_edits(edits)
-    return replace(
-        spelling.of(bound.with_runs(runs)),
-        left_out=tuple(where for run in bound.runs for where in left_out[run.name]),
-        postponed=tuple(where for run in bound.runs for where in moved[run.name]),
-        without_base=tuple(instead_of_base[run.name] for run in bound.runs if run.name in instead_of_base),
-    )
+    pruning = _Pruning(bound, reach, spelling)
+    pruning.carry()
+    pruning.leave_out()
+    while pruning.replace_bases():  # what others were there for is left out as well
+        pruning.leave_out()
+    if postponing:
+        pruning.postpone()
+    return pruning.result()
 
 
-def _new(edits: Sequence[Edit], moved: Sequence[Edit]) -> list[str]:
-    """Where those edits stand that are others than before."""
-    return [edit.where for edit in moved if all(edit is not own for own in edits)]
+class _Pruning:
+    """One experiment on its way, and what is said of its runs."""
+
+    def __init__(self, bound: Bound, reach: Reach, spelling: Spelling) -> None:
+        self.bound, self.reach, self.spelling = bound, reach, spelling
+        self._beside = _beside_outputs(bound)
+        self._kept: dict[str, Kept] = {}
+        self._readers: Mapping[str, Sequence[Read]] = {}
+        """By run, what others read of its edited values."""
+        self._left_out: defaultdict[str, list[str]] = defaultdict(list)
+        self._moved: defaultdict[str, list[str]] = defaultdict(list)
+        self._instead: dict[str, str] = {}
+
+    def carry(self) -> None:
+        """Make interventions behind the blocks that only carry them on."""
+        carried = {
+            run.name: self._with_moved(run, self.reach.carried(run, self.bound.reads_of[run.name]))
+            for run in self.bound.runs
+        }
+        self.bound = self.bound.with_runs(carried)
+
+    def leave_out(self) -> None:
+        """Leave out what reaches nothing that is read; the last readers come first."""
+        kept = {run.name: Kept() for run in self.bound.runs}
+        readers: defaultdict[str, list[Read]] = defaultdict(list)
+        for run in (run for stage in reversed(self.bound.stages) for run in stage):
+            reads = [*(capture.read for capture in run.captures), *readers[run.name]]
+            kept[run.name] = self.reach.kept(run, reads, to_end=run.has_output or run.name in self._beside)
+            for edit in kept[run.name].edits.values():
+                if edit.source is not None and edit.source_run is not None:
+                    readers[edit.source_run].append(edit.source)
+        self._kept, self._readers = kept, readers
+        left = {run.name: self._with_some(run, kept[run.name].edits) for run in self.bound.runs}
+        # What is left of edits may be what others are.
+        self.bound = self.spelling.of(self.bound.with_runs(left))
+
+    def replace_bases(self) -> bool:
+        """Let runs begin with what replaces their bases, and leave out what is there already; whether some
+        run is read less for it."""
+        runs = {run.name: run for run in self.bound.runs}
+        for name in [run.name for stage in self.bound.stages for run in stage]:
+            own = reading_clean_values(runs[name], runs, self.reach.whose)
+            if not self._kept[name].of_first and self.reach.is_rid_of_base(own, self._readers[name]):
+                own, instead = without_base(own, runs)
+                self._instead[name] = f"{name} is {instead}"
+            changing: Mapping[int, Edit] = self.reach.changing(own, runs)
+            if not own.has_output and name not in self._beside and not self._readers[name]:
+                own, changing = showing_clean_values(own, self.reach.whose, changing)
+            runs[name] = self._with_some(own, changing)
+        before, self.bound = self.bound, self.bound.with_runs(runs)
+        return set(self.bound.run_reads) != set(before.run_reads)
+
+    def postpone(self) -> None:
+        """Make interventions inside attention or MLP where they come out."""
+        postponed = {
+            run.name: self._with_moved(run, self.reach.postponed(run, self._readers[run.name]))
+            for run in self.bound.runs
+        }
+        self.bound = self.bound.with_runs(postponed)
+
+    def result(self) -> Bound:
+        """The runs as they are, in one spelling, with what is said of them."""
+        names = [run.name for run in self.bound.runs]
+        return replace(
+            self.spelling.of(self.bound),
+            left_out=tuple(where for name in names for where in self._left_out[name]),
+            postponed=tuple(where for name in names for where in self._moved[name]),
+            without_base=tuple(self._instead[name] for name in names if name in self._instead),
+        )
+
+    def _with_moved(self, run: BoundRun, edits: Iterable[Edit]) -> BoundRun:
+        """A run with edits of which some stand elsewhere than before."""
+        moved = run.with_edits(edits)
+        new = (edit for edit in moved.edits if all(edit is not own for own in run.edits))
+        self._moved[run.name] += (edit.where for edit in new) if moved is not run else ()
+        return moved
+
+    def _with_some(self, run: BoundRun, edits: Mapping[int, Edit]) -> BoundRun:
+        """A run with some of its edits, given by their places."""
+        self._left_out[run.name] += (edit.where for place, edit in enumerate(run.edits) if place not in edits)
+        return run.with_edits(edits.values())
 
 
-def _left_out(run: BoundRun, edits: Mapping[int, Edit]) -> list[str]:
-    """Where those edits of a run stand that are not among some, given by their places."""
-    return [edit.where for place, edit in enumerate(run.edits) if place not in edits]
-
-
-def _reaching(bound: Bound, reach: Reach) -> tuple[dict[str, Kept], Readers]:
-    """What reaches what is read, by run, and what others read of it: the last readers come first."""
-    kept = {run.name: Kept() for run in bound.runs}
-    readers: defaultdict[str, list[Read]] = defaultdict(list)
-    for run in (run for stage in reversed(bound.stages) for run in stage):
-        kept[run.name] = reach.kept(run, [*(capture.read for capture in run.captures), *readers[run.name]])
-        for edit in kept[run.name].edits.values():
-            if edit.source is not None and edit.source_run is not None:
-                readers[edit.source_run].append(edit.source)
-    return kept, readers
+def _beside_outputs(bound: Bound) -> frozenset[str]:
+    """Runs without output that are equal to ones with it, off whose rows they are read."""
+    if len(bound.with_output) == len(bound.runs):
+        return frozenset()
+    what = {run.name: run.run.model_dump_json(include={"base", "interventions"}) for run in bound.runs}
+    going_on = {what[run.name] for run in bound.with_output}
+    return frozenset(run.name for run in bound.runs if not run.has_output and what[run.name] in going_on)

@@ -74,15 +74,15 @@ class Reach:
         self._zeros: dict[TensorRef, BoolArray] = {}
         self._narrowed: dict[tuple[object, ...], tuple[Positions, ...]] = {}
 
-    def kept(self, run: BoundRun, reads: Sequence[Read]) -> Kept:
-        """What of a run reaches its output, or one of what is read of it."""
+    def kept(self, run: BoundRun, reads: Sequence[Read], *, to_end: bool) -> Kept:
+        """What of a run reaches its output, if that counts (``to_end``), or one of what is read of it."""
         idle = {place: self._idle(edit) for place, edit in enumerate(run.edits)}
         edits = [(place, edit) for place, edit in enumerate(run.edits) if not idle[place].all()]
-        if run.has_output and self._are_all_read([edit for _, edit in edits]):
+        if to_end and self._are_all_read([edit for _, edit in edits]):
             found = {place: self._where(edit, None, idle[place]) for place, edit in edits}
             return Kept({place: edit for place, edit in found.items() if edit is not None})
         masks = self._masks(edit for _, edit in edits)
-        liveness = Liveness(self.anatomy, masks, self.by_output, run, edits, reads)
+        liveness = Liveness(self.anatomy, masks, self.by_output, run, edits, reads, to_end=to_end)
         found = {place: self._where(edit, liveness.own[place], idle[place]) for place, edit in edits}
         kept = {place: edit for place, edit in found.items() if edit is not None}
         return Kept(kept, not kept or liveness.before[min(kept)])

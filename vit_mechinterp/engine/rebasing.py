@@ -36,13 +36,17 @@ def showing_clean_values(
 ) -> tuple[BoundRun, Mapping[int, Edit]]:
     """A run of which nothing but captures is wanted, and those of its edits that count: none where every
     capture is of an image's clean value."""
-    origins = [whose(capture.read, run) for capture in run.captures]
-    captures = [
-        replace(capture, read=replace(capture.read, origin=origin))
-        for capture, origin in zip(run.captures, origins, strict=True)
-        if origin is not None
-    ]
-    return (run, edits) if None in origins else (replace(run, captures=tuple(captures)), {})
+    captures = []
+    for capture in run.captures:
+        read = capture.read
+        origin = None if run.is_clean_at(read.site) else whose(read, run)
+        if origin is not None:
+            captures.append(replace(capture, read=replace(read, origin=origin)))
+        elif run.is_clean_at(read.site):
+            captures.append(capture)
+        else:
+            return run, edits
+    return replace(run, captures=tuple(captures)), {}
 
 
 def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRun, str]:
@@ -55,8 +59,8 @@ def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRu
             whose = "image" if source.origin.permutation is None else "another example's image"
             return same, f"{whose} {source.origin.column!r} from {first.site} on"
         other = others.get(first.source_run or "")
-        if other is not None and not later and other.edits[-1].site <= first.site:
-            same = _ending_as(run, other.origin, first.site, edits=other.edits)
+        if other is not None and other.edits and other.edits[-1].site <= first.site:
+            same = _ending_as(run, other.origin, first.site, edits=(*other.edits, *later))
             same = replace(same, blank=other.blank, clean_before=first.site)
             return same, f"run {other.name!r} from {first.site} on"
     return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"

@@ -73,9 +73,10 @@ class Results:
     def __getitem__(self, run: str) -> Float[Tensor, "example *output"]:
         """The outputs of one run, or what was kept of them."""
         if run not in self.run_names and run in self.captures:
-            raise KeyError(f"Run {run!r} has no output (output=False): its captures are captures[{run!r}].")
+            shown = f" What it captured is captures[{run!r}]." if self.captures[run] else ""
+            raise KeyError(f"Run {run!r} has no output (output=False).{shown}")
         if run not in self.run_names:
-            raise KeyError(_no_run(run, self.run_names))
+            raise KeyError(_no_run(run, self.run_names or tuple(self.captures)))
         return self.logits[self.run_names.index(run)]
 
     @property
@@ -128,7 +129,7 @@ class Results:
         with writing(path / "results.safetensors", layout) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
-        save_document(path, self.run_names, index, self.labels, self.provenance)
+        save_document(path, self.run_names, tuple(self.captures), index, self.labels, self.provenance)
         self.save_table(path)
         return path
 
@@ -158,10 +159,11 @@ class Results:
         except (OSError, ValueError, SafetensorError) as error:
             raise TensorFileError(f"{path} holds no readable results: {error}.") from None
         try:
-            captures: dict[str, dict[str, Tensor | list[Tensor]]] = {run: {} for run in document["runs"]}
+            every = document["every_run" if "every_run" in document else "runs"]
+            captures: dict[str, dict[str, Tensor | list[Tensor]]] = {run: {} for run in every}
             for entry in document["captures"]:
                 parts = [tensors[key] for key in entry["keys"]]
-                captures.setdefault(entry["run"], {})[entry["site"]] = parts if entry["ragged"] else parts[0]
+                captures[entry["run"]][entry["site"]] = parts if entry["ragged"] else parts[0]
             return cls(
                 logits=tensors["logits"],
                 run_names=tuple(document["runs"]),
@@ -174,7 +176,10 @@ class Results:
 
     def __repr__(self) -> str:
         captured = sum(len(c) for c in self.captures.values())
-        return f"Results({len(self.run_names)} runs x {self.logits.shape[1]} examples, {captured} captures)"
+        without = len(self.captures.keys() - set(self.run_names))
+        more = f", {without} runs without output" if without else ""
+        n_examples = self.logits.shape[1]
+        return f"Results({len(self.run_names)} runs x {n_examples} examples{more}, {captured} captures)"
 
 
 def capture_keys(run: int, site: str, parts: int | None) -> list[str]:
@@ -186,14 +191,17 @@ def capture_keys(run: int, site: str, parts: int | None) -> list[str]:
 def save_document(
     folder: Path,
     runs: Sequence[str],
+    every_run: Sequence[str],
     captures: Sequence[Mapping[str, Any]],
     labels: Mapping[str, Sequence[int]],
     provenance: Mapping[str, Any],
     **more: Any,
 ) -> None:
-    """Write ``results.json``, which says what the tensors beside it are."""
+    """Write ``results.json``, which says what the tensors beside it are: outputs of ``runs``, captures of
+    ``every_run``."""
     document = {
         "runs": list(runs),
+        "every_run": list(every_run),
         "captures": list(captures),
         "labels": {name: list(map(int, values)) for name, values in labels.items()},
         "provenance": dict(provenance),

@@ -103,7 +103,7 @@ class Schedule:
             return False
         if any(len(part.examples) < sharing.n_examples or part.run.blank for part in parts):
             return False
-        origins = {read.origin for read in self.needs(range(1))}
+        origins = {*(read.origin for read in self.needs(range(1))), *self.clean_outputs(range(1))}
         if any(isinstance(origin, ColumnOrigin) and origin.permutation is not None for origin in origins):
             return False
         images = np.concatenate(list(sharing.images.values()))

@@ -38,6 +38,16 @@ def among_visitors() -> Iterator[None]:
 
 
 class Interception(TorchFunctionMode):
+    """One call of a module that attends, as a mode in which it runs.
+
+    Args:
+        taps: visitors by site; each is given what the one before it returned.
+        n_heads: number of heads, for a module that folds them into the batch.
+
+    Attributes:
+        calls: attention calls that were made.
+    """
+
     def __init__(self, taps: Sequence[Mapping[str, Visit]], n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
@@ -234,7 +244,7 @@ class PackedInterception(Interception):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and not _VISITING.get():
             self.calls += 1
             return self._attend(*args, **kwargs)
         return func(*args, **kwargs)
