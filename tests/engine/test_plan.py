@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vit_mechinterp as vmi
 from tests.engine.world import Counted, World, world_of
-from tests.tiny_models import HF_CLIP, HF_DINOV2, TIMM_PLAIN, TIMM_REGISTERS, Tiny
+from tests.tiny_models import HF_CLIP, HF_DINOV2, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
 from vit_mechinterp import HookedViT, Interchange, Run, Sweep
 from vit_mechinterp.errors import DataError
 
@@ -237,6 +237,23 @@ def test_own_hooks_on_skipped_blocks_see_a_blank_row() -> None:
     # The images' own forward, and the one whose rows join behind the last block.
     assert len(seen) >= 2
     assert 1 in seen
+
+
+def test_chunks_of_a_whole_stream_of_other_examples_are_not_alike() -> None:
+    """Where a clean forward of another example's image answers a run, chunks hold different images."""
+    world = world_of(TIMM_POOLED, 5)
+    resample = {"op": "ablate", "method": "resample", "site": "blocks.0.resid_post", "seed": 0}
+    documents = [
+        {"name": "other", "interventions": [resample]},
+        {"name": "seen", "base": "source", "interventions": [swap("blocks.1.attn.q", "base", tokens=[3])]},
+    ]
+    options: dict[str, Any] = {"batch_size": 3, "memory": world.memory(documents, 2, 3)}
+    plan = vmi.plan(world.vit, [Run.model_validate(own) for own in documents], world.columns, **options)
+    assert plan.chunk == 2
+    with Counted(world.module) as counted:
+        results = world.execute(documents, **options)
+    assert (counted.total, counted.launches) == (plan.block_evaluations, plan.launches)
+    world.check(documents, results, effect=None)
 
 
 def test_a_plan_refuses_images_that_the_model_cannot_take() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +12,10 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.layout import lookup
 from vit_mechinterp.model.narrowing import Narrowing, forget, mixes_tokens
 from vit_mechinterp.model.sparing import share_of, why_nothing_is_spared
-from vit_mechinterp.model.trials import forward, moved, random_streams, state_of, tried
+from vit_mechinterp.model.trials import forward, moved, random_streams, remembered, tried
 from vit_mechinterp.spec import Site
 
 __all__ = ["OutputTokens", "output_tokens"]
-
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[float, float] | None]] = (
-    weakref.WeakKeyDictionary()
-)
-"""By last block, and by what it consists of, its weights, its precision and the tokens: the shares of
-`OutputTokens`, or None if the block cannot be narrowed."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +63,7 @@ def _found(vit: HookedViT) -> OutputTokens | None:
     if not tokens:
         return None
     block: nn.Module = lookup(vit.module, layout.block_path(layout.n_layers - 1))
-    known, key = _KNOWN.setdefault(block, {}), (tokens, *state_of(vit, block))
-    if key not in known:
-        known.clear()
-        forget(block)
-        known[key] = _shares(vit, block, tokens)
-    shares = known[key]
+    shares = remembered(vit, block, "narrowed", lambda: _shares(vit, block, tokens), tokens)
     return None if shares is None else OutputTokens(tokens, n, *shares)
 
 
@@ -106,7 +94,8 @@ def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
 
 def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[float, float] | None:
     """The shares of the last block's work that narrowing spares; None if the values of the tokens that are
-    read, or the output, are others then."""
+    read, or the output, are others then, so that the block cannot be narrowed."""
+    forget(block)
     n_layers = vit.layout.n_layers
     site, before = Site(n_layers - 1, "resid_pre"), range(n_layers - 1)
     last = f"blocks.{n_layers - 1}.resid_post"

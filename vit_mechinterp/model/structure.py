@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -12,15 +11,10 @@ from torch import Tensor, nn
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Visitor
 from vit_mechinterp.model.layout import lookup
-from vit_mechinterp.model.trials import attempted, forward, moved, random_streams, state_of, tried
+from vit_mechinterp.model.trials import attempted, forward, moved, random_streams, remembered, tried
 from vit_mechinterp.spec import BLOCK_SITES, GLOBAL_SITES, Site
 
 __all__ = ["adding_up", "by_token", "follows_from", "handed_on"]
-
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[object, ...]], bool]] = (
-    weakref.WeakKeyDictionary()
-)
-"""By block, and by what was tried, what the block consists of, its weights and precision: what came out."""
 
 
 def follows_from(vit: HookedViT, site: Site) -> bool:
@@ -123,11 +117,6 @@ def _blocks(vit: HookedViT, what: str, holds: Callable[[HookedViT, int], bool]) 
 
     def is_one(layer: int) -> bool:
         block: nn.Module = lookup(vit.module, vit.layout.block_path(layer))
-        known, key = _KNOWN.setdefault(block, {}), (what, state_of(vit, block))
-        if key not in known:
-            for other in [own for own in known if own[0] == what]:
-                del known[other]
-            known[key] = bool(attempted(vit, lambda vit: holds(vit, layer)))
-        return known[key]
+        return remembered(vit, block, what, lambda: bool(attempted(vit, lambda vit: holds(vit, layer))))
 
     return tried(vit, lambda vit: frozenset(filter(is_one, range(vit.layout.n_layers)))) or frozenset()

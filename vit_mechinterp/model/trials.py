@@ -7,9 +7,10 @@ computed, and nothing is wrong.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,12 @@ from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.narrowing import Narrowing
 from vit_mechinterp.spec import Site
 
-__all__ = ["attempted", "forward", "moved", "random_streams", "state_of", "tried"]
+__all__ = ["attempted", "forward", "moved", "random_streams", "remembered", "tried"]
 
 Found = TypeVar("Found")
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[object, Any]]] = weakref.WeakKeyDictionary()
+"""By block and by what was tried: the state that the block was in, and what came out."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,18 @@ def tried(vit: HookedViT, found: Callable[[HookedViT], Found | None], *sites: st
         return None
     with vit.lock, torch.no_grad():
         return attempted(vit, found) if is_as_made(vit.module) else None
+
+
+def remembered(
+    vit: HookedViT, block: nn.Module, what: str, find: Callable[[], Found], *more: object
+) -> Found:
+    """What was found out about a block, found anew where its parts, its weights, its precision or something
+    more that it depends on is another."""
+    known, state = _KNOWN.setdefault(block, {}), (more, _state_of(vit, block))
+    if what not in known or known[what][0] != state:
+        known[what] = state, find()
+    found: Found = known[what][1]
+    return found
 
 
 def attempted(vit: HookedViT, found: Callable[[HookedViT], Found]) -> Found | None:
@@ -97,7 +113,7 @@ def moved(vit: HookedViT, values: Tensor) -> Tensor:
     return ~((values - values[0]).abs().flatten(1).amax(1) <= rounding).cpu()
 
 
-def state_of(vit: HookedViT, block: nn.Module) -> tuple[object, ...]:
+def _state_of(vit: HookedViT, block: nn.Module) -> tuple[object, ...]:
     """What a block computes: its precision, what it consists of, and its weights."""
     kind = vit.device.type
     precision = vit.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
