@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,11 @@ def test_rows_end_where_they_are_read() -> None:
 @pytest.mark.parametrize("tiny", MAIN, ids=lambda tiny: tiny.name)
 def test_every_site_of_a_run_that_ends_there(tiny: Tiny) -> None:
     world = world_of(tiny)
+    pairs = list(combinations(range(12), 2))  # runs that are equal would be one
     documents = [
-        unwanted(f"{n} {site}", swap(edited, tokens=["cls", 2, 5]), capture=[site])
+        unwanted(f"{n} {site}", swap(edited, tokens=["cls", *pairs[k]]), capture=[site])
         for n, edited in enumerate(("embed", "blocks.0.resid_post", "blocks.1.attn.z", "blocks.1.mlp_out"))
-        for site in world.sites
+        for k, site in enumerate(world.sites)
     ]
     world.check(documents, world.execute(documents, batch_size=7))
     with_outputs = [{**document, "output": True} for document in documents]

@@ -41,7 +41,8 @@ class _Pruning:
 
     def __init__(self, bound: Bound, reach: Reach, spelling: Spelling) -> None:
         self.bound, self.reach, self.spelling = bound, reach, spelling
-        self._beside = _beside_outputs(bound)
+        self._equal = _equal_runs(bound)
+        """What is read of one of them counts for all, which are to stay equal."""
         self._kept: dict[str, Kept] = {}
         self._readers: Mapping[str, Sequence[Read]] = {}
         """By run, what others read of its edited values."""
@@ -52,7 +53,7 @@ class _Pruning:
     def carry(self) -> None:
         """Make interventions behind the blocks that only carry them on."""
         carried = {
-            run.name: self._with_moved(run, self.reach.carried(run, self.bound.reads_of[run.name]))
+            run.name: self._with_moved(run, self.reach.carried(run, self._reads(run, self.bound.reads_of)))
             for run in self.bound.runs
         }
         self.bound = self.bound.with_runs(carried)
@@ -62,8 +63,8 @@ class _Pruning:
         kept = {run.name: Kept() for run in self.bound.runs}
         readers: defaultdict[str, list[Read]] = defaultdict(list)
         for run in (run for stage in reversed(self.bound.stages) for run in stage):
-            reads = [*(capture.read for capture in run.captures), *readers[run.name]]
-            kept[run.name] = self.reach.kept(run, reads, to_end=run.has_output or run.name in self._beside)
+            to_end = any(own.has_output for own in self._equal.get(run.name, (run,)))
+            kept[run.name] = self.reach.kept(run, self._reads(run, readers), to_end=to_end)
             for edit in kept[run.name].edits.values():
                 if edit.source is not None and edit.source_run is not None:
                     readers[edit.source_run].append(edit.source)
@@ -78,11 +79,12 @@ class _Pruning:
         runs = {run.name: run for run in self.bound.runs}
         for name in [run.name for stage in self.bound.stages for run in stage]:
             own = reading_clean_values(runs[name], runs, self.reach.whose)
-            if not self._kept[name].of_first and self.reach.is_rid_of_base(own, self._readers[name]):
+            readers = self._others(own)
+            if not self._kept[name].of_first and self.reach.is_rid_of_base(own, readers):
                 own, instead = without_base(own, runs)
                 self._instead[name] = f"{name} is {instead}"
             changing: Mapping[int, Edit] = self.reach.changing(own, runs)
-            if not own.has_output and name not in self._beside and not self._readers[name]:
+            if not own.has_output and not readers and len(self._equal[name]) == 1:
                 own, changing = showing_clean_values(own, self.reach.whose, changing)
             runs[name] = self._with_some(own, changing)
         before, self.bound = self.bound, self.bound.with_runs(runs)
@@ -91,7 +93,7 @@ class _Pruning:
     def postpone(self) -> None:
         """Make interventions inside attention or MLP where they come out."""
         postponed = {
-            run.name: self._with_moved(run, self.reach.postponed(run, self._readers[run.name]))
+            run.name: self._with_moved(run, self.reach.postponed(run, self._reads(run, self._readers)))
             for run in self.bound.runs
         }
         self.bound = self.bound.with_runs(postponed)
@@ -106,6 +108,16 @@ class _Pruning:
             without_base=tuple(self._instead[name] for name in names if name in self._instead),
         )
 
+    def _reads(self, run: BoundRun, readers: Mapping[str, Sequence[Read]]) -> list[Read]:
+        """What is captured of a run and its equals, and what ``readers`` read of them."""
+        equal = self._equal.get(run.name, ())
+        captured = [capture.read for own in equal for capture in own.captures]
+        return captured + [read for own in equal for read in readers[own.name]]
+
+    def _others(self, run: BoundRun) -> list[Read]:
+        """What others read of a run and its equals."""
+        return [read for own in self._equal.get(run.name, ()) for read in self._readers[own.name]]
+
     def _with_moved(self, run: BoundRun, edits: Iterable[Edit]) -> BoundRun:
         """A run with edits of which some stand elsewhere than before."""
         moved = run.with_edits(edits)
@@ -119,10 +131,11 @@ class _Pruning:
         return run.with_edits(edits.values())
 
 
-def _beside_outputs(bound: Bound) -> frozenset[str]:
-    """Runs without output that are equal to ones with it, off whose rows they are read."""
-    if len(bound.with_output) == len(bound.runs):
-        return frozenset()
-    what = {run.name: run.run.model_dump_json(include={"base", "interventions"}) for run in bound.runs}
-    going_on = {what[run.name] for run in bound.with_output}
-    return frozenset(run.name for run in bound.runs if not run.has_output and what[run.name] in going_on)
+def _equal_runs(bound: Bound) -> dict[str, tuple[BoundRun, ...]]:
+    """By run, all that make the same rows, itself included; none where nothing but outputs is wanted."""
+    if len(bound.with_output) == len(bound.runs) and not any(bound.reads_of.values()):
+        return {}
+    alike: defaultdict[str, list[BoundRun]] = defaultdict(list)
+    for run in bound.runs:
+        alike[run.run.model_dump_json(include={"base", "interventions"})].append(run)
+    return {run.name: tuple(own) for own in alike.values() for run in own}

@@ -139,9 +139,8 @@ class Reach:
         """Edits of a run, the first of them behind all blocks that add its difference up alone."""
         return carried(self.anatomy, self.adding_up, run, reads)
 
-    def postponed(self, run: BoundRun, others: Sequence[Read]) -> tuple[Edit, ...]:
-        """Edits of a run at the last place where they do the same to what is read, by itself or by others."""
-        reads = [*(capture.read for capture in run.captures), *others]
+    def postponed(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
+        """Edits of a run at the last place where they do the same to what is read."""
         return postponed(self.anatomy, self._masks(run.edits), run, reads)
 
     def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
