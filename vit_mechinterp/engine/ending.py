@@ -13,10 +13,13 @@ from vit_mechinterp.engine.pieces import Copies, Stop
 
 __all__ = ["ending", "ending_together", "ends_of"]
 
+_NOWHERE = Join(0, False)
+"""Stands for all places at which rows join that go on from no others."""
+
 
 def ends_of(bound: Bound, copies: Iterable[Copies]) -> Mapping[str, Stop]:
-    """Where rows of runs without output end, by run; what is read of ``copies`` is read
-    of the rows that they are."""
+    """Where rows of runs without output end, by run; what is read of ``copies`` is read of the rows that they
+    are."""
     if len(bound.with_output) == len(bound.runs):
         return {}
     own = [run for run in bound.runs if not run.has_output]
@@ -52,6 +55,3 @@ def ending_together(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
     for _, own in groupby(sorted(parts, key=place), key=place):
         yield list(own)
-
-
-_NOWHERE = Join(0, False)
