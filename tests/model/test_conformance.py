@@ -21,6 +21,7 @@ from tests.tiny_models import stirred
 from vit_mechinterp.adapters.timm_vit import VIT
 from vit_mechinterp.adapters.transformers_vit import VIT as TRANSFORMERS_VIT
 from vit_mechinterp.model import Family, HookedViT, Port, TokenLayout, instrument, tap, visiting
+from vit_mechinterp.model.attention_call import AttentionCall
 from vit_mechinterp.model.conformance import CHECKS, Report, check
 from vit_mechinterp.model.interception import Interception
 from vit_mechinterp.model.resolve import resolve
@@ -149,8 +150,8 @@ def test_explicit_attention_that_forgets_the_mask(monkeypatch: pytest.MonkeyPatc
     module = next(variant for variant in TIMM if variant.name == "relative-positions").module()
     explicit = Interception._explicit
 
-    def maskless(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any) -> Tensor:
-        return explicit(self, query, key, value, None, *rest)
+    def maskless(self: Any, call: AttentionCall) -> Tensor:
+        return explicit(self, replace(call, attn_mask=None))
 
     monkeypatch.setattr(Interception, "_explicit", maskless)
     report = check(vmi.wrap(module))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from tests.model.test_conformance import made
 from tests.model.test_conformance_lies import named
 from tests.zoo.transformers_models import build
 from vit_mechinterp.model import instrument, visiting
+from vit_mechinterp.model.attention_call import AttentionCall
 from vit_mechinterp.model.conformance import check
 from vit_mechinterp.model.instrument import Instrument
 from vit_mechinterp.model.interception import Interception
@@ -27,10 +28,10 @@ BY_TOKEN = Interception._by_token
 INSTALLED = Instrument.installed
 
 
-def fused_beside(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any) -> Tensor:
+def fused_beside(self: Any, call: AttentionCall) -> Tensor:
     """Shows a pattern, and goes on with the fused kernel."""
-    EXPLICIT(self, query, key, value, mask, *rest)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rest[2])
+    EXPLICIT(self, call)
+    return F.scaled_dot_product_attention(call.query, call.key, call.value, attn_mask=call.attn_mask, scale=call.scale)
 
 
 def another_pattern(self: Any, site: str, x: Tensor) -> Tensor:
@@ -61,15 +62,16 @@ def after_softmax(self: Any, site: str, x: Tensor) -> Tensor:
     return VISIT(self, site, x.softmax(-1)).log()
 
 
-def unscaled(self: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+def unscaled(self: Any, call: AttentionCall) -> Tensor:
     """Forgets the scale."""
-    return EXPLICIT(self, query, key, value, *rest[:3], 1.0, *rest[4:])
+    return EXPLICIT(self, replace(call, scale=1.0))
 
 
-def grouped_by_turns(self: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+def grouped_by_turns(self: Any, call: AttentionCall) -> Tensor:
     """Gives key and value heads to the queries by turns, and not in groups."""
-    repeats = query.shape[1] // key.shape[1]
-    return EXPLICIT(self, query, key.repeat(1, repeats, 1, 1), value.repeat(1, repeats, 1, 1), *rest)
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key, value = (x.repeat(1, repeats, 1, 1) for x in (call.key, call.value))
+    return EXPLICIT(self, call.with_parts(call.query, key, value))
 
 
 def turned_heads(name: str) -> Callable[..., Tensor]:

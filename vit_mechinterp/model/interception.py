@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vit_mechinterp.model.attention_call import AttentionCall, softmax_over_keys
 from vit_mechinterp.model.packing import Packing
 from vit_mechinterp.model.visiting import laid_out_as
 
@@ -74,9 +75,7 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.calls += 1
-            if args and args[0].ndim == 3:
-                return self._attend_folded(*args, **kwargs)
-            return self._attend(*args, **kwargs)
+            return self._attend(AttentionCall(*args, **kwargs))
         if func in _PRODUCTS and not kwargs and self._has_heads(args[0]) and args[0].ndim == args[1].ndim:
             return self._multiply(func, *args)
         if func in _SOFTMAXES and self._has_heads(args[0]) and args[0].shape[-1] == self._keys:
@@ -112,52 +111,27 @@ class Interception(TorchFunctionMode):
         self.is_open = True
         return self._visit("pattern", func(self._visit("scores", scores), *args, **kwargs))
 
-    def _attend_folded(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Heads folded into the batch, ``[batch * head, token, d_head]``."""
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = self._unfolded(attn_mask)
-        query, key, value = map(self._unfolded, (query, key, value))
-        return self._attend(query, key, value, attn_mask, *args, **kwargs).flatten(0, 1)
-
     def _unfolded(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.n_heads, *x.shape[1:])
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        query, key, value = (self._by_token(site, x) for site, x in (("q", query), ("k", key), ("v", value)))
-        if "scores" in self.visits or "pattern" in self.visits:
-            z = self._explicit(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        else:
-            # GQA is passed on only where it is on: older signatures lack the argument.
-            extra = {"enable_gqa": True} if enable_gqa else {}
-            z = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=attn_mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                **extra,
-            )
-        return self._by_token("z", z)
+    def _attend(self, call: AttentionCall) -> Tensor:
+        """What a call of fused attention gives, seen and changed by visitors on its way."""
+        if call.query.ndim == 3:
+            return self._attend(call.unfolded(self._unfolded)).flatten(0, 1)
+        call = call.with_parts(*(self._by_token(site, x) for site, x in zip("qkv", call.parts, strict=True)))
+        return self._by_token("z", self._explicit(call) if self._opens else call.fused())
+
+    @property
+    def _opens(self) -> bool:
+        """Whether somebody looks at what the fused kernel does not put out."""
+        return "scores" in self.visits or "pattern" in self.visits
+
+    def _explicit(self, call: AttentionCall) -> Tensor:
+        """The call, step by step."""
+        scores = self._visit("scores", call.scores())
+        normalised = softmax_over_keys(scores, own="scores" not in self.visits)
+        pattern = self._visit("pattern", normalised.to(call.value.dtype))
+        return call.mixed(pattern)
 
     def _by_token(self, site: str, x: Tensor) -> Tensor:
         """Visit ``[batch, head, token, d_head]`` as ``[batch, token, head, d_head]``."""
@@ -171,55 +145,6 @@ class Interception(TorchFunctionMode):
         for visit in self.visits.get(site, ()):
             x = visit(x)
         return x
-
-    def _explicit(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        grouped: bool,
-    ) -> Tensor:
-        if grouped:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        scores = _scaled_product(query, key, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        if is_causal:
-            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~causal, -math.inf)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        own = "scores" not in self.visits
-        scores = self._visit("scores", scores)
-        pattern = self._visit("pattern", _normalised(scores, own=own).to(value.dtype))
-        if dropout_p > 0:
-            pattern = F.dropout(pattern, dropout_p)
-        return pattern @ value
-
-
-def _scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Every query by every key, scaled by the product itself: a pass over all scores is slow."""
-    leading = query.shape[:-2]
-    q, k = (x.expand(*leading, *x.shape[-2:]).flatten(0, -3) for x in (query, key))
-    product = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-    return product.reshape(*leading, *product.shape[-2:])
-
-
-def _normalised(scores: Tensor, *, own: bool) -> Tensor:
-    """Softmax over keys, in float32 at least, as the fused kernels accumulate.
-
-    It is written over scores that are our ``own``, and that no gradient needs: to fill memory that is new
-    takes as long as the softmax.
-    """
-    precise = torch.promote_types(scores.dtype, torch.float32)
-    if own and scores.dtype == precise and not torch.is_grad_enabled():
-        # Refused, before anything is written, inside vmap and forward-mode differentiation.
-        with suppress(RuntimeError):
-            return torch.softmax(scores, dim=-1, out=scores)
-    return torch.softmax(scores, dim=-1, dtype=precise)
 
 
 class PackedInterception(Interception):
@@ -246,7 +171,7 @@ class PackedInterception(Interception):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and not _VISITING.get():
             self.calls += 1
-            return self._attend(*args, **kwargs)
+            return self._attend(AttentionCall(*args, **kwargs))
         return func(*args, **kwargs)
 
     def _by_token(self, site: str, x: Tensor) -> Tensor:
@@ -263,31 +188,17 @@ class PackedInterception(Interception):
     def _sequence(self, rows: Tensor) -> Tensor:
         return self.packing.pack(rows).transpose(0, 1)[None]
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        query, key, value = (self._by_token(site, x) for site, x in (("q", query), ("k", key), ("v", value)))
-        if "scores" in self.visits or "pattern" in self.visits:
-            q, k, v = (self._rows(x).transpose(1, 2) for x in (query, key, value))
-            mixed = self._explicit(q, k, v, self._allowed(), dropout_p, is_causal, scale, enable_gqa)
-            z = self._sequence(mixed.transpose(1, 2))
-        else:
-            options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-            options |= {"enable_gqa": True} if enable_gqa else {}
-            sizes = self.ends.diff().tolist()
-            parts = [torch.split(x, sizes, dim=2) for x in (query, key, value)]
-            attend = F.scaled_dot_product_attention
-            pieces = [attend(q, k, v, attn_mask, **options) for q, k, v in zip(*parts, strict=True)]
-            z = torch.cat(pieces, dim=2)
-        return self._by_token("z", z)
+    def _attend(self, call: AttentionCall) -> Tensor:
+        call = call.with_parts(*(self._by_token(site, x) for site, x in zip("qkv", call.parts, strict=True)))
+        if self._opens:
+            by_image = replace(
+                call.with_parts(*(self._rows(x).transpose(1, 2) for x in call.parts)),
+                attn_mask=self._allowed(),
+            )
+            return self._by_token("z", self._sequence(self._explicit(by_image).transpose(1, 2)))
+        sizes = self.ends.diff().tolist()
+        parts = zip(*(torch.split(x, sizes, dim=2) for x in call.parts), strict=True)
+        return self._by_token("z", torch.cat([call.with_parts(*own).fused() for own in parts], dim=2))
 
     def _allowed(self) -> Tensor | None:
         """Which tokens of an image attend to which, ``[query, key]``; None where all attend to all."""

@@ -71,25 +71,26 @@ def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
     """Those of some tokens that the output or ``pooled`` reads; none if either reads others too."""
     n_layers, n = vit.layout.n_layers, vit.layout.tokens.n_tokens
     others = sorted(set(range(n)) - set(special))
-    rows = 2 + len(special)
-    read = torch.zeros(rows, dtype=torch.bool)
-    for seed, scale in enumerate((1.0, 1.0, 0.1, 10.0)):
+    rows, scales = 2 + len(special), (1.0, 1.0, 0.1, 10.0)
 
-        def streams(value: Tensor, seed: int = seed, scale: float = scale) -> Tensor:
-            pair = scale * random_streams(2, value, seed)
-            changed = pair[:1].repeat(rows, 1, 1)
-            changed[1, others] = pair[1, others]
-            for row, token in enumerate(special, start=2):
-                changed[row, token] = pair[1, token]
-            return changed
+    def changed(value: Tensor, seed: int, scale: float) -> Tensor:
+        pair = scale * random_streams(2, value, seed)
+        streams = pair[:1].repeat(rows, 1, 1)
+        streams[1, others] = pair[1, others]
+        for row, token in enumerate(special, start=2):
+            streams[row, token] = pair[1, token]
+        return streams
 
-        site = Site(n_layers - 1, "resid_post")
-        found = forward(vit, {site: streams}, range(n_layers), rows, ("pooled",))
-        if found is None:
-            return ()
-        for values in found.values():
-            read |= moved(vit, values)
-    return () if read[1] else tuple(token for token, own in zip(special, read[2:], strict=True) if own)
+    def streams(value: Tensor) -> Tensor:
+        return torch.cat([changed(value, seed, scale) for seed, scale in enumerate(scales)])
+
+    site = Site(n_layers - 1, "resid_post")
+    found = forward(vit, {site: streams}, range(n_layers), rows * len(scales), ("pooled",))
+    if found is None:
+        return ()
+    several = [own for values in found.values() for own in torch.split(values, rows)]
+    others_are_read, *read = torch.stack([moved(vit, own) for own in several]).any(dim=0)[1:].tolist()
+    return () if others_are_read else tuple(token for token, own in zip(special, read, strict=True) if own)
 
 
 def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[float, float] | None:

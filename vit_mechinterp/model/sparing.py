@@ -198,7 +198,7 @@ class _Spared:
             # Once per module: whatever its place in the block, it must see equal values.
             those = np.flatnonzero(~self.rows.free)
             wanted = _rows(given, those).detach()
-            off = float((_rows(few, self.rows.index[those]) - wanted).abs().max())
+            off = float((_rows(few.detach(), self.rows.index[those]) - wanted).abs().max())
             (_FIT if off <= 1e-4 * float(wanted.abs().max()) else _UNFIT).add(self.module)
             if self.module in _UNFIT:
                 return self.native(*args, **kwargs)
