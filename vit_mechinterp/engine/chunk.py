@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.engine.clean import CleanPass, clean_pass, means_of
+from vit_mechinterp.engine.bound import Bound, BoundRun
+from vit_mechinterp.engine.clean import Clean, CleanPass, clean_pass, means_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.pieces import by_owner
-from vit_mechinterp.engine.positions import NONE, IntArray
+from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.reads import clean_read
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import Read, RunOrigin, Values
@@ -59,70 +60,150 @@ def chunk_of(
         passing: makes its clean values.
         earlier: outputs of a run for examples of earlier chunks, which rows of this one may be equal to.
     """
-    bound = schedule.bound
     clean = passing(vit, data, schedule, chunk, tick=tick)
     if schedule.mean_reads and not means:
         means = means_of(schedule, clean)
         for read in means:
             if read not in schedule.last_stage and not schedule.is_kept(read):
                 clean.values.pop(read, None)
-    images_of, rows = schedule.sharing.images_of, schedule.rows.of(chunk)
-    gifts, handed = rows.branches.gifts, rows.branches.handed
-    write = partial(written_by_heads, vit.module, vit.layout)
-    material = Material(
-        bound, clean, tensors, means, images_of=images_of, gifts=gifts, handed=handed, write=write
-    )
-    outputs = _Outputs(chunk)
-    wanted = {run.name for run in bound.with_output}
-    captures: dict[tuple[str, str], Values] = {}
-    captured: Pieces = defaultdict(list)
-    for n, stage in enumerate(bound.stages):
-        parts, copies = rows.parts[n], rows.copies[n]
-        material.copies = by_owner(copies)
-        tokens = schedule.tokens_wanted(stage)
-        for segments in schedule.waves(parts):
-            result = run_wave(vit, segments, material, spares=schedule.spares, tokens=tokens)
+    work = _Chunk(vit, schedule, chunk, clean, tensors, means)
+    for stage in range(len(schedule.bound.stages)):
+        work.compute(stage, tick)
+        work.copy(stage, earlier)
+        work.keep(stage)
+        work.drop(stage)
+    return work.collected()
+
+
+class _Chunk:
+    """A chunk whose clean forwards are made, stage by stage."""
+
+    def __init__(
+        self,
+        vit: HookedViT,
+        schedule: Schedule,
+        chunk: range,
+        clean: Clean,
+        tensors: Mapping[TensorRef, Tensor],
+        means: Mapping[Read, Tensor],
+    ) -> None:
+        self.vit, self.schedule, self.chunk, self.clean = vit, schedule, chunk, clean
+        self.rows = schedule.rows.of(chunk)
+        self.material = Material(
+            schedule.bound,
+            clean,
+            tensors,
+            means,
+            images_of=schedule.sharing.images_of,
+            gifts=self.rows.branches.gifts,
+            handed=self.rows.branches.handed,
+            write=partial(written_by_heads, vit.module, vit.layout),
+        )
+        self._with_output = {run.name for run in schedule.bound.with_output}
+        self._outputs = _Outputs(chunk)
+        self._pieces: Pieces = defaultdict(list)
+        self._captures: dict[tuple[str, str], Values] = {}
+
+    def compute(self, stage: int, tick: Tick) -> None:
+        """Pass the rows of a stage through the model, in waves."""
+        self.material.copies = by_owner(self.rows.copies[stage])
+        tokens = self.schedule.tokens_wanted(self.schedule.bound.stages[stage])
+        for segments in self.schedule.waves(self.rows.parts[stage]):
+            result = run_wave(self.vit, segments, self.material, spares=self.schedule.spares, tokens=tokens)
             if result.output is not None:
                 sizes = [len(segment.examples) for segment in segments]
                 for segment, output in zip(segments, torch.split(result.output.cpu(), sizes), strict=True):
-                    outputs.put(segment.run.name, np.array(segment.examples), output)
+                    self._outputs.put(segment.run.name, np.array(segment.examples), output)
             for key, pieces in result.captured.items():
-                captured[key] += pieces
-            tick(schedule.wave_blocks(segments))
-        for same in (own for own in copies if own.run in wanted):
-            inside = same.owners >= chunk.start
+                self._pieces[key] += pieces
+            tick(self.schedule.wave_blocks(segments))
+
+    def copy(self, stage: int, earlier: Earlier | None) -> None:
+        """Give rows of a stage that are equal to others the outputs of these."""
+        for same in self.rows.copies[stage]:
+            if same.run not in self._with_output:
+                continue
+            inside = same.owners >= self.chunk.start
             if inside.any():
-                outputs.put(same.run, same.examples[inside], outputs.get(same.owner, same.owners[inside]))
+                own = self._outputs.get(same.owner, same.owners[inside])
+                self._outputs.put(same.run, same.examples[inside], own)
             if not inside.all():
                 assert earlier is not None
-                outputs.put(same.run, same.examples[~inside], earlier(same.owner, same.owners[~inside]))
-        for run in stage:
-            for read in bound.reads_of[run.name]:
-                values = _joined(read, clean.values.get(clean_read(run, read)), captured, run.name, chunk)
+                before = earlier(same.owner, same.owners[~inside])
+                self._outputs.put(same.run, same.examples[~inside], before)
+
+    def keep(self, stage: int) -> None:
+        """Put together what is captured and read of the runs of a stage."""
+        for run in self._bound.stages[stage]:
+            for read in self._bound.reads_of[run.name]:
+                values = self._joined(run, read)
                 if isinstance(read.origin, RunOrigin):
-                    material.run_values[read] = values
+                    self.material.run_values[read] = values
                 else:
                     name = next(c.name for c in run.captures if c.read == read)
-                    captures[run.name, name] = values
-        # What no later stage reads, and no capture keeps, is dropped.
-        done = {read for read, last in schedule.last_stage.items() if last == n}
-        for read in done:
-            material.run_values.pop(read, None)
-            if not schedule.is_kept(read):
-                clean.values.pop(read, None)
-    part = Collected(vit.output_shape() if bound.readout is None else bound.readout.shape)
-    for run in bound.runs:
-        untouched = schedule.clean_rows(run.name, chunk) if run.has_output else NONE
-        if len(untouched):
-            outputs.put(run.name, untouched, clean.outputs[run.origin].whole(untouched).cpu())
-        if run.has_output:
-            part.outputs[run.name] = _kept(schedule, chunk, outputs.whole(run.name))
-        for capture in run.captures:
-            values = captures.get((run.name, capture.name)) or clean.values[capture.read]
-            kept = values.whole(chunk) if values.starts is None else values.rows(chunk)
-            counts = None if values.starts is None else capture.read.positions.counts(chunk, 0).tolist()
-            part.captures[run.name, capture.name] = kept.cpu(), counts
-    return part
+                    self._captures[run.name, name] = values
+
+    def drop(self, stage: int) -> None:
+        """Let go of what no later stage reads, and no capture keeps."""
+        for read, last in self.schedule.last_stage.items():
+            if last == stage:
+                self.material.run_values.pop(read, None)
+                if not self.schedule.is_kept(read):
+                    self.clean.values.pop(read, None)
+
+    def collected(self) -> Collected:
+        """What the runs keep; clean forwards answer the rows that no edit changes."""
+        readout = self._bound.readout
+        part = Collected(self.vit.output_shape() if readout is None else readout.shape)
+        for run in self._bound.with_output:
+            untouched = self.schedule.clean_rows(run.name, self.chunk)
+            if len(untouched):
+                own = self.clean.outputs[run.origin].whole(untouched)
+                self._outputs.put(run.name, untouched, own.cpu())
+            part.outputs[run.name] = self._read_out(self._outputs.whole(run.name))
+        for run in self._bound.runs:
+            for capture in run.captures:
+                values = self._captures.get((run.name, capture.name)) or self.clean.values[capture.read]
+                is_whole = values.starts is None
+                kept = values.whole(self.chunk) if is_whole else values.rows(self.chunk)
+                counts = None if is_whole else capture.read.positions.counts(self.chunk, 0).tolist()
+                part.captures[run.name, capture.name] = kept.cpu(), counts
+        return part
+
+    @property
+    def _bound(self) -> Bound:
+        return self.schedule.bound
+
+    def _read_out(self, outputs: Float[Tensor, "example *output"]) -> Float[Tensor, "example *kept"]:
+        """What is kept of a run's outputs, read off a few rows at a time; the rest goes with the chunk."""
+        readout, width = self._bound.readout, self.schedule.width
+        if readout is None:
+            return outputs
+        examples = np.arange(self.chunk.start, self.chunk.stop)
+        spans = (slice(i, i + width) for i in range(0, len(examples), width))
+        return torch.cat([readout(outputs[span], examples[span]) for span in spans])
+
+    def _joined(self, run: BoundRun, read: Read) -> Values:
+        """Values of a run for all examples: from its rows and, where no edit comes before, clean ones."""
+        clean = self.clean.values.get(clean_read(run, read))
+        pieces = self._pieces.pop((run.name, read), [])
+        if not pieces:
+            assert clean is not None
+            return clean
+        covered = np.concatenate([examples for examples, _ in pieces])
+        missing = np.setdiff1d(np.arange(self.chunk.start, self.chunk.stop), covered)
+        if len(missing):
+            assert clean is not None
+            is_whole, has_tokens = read.positions.is_all, read.site.has_tokens
+            own = clean.whole(missing) if is_whole else clean.rows(missing, tokens=has_tokens)
+            pieces.append((missing, own))
+        order = np.concatenate([examples for examples, _ in pieces])
+        tensor = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
+        place = np.argsort(order, kind="stable")
+        if read.positions.is_all:
+            return Values(tensor, order[place], place)
+        starts = np.concatenate([[0], np.cumsum(read.positions.counts(order, 0))])
+        return Values(tensor, order[place], place, starts)
 
 
 class _Outputs:
@@ -148,40 +229,3 @@ class _Outputs:
     def whole(self, run: str) -> Tensor:
         """Rows of all examples: a view, perhaps, of what a wave gave."""
         return self._by_run[run]
-
-
-def _kept(
-    schedule: Schedule, chunk: range, outputs: Float[Tensor, "example *output"]
-) -> Float[Tensor, "example *kept"]:
-    """What is kept of a run's outputs, read off a few rows at a time; the rest goes with the chunk."""
-    readout = schedule.bound.readout
-    if readout is None:
-        return outputs
-    examples = np.arange(chunk.start, chunk.stop)
-    spans = (slice(i, i + schedule.width) for i in range(0, len(chunk), schedule.width))
-    return torch.cat([readout(outputs[span], examples[span]) for span in spans])
-
-
-def _joined(read: Read, clean: Values | None, captured: Pieces, run: str, chunk: range) -> Values:
-    """Values of a run for a whole chunk: from its rows and, where no edit comes before, clean ones."""
-    pieces = list(captured.pop((run, read), ()))
-    examples = [own for own, _ in pieces]
-    if not pieces:
-        assert clean is not None
-        return clean
-    missing = np.setdiff1d(np.arange(chunk.start, chunk.stop), np.concatenate(examples))
-    if len(missing):
-        assert clean is not None
-        whole = read.positions.is_all
-        tokens = read.site.has_tokens
-        piece = clean.whole(missing) if whole else clean.rows(missing, tokens=tokens)
-        pieces.append((missing, piece))
-        examples.append(missing)
-    order = np.concatenate(examples)
-    tensor = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
-    place = np.argsort(order, kind="stable")
-    held = order[place]
-    if read.positions.is_all:
-        return Values(tensor, held, place)
-    starts = np.concatenate([[0], np.cumsum(read.positions.counts(order, 0))])
-    return Values(tensor, held, place, starts)

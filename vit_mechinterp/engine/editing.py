@@ -68,65 +68,70 @@ def edit_rows(value: Tensor, rows: slice, edit: Edit, examples: Sequence[int], m
         _add_carried(value, rows, examples, edit, material)
         return
     view = by_token(edit.site, value)
-    device = value.device
-    features = slice(None) if edit.spec.heads is None else torch.as_tensor(edit.spec.heads, device=device)
-    if edit.positions.is_all:
-        region = view[rows]
-        shape = region.shape
-        h = region.flatten(0, 1) if edit.site.has_tokens else region
-        # The operator's gradient may need its input, which is about to be written over.
-        h = h.clone() if torch.is_grad_enabled() else h
-        tokens = shape[1] if edit.site.has_tokens else 1
-        counts = np.full(len(examples), tokens)
-        ordinal = torch.arange(tokens, device=device).repeat(len(examples))
-    else:
-        row, position, order = edit.positions.flat(examples)
-        where = (torch.as_tensor(row + rows.start, device=device), torch.as_tensor(position, device=device))
-        h = view[where]
-        counts = edit.positions.counts(examples, 0)
-        ordinal = torch.as_tensor(order, device=device)
-    selected = h if edit.spec.heads is None else h[:, features]
+    chosen = _chosen(edit, rows, examples, view)
+    region = view[chosen.index]
+    is_row_by_row = edit.positions.is_all and edit.site.has_tokens
+    h = region.flatten(0, 1) if is_row_by_row else region
+    if edit.positions.is_all and torch.is_grad_enabled():
+        h = h.clone()  # the operator's gradient may need its input, which is about to be written over
+    heads = None if edit.spec.heads is None else torch.as_tensor(edit.spec.heads, device=value.device)
+    selected = h if heads is None else h[:, heads]
     # What the mask leaves alone must survive an operator that writes into its argument.
     given = selected if edit.keys.is_all else selected.clone()
-    new = apply(edit.spec, given, inputs_of(edit, examples, counts, ordinal, material))
+    new = apply(edit.spec, given, inputs_of(edit, examples, chosen.counts, chosen.ordinal, material))
     if new.shape != selected.shape:
         raise ExecutionError(
             f"{edit.where}: the operator returned {tuple(new.shape)} for {tuple(selected.shape)}."
         )
     if not edit.keys.is_all:
-        new = torch.where(_key_mask(edit, examples, counts, view.shape[-1], device), new, selected)
-    if edit.spec.heads is not None:
-        new = h.index_copy(1, features, new)  # type: ignore[arg-type]
-    if edit.positions.is_all:
-        view[rows] = new.reshape(shape)
-    else:
-        view[where] = new
+        mask = _key_mask(edit, examples, chosen.counts, view.shape[-1], value.device)
+        new = torch.where(mask, new, selected)
+    if heads is not None:
+        new = h.index_copy(1, heads, new)
+    view[chosen.index] = new.reshape(region.shape)
 
 
 def _add_carried(value: Tensor, rows: slice, examples: Sequence[int], edit: Edit, material: Material) -> None:
     """Add what an edit changes of a value of its base's clean forward, over all heads, at another site."""
     assert edit.carries is not None
     given = material.values(edit.carries).rows(examples)
-    n_tokens = value.shape[1]
-    counts = edit.positions.counts(examples, n_tokens)
-    if edit.positions.is_all:
-        ordinal = torch.arange(n_tokens, device=value.device).repeat(len(examples))
-    else:
-        row, position, order = edit.positions.flat(examples)
-        ordinal = torch.as_tensor(order, device=value.device)
-    change = apply(edit.spec, given, inputs_of(edit, examples, counts, ordinal, material)) - given
+    chosen = _chosen(edit, rows, examples, value)
+    change = (
+        apply(edit.spec, given, inputs_of(edit, examples, chosen.counts, chosen.ordinal, material)) - given
+    )
     if edit.carries.site.name == "attn.z":
         assert material.write is not None
         assert edit.carries.site.layer is not None
         change = material.write(edit.carries.site.layer, change, edit.carries.heads)
     elif change.ndim == 3:
         change = change.sum(dim=1)
-    change = change.to(value.dtype)
+    value[chosen.index] += change.to(value.dtype).reshape(value[chosen.index].shape)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The tokens that an edit selects in some rows of an activation ``[row, token, *features]``.
+
+    Args:
+        index: where they stand: whole rows, or the row and the position of every token.
+        counts: their number in every row.
+        ordinal: of every token its place within its row's selection.
+    """
+
+    index: slice | tuple[Tensor, Tensor]
+    counts: IntArray
+    ordinal: Tensor
+
+
+def _chosen(edit: Edit, rows: slice, examples: Sequence[int], view: Tensor) -> _Chosen:
+    device = view.device
     if edit.positions.is_all:
-        value[rows] += change.view(value[rows].shape)
-    else:
-        where = (torch.as_tensor(row + rows.start), torch.as_tensor(position))
-        value.index_put_(tuple(own.to(value.device) for own in where), change, accumulate=True)
+        tokens = view.shape[1] if edit.site.has_tokens else 1
+        ordinal = torch.arange(tokens, device=device).repeat(len(examples))
+        return _Chosen(rows, np.full(len(examples), tokens), ordinal)
+    own = edit.positions.flat(examples)
+    row, position, ordinal = (torch.as_tensor(numbers, device=device) for numbers in own)
+    return _Chosen((row + rows.start, position), edit.positions.counts(examples, 0), ordinal)
 
 
 def inputs_of(
@@ -137,8 +142,8 @@ def inputs_of(
     tensors = {field: material.tensors[ref] for field, ref in edit.refs}
     choice = None
     if edit.choice is not None:
-        chosen = edit.choices[np.asarray(examples)]
-        choice = torch.as_tensor(np.repeat(chosen, counts), device=device)
+        numbers = edit.choices[np.asarray(examples)]
+        choice = torch.as_tensor(np.repeat(numbers, counts), device=device)
     source: Tensor | None = None
     if edit.source is not None:
         values = material.values(edit.source)
@@ -146,11 +151,11 @@ def inputs_of(
         if material.source_order is not None:
             source = source[_reordered(counts, material.source_order, device)]
     elif isinstance(edit.spec, Ablate) and edit.spec.method == "mean":
-        source = _mean(edit, examples, ordinal, material)
+        source = _mean(edit, examples, device, material)
     return Inputs(ordinal=ordinal, source=source, tensors=tensors, choice=choice)
 
 
-def _mean(edit: Edit, examples: Sequence[int], ordinal: Tensor, material: Material) -> Tensor:
+def _mean(edit: Edit, examples: Sequence[int], device: torch.device, material: Material) -> Tensor:
     """The mean to put in place, paired with the selected tokens: ``[m or 1, *features]``."""
     pooled = bool(getattr(edit.spec, "pool_tokens", False)) or not edit.site.has_tokens
     if edit.mean is None:
@@ -168,7 +173,7 @@ def _mean(edit: Edit, examples: Sequence[int], ordinal: Tensor, material: Materi
     if edit.positions.is_all:
         return mean.repeat(len(examples), *([1] * (mean.ndim - 1)))
     _, position, _ = edit.positions.flat(examples)
-    return mean[torch.as_tensor(position, device=ordinal.device)]
+    return mean[torch.as_tensor(position, device=device)]
 
 
 def _reordered(counts: IntArray, order: Sequence[int], device: torch.device) -> Tensor:
