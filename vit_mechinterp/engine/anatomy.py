@@ -138,10 +138,10 @@ class Anatomy:
 
     def _tokens_stay(self, layer: int, made: str, marks: Marks) -> bool:
         """Whether tokens of one value reach the same tokens of another alone, as far as they differ."""
-        if _are_alike(marks):
+        if marks.shape[1] == 1:
             return True
         is_known = made != "attn.scores" or f"blocks.{layer}.attn.scores" not in self.layout.absent
-        return is_known and layer in self.by_token()
+        return (is_known and layer in self.by_token()) or _are_alike(marks)
 
 
 def _are_alike(marks: Marks) -> bool:

@@ -103,7 +103,7 @@ class Numbering:
 
     def _new(self, n: int) -> IntArray:
         self.count += n
-        return np.arange(self.count - n, self.count)
+        return self.keys.with_distinct(np.arange(self.count - n, self.count))
 
 
 def _of(numbers: IntArray, examples: IntArray) -> IntArray:

@@ -10,8 +10,8 @@ from vit_mechinterp.spec import Ablate, Intervention, SourcedIntervention, Tenso
 __all__ = ["options_of"]
 
 _NUMBERS = (bool, int, float)
-_PLAIN = (str, bool, int, float)
-"""Types of fields that are compared as they are."""
+"""Types of fields that are told apart by type and by how they are written, as in a document: 1.0 is not
+"1.0", nor 1 True."""
 
 
 def options_of(edit: Edit, *, imagined: bool) -> object:
@@ -20,22 +20,29 @@ def options_of(edit: Edit, *, imagined: bool) -> object:
     With ``imagined``, nobody knows what columns select, and selectors are compared by what they say.
     """
     spec = edit.spec
-    resolved = _resolved(type(spec), imagined, edit.choice is not None, edit.source is not None)
-    own = {name: getattr(spec, name) for name in fields_of(type(spec)) if name not in resolved}
-    # The edit holds tensors by field, under one name for equal contents.
-    own = {name: None if isinstance(value, TensorRef) else value for name, value in own.items()}
-    if all(value is None or type(value) in _PLAIN for value in own.values()):
-        # Told apart by type and by how they are written, as in a document: 1.0 is not "1.0", nor 1 True.
-        return tuple(
-            (name, type(value), repr(value)) if type(value) in _NUMBERS else (name, value)
-            for name, value in own.items()
-        )
-    return spec.model_dump_json(include={name for name, value in own.items() if value is not None})
+    names = _compared(type(spec), imagined, edit.choice is not None, edit.source is not None)
+    own: list[object] = []
+    for name in names:
+        value = getattr(spec, name)
+        if value is None or isinstance(value, TensorRef):  # the edit holds tensors, under one name each
+            own.append(None)
+        elif type(value) is str:
+            own.append(value)
+        elif type(value) in _NUMBERS:
+            own.append((type(value), repr(value)))
+        else:
+            return spec.model_dump_json(include=_told(spec, names))
+    return names, *own
+
+
+def _told(spec: Intervention, names: tuple[str, ...]) -> set[str]:
+    """Those of some fields that say something which is no tensor."""
+    return {name for name in names if not isinstance(getattr(spec, name), (TensorRef, type(None)))}
 
 
 @cache
-def _resolved(kind: type[Intervention], imagined: bool, chosen: bool, sourced: bool) -> frozenset[str]:
-    """Fields whose meaning the bound edit holds."""
+def _compared(kind: type[Intervention], imagined: bool, chosen: bool, sourced: bool) -> tuple[str, ...]:
+    """Fields whose meaning the bound edit does not hold."""
     resolved = set() if imagined else {"site", "tokens", "heads", "keys"}
     if issubclass(kind, SourcedIntervention) and not imagined:
         resolved |= {"source", "source_tokens", "source_site"}
@@ -43,4 +50,4 @@ def _resolved(kind: type[Intervention], imagined: bool, chosen: bool, sourced: b
         resolved.add("choose")
     if issubclass(kind, Ablate) and sourced:
         resolved.add("seed")
-    return frozenset(resolved)
+    return tuple(name for name in fields_of(kind) if name not in resolved)

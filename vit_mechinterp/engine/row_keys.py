@@ -59,6 +59,11 @@ class RowKeys:
         """What each example's row of a run starts from: its image, or the same for all."""
         return self._blank if run.blank else self.sharing.images_of(run.origin)
 
+    def with_distinct(self, numbers: IntArray) -> IntArray:
+        """The same numbers, of which none is known to occur twice."""
+        self._distinct[id(numbers)] = numbers, True
+        return numbers
+
     def are_distinct(self, numbers: IntArray) -> bool:
         """Whether no number occurs twice."""
         known = self._distinct.get(id(numbers))

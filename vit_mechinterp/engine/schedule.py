@@ -103,7 +103,8 @@ class Schedule:
             return False
         if any(len(part.examples) < sharing.n_examples or part.run.blank for part in parts):
             return False
-        origins = {*(read.origin for read in self.needs(range(1))), *self.clean_outputs(range(1))}
+        reads = (*(read for read, _ in self._always_wanted), *self.mean_reads)
+        origins = {*(read.origin for read in reads), *self.clean_outputs(range(1))}
         if any(isinstance(origin, ColumnOrigin) and origin.permutation is not None for origin in origins):
             return False
         images = np.concatenate(list(sharing.images.values()))
@@ -159,11 +160,12 @@ class Schedule:
         repeating = zip(self.rows.tables, self._reads_of_parts, strict=True) if self.sharing.repeats else ()
         for table, groups in repeating:
             rows = table.computed(chunk)
-            group_of = groups.of[table.part_of[rows]]
-            for group in np.unique(group_of).tolist():
-                examples = np.unique(table.examples[rows[group_of == group]])
+            pairs = np.unique(groups.of[table.part_of[rows]] * self.n_examples + table.examples[rows])
+            group_of, examples = np.divmod(pairs, self.n_examples)
+            of_groups, starts = np.unique(group_of, return_index=True)
+            for group, own in zip(of_groups.tolist(), np.split(examples, starts[1:]), strict=False):
                 for read in groups.reads[group]:
-                    want(read, examples)
+                    want(read, own)
         for read, some in self._always_wanted:
             want(read, everyone if some is None else some[within(some, chunk)])
         if not self.means_come_first:
