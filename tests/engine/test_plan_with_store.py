@@ -67,6 +67,23 @@ def test_blocks_and_launches_are_those_that_run(
     assert totals[1] < without.block_evaluations
 
 
+def test_it_says_what_is_not_made_later_for_the_stores_sake(world: World) -> None:
+    edit = {"op": "interchange", "site": "blocks.1.resid_mid", "source": "source", "tokens": [2]}
+    held = {"op": "interchange", "site": "blocks.1.mlp.post", "source": "source", "tokens": [2]}
+    documents = [{"name": "swap", "interventions": [edit]}, {"name": "both", "interventions": [edit, held]}]
+    with ActivationStore() as store:
+        with_store = planned(world, documents, store)
+    without = planned(world, documents, None)
+    assert (
+        "interventions are made where they are declared, though later would be the same, because a store is likelier "
+        "to have what they read there: run 'swap', interchange at blocks.1.resid_mid"
+    ) in str(with_store)
+    assert "though later" not in str(without)
+    assert "interventions are made later, where that is the same: run 'swap'" in str(without)
+    rows = [sum(own.blocks for own in plan.rows) for plan in (with_store, without)]
+    assert rows == [2 * 2, 2 * 1]
+
+
 def test_it_says_what_a_store_keeps_apart(world: World) -> None:
     with ActivationStore() as store:
         (note,) = planned(world, SWAP, store).notes

@@ -220,6 +220,23 @@ def test_chunks_do_not_share_and_the_plan_says_so() -> None:
     assert "rows are equal to rows of other chunks, and are computed again" in str(plan)
 
 
+def test_beginnings_are_shared_in_a_chunk_and_the_plan_says_so() -> None:
+    """Three rows of one image part where they swap with three others: in three chunks, each begins anew."""
+    world = repeating()
+    world.columns["source"] = TIMM_PLAIN.images(6, seed=11)
+    documents = [run("a", add("blocks.0.resid_post", 24, 1.0), swap("blocks.1.resid_post"))]
+    memory = world.memory(documents, 2, 3)
+    total, plan = counted(world, documents, batch_size=3, memory=memory)
+    assert plan.chunk == 2
+    assert "2 beginnings of rows are those of rows of other chunks too, and are computed in each" in str(plan)
+    together, plan = counted(world, documents, batch_size=3)
+    assert plan.chunk == 6
+    assert "beginnings of rows" not in str(plan)
+    clean = sum(forward.images * forward.blocks for forward in plan.clean)
+    assert together == clean + 4 * 1 + 6 * 1  # block 1 of four images, block 2 of six rows
+    assert total >= together + 2
+
+
 def test_choices_are_compared_by_their_numbers() -> None:
     world = World(TIMM_PLAIN, 4)
     world.columns["again"] = world.columns["kind"].clone()

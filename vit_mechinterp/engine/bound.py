@@ -207,6 +207,8 @@ class Bound:
     """Where interventions were left out, because they change nothing that is read."""
     postponed: tuple[str, ...] = ()
     """Where interventions stand that are made later, where that is the same."""
+    not_postponed: tuple[str, ...] = ()
+    """Where interventions stand that could be made later, but for what a store is likelier to have."""
     without_base: tuple[str, ...] = ()
     """For every run of whose base its rows hold nothing, what they hold instead."""
 
@@ -216,9 +218,12 @@ class Bound:
         levels: dict[str, int] = {}
         reads: dict[Read, None] = {}
         for run in sources_first:
-            reads.update((edit.source, None) for edit in run.edits if edit.source and edit.source_run)
-            others = (edit.source_run for edit in run.edits)
-            levels[run.name] = 1 + max((levels[name] for name in others if name is not None), default=-1)
+            level = 0
+            for edit in run.edits:
+                if edit.source is not None and (other := edit.source_run) is not None:
+                    reads[edit.source] = None
+                    level = max(level, levels[other] + 1)
+            levels[run.name] = level
         stages: dict[int, list[BoundRun]] = {}
         # Of equal rows the first one is computed: it is to be one that goes to the end, if there is one.
         for run in sorted(runs, key=lambda run: not run.has_output):

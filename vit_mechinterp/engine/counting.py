@@ -16,6 +16,7 @@ from vit_mechinterp.engine.joins import Beginning
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, starts_late
 from vit_mechinterp.engine.pieces import Stop
+from vit_mechinterp.engine.positions import NONE, IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
 from vit_mechinterp.engine.values import ColumnOrigin, Read
@@ -36,7 +37,8 @@ class Counts:
     ``images`` counts by column and number of blocks; ``kept`` are the clean values held, ``outputs`` the
     images whose clean output is wanted; ``again`` are images that pass through the model once more because
     they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
-    keeps columns apart, and ``rows_again`` equal rows of different chunks; ``spared`` and ``unread`` are
+    keeps columns apart, ``rows_again`` equal rows of different chunks, and ``beginnings_again`` what rows of
+    different chunks go through before they differ; ``spared`` and ``unread`` are
     parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
     rows go on from others, for which ``not_again`` pairs are not computed; ``ways`` counts rows by run, by
     the identity of the edits that act on them, and by where they go on from others and end.
@@ -53,6 +55,7 @@ class Counts:
     again: int = 0
     apart: int = 0
     rows_again: int = 0
+    beginnings_again: int = 0
     branched: int = 0
     not_again: int = 0
     ways: Counter[tuple[str, int, Way]] = field(default_factory=Counter)
@@ -67,10 +70,14 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
     total = Counts()
     shares = costs_of(vit.module, vit.layout, vit.layout.n_layers // 2) if schedule.spares else {}
     known: dict[int, Counts] = {}
+    beginnings: list[IntArray] = []
     for chunk in chunks:
         if not schedule.is_regular or len(chunk) not in known:
             known[len(chunk)] = _count_chunk(schedule, chunk, shares, clean=forecast is None)
+            beginnings.append(_beginnings(schedule, chunk))
         _add(total, known[len(chunk)])
+    if len(beginnings) > 1:
+        total.beginnings_again = sum(map(len, beginnings)) - len(np.unique(np.concatenate(beginnings)))
     total.naive = _naive(schedule.bound, schedule.n_layers) * schedule.n_examples
     total.clean = sum(len(sharing.clean_rows(run.name)) for run in schedule.bound.runs)
     total.rows_again = sharing.n_edited_rows - total.shared - sharing.n_classes
@@ -111,6 +118,12 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
             own.launches += -(-rows // schedule.width)
             own.widest = max(own.widest, min(rows, schedule.width))
     return own
+
+
+def _beginnings(schedule: Schedule, chunk: range) -> IntArray:
+    """The states that rows of a chunk go through before their last edits."""
+    parts = (part for own in schedule.rows.of(chunk).parts for part in own)
+    return np.unique(np.concatenate([NONE, *(states for part in parts for states in part.states[:-1])]))
 
 
 def _foreseen(forecast: Forecast) -> Counts:

@@ -35,10 +35,20 @@ def notes_on(
             f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, because "
             f"their {why}"
         )
+    if counts.beginnings_again:
+        yield (
+            f"{counts.beginnings_again} beginnings of rows are those of rows of other chunks too, and are "
+            "computed in each, because a chunk holds what its own rows go on from alone"
+        )
     if bound.left_out:
         yield f"interventions that change nothing that is read are left out: {_places(bound.left_out)}"
     if bound.postponed:
         yield f"interventions are made later, where that is the same: {_places(bound.postponed)}"
+    if bound.not_postponed:
+        yield (
+            "interventions are made where they are declared, though later would be the same, because a store "
+            f"is likelier to have what they read there: {_places(bound.not_postponed)}"
+        )
     if bound.without_base:
         yield (
             "all that is read of the residual stream is replaced, so that no base is run for it: "

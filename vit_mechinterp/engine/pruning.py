@@ -8,7 +8,7 @@ blank at that place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
@@ -24,16 +24,14 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     """The same runs without interventions that reach nothing that is read, and without replaced bases.
 
     With ``postponing``, interventions inside attention or MLP are made where they come out, if that is the
-    same.
+    same; without, those are named that could be.
     """
     pruning = _Pruning(bound, reach, spelling)
     pruning.carry()
     pruning.leave_out()
     while pruning.replace_bases():  # what others were there for is left out as well
         pruning.leave_out()
-    if postponing:
-        pruning.postpone()
-    return pruning.result()
+    return pruning.result(pruning.postponed(), postponing=postponing)
 
 
 class _Pruning:
@@ -90,21 +88,25 @@ class _Pruning:
         before, self.bound = self.bound, self.bound.with_runs(runs)
         return set(self.bound.run_reads) != set(before.run_reads)
 
-    def postpone(self) -> None:
-        """Make interventions inside attention or MLP where they come out."""
-        postponed = {
-            run.name: self._with_moved(run, self.reach.postponed(run, self._reads(run, self._readers)))
-            for run in self.bound.runs
-        }
-        self.bound = self.bound.with_runs(postponed)
+    def postponed(self) -> Bound:
+        """The runs with interventions inside attention or MLP made where they come out."""
+        runs = self.bound.runs
+        reads = {run.name: self._reads(run, self._readers) for run in runs}
+        return self.bound.with_runs(
+            {run.name: run.with_edits(self.reach.postponed(run, reads[run.name])) for run in runs}
+        )
 
-    def result(self) -> Bound:
-        """The runs as they are, in one spelling, with what is said of them."""
+    def result(self, postponed: Bound, *, postponing: bool) -> Bound:
+        """The runs as they are, or ``postponed``, in one spelling, with what is said of them."""
         names = [run.name for run in self.bound.runs]
+        pairs = zip(self.bound.runs, postponed.runs, strict=True)
+        later = tuple(edit.where for old, new in pairs for edit in _new_in(new, old))
+        moved = tuple(where for name in names for where in self._moved[name])
         return replace(
-            self.spelling.of(self.bound),
+            self.spelling.of(postponed if postponing else self.bound),
             left_out=tuple(where for name in names for where in self._left_out[name]),
-            postponed=tuple(where for name in names for where in self._moved[name]),
+            postponed=(*moved, *later) if postponing else moved,
+            not_postponed=() if postponing else later,
             without_base=tuple(self._instead[name] for name in names if name in self._instead),
         )
 
@@ -121,14 +123,19 @@ class _Pruning:
     def _with_moved(self, run: BoundRun, edits: Iterable[Edit]) -> BoundRun:
         """A run with edits of which some stand elsewhere than before."""
         moved = run.with_edits(edits)
-        new = (edit for edit in moved.edits if all(edit is not own for own in run.edits))
-        self._moved[run.name] += (edit.where for edit in new) if moved is not run else ()
+        self._moved[run.name] += (edit.where for edit in _new_in(moved, run))
         return moved
 
     def _with_some(self, run: BoundRun, edits: Mapping[int, Edit]) -> BoundRun:
         """A run with some of its edits, given by their places."""
         self._left_out[run.name] += (edit.where for place, edit in enumerate(run.edits) if place not in edits)
         return run.with_edits(edits.values())
+
+
+def _new_in(run: BoundRun, before: BoundRun) -> Iterator[Edit]:
+    """Edits of a run that it had not before."""
+    if run is not before:
+        yield from (edit for edit in run.edits if all(edit is not own for own in before.edits))
 
 
 def _equal_runs(bound: Bound) -> dict[str, tuple[BoundRun, ...]]:
