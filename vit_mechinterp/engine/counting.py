@@ -40,8 +40,8 @@ class Counts:
     keeps columns apart, ``rows_again`` equal rows of different chunks, and ``beginnings_again`` what rows of
     different chunks go through before they differ; ``spared`` and ``unread`` are
     parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
-    rows go on from others, for which ``not_again`` pairs are not computed; ``ways`` counts rows by run, by
-    the identity of the edits that act on them, and by where they go on from others and end.
+    rows go on from others, for which ``not_again`` pairs are not computed; ``ways`` counts rows by stage, by
+    the number of their part in it, and by where they go on from others and end.
     """
 
     evaluations: int = 0
@@ -58,10 +58,20 @@ class Counts:
     beginnings_again: int = 0
     branched: int = 0
     not_again: int = 0
-    ways: Counter[tuple[str, int, Way]] = field(default_factory=Counter)
+    ways: Counter[tuple[int, int, Way]] = field(default_factory=Counter)
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     kept: dict[Read, None] = field(default_factory=dict)
     outputs: set[ColumnOrigin] = field(default_factory=set)
+
+    def add(self, own: Counts) -> None:
+        """Add what was counted of one chunk."""
+        for name in ("evaluations", "launches", "spared", "unread", "shared", "branched", "not_again"):
+            setattr(self, name, getattr(self, name) + getattr(own, name))
+        self.widest = max(self.widest, own.widest)
+        self.ways.update(own.ways)
+        self.images.update(own.images)
+        self.kept.update(own.kept)
+        self.outputs |= own.outputs
 
 
 def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) -> Counts:
@@ -75,14 +85,14 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
         if not schedule.is_regular or len(chunk) not in known:
             known[len(chunk)] = _count_chunk(schedule, chunk, shares, clean=forecast is None)
             beginnings.append(_beginnings(schedule, chunk))
-        _add(total, known[len(chunk)])
+        total.add(known[len(chunk)])
     if len(beginnings) > 1:
         total.beginnings_again = sum(map(len, beginnings)) - len(np.unique(np.concatenate(beginnings)))
     total.naive = _naive(schedule.bound, schedule.n_layers) * schedule.n_examples
     total.clean = sum(len(sharing.clean_rows(run.name)) for run in schedule.bound.runs)
     total.rows_again = sharing.n_edited_rows - total.shared - sharing.n_classes
     if forecast is not None:
-        _add(total, _foreseen(forecast))
+        total.add(_foreseen(forecast))
         total.apart = _apart(schedule, forecast)
     elif len(chunks) > 1:
         used = [sharing.images_of(r.origin) for r in total.kept if isinstance(r.origin, ColumnOrigin)]
@@ -103,8 +113,9 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
         own.kept.update(dict.fromkeys(needs))
         own.outputs |= set(outputs)
     of_chunk = schedule.rows.of(chunk)
-    for stage, parts, copies in zip(schedule.bound.stages, of_chunk.parts, of_chunk.copies, strict=True):
-        _count_rows(own, schedule, parts, schedule.unread(stage))
+    stages = zip(schedule.bound.stages, of_chunk.parts, of_chunk.copies, strict=True)
+    for number, (stage, parts, copies) in enumerate(stages):
+        _count_rows(own, schedule, number, parts, schedule.unread(stage))
         own.shared += sum(len(same.examples) for same in copies)
         if schedule.spares and any(starts_late(part.run) for part in parts):
             # Rows of one image stand together as far as they fit, which decides how many waves there are.
@@ -143,11 +154,11 @@ def _apart(schedule: Schedule, forecast: Forecast) -> int:
     return sum(map(len, by_column.values())) - len(set().union(*by_column.values()))
 
 
-def _count_rows(own: Counts, schedule: Schedule, parts: Sequence[Part], unread: float) -> None:
+def _count_rows(own: Counts, schedule: Schedule, stage: int, parts: Sequence[Part], unread: float) -> None:
     """Count the rows of one stage and their blocks, whichever waves they pass in."""
     for part in parts:
         size, blocks = len(part.examples), part.run.end - part.run.join.first_block
-        own.ways[part.run.name, id(part.run.edits), (part.run.beginning, part.run.ends)] += size
+        own.ways[stage, part.number, (part.run.beginning, part.run.ends)] += size
         own.evaluations += size * blocks
         own.unread += size * unread if blocks and part.run.end == schedule.n_layers else 0.0
         if part.run.beginning is not None:
@@ -186,21 +197,6 @@ def _spared(
             last = layer == schedule.n_layers - 1 and part in narrowed
             total += shares[part] * (few if last else 1.0) * (len(rows.index) - len(rows.first))
     return total
-
-
-def _add(total: Counts, own: Counts) -> None:
-    total.evaluations += own.evaluations
-    total.launches += own.launches
-    total.widest = max(total.widest, own.widest)
-    total.spared += own.spared
-    total.unread += own.unread
-    total.shared += own.shared
-    total.branched += own.branched
-    total.not_again += own.not_again
-    total.ways.update(own.ways)
-    total.images.update(own.images)
-    total.kept.update(own.kept)
-    total.outputs |= own.outputs
 
 
 def _naive(bound: Bound, n_layers: int) -> int:

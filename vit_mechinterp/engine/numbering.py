@@ -7,7 +7,7 @@ rows are compared. Rows that differ later on may be in one state before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,15 +23,17 @@ Columns = Sequence[IntArray]
 @dataclass(frozen=True)
 class Part:
     """Rows of one run on which the same edits act: the run with these edits alone, the examples, which
-    ascend, and the state behind each edit, ``[row]``."""
+    ascend, the state behind each edit, ``[row]``, and the part's number in its stage."""
 
     run: BoundRun
     examples: IntArray
     states: tuple[IntArray, ...] = ()
+    number: int = 0
 
     def of(self, places: IntArray | slice) -> Part:
         """Some of the rows."""
-        return Part(self.run, self.examples[places], tuple(own[places] for own in self.states))
+        states = tuple(own[places] for own in self.states)
+        return replace(self, examples=self.examples[places], states=states)
 
     def begins(self, examples: IntArray) -> IntArray:
         """The states that rows of some examples go on from; none if these begin by themselves."""
@@ -74,7 +76,8 @@ class Numbering:
                 found = self._number(self._groups.setdefault(key, _Group()), [columns for _, columns in own])
                 for (n, _), numbers in zip(own, found, strict=True):
                     states[n].append(numbers)
-        return [Part(run, examples, tuple(own)) for (run, examples), own in zip(rows, states, strict=True)]
+        pairs = enumerate(zip(rows, states, strict=True))
+        return [Part(run, examples, tuple(own), number) for number, ((run, examples), own) in pairs]
 
     def _number(self, group: _Group, members: Sequence[Columns]) -> list[IntArray]:
         """States of some rows of one group, by the columns that they are compared by."""

@@ -241,14 +241,14 @@ def describe(
         if any(origin.column == column for origin in counts.outputs):
             kept[vit.layout.output] = None
         clean.append(CleanForwards(column, images, blocks, tuple(kept)))
-    ways: defaultdict[tuple[str, int], dict[Way, int]] = defaultdict(dict)
-    for (name, edits, way), times in counts.ways.items():
-        ways[name, edits][way] = times
+    ways: defaultdict[tuple[int, int], dict[Way, int]] = defaultdict(dict)
+    for (stage, part, way), times in counts.ways.items():
+        ways[stage, part][way] = times
     rows = [
         row
         for number, parts in enumerate(schedule.sharing.parts_of_stages)
-        for part in parts
-        for row in _rows_of(part, ways[part.run.name, id(part.run.edits)], number, schedule)
+        for own in parts
+        for row in _rows_of(own, ways[number, own.number], number, schedule)
     ]
     n, clean_rows = schedule.n_examples, schedule.sharing.clean_rows
     untouched = tuple(run.name for run in bound.runs if len(clean_rows(run.name)) == n)

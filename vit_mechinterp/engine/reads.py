@@ -17,10 +17,18 @@ from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.spec import Site
 
-__all__ = ["ReadGroups", "clean_read", "clean_sources", "join_reads", "wanted_by_rows", "wanted_by_runs"]
+__all__ = [
+    "ReadGroups",
+    "all_of",
+    "clean_read",
+    "clean_sources",
+    "join_reads",
+    "wanted_by_rows",
+    "wanted_by_runs",
+]
 
-Wanted = Mapping[Read, IntArray | None]
-"""Reads with the ascending examples that they are wanted of; None for all of them."""
+Wanted = Mapping[Read, IntArray]
+"""Reads with the ascending examples that they are wanted of."""
 
 
 def clean_read(run: BoundRun, read: Read) -> Read:
@@ -97,11 +105,14 @@ def wanted_by_runs(sharing: Sharing) -> Wanted:
 
 
 def _merged(wanted: Mapping[Read, list[IntArray]], n_examples: int) -> Wanted:
-    found: dict[Read, IntArray | None] = {}
-    for read, several in wanted.items():
-        several = [examples for examples in several if len(examples)]
-        if any(len(examples) == n_examples for examples in several):
-            found[read] = None
-        elif several:
-            found[read] = several[0] if len(several) == 1 else np.unique(np.concatenate(several))
-    return found
+    everyone = np.arange(n_examples)
+    found = {read: all_of(several, everyone) for read, several in wanted.items()}
+    return {read: examples for read, examples in found.items() if len(examples)}
+
+
+def all_of(several: Sequence[IntArray], everyone: IntArray) -> IntArray:
+    """The examples that are in one of several selections, ascending; ``everyone`` itself where these are all
+    there are."""
+    if any(len(examples) == len(everyone) for examples in several):
+        return everyone
+    return several[0] if len(several) == 1 else np.unique(np.concatenate(several))

@@ -16,7 +16,14 @@ from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, in_waves
 from vit_mechinterp.engine.pieces import CleanGroup, Stop
 from vit_mechinterp.engine.positions import NONE, IntArray
-from vit_mechinterp.engine.reads import ReadGroups, clean_read, clean_sources, wanted_by_rows, wanted_by_runs
+from vit_mechinterp.engine.reads import (
+    ReadGroups,
+    all_of,
+    clean_read,
+    clean_sources,
+    wanted_by_rows,
+    wanted_by_runs,
+)
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.unread import looks_inside, tokens_wanted
 from vit_mechinterp.engine.values import ColumnOrigin, Read
@@ -167,17 +174,17 @@ class Schedule:
                 for read in groups.reads[group]:
                     want(read, own)
         for read, some in self._always_wanted:
-            want(read, everyone if some is None else some[within(some, chunk)])
+            want(read, some[within(some, chunk)])
         if not self.means_come_first:
             for read in self.mean_reads:
                 want(read, everyone)
-        return {read: _union(examples, everyone) for read, examples in wanted.items()}
+        return {read: all_of(examples, everyone) for read, examples in wanted.items()}
 
     @property
-    def _always_wanted(self) -> list[tuple[Read, IntArray | None]]:
+    def _always_wanted(self) -> list[tuple[Read, IntArray]]:
         """Reads with their examples, apart from those of rows that may be equal to others."""
 
-        def find() -> list[tuple[Read, IntArray | None]]:
+        def find() -> list[tuple[Read, IntArray]]:
             stages = () if self.sharing.repeats else self.sharing.parts_of_stages
             parts = [part for own in stages for part in own]
             by_rows = wanted_by_rows(parts, self.n_examples)
@@ -212,7 +219,7 @@ class Schedule:
             if len(examples):
                 wanted.setdefault(run.origin, []).append(examples)
         everyone = np.arange(chunk.start, chunk.stop)
-        return {origin: _union(examples, everyone) for origin, examples in wanted.items()}
+        return {origin: all_of(examples, everyone) for origin, examples in wanted.items()}
 
     def clean_needs(
         self, chunk: range, reads: Sequence[Read] | None = None
@@ -247,9 +254,3 @@ class Schedule:
                     reads = (read for edit in part.run.edits for read in edit.reads)
                     last.update(dict.fromkeys((*reads, *clean_sources(part.run)), n))
         return last
-
-
-def _union(wanted: list[IntArray], everyone: IntArray) -> IntArray:
-    if any(len(examples) == len(everyone) for examples in wanted):
-        return everyone
-    return wanted[0] if len(wanted) == 1 else np.unique(np.concatenate(wanted))

@@ -142,9 +142,9 @@ class Sharing:
         classes = {run.name: clean[run.origin] for run in self.bound.runs}  # until edits say otherwise
         everyone = np.arange(self.n_examples)
         if not self.rows:
-            edited = [run for stage in self.bound.stages for run in stage]
-            for n, run in enumerate(edited):
-                parts[run.name] = (Part(run, everyone),)
+            edited = [(number, run) for stage in self.bound.stages for number, run in enumerate(stage)]
+            for n, (number, run) in enumerate(edited):
+                parts[run.name] = (Part(run, everyone, number=number),)
                 classes[run.name] = n * self.n_examples + everyone
             return parts, classes, len(edited) * self.n_examples
         keys = RowKeys(self, parts)
