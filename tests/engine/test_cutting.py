@@ -106,6 +106,9 @@ def test_a_budget_that_holds_no_row_is_refused() -> None:
     assert narrow.width < vmi.plan(world.vit, runs, world.columns).width
     assert narrow.peak_bytes <= 200 * 1024
     assert f"at most {narrow.peak_bytes / 1024:.3g} KiB beside the model" in str(narrow)
+    asked = vmi.plan(world.vit, runs, world.columns, memory="200KiB", batch_size=4)
+    assert asked.width < 4
+    assert asked.peak_bytes <= 200 * 1024
 
 
 @pytest.fixture

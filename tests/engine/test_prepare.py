@@ -355,3 +355,15 @@ def test_a_backend_whose_memory_runs_out_takes_half_the_images(caplog: pytest.Lo
         handle.remove()
     assert [record.getMessage() for record in caplog.records] == ["Out of memory at 4 rows per forward: going on with 2."]
     world.check([document], results)
+
+
+def test_captures_of_prepared_runs_are_refused() -> None:
+    world = World(TIMM_PLAIN, 3)
+    seen = Run(name="seen", interventions=[vmi.Interchange(site="blocks.0.resid_post", source="source")], capture=["pooled"])
+    message = (
+        "Prepared runs give outputs and keep no captures, which are asked for of seen. Leave capture out, or use "
+        "execute for them."
+    )
+    with pytest.raises(SpecError) as refused:
+        prepare(world.vit, [seen], world.columns, {}).__enter__()
+    assert str(refused.value) == message

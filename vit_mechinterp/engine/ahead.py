@@ -26,8 +26,8 @@ class Ahead:
     """Makes batches in the order in which they will be asked for, a few at a time.
 
     Requests that are passed over are left out. Whatever is asked for out of order is left to the caller, and
-    nothing more is made ahead. The batches are
-    those that the caller would make, one call of ``make`` each, so the results are the same bits.
+    nothing more is made ahead. The batches are those that the caller would make, one call of ``make`` each,
+    so the results are the same bits.
 
     Args:
         make: makes the batch of one request.

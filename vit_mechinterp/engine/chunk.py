@@ -102,7 +102,7 @@ class _Chunk:
         self._with_output = {run.name for run in schedule.bound.with_output}
         self._outputs = _Outputs(chunk)
         self._pieces: Pieces = defaultdict(list)
-        self._captures: dict[tuple[str, str], Values] = {}
+        self._captures: dict[tuple[str, Read], Values] = {}
 
     def compute(self, stage: int, tick: Tick) -> None:
         """Pass the rows of a stage through the model, in waves."""
@@ -140,8 +140,7 @@ class _Chunk:
                 if isinstance(read.origin, RunOrigin):
                     self.material.run_values[read] = values
                 else:
-                    name = next(c.name for c in run.captures if c.read == read)
-                    self._captures[run.name, name] = values
+                    self._captures[run.name, read] = values
 
     def drop(self, stage: int) -> None:
         """Let go of what no later stage reads, and no capture keeps."""
@@ -163,7 +162,8 @@ class _Chunk:
             part.outputs[run.name] = self._read_out(self._outputs.whole(run.name))
         for run in self._bound.runs:
             for capture in run.captures:
-                values = self._captures.get((run.name, capture.name)) or self.clean.values[capture.read]
+                key = run.name, capture.read
+                values = self._captures[key] if key in self._captures else self.clean.values[capture.read]
                 is_whole = values.starts is None
                 kept = values.whole(self.chunk) if is_whole else values.rows(self.chunk)
                 counts = None if is_whole else capture.read.positions.counts(self.chunk, 0).tolist()

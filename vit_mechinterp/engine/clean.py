@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.pieces import CleanGroup
 from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import CleanGroup, Schedule
+from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, contiguous, gather
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward

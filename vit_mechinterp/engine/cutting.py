@@ -76,16 +76,15 @@ def schedule_for(
     draft = draft_of(vit, bound, data, tensors, progress=progress, stored=stored)
     together = replace(draft, chunk=min(draft.n_examples, TYPICAL))
     held = footprint(vit, draft, together.states_handed_on)
-    least = held.peak(1, 1 if batch_size == "auto" else int(batch_size))
+    least = held.peak(1, 1)
     if memory is not None and least > budget:
-        raise SpecError(
-            f"memory={memory!r} is too little: one example and "
-            f"{'one row' if batch_size == 'auto' else f'{batch_size} rows'} take {in_words(least)}."
-        )
+        raise SpecError(f"memory={memory!r} is too little: one example and one row take {in_words(least)}.")
     if batch_size == "auto":
         # At least half of the budget is left for what a chunk of examples holds.
         widest = max(1, int(max(budget / 2, budget - 64 * held.example) // max(1, held.row)))
         width = _width(vit, draft, widest, imagined=data is None, measure=measure)
+    elif memory is not None:
+        width = min(int(batch_size), max(1, (budget - held.example) // max(1, held.row)))
     else:
         width = int(batch_size)
     return _cut(vit, replace(draft, width=width), held, max(budget, least))

@@ -151,29 +151,42 @@ def inputs_of(
         if material.source_order is not None:
             source = source[_reordered(counts, material.source_order, device)]
     elif isinstance(edit.spec, Ablate) and edit.spec.method == "mean":
-        source = _mean(edit, examples, device, material)
+        source = _mean(edit, edit.spec, examples, device, material)
     return Inputs(ordinal=ordinal, source=source, tensors=tensors, choice=choice)
 
 
-def _mean(edit: Edit, examples: Sequence[int], device: torch.device, material: Material) -> Tensor:
+def _mean(
+    edit: Edit, spec: Ablate, examples: Sequence[int], device: torch.device, material: Material
+) -> Tensor:
     """The mean to put in place, paired with the selected tokens: ``[m or 1, *features]``."""
-    pooled = bool(getattr(edit.spec, "pool_tokens", False)) or not edit.site.has_tokens
-    if edit.mean is None:
-        mean = material.tensors[edit.refs[0][1]]
-        if edit.site.is_attention_matrix and not pooled:
-            mean = mean.transpose(0, 1)
-        if edit.spec.heads is not None:
-            mean = mean[..., list(edit.spec.heads), :]
-    else:
-        mean = material.means[edit.mean]
-        if pooled and edit.site.has_tokens and edit.mean.positions.is_all:
-            mean = mean.mean(dim=0)
+    pooled = spec.pool_tokens or not edit.site.has_tokens
+    given = edit.mean is None
+    mean = (
+        _given_mean(edit, material, pooled=pooled) if given else _dataset_mean(edit, material, pooled=pooled)
+    )
     if pooled:
         return mean[None]
     if edit.positions.is_all:
         return mean.repeat(len(examples), *([1] * (mean.ndim - 1)))
     _, position, _ = edit.positions.flat(examples)
     return mean[torch.as_tensor(position, device=device)]
+
+
+def _given_mean(edit: Edit, material: Material, *, pooled: bool) -> Tensor:
+    """The mean that an ablation names, the only tensor it has: ``[token, *features]``, or of all tokens."""
+    ((_, ref),) = edit.refs
+    mean = material.tensors[ref]
+    if edit.site.is_attention_matrix and not pooled:
+        mean = mean.transpose(0, 1)
+    return mean if edit.spec.heads is None else mean[..., list(edit.spec.heads), :]
+
+
+def _dataset_mean(edit: Edit, material: Material, *, pooled: bool) -> Tensor:
+    """The mean over the dataset: ``[token, *features]``, or of all tokens."""
+    assert edit.mean is not None
+    mean = material.means[edit.mean]
+    over_tokens = pooled and edit.site.has_tokens and edit.mean.positions.is_all
+    return mean.mean(dim=0) if over_tokens else mean
 
 
 def _reordered(counts: IntArray, order: Sequence[int], device: torch.device) -> Tensor:

@@ -64,9 +64,9 @@ def execute(
     """Carry out runs on every example of a dataset.
 
     Blocks below every edit of a batch are skipped: they hand on a blank row. Forward hooks of your own on
-    those blocks still fire, and see that row instead of an image. Where hooks or
-    modules of your own are anywhere in the model, all tokens of the last block are computed, also those that
-    the output does not read.
+    those blocks still fire, and see that row instead of an image. Where hooks or modules of your own are
+    anywhere in the model, all tokens of the last block are computed, also those that the output does not
+    read.
 
     Args:
         vit: the model, in eval mode (or without dropout).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.counting import Counts
 from vit_mechinterp.engine.order import starts_late
 from vit_mechinterp.engine.schedule import Schedule
@@ -22,15 +23,27 @@ def notes_on(
     vit: HookedViT, schedule: Schedule, counts: Counts, forecast: Forecast | None, *, tensors_known: bool
 ) -> Iterator[str]:
     """Notes on one schedule, whose clean forwards go through a store if there is a forecast."""
-    bound = schedule.bound
     if schedule.one_image is not None:
         yield f"clean forwards take one image each: {schedule.one_image}"
     if forecast is not None:
         yield from _through_a_store(schedule, counts, forecast)
     else:
         yield from _over_chunks(schedule, counts)
+    yield from _again(schedule, counts)
+    yield from _otherwise(schedule.bound)
+    yield from _less(schedule.bound)
+    yield from _stages(schedule, counts)
+    if not tensors_known and any(edit.refs for run in schedule.bound.runs for edit in run.edits):
+        yield "tensors are not known here, so equal ones, and directions and gates of zeros, are not found"
+    yield from _falling_back(vit, schedule, counts)
+    yield from _late(vit, schedule)
+
+
+def _again(schedule: Schedule, counts: Counts) -> Iterator[str]:
+    """What several chunks compute."""
     if len(schedule.chunks) > 1 and counts.rows_again:
-        why = "activations are kept or read" if bound.readout is None else "outputs are not kept as a whole"
+        kept = schedule.bound.readout is None
+        why = "activations are kept or read" if kept else "outputs are not kept as a whole"
         yield (
             f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, because "
             f"their {why}"
@@ -40,6 +53,10 @@ def notes_on(
             f"{counts.beginnings_again} beginnings of rows are those of rows of other chunks too, and are "
             "computed in each, because a chunk holds what its own rows go on from alone"
         )
+
+
+def _otherwise(bound: Bound) -> Iterator[str]:
+    """What is computed in another way than it is written."""
     if bound.left_out:
         yield f"interventions that change nothing that is read are left out: {_places(bound.left_out)}"
     if bound.postponed:
@@ -54,26 +71,35 @@ def notes_on(
             "all that is read of the residual stream is replaced, so that no base is run for it: "
             f"{_places(bound.without_base)}"
         )
+
+
+def _less(bound: Bound) -> Iterator[str]:
+    """What of outputs is not kept."""
     if len(bound.with_output) < len(bound.runs):
         without = [run.name for run in bound.runs if not run.has_output]
         yield f"no output is wanted of {listed(without)}: rows end at the last place where they are read"
     if bound.readout is not None:
         yield f"of every output this is kept: {listed(bound.readout.spec.names)}"
-    if len(bound.stages) > 1:
+
+
+def _stages(schedule: Schedule, counts: Counts) -> Iterator[str]:
+    """Rows that wait for others, or go on from them."""
+    if len(schedule.bound.stages) > 1:
         yield "runs that read other edited runs wait for them, in stages of one growing batch each"
     if counts.branched:
         yield (
             "rows that begin with the same interventions on the same images as others go on from these: "
             f"{counts.branched} in all, which spares {counts.not_again} block evaluations"
         )
-    if not tensors_known and any(edit.refs for run in bound.runs for edit in run.edits):
-        yield "tensors are not known here, so equal ones, and directions and gates of zeros, are not found"
+
+
+def _falling_back(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str]:
+    """Where blocks run as they are written, or with all of their tokens."""
     if vit.compiled is not None:
         last = "" if counts.unread == 0 else ", and so does the last one, most of whose tokens are left out"
         yield f"blocks that are read or edited inside run as they are written{last}; the others compiled"
-    if schedule.by_output is not None and any(
-        schedule.tokens_wanted(stage) is None for stage in bound.stages
-    ):
+    stages = schedule.bound.stages
+    if schedule.by_output is not None and any(schedule.tokens_wanted(stage) is None for stage in stages):
         yield (
             "all tokens of the last block are computed, because most are captured there, read by other runs, "
             "or given to operators that may look at several at once"
@@ -83,7 +109,6 @@ def notes_on(
             "all tokens of the last block are computed, because hooks, forwards or modules that are not its "
             "library's are on the model"
         )
-    yield from _late(vit, schedule)
 
 
 def _places(places: Sequence[str]) -> str:

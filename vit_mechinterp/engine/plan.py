@@ -33,7 +33,7 @@ from vit_mechinterp.spec import Experiment, Readout, Run, Sweep
 if TYPE_CHECKING:
     from vit_mechinterp.engine.store import ActivationStore
 
-__all__ = ["CleanForwards", "Plan", "Rows", "describe", "plan", "schedule_for"]
+__all__ = ["CleanForwards", "Plan", "Rows", "describe", "plan"]
 
 
 @dataclass(frozen=True)

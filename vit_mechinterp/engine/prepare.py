@@ -97,8 +97,8 @@ def prepare(
 
     Args:
         vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.
-        runs: runs, sweeps or an experiment; none may read another edited run. Outputs are whole, whatever the
-            experiment's readout.
+        runs: runs, sweeps or an experiment; none may read another edited run, lack an output or have a
+            capture. Outputs are whole, whatever the experiment's readout.
         data: a ``datasets.Dataset`` or a mapping of columns.
         tensors: initial values of the tensors that the specs name, for checking.
         batch_size: images per clean forward.
@@ -129,6 +129,11 @@ def prepare(
         raise SpecError(
             f"Runs without output (output=False) cannot be prepared, which is for their outputs: "
             f"{listed(without)}. Leave them, or output=False, out."
+        )
+    if capturing := [run.name for run in bound.runs if run.captures]:
+        raise SpecError(
+            f"Prepared runs give outputs and keep no captures, which are asked for of {listed(capturing)}. "
+            "Leave capture out, or use execute for them."
         )
     resolved = resolve_refs(bound, tensors, vit)
     check_tensors(bound, resolved, vit, columns.n)

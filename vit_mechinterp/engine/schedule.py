@@ -14,7 +14,7 @@ from vit_mechinterp.engine.computed import ComputedRows, within
 from vit_mechinterp.engine.ending import ending_together
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, in_waves
-from vit_mechinterp.engine.pieces import CleanGroup, Stop
+from vit_mechinterp.engine.pieces import CleanGroup
 from vit_mechinterp.engine.positions import NONE, IntArray
 from vit_mechinterp.engine.reads import (
     ReadGroups,
@@ -29,7 +29,7 @@ from vit_mechinterp.engine.unread import looks_inside, tokens_wanted
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.model.output_tokens import OutputTokens
 
-__all__ = ["CleanGroup", "Schedule", "Segment", "Stop"]
+__all__ = ["Schedule"]
 
 
 @dataclass(frozen=True)
