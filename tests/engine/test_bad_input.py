@@ -147,6 +147,7 @@ CASES: dict[str, tuple[Document, dict[str, Any], type[Exception], str]] = {
     "a missing image": (swap(source="missing"), {}, DataError, "'missing', example 2 is no image of this model: None"),
     "words as a tensor": (add(), {"v": "abc"}, SpecError,
         r"run 'r', add_direction at blocks\.1\.resid_post: vector names the tensor 'v', and what was given is no tensor: 'abc'"),
+    "a sparse tensor": (add(), {"v": torch.ones(24).to_sparse()}, SpecError, r"is laid out as sparse_coo\. Give its to_dense\(\)"),
     "unknown tensor": (add("vecor"), {"vector": torch.zeros(24)}, SpecError,
         r"vector names the tensor 'vecor', which was not given\. Close matches: vector\. Given: vector\."),
     "wrong direction": (add(), {"v": torch.zeros(23)}, SpecError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -228,13 +229,61 @@ def test_beginnings_are_shared_in_a_chunk_and_the_plan_says_so() -> None:
     memory = world.memory(documents, 2, 3)
     total, plan = counted(world, documents, batch_size=3, memory=memory)
     assert plan.chunk == 2
-    assert "2 beginnings of rows are those of rows of other chunks too, and are computed in each" in str(plan)
+    assert "go through before they differ is computed in each of these (2 times more in all), because" in str(plan)
     together, plan = counted(world, documents, batch_size=3)
     assert plan.chunk == 6
-    assert "beginnings of rows" not in str(plan)
+    assert "before they differ" not in str(plan)
     clean = sum(forward.images * forward.blocks for forward in plan.clean)
     assert together == clean + 4 * 1 + 6 * 1  # block 1 of four images, block 2 of six rows
     assert total >= together + 2
+
+
+def test_a_row_that_ends_as_another_chunks_row_begins_is_computed_in_both_and_the_plan_says_so() -> None:
+    world = World(TIMM_PLAIN, 4)
+    world.columns["source"][3] = world.columns["base"][0]
+    shifted = add("embed", 24, 1.0)
+    documents = [run("ends", shifted), run("goes on", shifted, swap("blocks.1.resid_post", "base"), base="source")]
+    memory = world.memory(documents, 2, 3)
+    total, plan = counted(world, documents, batch_size=3, memory=memory)
+    assert plan.chunk == 2
+    assert "computed in each of these (1 times more in all)" in str(plan)
+    together, plan = counted(world, documents, batch_size=3)
+    assert "before they differ" not in str(plan)
+    assert total > together
+
+
+def test_two_edits_without_a_block_between_them_are_no_beginning() -> None:
+    world = World(TIMM_PLAIN, 4)
+    world.columns["base"][3] = world.columns["base"][0]
+    chosen = {**add("blocks.0.resid_post", 24, 1.0), "vector": "kinds.24", "choose": {"column": "kind"}}
+    world.columns["kind"] = torch.tensor([0, 1, 2, 3])
+    documents = [run("two", add("blocks.0.resid_post", 24, 1.0), chosen)]
+    _, plan = counted(world, documents, batch_size=3, memory=world.memory(documents, 2, 3))
+    assert plan.chunk == 2
+    assert "before they differ" not in str(plan)
+
+
+def test_clean_values_are_made_for_the_examples_whose_rows_read_them() -> None:
+    """In the second chunk, the rows of "deep" are copies for the first example, which goes no deeper than
+    "shallow" needs."""
+    world = World(TIMM_PLAIN, 4)
+    world.columns["other"] = TIMM_PLAIN.images(4, seed=11)
+    for column in ("base", "source"):
+        world.columns[column][2] = world.columns[column][0]
+    documents = [run("deep", swap("blocks.1.resid_post")), run("shallow", swap("blocks.0.resid_post", "other"))]
+    total, plan = counted(world, documents, batch_size=3, memory=world.memory(documents, 2, 3))
+    assert plan.chunk == 2
+    first = (2 * 2 + 2 * 2 + 2 * 1) + (2 * 1 + 2 * 2)  # base, source and other; rows of both runs
+    second = (1 + 2) + 2 + 2 * 1 + (1 * 1 + 2 * 2)
+    assert total == first + second
+
+
+def test_seeds_that_draw_the_same_images_are_one_ablation() -> None:
+    world = World(TIMM_PLAIN, 2)
+    turned = [seed for seed in range(20) if np.random.default_rng(seed).permutation(2)[0] == 1][:2]
+    edit = {"op": "ablate", "site": "blocks.0.attn_out", "method": "resample"}
+    documents = [run(f"{seed}", {**edit, "seed": seed}) for seed in turned]
+    assert counted(world, documents)[0] == counted(world, documents[:1])[0]
 
 
 def test_choices_are_compared_by_their_numbers() -> None:

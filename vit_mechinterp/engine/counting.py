@@ -37,7 +37,7 @@ class Counts:
     ``images`` counts by column and number of blocks; ``kept`` are the clean values held, ``outputs`` the
     images whose clean output is wanted; ``again`` are images that pass through the model once more because
     they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
-    keeps columns apart, ``rows_again`` equal rows of different chunks, and ``beginnings_again`` what rows of
+    keeps columns apart, ``rows_again`` equal rows of different chunks, and ``begun_again`` what rows of
     different chunks go through before they differ; ``spared`` and ``unread`` are
     parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
     rows go on from others, for which ``not_again`` pairs are not computed; ``ways`` counts rows by stage, by
@@ -55,7 +55,7 @@ class Counts:
     again: int = 0
     apart: int = 0
     rows_again: int = 0
-    beginnings_again: int = 0
+    begun_again: int = 0
     branched: int = 0
     not_again: int = 0
     ways: Counter[tuple[int, int, Way]] = field(default_factory=Counter)
@@ -80,14 +80,13 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
     total = Counts()
     shares = costs_of(vit.module, vit.layout, vit.layout.n_layers // 2) if schedule.spares else {}
     known: dict[int, Counts] = {}
-    beginnings: list[IntArray] = []
+    passed: list[_Passed] = []
     for chunk in chunks:
         if not schedule.is_regular or len(chunk) not in known:
             known[len(chunk)] = _count_chunk(schedule, chunk, shares, clean=forecast is None)
-            beginnings.append(_beginnings(schedule, chunk))
+            passed.append(_Passed.of(schedule, chunk))
         total.add(known[len(chunk)])
-    if len(beginnings) > 1:
-        total.beginnings_again = sum(map(len, beginnings)) - len(np.unique(np.concatenate(beginnings)))
+    total.begun_again = _begun_again(passed)
     total.naive = _naive(schedule.bound, schedule.n_layers) * schedule.n_examples
     total.clean = sum(len(sharing.clean_rows(run.name)) for run in schedule.bound.runs)
     total.rows_again = sharing.n_edited_rows - total.shared - sharing.n_classes
@@ -131,10 +130,31 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
     return own
 
 
-def _beginnings(schedule: Schedule, chunk: range) -> IntArray:
-    """The states that rows of a chunk go through before their last edits."""
-    parts = (part for own in schedule.rows.of(chunk).parts for part in own)
-    return np.unique(np.concatenate([NONE, *(states for part in parts for states in part.states[:-1])]))
+@dataclass(frozen=True)
+class _Passed:
+    """The states in which rows of a chunk pass through blocks: all, and those that rows end in."""
+
+    every: IntArray
+    last: IntArray
+
+    @classmethod
+    def of(cls, schedule: Schedule, chunk: range) -> _Passed:
+        every, last = [NONE], [NONE]
+        for part in (part for own in schedule.rows.of(chunk).parts for part in own):
+            since = part.run.first_blocks
+            until = [min(block, part.run.end) for block in (*since[1:], part.run.end)]
+            pairs = zip(part.states, since, until, strict=True)
+            own = [states if stop > start else NONE for states, start, stop in pairs]
+            every += own
+            last += own[-1:]
+        return cls(np.unique(np.concatenate(every)), np.unique(np.concatenate(last)))
+
+
+def _begun_again(chunks: Sequence[_Passed]) -> int:
+    """How many states, other than those of equal rows, several chunks pass through."""
+    every, last = ([own.every for own in chunks], [own.last for own in chunks])
+    again = [sum(map(len, own)) - len(np.unique(np.concatenate(own))) for own in (every, last)]
+    return again[0] - again[1]
 
 
 def _foreseen(forecast: Forecast) -> Counts:

@@ -48,10 +48,11 @@ def _again(schedule: Schedule, counts: Counts) -> Iterator[str]:
             f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, because "
             f"their {why}"
         )
-    if counts.beginnings_again:
+    if counts.begun_again:
         yield (
-            f"{counts.beginnings_again} beginnings of rows are those of rows of other chunks too, and are "
-            "computed in each, because a chunk holds what its own rows go on from alone"
+            "what rows of different chunks go through before they differ is computed in each of these "
+            f"({counts.begun_again} times more in all), because a chunk holds what its own rows go on from "
+            "alone"
         )
 
 

@@ -100,9 +100,13 @@ def resolve_refs(
 
 def _as_tensor(value: object, where: str) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise SpecError(f"{where}, and what was given is no tensor: {described(value)}.") from None
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise SpecError(f"{where}, and what was given is laid out as {layout}. Give its to_dense().")
+    return tensor
 
 
 def digest_of(tensors: Mapping[TensorRef, Tensor]) -> dict[str, str]:

@@ -76,6 +76,10 @@ class Interception(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.calls += 1
             return self._attend(AttentionCall(*args, **kwargs))
+        return self._unfused(func, args, kwargs)
+
+    def _unfused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any other function: attention that is written out is seen at its products and its softmax."""
         if func in _PRODUCTS and not kwargs and self._has_heads(args[0]) and args[0].ndim == args[1].ndim:
             return self._multiply(func, *args)
         if func in _SOFTMAXES and self._has_heads(args[0]) and args[0].shape[-1] == self._keys:
@@ -118,8 +122,12 @@ class Interception(TorchFunctionMode):
         """What a call of fused attention gives, seen and changed by visitors on its way."""
         if call.query.ndim == 3:
             return self._attend(call.unfolded(self._unfolded)).flatten(0, 1)
-        call = call.with_parts(*(self._by_token(site, x) for site, x in zip("qkv", call.parts, strict=True)))
-        return self._by_token("z", self._explicit(call) if self._opens else call.fused())
+        visited = (self._by_token(site, x) for site, x in zip("qkv", call.parts, strict=True))
+        return self._by_token("z", self._mixed(call.with_parts(*visited)))
+
+    def _mixed(self, call: AttentionCall) -> Tensor:
+        """What comes out of a call, for what goes into it."""
+        return self._explicit(call) if self._opens else call.fused()
 
     @property
     def _opens(self) -> bool:
@@ -161,17 +169,7 @@ class PackedInterception(Interception):
         self.packing = packing
         self.ends = ends
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not _VISITING.get():
-            self.calls += 1
-            return self._attend(AttentionCall(*args, **kwargs))
+    def _unfused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
     def _by_token(self, site: str, x: Tensor) -> Tensor:
@@ -188,17 +186,14 @@ class PackedInterception(Interception):
     def _sequence(self, rows: Tensor) -> Tensor:
         return self.packing.pack(rows).transpose(0, 1)[None]
 
-    def _attend(self, call: AttentionCall) -> Tensor:
-        call = call.with_parts(*(self._by_token(site, x) for site, x in zip("qkv", call.parts, strict=True)))
+    def _mixed(self, call: AttentionCall) -> Tensor:
         if self._opens:
-            by_image = replace(
-                call.with_parts(*(self._rows(x).transpose(1, 2) for x in call.parts)),
-                attn_mask=self._allowed(),
-            )
-            return self._by_token("z", self._sequence(self._explicit(by_image).transpose(1, 2)))
+            by_image = call.with_parts(*(self._rows(x).transpose(1, 2) for x in call.parts))
+            z = self._explicit(replace(by_image, attn_mask=self._allowed()))
+            return self._sequence(z.transpose(1, 2))
         sizes = self.ends.diff().tolist()
         parts = zip(*(torch.split(x, sizes, dim=2) for x in call.parts), strict=True)
-        return self._by_token("z", torch.cat([call.with_parts(*own).fused() for own in parts], dim=2))
+        return torch.cat([call.with_parts(*own).fused() for own in parts], dim=2)
 
     def _allowed(self) -> Tensor | None:
         """Which tokens of an image attend to which, ``[query, key]``; None where all attend to all."""
