@@ -84,6 +84,7 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
     for chunk in chunks:
         if not schedule.is_regular or len(chunk) not in known:
             known[len(chunk)] = _count_chunk(schedule, chunk, shares, clean=forecast is None)
+        if not schedule.is_regular and len(chunks) > 1:
             passed.append(_Passed.of(schedule, chunk))
         total.add(known[len(chunk)])
     total.begun_again = _begun_again(passed)
@@ -152,6 +153,8 @@ class _Passed:
 
 def _begun_again(chunks: Sequence[_Passed]) -> int:
     """How many states, other than those of equal rows, several chunks pass through."""
+    if not chunks:
+        return 0
     every, last = ([own.every for own in chunks], [own.last for own in chunks])
     again = [sum(map(len, own)) - len(np.unique(np.concatenate(own))) for own in (every, last)]
     return again[0] - again[1]
