@@ -117,6 +117,7 @@ def test_nothing_is_left_behind_after_an_exception(
 
 def _train(world: World, steps: int) -> None:
     run = Run.model_validate(EVERYWHERE[0])
+    run = run.model_copy(update={"capture": ()})
     with prepare(world.vit, [run], world.columns, {}, progress=False) as prepared:
         for _ in range(steps):
             prepared([0, 1], {})
