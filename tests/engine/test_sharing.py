@@ -246,7 +246,7 @@ def test_a_row_that_ends_as_another_chunks_row_begins_is_computed_in_both_and_th
     memory = world.memory(documents, 2, 3)
     total, plan = counted(world, documents, batch_size=3, memory=memory)
     assert plan.chunk == 2
-    assert "computed in each of these (1 times more in all)" in str(plan)
+    assert "computed in each of these (once more in all)" in str(plan)
     together, plan = counted(world, documents, batch_size=3)
     assert "before they differ" not in str(plan)
     assert total > together

@@ -49,9 +49,10 @@ def _again(schedule: Schedule, counts: Counts) -> Iterator[str]:
             f"their {why}"
         )
     if counts.begun_again:
+        often = "once" if counts.begun_again == 1 else f"{counts.begun_again} times"
         yield (
             "what rows of different chunks go through before they differ is computed in each of these "
-            f"({counts.begun_again} times more in all), because a chunk holds what its own rows go on from "
+            f"({often} more in all), because a chunk holds what its own rows go on from "
             "alone"
         )
 

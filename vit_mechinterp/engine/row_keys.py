@@ -60,7 +60,7 @@ class RowKeys:
         return self._blank if run.blank else self.sharing.images_of(run.origin)
 
     def with_distinct(self, numbers: IntArray) -> IntArray:
-        """The same numbers, of which none is known to occur twice."""
+        """The same numbers, known from here on to be distinct."""
         self._distinct[id(numbers)] = numbers, True
         return numbers
 
