@@ -149,6 +149,33 @@ def test_what_cannot_be_compiled_is_refused_in_words() -> None:
     assert world.vit(world.columns["base"]).shape == (2, 5)
 
 
+def test_a_store_and_a_folder_tell_autocast_apart(tmp_path: Path) -> None:
+    """Values of the lower precision are none for an experiment without it, and the other way round."""
+    world = World(TIMM_PLAIN, 4)
+    swap = vmi.Interchange(site="blocks.1.resid_post", tokens=["cls", 2], source="source")
+    run, site = vmi.Run(name="a", interventions=[swap]), "blocks.1.resid_mid"
+
+    def found(low: bool, **options: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return vmi.execute(world.vit, run, world.columns, progress=False, **options).logits
+
+    exact, rounded = found(low=False), found(low=True)
+    assert float((exact - rounded).abs().max()) > 1e-4 * world.scale
+    with vmi.ActivationStore() as store:
+        assert torch.equal(found(low=True, store=store), rounded)
+        assert torch.equal(found(low=False, store=store), exact)
+        assert torch.equal(found(low=True, store=store), rounded)
+    with vmi.ActivationStore(host="4KiB") as store:  # holds nothing, so that what is read is computed anew
+        with torch.autocast("cpu", torch.bfloat16):
+            streams = store.capture(world.vit, world.columns, site, progress=False)[site]
+            wanted = world.vit.run(world.columns["base"], capture=[site])[1][site]
+        assert torch.equal(streams[:].to(wanted.dtype), wanted)
+        assert not torch.equal(wanted, world.vit.run(world.columns["base"], capture=[site])[1][site].to(wanted.dtype))
+    found(low=True, out=tmp_path)
+    with pytest.raises(ExecutionError, match=r"the dtype differs \(float32, aut"):
+        found(low=False, out=tmp_path)
+
+
 @pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_DINOV2], ids=lambda tiny: tiny.name)
 def test_autocast_gives_what_one_run_at_a_time_gives_under_it(tiny: Tiny) -> None:
     world = World(tiny, 4)

@@ -176,7 +176,8 @@ def kept_in(folder: str | Path | None, vit: HookedViT, data: Any, runs: Sequence
         return None
     columns = Data(data, vit)
     specs = [run.model_dump(mode="json") for run in runs]
-    return Path(folder) / digest([vit.fingerprint(), columns.fingerprint(columns.columns), specs])[:32]
+    decided_by = [vit.fingerprint(), vit.precision, columns.fingerprint(columns.columns), specs]
+    return Path(folder) / digest(decided_by)[:32]
 
 
 def grouped(runs: Sequence[Run], n_examples: int, n_outputs: int) -> list[list[Run]]:

@@ -99,7 +99,7 @@ class FinishedRuns:
         columns = Data(data, vit)
         self._key = digest(
             {
-                "model": vit.fingerprint(),
+                "model": [vit.fingerprint(), vit.precision],
                 "data": columns.fingerprint(columns.columns),
                 # A function has no digest; its numbers on the clean outputs tell metrics apart.
                 "metric": [metric.name, metric.description, metric.clean.tolist()],

@@ -68,7 +68,7 @@ class KeptReadings:
             self._key = digest(
                 {
                     "model": vit.fingerprint(),
-                    "dtype": str(vit.dtype),
+                    "dtype": vit.precision,
                     "images": {column: columns.image_digest(column) for column in images},
                     "decided by": _plain(decided_by),
                     "version": versions(("vit-mechinterp",)).get("vit-mechinterp"),

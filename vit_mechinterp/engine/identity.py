@@ -35,7 +35,7 @@ def identity_of(
         by_name[name] = own if name not in by_name else digest([by_name[name], own])
     identity: dict[str, Any] = {
         "model": vit.fingerprint(),
-        "dtype": str(vit.dtype).removeprefix("torch."),
+        "dtype": vit.precision,
         "examples": data.n,
         "column": {c: data.digest(c) for c in columns_read(data, bound)}
         | {f"{c} (preprocessing)": data.image_digest(c) for c in sorted(images)},

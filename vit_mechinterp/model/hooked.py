@@ -138,6 +138,15 @@ class HookedViT:
         return next(self.module.parameters()).dtype
 
     @property
+    def precision(self) -> str:
+        """What it computes in: its dtype, and that of autocast where this is on, such as ``"float32"`` or
+        ``"float32, autocast to bfloat16"``."""
+        kind, own = self.device.type, str(self.dtype).removeprefix("torch.")
+        if not torch.is_autocast_enabled(kind):
+            return own
+        return f"{own}, autocast to {str(torch.get_autocast_dtype(kind)).removeprefix('torch.')}"
+
+    @property
     def preprocess(self) -> Preprocess:
         """Turns PIL images into the model's input, as the source's own configuration says."""
         if self._preprocess is None:

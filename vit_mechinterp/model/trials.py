@@ -115,9 +115,7 @@ def moved(vit: HookedViT, values: Tensor) -> Tensor:
 
 def _state_of(vit: HookedViT, block: nn.Module) -> tuple[object, ...]:
     """What a block computes: its precision, what it consists of, and its weights."""
-    kind = vit.device.type
-    precision = vit.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return precision, *_parts_of(block), *_norms_of(block)
+    return vit.precision, *_parts_of(block), *_norms_of(block)
 
 
 def _parts_of(block: nn.Module) -> list[tuple[int, int]]:

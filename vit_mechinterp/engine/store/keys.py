@@ -31,6 +31,7 @@ class Key:
         tokens: digest of the token positions.
         heads: the heads selected.
         dtype: dtype of what is stored.
+        precision: what it was computed in (see `HookedViT.precision`).
         device: type of the device that computed it.
         explicit: blocks whose attention was computed explicitly in the same forwards.
         rows: images per forward; forwards begin at its multiples.
@@ -42,6 +43,7 @@ class Key:
     tokens: str
     heads: tuple[int, ...] | None
     dtype: str
+    precision: str
     device: str
     explicit: tuple[int, ...]
     rows: int

@@ -83,6 +83,10 @@ class Source:
         self.dtype = vit.dtype if dtype is None else dtype
         self.tick = tick
         self._model = vit.fingerprint() if model is None else model
+        self._precision = vit.precision
+        kind = vit.device.type
+        # What is computed later, outside of this autocast or within another, is the same all the same.
+        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._explicit = tuple(
             sorted(
                 {
@@ -140,6 +144,7 @@ class Source:
                 tokens="all" if read is None else positions_digest(read.positions, self._slots(read)),
                 heads=None if read is None else read.heads,
                 dtype=str(torch.float32 if read is None else self.dtype).removeprefix("torch."),
+                precision=self._precision,
                 device=self.vit.device.type,
                 explicit=tuple(explicit),
                 rows=self.rows,
@@ -327,13 +332,15 @@ class Source:
         return values
 
     def _forward(self, batch: range, reads: Sequence[Wanted]) -> dict[Wanted, Tensor]:
-        values, blocks = clean_forward(
-            self.vit,
-            lambda: self.data.images(self.column, self._examples(batch)),
-            {read: self._rows(read, batch) for read in reads},
-            {layer for read in reads for layer in self.key(read).explicit},
-            self.dtype,
-        )
+        kind, low = self.vit.device.type, self._autocast
+        with torch.autocast(kind, dtype=low, enabled=low is not None):
+            values, blocks = clean_forward(
+                self.vit,
+                lambda: self.data.images(self.column, self._examples(batch)),
+                {read: self._rows(read, batch) for read in reads},
+                {layer for read in reads for layer in self.key(read).explicit},
+                self.dtype,
+            )
         self.tick(len(batch) * blocks)
         return values
 
