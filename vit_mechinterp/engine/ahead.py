@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import dropwhile
 
 from torch import Tensor
 
-from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.values import Read
-
-__all__ = ["Ahead", "Request", "requests_of"]
+__all__ = ["Ahead", "Request"]
 
 Request = tuple[str, tuple[int, ...]]
 """An image column, and the examples of one forward."""
@@ -102,12 +99,3 @@ def workers_for(device_type: str, *, shared: bool) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if shared or device_type == "cpu" else max(1, min(8, cores // 2))
-
-
-def requests_of(
-    schedule: Schedule, chunks: Iterable[range], reads: Sequence[Read] | None = None
-) -> Iterator[Request]:
-    """The batches that the clean forwards of some chunks ask for, in order."""
-    for chunk in chunks:
-        for batch in schedule.clean_batches(*schedule.clean_needs(chunk, reads)):
-            yield from batch.by_column()

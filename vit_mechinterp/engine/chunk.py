@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
-from vit_mechinterp.engine.clean import Clean, CleanPass, clean_pass, means_of
+from vit_mechinterp.engine.clean import Clean, CleanPass, Tick, means_from
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
 from vit_mechinterp.engine.pieces import by_owner
@@ -28,7 +28,6 @@ from vit_mechinterp.spec import TensorRef
 
 __all__ = ["Collected", "chunk_of"]
 
-Tick = Callable[[int], None]
 Earlier = Callable[[str, IntArray], Tensor]
 Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
 
@@ -51,7 +50,7 @@ def chunk_of(
     tensors: Mapping[TensorRef, Tensor],
     means: Mapping[Read, Tensor],
     tick: Tick,
-    passing: CleanPass = clean_pass,
+    passing: CleanPass,
     earlier: Earlier | None = None,
 ) -> Collected:
     """Compute everything that one chunk of examples gives.
@@ -62,10 +61,7 @@ def chunk_of(
     """
     clean = passing(vit, data, schedule, chunk, tick=tick)
     if schedule.mean_reads and not means:
-        means = means_of(schedule, clean)
-        for read in means:
-            if read not in schedule.last_stage and not schedule.is_kept(read):
-                clean.values.pop(read, None)
+        means = means_from(schedule, clean)
     work = _Chunk(vit, schedule, chunk, clean, tensors, means)
     for stage in range(len(schedule.bound.stages)):
         work.compute(stage, tick)
@@ -157,7 +153,7 @@ class _Chunk:
         for run in self._bound.with_output:
             untouched = self.schedule.clean_rows(run.name, self.chunk)
             if len(untouched):
-                own = self.clean.outputs[run.origin].whole(untouched)
+                own = self.clean.values[run.origin].whole(untouched)
                 self._outputs.put(run.name, untouched, own.cpu())
             part.outputs[run.name] = self._read_out(self._outputs.whole(run.name))
         for run in self._bound.runs:
@@ -194,16 +190,8 @@ class _Chunk:
         missing = np.setdiff1d(np.arange(self.chunk.start, self.chunk.stop), covered)
         if len(missing):
             assert clean is not None
-            is_whole, has_tokens = read.positions.is_all, read.site.has_tokens
-            own = clean.whole(missing) if is_whole else clean.rows(missing, tokens=has_tokens)
-            pieces.append((missing, own))
-        order = np.concatenate([examples for examples, _ in pieces])
-        tensor = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
-        place = np.argsort(order, kind="stable")
-        if read.positions.is_all:
-            return Values(tensor, order[place], place)
-        starts = np.concatenate([[0], np.cumsum(read.positions.counts(order, 0))])
-        return Values(tensor, order[place], place, starts)
+            pieces.append((missing, clean.selected(read, missing)))
+        return Values.joined(read, pieces)
 
 
 class _Outputs:

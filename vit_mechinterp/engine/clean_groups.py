@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from vit_mechinterp.engine.pieces import CleanGroup, Stop
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.sharing import Sharing
-from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.engine.values import ColumnOrigin, Needs, Read, origin_of
 
 __all__ = ["clean_groups"]
 
 
-def clean_groups(
-    sharing: Sharing,
-    n_layers: int,
-    needs: Mapping[Read, IntArray],
-    outputs: Mapping[ColumnOrigin, IntArray],
-) -> list[CleanGroup]:
+def clean_groups(sharing: Sharing, n_layers: int, needs: Needs) -> list[CleanGroup]:
     """Distinct images, grouped by how far they pass through the model; those that go furthest first.
 
     Args:
         sharing: the images' numbers.
         n_layers: number of blocks of the model.
-        needs: clean values, each with the examples that it is needed of.
-        outputs: the same for clean outputs.
+        needs: what is needed of them.
     """
     stops: dict[tuple[ColumnOrigin, bytes], tuple[IntArray, int]] = {}
 
-    def until(origin: ColumnOrigin, examples: IntArray, place: int) -> None:
-        key = origin, examples.tobytes()
+    for need, examples in needs.items():
+        place = Stop.for_site(need.site, n_layers).place if isinstance(need, Read) else 2 * n_layers
+        key = origin_of(need), examples.tobytes()
         known = stops.get(key, (examples, 0))
         stops[key] = examples, max(place, known[1])
-
-    for read, examples in needs.items():
-        assert isinstance(read.origin, ColumnOrigin)
-        until(read.origin, examples, Stop.for_site(read.site, n_layers).place)
-    for origin, examples in outputs.items():
-        until(origin, examples, 2 * n_layers)
     if not stops:
         return []
     numbers, places, sources = [], [], []

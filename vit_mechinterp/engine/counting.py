@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +15,11 @@ from vit_mechinterp.engine.ending import ending_together
 from vit_mechinterp.engine.joins import Beginning
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.order import Segment, starts_late
-from vit_mechinterp.engine.pieces import Stop
+from vit_mechinterp.engine.pieces import CleanGroup, Stop
 from vit_mechinterp.engine.positions import NONE, IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import Forecast
-from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.engine.values import Need
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import PARTS, costs_of
 from vit_mechinterp.spec import Ablate, RunSource
@@ -34,14 +34,14 @@ Way = tuple[Beginning | None, Stop | None]
 class Counts:
     """Totals over all chunks.
 
-    ``images`` counts by column and number of blocks; ``kept`` are the clean values held, ``outputs`` the
-    images whose clean output is wanted; ``again`` are images that pass through the model once more because
-    they occur in several chunks, ``apart`` images that pass once for each of several columns, because a store
-    keeps columns apart, ``rows_again`` equal rows of different chunks, and ``begun_again`` what rows of
-    different chunks go through before they differ; ``spared`` and ``unread`` are
-    parts of ``evaluations``, in blocks' worth of work, that rows share or that nobody reads. ``branched``
-    rows go on from others, for which ``not_again`` pairs are not computed; ``ways`` counts rows by stage, by
-    the number of their part in it, and by where they go on from others and end.
+    ``images`` counts by column and number of blocks; ``needs`` is what clean forwards are for; ``again`` are
+    images that pass through the model once more because they occur in several chunks, ``apart`` images that
+    pass once for each of several columns, because a store keeps columns apart, ``rows_again`` equal rows of
+    different chunks, and ``begun_again`` what rows of different chunks go through before they differ;
+    ``spared`` and ``unread`` are parts of ``evaluations``, in blocks' worth of work, that rows share or that
+    nobody reads. ``branched`` rows go on from others, for which ``not_again`` pairs are not computed;
+    ``ways`` counts rows by stage, by the number of their part in it, and by where they go on from others and
+    end.
     """
 
     evaluations: int = 0
@@ -60,8 +60,7 @@ class Counts:
     not_again: int = 0
     ways: Counter[tuple[int, int, Way]] = field(default_factory=Counter)
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
-    kept: dict[Read, None] = field(default_factory=dict)
-    outputs: set[ColumnOrigin] = field(default_factory=set)
+    needs: dict[Need, None] = field(default_factory=dict)
 
     def add(self, own: Counts) -> None:
         """Add what was counted of one chunk."""
@@ -70,8 +69,7 @@ class Counts:
         self.widest = max(self.widest, own.widest)
         self.ways.update(own.ways)
         self.images.update(own.images)
-        self.kept.update(own.kept)
-        self.outputs |= own.outputs
+        self.needs.update(own.needs)
 
 
 def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) -> Counts:
@@ -94,24 +92,22 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
     if forecast is not None:
         total.add(_foreseen(forecast))
         total.apart = _apart(schedule, forecast)
-    elif len(chunks) > 1:
-        used = [sharing.images_of(r.origin) for r in total.kept if isinstance(r.origin, ColumnOrigin)]
-        used += [sharing.images_of(origin) for origin in total.outputs]
-        first_pass = sum(total.images.values()) - sum(_means(schedule, Counts()).images.values())
-        total.again = max(0, first_pass - len(np.unique(np.concatenate(used)))) if used else 0
+        return total
+    total.again = _again(schedule)
+    if schedule.holds:
+        total.needs.update(dict.fromkeys(schedule.common.needs))
+        _count_clean(total, schedule.common_batches)
     return total
 
 
 def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, clean: bool) -> Counts:
     own = Counts()
-    if schedule.means_come_first and clean:
-        _count_clean(own, schedule, chunk, means=True)
+    own.needs.update(dict.fromkeys(schedule.clean_needs(chunk)))
+    if schedule.means_come_first and clean and not schedule.holds:
+        own.needs.update(dict.fromkeys(schedule.mean_reads))
+        _count_clean(own, schedule.clean_batches(schedule.own_needs(chunk, schedule.mean_reads)))
     if clean:
-        _count_clean(own, schedule, chunk, means=False)
-    else:
-        needs, outputs = schedule.clean_needs(chunk)
-        own.kept.update(dict.fromkeys(needs))
-        own.outputs |= set(outputs)
+        _count_clean(own, schedule.clean_batches(schedule.own_needs(chunk)))
     of_chunk = schedule.rows.of(chunk)
     stages = zip(schedule.bound.stages, of_chunk.parts, of_chunk.copies, strict=True)
     for number, (stage, parts, copies) in enumerate(stages):
@@ -189,23 +185,21 @@ def _count_rows(own: Counts, schedule: Schedule, stage: int, parts: Sequence[Par
             own.not_again += size * (part.run.join.first_block - part.run.first_blocks[0])
 
 
-def _count_clean(own: Counts, schedule: Schedule, chunk: range, *, means: bool) -> None:
-    needs, outputs = schedule.clean_needs(chunk, schedule.mean_reads if means else None)
-    for batch in schedule.clean_batches(needs, outputs):
+def _count_clean(own: Counts, batches: Iterable[CleanGroup]) -> None:
+    for batch in batches:
         own.evaluations += len(batch.images) * batch.stop.blocks
         own.launches += 1
         own.widest = max(own.widest, len(batch.images))
         for column, examples in batch.by_column():
             own.images[column, batch.stop.blocks] += len(examples)
-    own.kept.update(dict.fromkeys(needs))
-    own.outputs |= set(outputs)
 
 
-def _means(schedule: Schedule, own: Counts) -> Counts:
-    if schedule.means_come_first:
-        for chunk in schedule.chunks:
-            _count_clean(own, schedule, chunk, means=True)
-    return own
+def _again(schedule: Schedule) -> int:
+    """Images that pass through the model once more in every chunk that needs them but one."""
+    if len(schedule.chunks) == 1 or schedule.holds or not schedule.common.needs:
+        return 0
+    images = [schedule.common.images(schedule.clean_needs(chunk)) for chunk in schedule.chunks]
+    return sum(map(len, images)) - len(np.unique(np.concatenate(images)))
 
 
 def _spared(

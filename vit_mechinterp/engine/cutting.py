@@ -87,7 +87,8 @@ def schedule_for(
         width = min(int(batch_size), max(1, (budget - held.example) // max(1, held.row)))
     else:
         width = int(batch_size)
-    return _cut(vit, replace(draft, width=width), held, max(budget, least))
+    schedule = _cut(vit, replace(draft, width=width), held, max(budget, least))
+    return schedule if stored else _holding(vit, schedule, budget)
 
 
 def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, measure: bool) -> int:
@@ -112,6 +113,15 @@ def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Sched
         chunk = max(1, min(chunk - 1, int(left // held.example)))
         schedule = replace(schedule, chunk=chunk)
     return schedule
+
+
+def _holding(vit: HookedViT, schedule: Schedule, budget: int) -> Schedule:
+    """The same schedule, holding what several chunks need of clean forwards if the budget has room for it."""
+    if len(schedule.chunks) == 1 or not schedule.common.needs:
+        return schedule
+    whole = replace(schedule, holds=True)
+    fits = footprint(vit, whole).peak(schedule.chunk, schedule.width) <= budget
+    return whole if fits else schedule
 
 
 def _rows_per_chunk(vit: HookedViT) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from vit_mechinterp.engine.backends import backend_named
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_arguments, check_folder, check_images, refuse_train_mode
-from vit_mechinterp.engine.clean import CleanPass, clean_pass
+from vit_mechinterp.engine.clean import CleanPass, PlainClean, Tick
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.heap import keeping, thrifty
+from vit_mechinterp.engine.held import HeldClean
 from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
 from vit_mechinterp.engine.provenance import circumstances, provenance_of
@@ -44,8 +45,6 @@ _PROGRESS_DELAY = 2.0
 
 _BACKEND_BATCH = 32
 """Most images in one forward of a backend, if nothing is said."""
-
-Tick = Callable[[int], None]
 
 
 def execute(
@@ -137,7 +136,7 @@ def execute(
         if (results := kept.finished()) is not None:
             return results
         schedule = kept.schedule
-    clean: CleanPass = clean_pass
+    clean: CleanPass = HeldClean(schedule) if schedule.holds else PlainClean()
     if store is not None:
         clean = StoredClean(store.tiers, vit, columns, schedule, batch_size)
         if kept is not None:

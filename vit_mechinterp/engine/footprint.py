@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.values import Read, origin_of
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["Footprint", "footprint", "read_size"]
+__all__ = ["Footprint", "common_size", "footprint", "read_size"]
 
 
 _IMAGES = 4
@@ -29,15 +30,17 @@ class Footprint:
             they are handed on.
         row: bytes of one row while its forward runs.
         result: bytes of captures, and of what is kept of the outputs, of one example, which are the caller's.
+        common: bytes of what is held for several chunks.
     """
 
     example: int
     row: int
     result: int
+    common: int = 0
 
     def peak(self, chunk: int, rows: int) -> int:
         """Bytes for a chunk of examples and forwards of at most so many rows."""
-        return chunk * self.example + rows * self.row
+        return self.common + chunk * self.example + rows * self.row
 
 
 def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> Footprint:
@@ -50,7 +53,7 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
     element = torch.finfo(vit.dtype).bits // 8
     held = schedule.sharing.once(
         ("held", schedule.chunk),
-        lambda: sum(read_size(vit, read) for read in set(schedule.needs(range(schedule.chunk)))),
+        lambda: sum(read_size(vit, read) for read in schedule.clean_values(range(schedule.chunk))),
     )
     held += (schedule.states_handed_on if states is None else states) * math.prod(vit.sites()["embed"].shape)
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
@@ -62,7 +65,21 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
         example=element * (held + 2 * kept) + 2 * outputs,
         row=element * _row_size(vit, bound),
         result=element * captures + handed_over,
+        common=common_size(vit, schedule) if schedule.holds else 0,
     )
+
+
+def common_size(vit: HookedViT, schedule: Schedule) -> int:
+    """Bytes of what several chunks need of clean forwards, and of what dataset means are made of."""
+    element, images_of = torch.finfo(vit.dtype).bits // 8, schedule.sharing.images_of
+    total = 0
+    for need, examples in schedule.common.needs.items():
+        images = len(np.unique(images_of(origin_of(need))[examples]))
+        if not isinstance(need, Read):
+            total += images * 4 * math.prod(vit.output_shape())
+        else:
+            total += (images if need.positions.is_all else len(examples)) * element * read_size(vit, need)
+    return total
 
 
 def read_size(vit: HookedViT, read: Read) -> int:

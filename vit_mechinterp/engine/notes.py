@@ -6,10 +6,12 @@ from collections.abc import Collection, Iterator, Sequence
 
 from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.counting import Counts
+from vit_mechinterp.engine.footprint import common_size
 from vit_mechinterp.engine.order import starts_late
 from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.sizes import in_words
 from vit_mechinterp.engine.store.clean import Forecast
-from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.engine.values import origin_of
 from vit_mechinterp.errors import listed
 from vit_mechinterp.model.as_made import is_as_made
 from vit_mechinterp.model.hooked import HookedViT
@@ -28,7 +30,7 @@ def notes_on(
     if forecast is not None:
         yield from _through_a_store(schedule, counts, forecast)
     else:
-        yield from _over_chunks(schedule, counts)
+        yield from _over_chunks(vit, schedule, counts)
     yield from _again(schedule, counts)
     yield from _otherwise(schedule.bound)
     yield from _less(schedule.bound)
@@ -117,21 +119,22 @@ def _places(places: Sequence[str]) -> str:
     return listed(places, most=3, between="; ")
 
 
-def _over_chunks(schedule: Schedule, counts: Counts) -> Iterator[str]:
+def _over_chunks(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str]:
+    if len(schedule.chunks) == 1 or not schedule.common.needs:
+        return
+    size = in_words(common_size(vit, schedule))
+    if schedule.holds:
+        means = ", and dataset means are made of," if schedule.mean_reads else ""
+        yield f"what several chunks need of clean forwards{means} is computed once, and held: {size}"
+        return
     if schedule.means_come_first:
         yield "dataset means need a pass of their own, because the dataset spans several chunks"
-    if len(schedule.chunks) == 1:
-        return
-    origins = [*(read.origin for read in counts.kept), *counts.outputs]
-    permuted = {
-        origin.column
-        for origin in origins
-        if isinstance(origin, ColumnOrigin) and origin.permutation is not None
-    }
-    for column in sorted(permuted):
+    resampled = sorted({o.column for o in map(origin_of, counts.needs) if o.permutation is not None})
+    for column in resampled:
         yield f"resampled images of {column!r} lie in other chunks, so some pass through the model again"
-    if counts.again and not permuted:
+    if counts.again and not resampled:
         yield f"images that occur in several chunks pass through the model {counts.again} times more"
+    yield f"to hold what these forwards give, so that each image passes once, takes {size} of memory"
 
 
 def _through_a_store(schedule: Schedule, counts: Counts, forecast: Forecast) -> Iterator[str]:

@@ -25,7 +25,7 @@ from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import in_words
 from vit_mechinterp.engine.store.clean import Forecast, StoredClean
 from vit_mechinterp.engine.tensors import resolve_refs
-from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.engine.values import Read, origin_of
 from vit_mechinterp.errors import SpecError, listed
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Readout, Run, Sweep
@@ -235,11 +235,8 @@ def describe(
     counts = count(vit, schedule, forecast)
     clean = []
     for (column, blocks), images in counts.images.items():
-        origins = ((read, read.origin) for read in counts.kept)
-        own = (read for read, o in origins if isinstance(o, ColumnOrigin) and o.column == column)
-        kept = dict.fromkeys(str(read.site) for read in own)
-        if any(origin.column == column for origin in counts.outputs):
-            kept[vit.layout.output] = None
+        own = (need for need in counts.needs if origin_of(need).column == column)
+        kept = dict.fromkeys(str(need.site) if isinstance(need, Read) else vit.layout.output for need in own)
         clean.append(CleanForwards(column, images, blocks, tuple(kept)))
     ways: defaultdict[tuple[int, int], dict[Way, int]] = defaultdict(dict)
     for (stage, part, way), times in counts.ways.items():

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vit_mechinterp.engine.ahead import requests_of
 from vit_mechinterp.engine.bind import bind, expand_runs
 from vit_mechinterp.engine.checks import check_arguments, check_batch_size, check_images, refuse_train_mode
-from vit_mechinterp.engine.clean import Clean, clean_pass, dataset_means, means_of
+from vit_mechinterp.engine.clean import Clean, PlainClean, means_from
 from vit_mechinterp.engine.cutting import budget_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import in_fewer_rows
@@ -192,20 +191,21 @@ def _clean(
     """Clean values and dataset means; the values are held, or read from the store when they are asked for."""
     every = range(data.n)
     if store is None:
-        with data.ahead(requests_of(schedule, [every])):
-            clean = clean_pass(vit, data, schedule, every, tick=tick)
-        return clean, means_of(schedule, clean)
+        plain = PlainClean()
+        with data.ahead(plain.requests(schedule, [every])):
+            clean = plain(vit, data, schedule, every, tick=tick)
+        return clean, means_from(schedule, clean)
     passing = StoredClean(store.tiers, vit, data, schedule, schedule.width)
     with data.ahead(passing.requests(schedule, [every])):
         if not streams:
             clean = passing(vit, data, schedule, every, tick=tick)
-            means: Mapping[Read, Tensor] = means_of(schedule, clean)
+            means: Mapping[Read, Tensor] = means_from(schedule, clean)
         else:
             for source in passing.sources.values():
                 source.tick = tick
             clean = streamed(passing, schedule)
             few = replace(schedule, chunk=min(schedule.width, data.n))
-            means = dataset_means(vit, data, few, tick, passing)
+            means = passing.means(vit, data, few, tick)
     store.tiers.flush()
     for source in passing.sources.values():
         source.tick = lambda n: None

@@ -144,7 +144,7 @@ class Prepared:
 
     def clean_outputs(self, run: BoundRun, examples: Sequence[int]) -> Tensor:
         """Outputs of a run without interventions."""
-        return self._clean.outputs[run.origin].whole(examples)
+        return self._clean.values[run.origin].whole(examples)
 
 
 @dataclass(frozen=True)

@@ -319,6 +319,8 @@ class FinishedChunks:
 def _words(name: str, value: Any) -> str:
     """One of these values, in words."""
     of = {"chunk": "examples per chunk", "width": "rows per forward"}
+    if name == "holds":
+        return f"clean values that several chunks need {'held' if value else 'not held'}"
     return f"{value} {of[name]}" if name in of else f"{name} {value}"
 
 

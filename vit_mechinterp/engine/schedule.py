@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.clean_groups import clean_groups
+from vit_mechinterp.engine.common import Common
 from vit_mechinterp.engine.computed import ComputedRows, within
 from vit_mechinterp.engine.ending import ending_together
 from vit_mechinterp.engine.numbering import Part
@@ -26,7 +27,7 @@ from vit_mechinterp.engine.reads import (
 )
 from vit_mechinterp.engine.sharing import Sharing
 from vit_mechinterp.engine.unread import looks_inside, tokens_wanted
-from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.engine.values import ColumnOrigin, Need, Needs, Read
 from vit_mechinterp.model.output_tokens import OutputTokens
 
 __all__ = ["Schedule"]
@@ -45,6 +46,7 @@ class Schedule:
             its embeddings are not limited by it.
         spares: whether parts of a joining block run once for rows that are still equal there.
         by_output: the tokens that the output reads of the last block, if these are not all.
+        holds: whether what several chunks need of clean forwards is computed once, and held.
     """
 
     sharing: Sharing
@@ -54,6 +56,7 @@ class Schedule:
     one_image: str | None = None
     spares: bool = False
     by_output: OutputTokens | None = None
+    holds: bool = False
 
     @property
     def bound(self) -> Bound:
@@ -84,7 +87,7 @@ class Schedule:
 
     @property
     def means_come_first(self) -> bool:
-        """Whether dataset means need forwards of their own, because the dataset spans several chunks."""
+        """Whether dataset means are computed before the chunks, because the dataset spans several."""
         return bool(self.mean_reads) and self.chunk < self.n_examples
 
     def is_kept(self, read: Read) -> bool:
@@ -95,6 +98,10 @@ class Schedule:
     def _kept(self) -> frozenset[Read]:
         runs = self.bound.runs
         return frozenset(clean_read(run, read) for run in runs for read in self.bound.reads_of[run.name])
+
+    def is_for_means_alone(self, need: Need) -> bool:
+        """Whether a clean value is averaged over the dataset, and read by nobody else."""
+        return need in self.mean_reads and need not in self.last_stage and need not in self._kept
 
     @cached_property
     def rows(self) -> ComputedRows:
@@ -111,7 +118,7 @@ class Schedule:
         if any(len(part.examples) < sharing.n_examples or part.run.blank for part in parts):
             return False
         reads = (*(read for read, _ in self._always_wanted), *self.mean_reads)
-        origins = {*(read.origin for read in reads), *self.clean_outputs(range(1))}
+        origins = {*(read.origin for read in reads), *self._clean_outputs(range(1))}
         if any(isinstance(origin, ColumnOrigin) and origin.permutation is not None for origin in origins):
             return False
         images = np.concatenate(list(sharing.images.values()))
@@ -155,8 +162,17 @@ class Schedule:
         """(row, block) pairs of one wave."""
         return sum(len(s.examples) * (s.run.end - s.run.join.first_block) for s in segments)
 
-    def needs(self, chunk: range) -> dict[Read, IntArray]:
-        """Every clean value that a chunk needs, and for which of its examples."""
+    def clean_needs(self, chunk: range, reads: Sequence[Read] | None = None) -> Needs:
+        """What a chunk needs of clean forwards; or only some reads, for all of its examples."""
+        if reads is not None:
+            return dict.fromkeys(reads, np.arange(chunk.start, chunk.stop))
+        needs: dict[Need, IntArray] = {}
+        needs.update(self.clean_values(chunk).items())
+        needs.update(self._clean_outputs(chunk).items())
+        return needs
+
+    def clean_values(self, chunk: range) -> dict[Read, IntArray]:
+        """The clean values among them."""
         everyone = np.arange(chunk.start, chunk.stop)
         wanted: dict[Read, list[IntArray]] = {}
 
@@ -211,8 +227,7 @@ class Schedule:
         names = (run.name for run in self.bound.runs)
         return frozenset(name for name in names if len(self.sharing.clean_rows(name)))
 
-    def clean_outputs(self, chunk: range) -> dict[ColumnOrigin, IntArray]:
-        """Examples of a chunk whose clean output somebody wants, by what it is made from."""
+    def _clean_outputs(self, chunk: range) -> dict[ColumnOrigin, IntArray]:
         wanted: dict[ColumnOrigin, list[IntArray]] = {}
         for run in (run for run in self.bound.runs if run.has_output and run.name in self._partly_clean):
             examples = self.clean_rows(run.name, chunk)
@@ -221,26 +236,41 @@ class Schedule:
         everyone = np.arange(chunk.start, chunk.stop)
         return {origin: all_of(examples, everyone) for origin, examples in wanted.items()}
 
-    def clean_needs(
-        self, chunk: range, reads: Sequence[Read] | None = None
-    ) -> tuple[dict[Read, IntArray], dict[ColumnOrigin, IntArray]]:
-        """Clean values and outputs that a chunk needs, by example; or only some reads, for all examples."""
-        if reads is None:
-            return self.needs(chunk), self.clean_outputs(chunk)
-        return dict.fromkeys(reads, np.arange(chunk.start, chunk.stop)), {}
+    def own_needs(self, chunk: range, reads: Sequence[Read] | None = None) -> Needs:
+        """What a chunk's own clean forwards are for, beside those that it has in common with others."""
+        needs = self.clean_needs(chunk, reads)
+        return self.common.without(needs) if self.holds and reads is None else needs
 
-    def clean_batches(
-        self, needs: Mapping[Read, IntArray], outputs: Mapping[ColumnOrigin, IntArray]
-    ) -> Iterator[CleanGroup]:
+    @property
+    def common(self) -> Common:
+        """What several chunks need of clean forwards, and what dataset means are made of."""
+
+        def find() -> Common:
+            if self.is_regular and not self.mean_reads:  # every image is in one chunk
+                return Common(self.sharing)
+            return Common.of(self.sharing, map(self.clean_needs, self.chunks), self.mean_reads)
+
+        return self.sharing.once(("common", self.chunk), find)
+
+    @property
+    def common_batches(self) -> list[CleanGroup]:
+        """The clean forwards that several chunks have in common."""
+        return self.sharing.once(
+            ("common batches", self.chunk, self.clean_width),
+            lambda: list(self.clean_batches(self.common.needs)),
+        )
+
+    def clean_batches(self, needs: Needs) -> Iterator[CleanGroup]:
         """The clean forwards that give what is needed, each image in one of them."""
-        for group in clean_groups(self.sharing, self.n_layers, needs, outputs):
+        for group in clean_groups(self.sharing, self.n_layers, needs):
             for start in range(0, len(group.images), self.clean_width):
                 span = slice(start, start + self.clean_width)
                 yield CleanGroup(group.stop, group.images[span], group.sources[span])
 
     def widest(self, chunk: range) -> int:
         """Most rows in one forward of a chunk, whatever fits into one."""
-        clean = (len(batch.images) for batch in self.clean_batches(*self.clean_needs(chunk)))
+        batches = [*self.clean_batches(self.own_needs(chunk)), *(self.common_batches if self.holds else ())]
+        clean = (len(batch.images) for batch in batches)
         rows = (sum(len(part.examples) for part in parts) for parts in self.rows.of(chunk).parts)
         return max((*clean, *(min(own, self.width) for own in rows)), default=1)
 

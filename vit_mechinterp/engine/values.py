@@ -7,7 +7,7 @@ Every site is looked at *by token*: ``[row, token, *features]``, where features 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,15 @@ from vit_mechinterp.spec import Site
 __all__ = [
     "ColumnOrigin",
     "ImagesOf",
+    "Need",
+    "Needs",
     "Read",
     "RunOrigin",
     "Values",
     "by_token",
     "contiguous",
     "gather",
+    "origin_of",
     "permutation",
 ]
 
@@ -57,6 +60,19 @@ class Read:
 
 ImagesOf = Callable[[ColumnOrigin], IntArray]
 """Gives numbers of the images that clean values are made from, ``[example]``."""
+
+Need = Read | ColumnOrigin
+"""What a clean forward gives: a value, or the output of an image."""
+
+Needs = Mapping[Need, IntArray]
+"""What is needed of clean forwards, each with the ascending examples that it is needed of."""
+
+
+def origin_of(need: Need) -> ColumnOrigin:
+    """The images that a need is about."""
+    origin = need.origin if isinstance(need, Read) else need
+    assert isinstance(origin, ColumnOrigin)
+    return origin
 
 
 def permutation(seed: int, n: int) -> IntArray:
@@ -144,6 +160,24 @@ class Values:
         counts = self.starts[places + 1] - self.starts[places]
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         return self.tensor[_index(np.repeat(self.starts[places], counts) + within, self.tensor)]
+
+    def selected(self, need: Need, examples: IntArray | Sequence[int]) -> Tensor:
+        """What is needed of some examples, as `whole` gives it, or `rows` where tokens are selected."""
+        if not isinstance(need, Read) or need.positions.is_all:
+            return self.whole(examples)
+        return self.rows(examples, tokens=need.site.has_tokens)
+
+    @classmethod
+    def joined(cls, need: Need, pieces: Sequence[tuple[IntArray, Tensor]]) -> Values:
+        """Values that come in pieces: examples, and what `selected` would give of them."""
+        order = np.concatenate([examples for examples, _ in pieces])
+        tensor = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
+        place = np.argsort(order, kind="stable")
+        if not isinstance(need, Read) or need.positions.is_all:
+            return cls(tensor, order[place], place)
+        return cls(
+            tensor, order[place], place, np.concatenate([[0], np.cumsum(need.positions.counts(order, 0))])
+        )
 
     def _places(self, examples: IntArray | Sequence[int]) -> IntArray:
         return self.place[np.searchsorted(self.examples, np.asarray(examples, dtype=np.int64))]

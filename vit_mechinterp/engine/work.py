@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from vit_mechinterp.engine.ahead import Request, requests_of
+from vit_mechinterp.engine.ahead import Request
 from vit_mechinterp.engine.chunk import chunk_of
-from vit_mechinterp.engine.clean import CleanPass, dataset_means
+from vit_mechinterp.engine.clean import CleanPass
 from vit_mechinterp.engine.collect import Gathering
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
@@ -18,7 +18,6 @@ from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.resume import FinishedChunks
 from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
@@ -80,17 +79,18 @@ class Work:
     def _means(self) -> Mapping[Read, Tensor]:
         """The dataset means, if they come first; computed by us or, where others work here too, by them."""
         if not (self._waiting and self.schedule.means_come_first):
-            self._expect(means=False)
+            self.clean.expect(self.schedule, self._waiting, means=False)
             return {}
         with nullcontext() if self.kept is None else self.kept.computing_means() as known:
-            self._expect(means=known is None)
+            self.clean.expect(self.schedule, self._waiting, means=known is None)
             means: Mapping[Read, Tensor] | None = known
             while means is None:
                 batches = self._requests(self.schedule.chunks, self.schedule.mean_reads)
                 with memory_may_run_out(), self.data.ahead(batches, self.most):
-                    means = dataset_means(self.vit, self.data, self.schedule, self.tick, self.clean)
+                    means = self.clean.means(self.vit, self.data, self.schedule, self.tick)
                 if means is None:
-                    self._halve(min(self.schedule.width, max(map(len, self.schedule.chunks))))
+                    most = self.schedule.n_examples if self.schedule.holds else self.schedule.chunk
+                    self._halve(min(self.schedule.clean_width, most))
                 elif self.kept is not None:
                     self.kept.add_means(means)
         return means
@@ -123,12 +123,7 @@ class Work:
 
     def _requests(self, chunks: Sequence[range], reads: Sequence[Read] | None = None) -> Iterator[Request]:
         """The batches of images that some chunks will ask for."""
-        ahead = self.clean.requests if isinstance(self.clean, StoredClean) else requests_of
-        return ahead(self.schedule, list(chunks), reads)
-
-    def _expect(self, *, means: bool) -> None:
-        if isinstance(self.clean, StoredClean):
-            self.clean.expect(self.schedule, self._waiting, means=means)
+        return self.clean.requests(self.schedule, list(chunks), reads)
 
     def _halve(self, rows: int) -> None:
         self.schedule = replace(self.schedule, width=make_room(rows))

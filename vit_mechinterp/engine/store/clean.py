@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,15 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from vit_mechinterp.engine.ahead import Request
-from vit_mechinterp.engine.clean import Clean
+from vit_mechinterp.engine.clean import Clean, CleanPass, Tick
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.expectation import expectations, requests_for
-from vit_mechinterp.engine.store.needs import Need, Needs, needs_of, origin_of, places_of, stored_form
+from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
 from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
-from vit_mechinterp.engine.values import ColumnOrigin, Read, Values, by_token, gather
+from vit_mechinterp.engine.values import Need, Needs, Read, Values, by_token, gather
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["Forecast", "StoredClean"]
@@ -62,8 +62,8 @@ class Forecast:
     holds: bool
 
 
-class StoredClean:
-    """Stands in for `clean_pass`, with the same values up to rounding, and the same bits in every experiment.
+class StoredClean(CleanPass):
+    """Reads clean values out of a store, or computes and keeps them: the same bits in every experiment.
 
     Args:
         tiers: the store's.
@@ -144,7 +144,7 @@ class StoredClean:
         """The batches of images that will be asked for, in order."""
         seen: set[Request] = set()
         for chunk in chunks:
-            asked = self._asked(schedule, needs_of(schedule, chunk, reads))
+            asked = self._asked(schedule, schedule.clean_needs(chunk, reads))
             for column, wanted in _by_column(asked).items():
                 for batch in self.sources[column].missing_batches(wanted):
                     if (column, batch) not in seen:
@@ -154,7 +154,7 @@ class StoredClean:
     def values(self, schedule: Schedule, need: Need, examples: IntArray) -> Values:
         """One value of some ascending examples, read on its own."""
         asked = self._asked(schedule, {need: examples})[need]
-        found = self.sources[origin_of(schedule, need).column].take({asked.form: asked.examples})
+        found = self.sources[stored_origin(schedule, need).column].take({asked.form: asked.examples})
         return _values(need, found[asked.form], asked, examples)
 
     def _asked(self, schedule: Schedule, needs: Needs) -> dict[Need, _Asked]:
@@ -162,7 +162,7 @@ class StoredClean:
         asked: dict[Need, _Asked] = {}
         for need, examples in needs.items():
             form, own = stored_form(schedule, need), places_of(schedule, need, examples)
-            column = origin_of(schedule, need).column
+            column = stored_origin(schedule, need).column
             asked[need] = _Asked(column, form, *self.sources[column].stored_once(form, own))
         return asked
 
@@ -173,10 +173,10 @@ class StoredClean:
         schedule: Schedule,
         chunk: range,
         reads: Sequence[Read] | None = None,
-        tick: Callable[[int], None] = lambda n: None,
+        tick: Tick = lambda n: None,
     ) -> Clean:
-        """What `clean_pass` gives."""
-        needs = needs_of(schedule, chunk, reads)
+        """What one chunk needs; or, with ``reads``, these alone, for all of its examples."""
+        needs = schedule.clean_needs(chunk, reads)
         asked = self._asked(schedule, needs)
         clean = Clean()
         for column, wanted in _by_column(asked).items():
@@ -191,11 +191,8 @@ class StoredClean:
                     continue
                 form, begin = asked[need].form, taken[asked[need].form]
                 taken[form] += int(asked[need].counts.sum())
-                values = _values(need, found[form][begin : taken[form]], asked[need], examples)
-                if isinstance(need, ColumnOrigin):
-                    clean.outputs[need] = values
-                else:
-                    clean.values[need] = values
+                items = found[form][begin : taken[form]]
+                clean.values[need] = _values(need, items, asked[need], examples)
         return clean
 
 
@@ -210,7 +207,7 @@ def _by_column(asked: Mapping[Need, _Asked]) -> dict[str, dict[Wanted, IntArray]
 
 
 def _values(need: Need, items: Tensor, asked: _Asked, examples: IntArray) -> Values:
-    if isinstance(need, ColumnOrigin) or asked.form is None or need.positions.is_all:
+    if not isinstance(need, Read) or asked.form is None or need.positions.is_all:
         return Values(items, examples, asked.place)
     counts, place = asked.counts, asked.place
     if asked.form.positions != need.positions or asked.form.heads != need.heads:

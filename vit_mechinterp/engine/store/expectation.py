@@ -11,7 +11,8 @@ import numpy as np
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.forward import Wanted
-from vit_mechinterp.engine.store.needs import Needs, needs_of, origin_of, places_of, stored_form
+from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
+from vit_mechinterp.engine.values import Needs
 
 __all__ = ["Expectation", "expectations", "requests_for"]
 
@@ -38,15 +39,15 @@ def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) ->
     every chunk will."""
     if means:
         for chunk in schedule.chunks:
-            yield _request(schedule, needs_of(schedule, chunk, schedule.mean_reads))
+            yield _request(schedule, schedule.clean_needs(chunk, schedule.mean_reads))
     for chunk in chunks:
-        yield _request(schedule, needs_of(schedule, chunk))
+        yield _request(schedule, schedule.clean_needs(chunk))
 
 
 def _request(schedule: Schedule, needs: Needs) -> Request:
     found: Request = defaultdict(dict)
     for need, examples in needs.items():
-        own, form = found[origin_of(schedule, need).column], stored_form(schedule, need)
+        own, form = found[stored_origin(schedule, need).column], stored_form(schedule, need)
         places = places_of(schedule, need, examples)
         own[form] = np.concatenate([own[form], places]) if form in own else places
     return found

@@ -12,8 +12,7 @@ from vit_mechinterp.engine.clean import Clean
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.store.clean import StoredClean
-from vit_mechinterp.engine.store.needs import Need
-from vit_mechinterp.engine.values import Values
+from vit_mechinterp.engine.values import Need, Values
 
 __all__ = ["StreamedValues", "streamed"]
 
@@ -45,8 +44,5 @@ def streamed(stored: StoredClean, schedule: Schedule) -> Clean:
     """Everything that a schedule needs, computed and kept by the store, to be read from there."""
     for source in stored.sources.values():
         source.fill()
-    values, outputs = schedule.clean_needs(range(schedule.n_examples))
-    return Clean(
-        {read: StreamedValues(stored, schedule, read) for read in values},
-        {origin: StreamedValues(stored, schedule, origin) for origin in outputs},
-    )
+    needs = schedule.clean_needs(range(schedule.n_examples))
+    return Clean({need: StreamedValues(stored, schedule, need) for need in needs})

@@ -1,0 +1,68 @@
+"""What several chunks need of clean forwards, which may be computed once, before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vit_mechinterp.engine.positions import NONE, BoolArray, IntArray
+from vit_mechinterp.engine.sharing import Sharing
+from vit_mechinterp.engine.values import Need, Needs, Read, origin_of
+
+__all__ = ["Common"]
+
+
+@dataclass(frozen=True)
+class Common:
+    """Clean values and outputs of images that are in several chunks, for all examples.
+
+    Args:
+        sharing: the images' numbers.
+        needs: what is needed of them.
+        is_common: which images these are, ``[image]``.
+    """
+
+    sharing: Sharing
+    needs: Needs = field(default_factory=dict)
+    is_common: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+
+    @classmethod
+    def of(cls, sharing: Sharing, chunks: Iterable[Needs], mean_reads: Sequence[Read]) -> Common:
+        """Find them in what the chunks need, and what is averaged over the dataset, which reads all images.
+
+        Args:
+            sharing: the images' numbers.
+            chunks: what every chunk needs, in order.
+            mean_reads: values to be averaged over the dataset.
+        """
+        every = list(chunks)
+        once = Common(sharing)
+        images = [once.images(needs) for needs in every]
+        if mean_reads:
+            images += [once.images(dict.fromkeys(mean_reads, np.arange(sharing.n_examples)))] * 2
+        times = np.bincount(np.concatenate([NONE, *images]))
+        found = cls(sharing, {}, times > 1)
+        several: dict[Need, list[IntArray]] = {}
+        for needs in every:
+            for need, examples in needs.items():
+                several.setdefault(need, []).append(examples[found._of_common(need, examples)])
+        needs = {need: np.concatenate(examples) for need, examples in several.items()}
+        needs.update(dict.fromkeys(mean_reads, np.arange(sharing.n_examples)))
+        return cls(sharing, {need: own for need, own in needs.items() if len(own)}, times > 1)
+
+    def images(self, needs: Needs) -> IntArray:
+        """Numbers of the images that something is needed of, ascending."""
+        images = [self.sharing.images_of(origin_of(need))[examples] for need, examples in needs.items()]
+        return np.unique(np.concatenate([NONE, *images]))
+
+    def without(self, needs: Needs) -> Needs:
+        """What is needed, but of images of a single chunk alone."""
+        own = {need: examples[~self._of_common(need, examples)] for need, examples in needs.items()}
+        return {need: examples for need, examples in own.items() if len(examples)}
+
+    def _of_common(self, need: Need, examples: IntArray) -> BoolArray:
+        images = self.sharing.images_of(origin_of(need))[examples]
+        found: BoolArray = self.is_common[images]
+        return found
