@@ -46,15 +46,13 @@ DOCUMENTS: list[dict[str, Any]] = [
 
 
 def cut_small(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
-    """Chunks of few examples, whatever memory allows."""
+    """Chunks of few examples, whatever memory allows and their rows have in common."""
     from vit_mechinterp.engine import cutting
+    from vit_mechinterp.engine.sharing import Sharing
 
-    few: dict[str, Any] = {"FEWEST_ROWS": 8, "MOST_ROWS": 8}
-    for name, value in few.items():
-        if monkeypatch is None:
-            setattr(cutting, name, value)
-        else:
-            monkeypatch.setattr(cutting, name, value)
+    few = [(cutting, "FEWEST_ROWS", 8), (cutting, "MOST_ROWS", 8), (Sharing, "joins_examples", False)]
+    for owner, name, value in few:
+        (setattr if monkeypatch is None else monkeypatch.setattr)(owner, name, value)
 
 
 def assert_same_bits(one: Results, other: Results) -> None:

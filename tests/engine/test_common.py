@@ -15,7 +15,7 @@ from tests.engine.test_cutting import Held
 from tests.engine.world import Counted, World
 from tests.tiny_models import HF_VIT, TIMM_PLAIN
 from vit_mechinterp import Run
-from vit_mechinterp.engine import clean_forwards, resume
+from vit_mechinterp.engine import clean_forwards, cutting, resume
 from vit_mechinterp.engine.sizes import parse_bytes
 
 Document = dict[str, Any]
@@ -110,13 +110,12 @@ def test_images_pass_again_where_there_is_none_and_the_plan_says_what_it_would_t
     assert count.total == cut.block_evaluations
     (says,) = [note for note in cut.notes if note.startswith("to hold what these forwards give")]
     size = says.removesuffix(" of memory").rsplit(" takes ")[1]
-    assert f"and held: {size}" in str(held)
+    assert 0 < parse_bytes(size.replace(" ", "")) < held.peak_bytes
     # What the plan says is enough.
     enough = plan_of(world, documents, memory=held.peak_bytes)
     assert enough.peak_bytes <= held.peak_bytes
     assert enough.block_evaluations == held.block_evaluations
     assert plan_of(world, documents, memory=held.peak_bytes - 1).block_evaluations > held.block_evaluations
-    assert parse_bytes(size.replace(" ", "")) > 0
 
 
 def test_images_of_one_chunk_are_not_held(world: World) -> None:
@@ -143,6 +142,48 @@ def test_selected_tokens_are_joined_with_those_of_images_of_one_chunk(
             pairs = list(zip(cut.captures[name][site], values, strict=True))
             assert all(one.shape == other.shape for one, other in pairs)
             assert all(float((one - other).abs().max()) < 1e-5 < float(other.abs().max()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("also", [{"capture": ["pooled"]}, {}], ids=["equal rows", "equal beginnings"])
+def test_examples_whose_rows_have_something_in_common_share_a_chunk(
+    also: Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as memory goes: the last examples show the images of the first."""
+    monkeypatch.setattr(cutting, "FEWEST_ROWS", 8)
+    monkeypatch.setattr(cutting, "MOST_ROWS", 8)
+    world = World(TIMM_PLAIN, N)
+    world.columns["base"][N // 2 :] = world.columns["base"][: N // 2]
+    first: Document = {"op": "ablate", "site": "blocks.0.resid_post", "tokens": [3]}
+    documents: list[Document] = [{"name": "a", "interventions": [first] if also else [first, SWAP], **also}]
+    together = plan_of(world, documents)
+    assert together.chunk == N
+    with Counted(world.module) as count:
+        results = world.execute(documents, batch_size=2)
+    world.check(documents, results)
+    assert count.total == together.block_evaluations
+    apart = plan_of(world, documents, memory=world.memory(documents, 2, 2))
+    assert apart.chunk < N / 2
+    assert apart.block_evaluations >= together.block_evaluations + N // 2
+    # Where nothing but outputs is asked for, these are copied from chunk to chunk; and distinct images share nothing.
+    alone = {"name": "a", "interventions": [first]}
+    assert plan_of(world, [alone]).chunk < N
+    world.columns["base"] = TIMM_PLAIN.images(N, 7)
+    assert plan_of(world, documents).chunk < N
+
+
+def test_chunks_become_smaller_where_that_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutting, "WAVES", 1)
+    world = World(TIMM_PLAIN, N)
+    documents = [{**document, "capture": ["blocks.*.mlp.post"]} for document in EXPERIMENTS["means"]]
+    whole = plan_of(world, documents)
+    assert whole.chunk == N
+    budgets = [int(part * whole.peak_bytes) for part in (0.8, 0.45, 0.2)]
+    plans = [plan_of(world, documents, memory=budget) for budget in budgets]
+    assert all(plan.peak_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
+    assert ["and held" in str(plan) for plan in plans] == [True, True, False]
+    assert [plan.block_evaluations == whole.block_evaluations for plan in plans] == [True, True, False]
+    assert [plan.chunk for plan in plans[:2]] == [1, 1]
+    world.check(documents, world.execute(documents, batch_size=2, memory=budgets[1]))
 
 
 def test_what_is_held_is_within_what_the_plan_says(world: World) -> None:

@@ -22,11 +22,13 @@ class Common:
         sharing: the images' numbers.
         needs: what is needed of them.
         is_common: which images these are, ``[image]``.
+        entirely: what no image of a single chunk is needed for.
     """
 
     sharing: Sharing
     needs: Needs = field(default_factory=dict)
     is_common: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    entirely: frozenset[Need] = frozenset()
 
     @classmethod
     def of(cls, sharing: Sharing, chunks: Iterable[Needs], mean_reads: Sequence[Read]) -> Common:
@@ -47,10 +49,12 @@ class Common:
         several: dict[Need, list[IntArray]] = {}
         for needs in every:
             for need, examples in needs.items():
-                several.setdefault(need, []).append(examples[found._of_common(need, examples)])
-        needs = {need: np.concatenate(examples) for need, examples in several.items()}
-        needs.update(dict.fromkeys(mean_reads, np.arange(sharing.n_examples)))
-        return cls(sharing, {need: own for need, own in needs.items() if len(own)}, times > 1)
+                several.setdefault(need, []).append(examples)
+        all_needs = {need: np.concatenate(examples) for need, examples in several.items()}
+        all_needs.update(dict.fromkeys(mean_reads, np.arange(sharing.n_examples)))
+        common = {need: examples[found._of_common(need, examples)] for need, examples in all_needs.items()}
+        entirely = frozenset(need for need, own in common.items() if len(own) == len(all_needs[need]))
+        return cls(sharing, {need: own for need, own in common.items() if len(own)}, times > 1, entirely)
 
     def images(self, needs: Needs) -> IntArray:
         """Numbers of the images that something is needed of, ascending."""

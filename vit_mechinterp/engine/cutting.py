@@ -36,6 +36,8 @@ TYPICAL = 256
 """Examples of a chunk for which it is reckoned what rows hand on to each other, before its size is known."""
 MUCH = 10_000
 """(row, block) pairs for which a width would have been measured."""
+WAVES = 4
+"""Full forwards that a chunk should have at least."""
 FEWEST_ROWS, MOST_ROWS = 2048, 16384
 """Rows per chunk, whatever they cost. In a chunk of few examples runs share little of what edits take; and a
 chunk's outputs are in memory."""
@@ -104,9 +106,10 @@ def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, meas
 def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Schedule:
     """A schedule of as many examples per chunk as the budget holds, and its work allows."""
     left = budget - draft.width * held.row
-    per_example = max(1.0, draft.sharing.n_edited_rows / draft.n_examples)
-    at_once = max(_rows_per_chunk(vit), 4 * draft.width) / per_example
-    chunk = max(1, min(draft.n_examples, int(left // max(1, held.example)), int(at_once)))
+    most = int(left // max(1, held.example))
+    if not draft.sharing.joins_examples:  # otherwise, what two chunks have in common is computed twice
+        most = min(most, _chunk_of(draft, max(_rows_per_chunk(vit), WAVES * draft.width)))
+    chunk = max(1, min(draft.n_examples, most))
     schedule = replace(draft, chunk=chunk)
     # Which rows hand their values on depends on those that share a chunk.
     while chunk > 1 and (held := footprint(vit, schedule)).peak(chunk, schedule.width) > budget:
@@ -116,12 +119,23 @@ def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Sched
 
 
 def _holding(vit: HookedViT, schedule: Schedule, budget: int) -> Schedule:
-    """The same schedule, holding what several chunks need of clean forwards if the budget has room for it."""
+    """The same schedule, holding what several chunks need of clean forwards if the budget has room for it: in
+    smaller chunks, if that makes room and their forwards are full."""
     if len(schedule.chunks) == 1 or not schedule.common.needs:
         return schedule
-    whole = replace(schedule, holds=True)
-    fits = footprint(vit, whole).peak(schedule.chunk, schedule.width) <= budget
-    return whole if fits else schedule
+    chunks = [schedule.chunk]
+    if not schedule.sharing.joins_examples:
+        chunks.append(min(schedule.chunk, max(1, _chunk_of(schedule, WAVES * schedule.width))))
+    for chunk in dict.fromkeys(chunks):
+        whole = replace(schedule, chunk=chunk, holds=True)
+        if footprint(vit, whole).peak(chunk, whole.width) <= budget:
+            return whole
+    return schedule
+
+
+def _chunk_of(schedule: Schedule, rows: int) -> int:
+    """Examples that have so many rows."""
+    return int(rows / max(1.0, schedule.sharing.n_edited_rows / schedule.n_examples))
 
 
 def _rows_per_chunk(vit: HookedViT) -> int:

@@ -52,8 +52,8 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
     bound = schedule.bound
     element = torch.finfo(vit.dtype).bits // 8
     held = schedule.sharing.once(
-        ("held", schedule.chunk),
-        lambda: sum(read_size(vit, read) for read in schedule.clean_values(range(schedule.chunk))),
+        ("held", schedule.chunk, schedule.holds),
+        lambda: sum(read_size(vit, read) for read in _of_its_own(schedule)),
     )
     held += (schedule.states_handed_on if states is None else states) * math.prod(vit.sites()["embed"].shape)
     kept = sum(read_size(vit, read) for own in bound.reads_of.values() for read in own)
@@ -67,6 +67,12 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
         result=element * captures + handed_over,
         common=common_size(vit, schedule) if schedule.holds else 0,
     )
+
+
+def _of_its_own(schedule: Schedule) -> list[Read]:
+    """Clean values that a chunk has beside those that are held for several."""
+    reads = schedule.clean_values(range(schedule.chunk))
+    return [read for read in reads if not (schedule.holds and read in schedule.common.entirely)]
 
 
 def common_size(vit: HookedViT, schedule: Schedule) -> int:

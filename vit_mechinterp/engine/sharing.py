@@ -109,6 +109,21 @@ class Sharing:
         """Whether any two rows that edits change are of one class."""
         return self.n_classes < self.n_edited_rows
 
+    @cached_property
+    def joins_examples(self) -> bool:
+        """Whether rows of different examples may begin alike, or be equal where more than outputs is kept of
+        them: of what they have in common, only rows of one chunk make use."""
+        parts = [part for own in self.parts.values() for part in own]
+        bound = self.bound
+        more = bound.readout is not None or any(bound.reads_of.values())
+        if not (self.repeats and more) and all(len(part.states) < 2 for part in parts):
+            return False
+        origins = {part.run.origin for part in parts}
+        sources = (part.run.edits[0].source for part in parts if part.run.blank)
+        origins |= {source.origin for source in sources if source and isinstance(source.origin, ColumnOrigin)}
+        images = np.concatenate([self.images_of(origin) for origin in origins])
+        return len(np.unique(images)) < len(images)
+
     @property
     def n_classes(self) -> int:
         """How many rows that edits change differ."""
