@@ -181,3 +181,21 @@ def test_many_damaged_images_are_listed() -> None:
     said = decodable.said_of_damaged(dict.fromkeys(range(13), "it is empty"), "base", 20)
     assert "13 of 20" in said
     assert "example 9 (it is empty); and examples 10, 11, 12. Repair" in said
+
+
+def test_numbers_that_are_not_finite_are_refused_before_the_first_forward() -> None:
+    """Float16 overflows, or a division by a deviation of zero: every number of that row would be none."""
+    vit = vmi.wrap(TIMM_PLAIN.module())
+    images = TIMM_PLAIN.images(4)
+    assert Data({"base": images}, vit).check_images("base") is None
+    images[1, 0, 2, 3] = float("nan")
+    images[3, :, 0, :2] = float("inf")
+    numbers = images[0].numel()
+    said = (
+        f"Column 'base': 2 of 4 images hold what is no finite number: example 1 (1 of {numbers} numbers); example 3 (6 of {numbers} "
+        "numbers). Repair or replace them, or leave those examples out."
+    )
+    for base in (images, list(images), images.numpy()):
+        with pytest.raises(DataError) as raised:
+            vmi.execute(vit, [vmi.Run(name="r", capture=["pooled"])], {"base": base}, progress=False)
+        assert str(raised.value) == said

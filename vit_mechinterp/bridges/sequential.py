@@ -91,7 +91,8 @@ def execute_sequentially(
         bar = tqdm(total=len(wanted) * data.n, desc=name, unit="row", delay=2.0, disable=not progress)
         with bar:
             collected = {run.name: experiment.collect(run, bar.update) for run in wanted}
-    schedule = Schedule(Sharing(bound, {}, rows=False), vit.layout.n_layers, data.n, batch_size)
+    sharing = Sharing(bound, {}, rows=False)
+    schedule = Schedule(sharing, n_layers=vit.layout.n_layers, chunk=data.n, width=batch_size)
     versions = {package: metadata.version(package) for package in packages}
     names = tuple(run.name for run in bound.with_output)
     outputs = [collected[name][0] for name in names]

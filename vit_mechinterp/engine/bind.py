@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
-from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit, fields_of, source_of
+from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.joins import Blocks
@@ -31,6 +31,7 @@ from vit_mechinterp.spec import (
     Sweep,
     TensorRef,
 )
+from vit_mechinterp.spec.named import fields_of, source_of
 
 __all__ = ["bind", "expand_runs", "sources_first"]
 

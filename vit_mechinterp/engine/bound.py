@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 
@@ -15,19 +15,10 @@ from vit_mechinterp.engine.pieces import Stop
 from vit_mechinterp.engine.positions import ALL, IntArray, Positions
 from vit_mechinterp.engine.readout import BoundReadout
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
-from vit_mechinterp.spec import (
-    Capture,
-    Column,
-    Intervention,
-    Run,
-    RunSource,
-    Site,
-    TensorRef,
-    TokenBox,
-    TokenColumn,
-)
+from vit_mechinterp.spec import Intervention, Run, Site, TensorRef
+from vit_mechinterp.spec.named import selecting_columns, source_of
 
-__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit", "fields_of", "source_of"]
+__all__ = ["Bound", "BoundCapture", "BoundRun", "Edit"]
 
 
 @dataclass(frozen=True)
@@ -270,30 +261,5 @@ class Bound:
     @cached_property
     def columns(self) -> frozenset[str]:
         """Names of all columns that decide the results: images, and those that select, choose or read out."""
-        own = {name for run in self.runs for name in _selecting_columns(run.run)}
+        own = {name for run in self.runs for name in selecting_columns(run.run)}
         return self.image_columns | own | (self.readout.spec.columns if self.readout else frozenset())
-
-
-def source_of(spec: Intervention) -> str | RunSource | None:
-    """The source that an intervention names; None for one that has none."""
-    if "source" not in fields_of(type(spec)):
-        return None
-    source: str | RunSource | None = getattr(spec, "source")  # noqa: B009
-    return source
-
-
-@cache
-def fields_of(kind: type[Intervention | Capture]) -> tuple[str, ...]:
-    """Names of the fields of a kind of intervention or capture."""
-    return tuple(kind.model_fields)
-
-
-def _selecting_columns(run: Run) -> Iterator[str]:
-    """Columns that a run's selectors and choices read, whatever the fields are called."""
-    for part in (*run.interventions, *run.capture):
-        for field in fields_of(type(part)):
-            value = getattr(part, field)
-            if isinstance(value, (Column, TokenColumn)):
-                yield value.column
-            elif isinstance(value, TokenBox):
-                yield value.box

@@ -16,6 +16,7 @@ from vit_mechinterp.engine.bound import Bound, BoundRun
 from vit_mechinterp.engine.clean import Clean, CleanPass, Tick, means_from
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.editing import Material
+from vit_mechinterp.engine.handover import Handover
 from vit_mechinterp.engine.pieces import by_owner
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.reads import clean_read
@@ -91,8 +92,7 @@ class _Chunk:
             tensors,
             means,
             images_of=schedule.sharing.images_of,
-            gifts=self.rows.branches.gifts,
-            handed=self.rows.branches.handed,
+            handover=Handover(self.rows.branches.gifts, self.rows.branches.handed),
             write=partial(written_by_heads, vit.module, vit.layout),
         )
         self._with_output = {run.name for run in schedule.bound.with_output}
@@ -102,8 +102,8 @@ class _Chunk:
 
     def compute(self, stage: int, tick: Tick) -> None:
         """Pass the rows of a stage through the model, in waves."""
-        self.material.copies = by_owner(self.rows.copies[stage])
-        tokens = self.schedule.tokens_wanted(self.schedule.bound.stages[stage])
+        self.material.handover.copies = by_owner(self.rows.copies[stage])
+        tokens = self.schedule.tokens_wanted(stage)
         for segments in self.schedule.waves(self.rows.parts[stage]):
             result = run_wave(self.vit, segments, self.material, spares=self.schedule.spares, tokens=tokens)
             if result.output is not None:

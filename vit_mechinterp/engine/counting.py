@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vit_mechinterp.engine.bind import sources_first
-from vit_mechinterp.engine.bound import Bound, source_of
+from vit_mechinterp.engine.bound import Bound
 from vit_mechinterp.engine.distinct import distinct_rows
 from vit_mechinterp.engine.ending import ending_together
 from vit_mechinterp.engine.joins import Beginning
@@ -23,6 +23,7 @@ from vit_mechinterp.engine.values import Need
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import PARTS, costs_of
 from vit_mechinterp.spec import Ablate, RunSource
+from vit_mechinterp.spec.named import source_of
 
 __all__ = ["Counts", "Way", "count"]
 
@@ -109,9 +110,8 @@ def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, 
     if clean:
         _count_clean(own, schedule.clean_batches(schedule.own_needs(chunk)))
     of_chunk = schedule.rows.of(chunk)
-    stages = zip(schedule.bound.stages, of_chunk.parts, of_chunk.copies, strict=True)
-    for number, (stage, parts, copies) in enumerate(stages):
-        _count_rows(own, schedule, number, parts, schedule.unread(stage))
+    for stage, (parts, copies) in enumerate(zip(of_chunk.parts, of_chunk.copies, strict=True)):
+        _count_rows(own, schedule, stage, parts)
         own.shared += sum(len(same.examples) for same in copies)
         if schedule.spares and any(starts_late(part.run) for part in parts):
             # Rows of one image stand together as far as they fit, which decides how many waves there are.
@@ -173,8 +173,9 @@ def _apart(schedule: Schedule, forecast: Forecast) -> int:
     return sum(map(len, by_column.values())) - len(set().union(*by_column.values()))
 
 
-def _count_rows(own: Counts, schedule: Schedule, stage: int, parts: Sequence[Part], unread: float) -> None:
+def _count_rows(own: Counts, schedule: Schedule, stage: int, parts: Sequence[Part]) -> None:
     """Count the rows of one stage and their blocks, whichever waves they pass in."""
+    unread = schedule.unread(stage)
     for part in parts:
         size, blocks = len(part.examples), part.run.end - part.run.join.first_block
         own.ways[stage, part.number, (part.run.beginning, part.run.ends)] += size

@@ -125,8 +125,8 @@ class Data(Columns):
         ``decode`` is off.
 
         Raises:
-            DataError: an image cannot be decoded (all that cannot are named), an entry is neither a PIL image
-                nor a tensor of the model's input size, or both occur.
+            DataError: an image cannot be decoded or is not finite (all such are named), an entry is neither a
+                PIL image nor a tensor of the model's input size, or both occur.
         """
         stored = stored_images(self._data, column)
         if stored is not None and decode:
@@ -136,13 +136,15 @@ class Data(Columns):
             for example, entry in enumerate(self._scan(column, "looking at")):
                 pictures.add(is_picture(entry))
                 if not is_picture(entry):
-                    self._tensor(column, example, entry)
+                    if few := _not_finite(self._tensor(column, example, entry)):
+                        damaged[example] = few
                 elif decode and (trouble := damaged_picture(entry)):
                     damaged[example] = trouble
             if len(pictures) > 1:
                 raise DataError(_mixed(column))
             if damaged:
-                raise DataError(said_of_damaged(damaged, column, self.n))
+                trouble = "cannot be decoded" if True in pictures else "hold what is no finite number"
+                raise DataError(said_of_damaged(damaged, column, self.n, trouble))
         self.images(column, [0])
 
     def _check_files(self, column: str, stored: Any) -> None:
@@ -201,6 +203,12 @@ class Data(Columns):
         if any(map(is_picture, self.values(column, [0]))):
             preprocessing = json.dumps(self.vit.preprocess.config, sort_keys=True, default=str)
         return hashlib.sha256(f"{self.digest(column, examples)} {preprocessing}".encode()).hexdigest()
+
+
+def _not_finite(tensor: Tensor) -> str:
+    """How many numbers of an image are infinite or none, in words; empty where none is."""
+    wrong = int((~torch.isfinite(tensor)).sum())
+    return f"{wrong} of {tensor.numel()} numbers" if wrong else ""
 
 
 def _may_be_encoded(entry: Any, column: str) -> str:

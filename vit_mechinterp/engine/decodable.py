@@ -66,14 +66,14 @@ def damaged_picture(picture: Any) -> str:
     return ""
 
 
-def said_of_damaged(found: Mapping[int, str], column: str, n: int) -> str:
+def said_of_damaged(found: Mapping[int, str], column: str, n: int, trouble: str = "cannot be decoded") -> str:
     """Return the message that names damaged images."""
     named = "; ".join(f"example {example} ({found[example]})" for example in list(found)[:_NAMED])
     if others := list(found)[_NAMED:]:
         named += f"; and examples {', '.join(map(str, others))}"
     one = len(found) == 1
     return (
-        f"Column {column!r}: {len(found)} of {n} images cannot be decoded: {named}. Repair or replace "
+        f"Column {column!r}: {len(found)} of {n} images {trouble}: {named}. Repair or replace "
         f"{'it' if one else 'them'}, or leave {'that example' if one else 'those examples'} out."
     )
 

@@ -89,4 +89,12 @@ def _drafted(
     sites = {edit.site.name for run in bound.runs for edit in run.edits}
     same = passed_on() if "resid_pre" in sites and sites & {"embed", "resid_post"} else frozenset()
     sharing = Sharing(bound, images, imagined=imagined, handed_on=same)
-    return Schedule(sharing, vit.layout.n_layers, n, 1, vit.layout.family.one_image, spares, by_output)
+    return Schedule(
+        sharing,
+        n_layers=vit.layout.n_layers,
+        chunk=n,
+        width=1,
+        one_image=vit.layout.family.one_image,
+        spares=spares,
+        by_output=by_output,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.bound import Bound, Edit
-from vit_mechinterp.engine.branching import Handed, Row
 from vit_mechinterp.engine.clean import Clean
+from vit_mechinterp.engine.handover import Handover
 from vit_mechinterp.engine.ops import Inputs, apply
 from vit_mechinterp.engine.positions import NONE, IntArray
 from vit_mechinterp.engine.values import ImagesOf, Read, Values, by_token
 from vit_mechinterp.errors import ExecutionError
-from vit_mechinterp.spec import Ablate, Site, TensorRef
+from vit_mechinterp.spec import Ablate, TensorRef
 
 __all__ = ["Material", "edit_rows", "inputs_of"]
 
@@ -33,10 +33,7 @@ class Material:
         run_values: values of edited runs by read.
         source_order: for training, a permutation of every source selection's tokens (paper A.6).
         images_of: numbers of the images that rows start from; rows of one image start from the same values.
-        copies: rows (run, example) whose values other rows (run, example) share.
-        gifts: states that rows (run, example) hand on, each with the site that it is seen at.
-        handed: what rows (run, example) hand on of what is read of others.
-        begun: the states handed on so far.
+        handover: what rows hand to each other.
         write: what heads of a block add to the stream for their z (see `written_by_heads`).
     """
 
@@ -47,10 +44,7 @@ class Material:
     run_values: dict[Read, Values] = field(default_factory=dict)
     source_order: Sequence[int] | None = None
     images_of: ImagesOf = lambda origin: NONE
-    copies: Mapping[Row, Sequence[Row]] = field(default_factory=dict)
-    gifts: Mapping[Row, Iterable[tuple[Site, int]]] = field(default_factory=dict)
-    handed: Mapping[Row, Sequence[Handed]] = field(default_factory=dict)
-    begun: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
+    handover: Handover = field(default_factory=Handover)
     write: Callable[[int, Tensor, Sequence[int] | None], Tensor] | None = None
 
     def values(self, read: Read) -> Values:

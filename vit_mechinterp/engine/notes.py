@@ -102,7 +102,7 @@ def _falling_back(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterato
     if vit.compiled is not None:
         last = "" if counts.unread == 0 else ", and so does the last one, most of whose tokens are left out"
         yield f"blocks that are read or edited inside run as they are written{last}; the others compiled"
-    stages = schedule.bound.stages
+    stages = range(len(schedule.bound.stages))
     if schedule.by_output is not None and any(schedule.tokens_wanted(stage) is None for stage in stages):
         yield (
             "all tokens of the last block are computed, because most are captured there, read by other runs, "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from vit_mechinterp.engine.bound import Edit, fields_of
+from vit_mechinterp.engine.bound import Edit
 from vit_mechinterp.spec import Ablate, Intervention, SourcedIntervention, TensorRef
+from vit_mechinterp.spec.named import fields_of
 
 __all__ = ["options_of"]
 

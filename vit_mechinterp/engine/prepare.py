@@ -138,10 +138,15 @@ def prepare(
     check_tensors(bound, resolved, vit, columns.n)
     check_images(columns, bound)
     images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
-    one_image, spares = vit.layout.family.one_image, why_nothing_is_spared(vit.layout) is None
-    by_output = output_tokens(vit)
-    sharing = Sharing(bound, images, rows=False)
-    schedule = Schedule(sharing, vit.layout.n_layers, columns.n, batch_size, one_image, spares, by_output)
+    schedule = Schedule(
+        Sharing(bound, images, rows=False),
+        n_layers=vit.layout.n_layers,
+        chunk=columns.n,
+        width=batch_size,
+        one_image=vit.layout.family.one_image,
+        spares=why_nothing_is_spared(vit.layout) is None,
+        by_output=output_tokens(vit),
+    )
     budget = budget_of(vit) if memory is None else parse_bytes(memory)
     streams = footprint(vit, schedule).example * columns.n > budget
     parameters = [p for p in vit.module.parameters() if p.requires_grad]

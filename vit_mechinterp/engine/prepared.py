@@ -240,7 +240,7 @@ def run_together(
     images_of = _images_of([batch.prepared for batch in batches])
     schedules = [batch.prepared.schedule for batch in batches]
     spares = schedules[0].spares
-    tokens = union(own.tokens_wanted(stage) for own in schedules for stage in own.bound.stages)
+    tokens = union(own.tokens_wanted(stage) for own in schedules for stage in range(len(own.bound.stages)))
     placed: list[_Rows] = []
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):

@@ -45,9 +45,9 @@ def readers_of(segment: Segment, material: Material) -> list[Reader]:
     for row, example in enumerate(segment.examples):
         key = segment.run.name, example
         if since is not None:
-            for name, other in material.copies.get(key, ()):
+            for name, other in material.handover.copies.get(key, ()):
                 others[name, since, None].append((row, other))
-        for own in material.handed.get(key, ()):
+        for own in material.handover.handed.get(key, ()):
             others[own.row[0], own.since, own.until].append((row, own.row[1]))
     for (name, first, last), pairs in others.items():
         rows, of = (np.array(own) for own in zip(*pairs, strict=True))

@@ -137,25 +137,23 @@ class Schedule:
         for together in ending_together(parts):
             yield from in_waves(together, self.width, spares=self.spares)
 
-    def tokens_wanted(self, stage: Sequence[BoundRun]) -> tuple[int, ...] | None:
+    def tokens_wanted(self, stage: int) -> tuple[int, ...] | None:
         """Tokens that somebody reads behind the last attention call, of rows of one stage; None for all."""
         return self.sharing.once(
-            ("tokens", stage[0].name), lambda: tokens_wanted(self.by_output, self._read_of(stage))
+            ("tokens", stage), lambda: tokens_wanted(self.by_output, self._read_of(stage))
         )
 
-    def unread(self, stage: Sequence[BoundRun]) -> float:
+    def unread(self, stage: int) -> float:
         """The part of the last block that each row of a stage is spared, because nobody reads it. (A little
         more, where scores or pattern of that block are looked at in some waves and not in others.)"""
         tokens = self.tokens_wanted(stage)
         if tokens is None or self.by_output is None:
             return 0.0
-        attention_whole = self.sharing.once(
-            ("inside", stage[0].name), lambda: looks_inside(self._read_of(stage))
-        )
+        attention_whole = self.sharing.once(("inside", stage), lambda: looks_inside(self._read_of(stage)))
         return self.by_output.saved(tokens, attention_whole=attention_whole)
 
-    def _read_of(self, stage: Sequence[BoundRun]) -> list[tuple[BoundRun, Sequence[Read]]]:
-        parts = (part for run in stage for part in self.sharing.parts[run.name])
+    def _read_of(self, stage: int) -> list[tuple[BoundRun, Sequence[Read]]]:
+        parts = self.sharing.parts_of_stages[stage]
         return [(part.run, self.bound.reads_of[part.run.name]) for part in parts]
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:

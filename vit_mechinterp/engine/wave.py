@@ -184,20 +184,20 @@ class _Wave:
         segment, material = self.segments[n], self.materials[n]
         if segment.run.beginning is None:
             return material.clean.values[Read(segment.run.origin, site)].whole(segment.examples)
-        return torch.stack([material.begun[site, state] for state in segment.begins])
+        return torch.stack([material.handover.begun[site, state] for state in segment.begins])
 
     def _add_gifts(self, *, before_edits: bool) -> None:
         """Hand states on: increments and outputs of blocks before rows join there and edits are made, middles
         behind that."""
         for n, segment in enumerate(self.segments):
-            material, own = self.materials[n], segment.run.name
+            handover, own = self.materials[n].handover, segment.run.name
             by_site: dict[Site, list[tuple[int, int]]] = defaultdict(list)
-            for row, example in enumerate(segment.examples if material.gifts else (), self.starts[n]):
-                for site, state in material.gifts.get((own, example), ()):
+            for row, example in enumerate(segment.examples if handover.gifts else (), self.starts[n]):
+                for site, state in handover.gifts.get((own, example), ()):
                     if before_edits == (site.name != "resid_mid"):
                         by_site[site].append((row, state))
             for site, states in by_site.items():
-                self._visit(site, self._giving(material.begun, site, states))
+                self._visit(site, self._giving(handover.begun, site, states))
 
     def _giving(
         self, begun: dict[tuple[Site, int], Tensor], site: Site, states: Sequence[tuple[int, int]]
