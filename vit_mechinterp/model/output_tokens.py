@@ -18,6 +18,13 @@ from vit_mechinterp.spec import Site
 __all__ = ["OutputTokens", "output_tokens"]
 
 
+_SCALES = (1.0, 1.0, 0.1, 10.0)
+"""Sizes of the streams that are tried: a head that saturates at one may hide there what it reads."""
+_PRECISE, _COARSE = 2e-6, 3e-2
+"""How far a narrowed block may be from the whole one, of the largest value: in float32 and float64, and in
+fewer bits."""
+
+
 @dataclass(frozen=True)
 class OutputTokens:
     """What the output reads of the last residual stream, where that is not all of it.
@@ -71,7 +78,7 @@ def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
     """Those of some tokens that the output or ``pooled`` reads; none if either reads others too."""
     n_layers, n = vit.layout.n_layers, vit.layout.tokens.n_tokens
     others = sorted(set(range(n)) - set(special))
-    rows, scales = 2 + len(special), (1.0, 1.0, 0.1, 10.0)
+    rows = 2 + len(special)
 
     def changed(value: Tensor, seed: int, scale: float) -> Tensor:
         pair = scale * random_streams(2, value, seed)
@@ -82,10 +89,10 @@ def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
         return streams
 
     def streams(value: Tensor) -> Tensor:
-        return torch.cat([changed(value, seed, scale) for seed, scale in enumerate(scales)])
+        return torch.cat([changed(value, seed, scale) for seed, scale in enumerate(_SCALES)])
 
     site = Site(n_layers - 1, "resid_post")
-    found = forward(vit, {site: streams}, range(n_layers), rows * len(scales), ("pooled",))
+    found = forward(vit, {site: streams}, range(n_layers), rows * len(_SCALES), ("pooled",))
     if found is None:
         return ()
     several = [own for values in found.values() for own in torch.split(values, rows)]
@@ -103,7 +110,6 @@ def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[
     n_patches, prefix = vit.layout.tokens.n_patches, len(vit.layout.tokens.prefix)
     patches = prefix + np.random.default_rng(0).permutation(n_patches)[: max(1, n_patches // 4)]
     some = tuple(sorted({*tokens, *patches.tolist()}))
-    precise = vit.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(vit.device.type)
 
     def run(narrowing: Narrowing | None = None) -> dict[str, Tensor] | None:
         return forward(vit, {site: lambda value: random_streams(2, value)}, before, 2, (last,), narrowing)
@@ -115,15 +121,19 @@ def _shares(vit: HookedViT, block: nn.Module, tokens: tuple[int, ...]) -> tuple[
             found = run(narrowing)
         if whole is None or found is None or mixes_tokens(block):
             return None
-        for name, values in found.items():
-            expected = whole[name]
-            if name == last:
-                values, expected = values[:, list(few)], expected[:, list(few)]
-            tolerance = (2e-6 if precise else 3e-2) * expected.abs().max()
-            if not bool((values - expected).abs().max() <= tolerance):
-                return None
+        pairs = [(values, whole[name]) for name, values in found.items() if name != last]
+        pairs.append((found[last][:, list(few)], whole[last][:, list(few)]))
+        if not all(_agree(vit, values, expected) for values, expected in pairs):
+            return None
     parts = narrowing.narrowed  # of the last trial, which is how waves run: the tokens read, nothing opened
     attention: nn.Module = lookup(vit.module, vit.layout.attention_path(n_layers - 1))
     outside = parts - set(attention.modules())
     share = share_of(vit.module, vit.layout, n_layers - 1, parts, call=narrowing.called)
     return (share, share_of(vit.module, vit.layout, n_layers - 1, outside)) if share else None
+
+
+def _agree(vit: HookedViT, values: Tensor, expected: Tensor) -> bool:
+    """Whether values are those that are expected, as exactly as the model computes; NaN never is."""
+    precise = vit.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(vit.device.type)
+    tolerance = (_PRECISE if precise else _COARSE) * expected.abs().max()
+    return bool((values - expected).abs().max() <= tolerance)
