@@ -12,12 +12,12 @@ from graphlib import CycleError, TopologicalSorter
 
 from vit_mechinterp.engine.bound import Bound, BoundCapture, BoundRun, Edit
 from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.joins import Blocks
 from vit_mechinterp.engine.ops import operator_of
 from vit_mechinterp.engine.positions import Positions, moved_note, resolve_tokens
 from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin
 from vit_mechinterp.errors import SpecError, listed, suggest
+from vit_mechinterp.model.heap import uncollected
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import (
     Ablate,

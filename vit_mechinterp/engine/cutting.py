@@ -14,11 +14,11 @@ from vit_mechinterp.engine.checks import check_batch_size
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.drafting import draft_of
 from vit_mechinterp.engine.footprint import Footprint, footprint
-from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.throughput import likely_width, measured_width, remembered_width
 from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.heap import uncollected
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 

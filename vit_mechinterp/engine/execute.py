@@ -18,7 +18,6 @@ from vit_mechinterp.engine.clean import CleanPass, PlainClean, Tick
 from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import in_fewer_rows
-from vit_mechinterp.engine.heap import keeping, thrifty
 from vit_mechinterp.engine.held import HeldClean
 from vit_mechinterp.engine.identity import identity_of
 from vit_mechinterp.engine.plan import describe
@@ -32,6 +31,7 @@ from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.work import Work
 from vit_mechinterp.errors import SpecError
+from vit_mechinterp.model.heap import keeping, thrifty
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Readout, Run, Sweep
 

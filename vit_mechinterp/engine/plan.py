@@ -17,7 +17,6 @@ from vit_mechinterp.engine.cutting import schedule_for
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.ending import ends_of
 from vit_mechinterp.engine.footprint import footprint
-from vit_mechinterp.engine.heap import uncollected
 from vit_mechinterp.engine.notes import notes_on
 from vit_mechinterp.engine.numbering import Part
 from vit_mechinterp.engine.readout import bind_readout
@@ -27,6 +26,7 @@ from vit_mechinterp.engine.store.clean import Forecast, StoredClean
 from vit_mechinterp.engine.tensors import resolve_refs
 from vit_mechinterp.engine.values import Read, origin_of
 from vit_mechinterp.errors import SpecError, listed
+from vit_mechinterp.model.heap import uncollected
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Readout, Run, Sweep
 

@@ -21,7 +21,6 @@ from vit_mechinterp.engine.cutting import budget_of
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.footprint import footprint
-from vit_mechinterp.engine.heap import keeping
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.prepared import Prepared
 from vit_mechinterp.engine.schedule import Schedule
@@ -33,6 +32,7 @@ from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.values import Read
 from vit_mechinterp.errors import SpecError, listed
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
+from vit_mechinterp.model.heap import keeping
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.output_tokens import output_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared

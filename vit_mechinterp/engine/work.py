@@ -14,11 +14,11 @@ from vit_mechinterp.engine.clean import CleanPass
 from vit_mechinterp.engine.collect import Gathering
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
-from vit_mechinterp.engine.heap import give_back
 from vit_mechinterp.engine.positions import IntArray
 from vit_mechinterp.engine.resume import FinishedChunks
 from vit_mechinterp.engine.schedule import Schedule
 from vit_mechinterp.engine.values import Read
+from vit_mechinterp.model.heap import give_back
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 

@@ -19,6 +19,7 @@ from vit_mechinterp.model.cache import ActivationCache, SiteInfo, describe
 from vit_mechinterp.model.compiling import CompiledBlocks, explained
 from vit_mechinterp.model.dropout import dropping
 from vit_mechinterp.model.fingerprint import fingerprint
+from vit_mechinterp.model.heap import keeping_while
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import Layout, lookup
 from vit_mechinterp.model.origins import absolute
@@ -160,6 +161,8 @@ class HookedViT:
     ) -> tuple[Float[Tensor, "batch *output"], ActivationCache]:
         """Run the model and keep activations, in the ambient grad mode and in the model's dtype.
 
+        On a CPU, memory that is freed stays in the process while a cache is there, for the next forward.
+
         Args:
             x: images as the model takes them.
             capture: site names or globs, such as ``"blocks.*.resid_post"``.
@@ -186,7 +189,10 @@ class HookedViT:
         with self.lock, instrument.installed(), self._watching(len(names)):
             output = self._forward(x)
             instrument.verify()
-        return output, ActivationCache(activations)
+        cache = ActivationCache(activations)
+        if names:
+            keeping_while(cache)
+        return output, cache
 
     @contextmanager
     def _watching(self, n_sites: int) -> Iterator[None]:

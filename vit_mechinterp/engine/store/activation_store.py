@@ -14,7 +14,6 @@ from vit_mechinterp.engine.bind import check_heads
 from vit_mechinterp.engine.checks import check_arguments, check_batch_size, check_folder, refuse_train_mode
 from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
-from vit_mechinterp.engine.heap import thrifty
 from vit_mechinterp.engine.images import image_numbers
 from vit_mechinterp.engine.positions import Positions, resolve_tokens
 from vit_mechinterp.engine.sizes import in_words, parse_bytes
@@ -23,6 +22,7 @@ from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.store.view import StoredActivations
 from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.errors import ExecutionError, SpecError
+from vit_mechinterp.model.heap import thrifty
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, Tokens
 

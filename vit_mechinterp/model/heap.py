@@ -11,11 +11,12 @@ import ctypes
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
-__all__ = ["give_back", "keeping", "thrifty", "uncollected"]
+__all__ = ["give_back", "keeping", "keeping_while", "thrifty", "uncollected"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of ``mallopt``."""
@@ -28,8 +29,11 @@ _KEPT, _UNTRIMMED = 256 * 2**20, 2**30
 
 _TUNED_BY = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
 
-_lock = threading.Lock()
-_users = {"thrifty": 0, "keeping": 0}
+_lock = threading.RLock()  # what is collected while it is held may leave, too
+_thrifty: set[object] = set()
+_keeping: set[object] = set()
+_set = [(_LARGEST, 2 * _LARGEST)]
+"""The limits that were set last; glibc gets there by itself."""
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def thrifty() -> Iterator[None]:
     about a tenth more time in exchange. Afterwards the limit is where glibc takes it by itself in a process
     that frees large tensors. Nothing happens in other C libraries, or where the environment sets the limit.
     """
-    with _tuned("thrifty"):
+    with _tuned(_thrifty):
         try:
             yield
         finally:
@@ -75,34 +79,44 @@ def keeping() -> Iterator[None]:
     to fall; faults then take about a twentieth of the time. Afterwards limits are as `thrifty` leaves them,
     and what is free stays in the process until the next large block behind all others is freed.
     """
-    with _tuned("keeping"):
+    with _tuned(_keeping):
         yield
+
+
+def keeping_while(owner: object) -> None:
+    """As `keeping`, for as long as some object is there."""
+    entered = ExitStack()
+    entered.enter_context(keeping())
+    weakref.finalize(owner, entered.close).atexit = False
 
 
 @contextmanager
-def _tuned(manner: str) -> Iterator[None]:
-    tune = None if _is_tuned() else _function("mallopt", ctypes.c_int, ctypes.c_int)
-
-    def count(change: int) -> None:
-        with _lock:
-            before = _limits()
-            _users[manner] += change
-            if tune is not None and _limits() != before:
-                for parameter, limit in zip((_MMAP_THRESHOLD, _TRIM_THRESHOLD), _limits(), strict=True):
-                    tune(parameter, limit)
-
-    count(1)
+def _tuned(users: set[object]) -> Iterator[None]:
+    own = object()
+    users.add(own)
+    _set_limits()
     try:
         yield
     finally:
-        count(-1)
+        users.discard(own)
+        _set_limits()
+
+
+def _set_limits() -> None:
+    """Set what all who are in a ``with`` block come to, if that has changed."""
+    tune = None if _is_tuned() else _function("mallopt", ctypes.c_int, ctypes.c_int)
+    with _lock:
+        while tune is not None and (limits := _limits()) != _set[0]:
+            _set[0] = limits
+            for parameter, limit in zip((_MMAP_THRESHOLD, _TRIM_THRESHOLD), limits, strict=True):
+                tune(parameter, limit)
 
 
 def _limits() -> tuple[int, int]:
     """Bytes from which a block stands alone, and from which free memory behind all others goes back."""
-    if _users["thrifty"]:
+    if _thrifty:
         return _LARGE, 2 * _LARGEST
-    if _users["keeping"]:
+    if _keeping:
         return _KEPT, _UNTRIMMED
     return _LARGEST, 2 * _LARGEST
 

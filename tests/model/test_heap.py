@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from vit_mechinterp.engine import heap
+import vit_mechinterp as vmi
+from tests.tiny_models import TIMM_PLAIN
+from vit_mechinterp.model import heap
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Of glibc's ``malloc.h``."""
@@ -82,3 +84,55 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
             heap.give_back()
     finally:
         heap._function.cache_clear()
+
+
+def test_blocks_are_kept_while_an_object_is_there(calls: list[tuple[str, tuple[int, ...]]]) -> None:
+    class Owner:
+        pass
+
+    first, second = Owner(), Owner()
+    heap.keeping_while(first)
+    assert limits(calls) == KEEPING
+    heap.keeping_while(second)
+    del first
+    assert limits(calls) == KEEPING
+    with heap.thrifty():
+        del second
+        assert limits(calls) == KEEPING + THRIFTY
+    assert limits(calls) == KEEPING + THRIFTY + AFTERWARDS
+
+
+def test_blocks_are_kept_while_there_is_a_cache(calls: list[tuple[str, tuple[int, ...]]]) -> None:
+    """In a loop over batches the last one's cache is there until the next one's is."""
+    vit = vmi.wrap(TIMM_PLAIN.module())
+    vit.run(TIMM_PLAIN.images(1))
+    assert limits(calls) == []
+    for _ in range(3):
+        _, cache = vit.run(TIMM_PLAIN.images(1), capture=["embed"])
+        assert limits(calls) == KEEPING
+    del cache
+    assert limits(calls) == KEEPING + AFTERWARDS
+
+
+def test_whoever_is_collected_meanwhile_is_counted(
+    calls: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python may find, in the middle of setting limits, that an owner is gone."""
+
+    class Owner:
+        pass
+
+    owners = [Owner()]
+    heap.keeping_while(owners[0])
+    original = heap._limits
+
+    def collecting() -> tuple[int, int]:
+        found = original()
+        owners.clear()
+        return found
+
+    with monkeypatch.context() as patch, heap.thrifty():
+        patch.setattr(heap, "_limits", collecting)
+        with heap.keeping():
+            pass
+    assert limits(calls)[-2:] == AFTERWARDS
