@@ -29,7 +29,7 @@ PRESETS = {
 }
 POSTS, PATTERNS = "blocks.*.resid_post", "blocks.*.attn.pattern"
 RESIDUALS = ["embed", "blocks.*.resid_mid", POSTS]
-BATCHES = "the same, batch after batch"
+BATCHES = "the whole residual stream captured, in a loop"
 
 
 @torch.no_grad()
@@ -74,8 +74,9 @@ def main(argv: list[str] | None = None) -> Report:
         "around each "
         "repeat. 'native, again' is the native model itself: how far the method of measuring is from one; "
         "'output_hidden_states' is the library's own way of keeping all block outputs.",
-        "Batch after batch, the last cache is there while the next forward runs, so that the memory of the "
-        "one before is at hand; otherwise a forward pays for getting anew from the system what a cache took.",
+        "In a loop over batches, the last cache is there while the next forward runs, so that the memory of "
+        "the one before is at hand; otherwise a forward pays for getting anew from the system what a cache "
+        "took.",
         "Wrapped and idle also meets its target where its interval contains one.",
         "Targets for patterns come from the eager model in the same run: one block at most its extra cost "
         "divided "
