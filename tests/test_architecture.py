@@ -190,6 +190,7 @@ def test_the_public_names_are_these() -> None:
     for name in vit_mechinterp.__all__:
         assert getattr(vit_mechinterp, name) is not None
     assert set(vit_mechinterp.__all__) <= set(dir(vit_mechinterp))
+    assert issubclass(vit_mechinterp.errors.SpecError, vit_mechinterp.errors.VitMechInterpError)
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         vit_mechinterp.lode  # noqa: B018
 

@@ -81,7 +81,18 @@ _HOMES = {
         "register_op",
     ),
 }
-_PARTS = ("bridges", "circuits", "engine", "figures", "model", "report", "spec", "stimuli", "training")
+_PARTS = (
+    "bridges",
+    "circuits",
+    "engine",
+    "errors",
+    "figures",
+    "model",
+    "report",
+    "spec",
+    "stimuli",
+    "training",
+)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 

@@ -16,7 +16,9 @@ from tests.engine.world import Counted, World
 from tests.tiny_models import HF_VIT, TIMM_PLAIN
 from vit_mechinterp import Run
 from vit_mechinterp.engine import clean_forwards, cutting, resume
+from vit_mechinterp.engine.data import Data
 from vit_mechinterp.engine.sizes import parse_bytes
+from vit_mechinterp.engine.values import origin_of
 
 Document = dict[str, Any]
 
@@ -49,6 +51,10 @@ EXPERIMENTS: dict[str, list[Document]] = {
                 SWAP,
             ],
         },
+    ],
+    "patterns averaged": [
+        {"name": "a", "interventions": [{"op": "ablate", "site": "blocks.0.attn.pattern", "method": "mean"}]},
+        {"name": "b", "interventions": [{"op": "ablate", "site": "blocks.2.resid_pre", "method": "resample", "tokens": [3]}]},
     ],
     "several columns": [
         {"name": "clean", "capture": ["blocks.2.attn_out"]},
@@ -240,3 +246,50 @@ def test_memory_that_runs_out_before_the_chunks_halves_the_rows(
     ]
     assert results.provenance["halvings"] == 1
     world.check(documents, results)
+
+
+def test_images_are_made_ready_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the background, in the order in which forwards ask for them."""
+    documents = EXPERIMENTS["resampled"]
+    world.columns = {**world.columns, "base": list(world.columns["base"]), "source": list(world.columns["source"])}
+    plan = plan_of(world, documents)
+    assert "and held" in str(plan)
+    made: list[int] = []
+    original = Data._ready
+
+    def ready(self: Data, column: str, examples: Any) -> Any:
+        made.extend(examples)
+        return original(self, column, examples)
+
+    monkeypatch.setattr(Data, "_ready", ready)
+    world.execute(documents, batch_size=2)
+    assert len(made) == sum(forward.images for forward in plan.clean)
+
+
+def test_what_is_needed_of_images_of_several_chunks_alone_is_known(world: World) -> None:
+    """The rest is copied together with what is held, which takes as much again."""
+    schedule = world.schedule(EXPERIMENTS["several columns"], 3, 2)
+    common, sources = schedule.common, world.columns["source"][: N // 2]
+    for need, examples in common.needs.items():
+        column = world.columns[origin_of(need).column]
+        assert all(any(torch.equal(column[i], other) for other in sources) for i in examples.tolist())
+    every = {need for chunk in schedule.chunks for need in schedule.clean_needs(chunk)}
+    assert every == set(common.needs)
+    assert common.entirely == {need for need in every if len(common.needs[need]) == N}
+    assert not common.entirely
+    everywhere = world.schedule(EXPERIMENTS["means"], 3, 2).common
+    bases = {need for need in everywhere.needs if origin_of(need).column == "base"}
+    assert everywhere.entirely == bases
+
+
+def test_examples_without_a_base_share_a_chunk_where_their_sources_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(TIMM_PLAIN, N)
+    stream = {"op": "interchange", "site": "blocks.0.resid_post", "source": "source"}
+    then = [{"op": "ablate", "site": f"blocks.{n}.mlp_out", "tokens": [n]} for n in (1, 2)]
+    documents = [{"name": "a", "interventions": [stream, *then], "capture": ["pooled"]}]
+    for equal in (True, False):
+        if equal:
+            world.columns["source"][N // 2 :] = world.columns["source"][: N // 2]
+        else:
+            world.columns["source"] = TIMM_PLAIN.images(N, 8)
+        assert world.schedule(documents, N, 2).sharing.joins_examples == equal

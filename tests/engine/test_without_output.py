@@ -35,6 +35,10 @@ def run(name: str, *edits: Document, **fields: Any) -> Document:
     return {"name": name, "interventions": list(edits), **fields}
 
 
+def zero(site: str, tokens: list[int]) -> Document:
+    return {"op": "ablate", "site": site, "tokens": tokens}
+
+
 def unwanted(name: str, *edits: Document, **fields: Any) -> Document:
     return run(name, *edits, output=False, **fields)
 
@@ -83,6 +87,19 @@ def test_every_site_of_a_run_that_ends_there(tiny: Tiny) -> None:
     with_outputs = [{**document, "output": True} for document in documents]
     more, less = ([Run.model_validate(own) for own in every] for every in (with_outputs, documents))
     assert vmi.plan(world.vit, less).block_evaluations < vmi.plan(world.vit, more).block_evaluations
+
+
+@pytest.mark.parametrize("more", [[], [run("c", zero("blocks.2.resid_post", [2, 3]), capture=["blocks.2.resid_post"])]])
+@pytest.mark.parametrize("edits", [["blocks.0.resid_post", "blocks.2.resid_pre"], ["blocks.2.resid_pre"]])
+def test_runs_that_are_declared_alike_stay_equal_whatever_is_read_of_them(edits: list[str], more: list[Document]) -> None:
+    """One of them reads the input of a block, which for the other goes by the name of the output before it."""
+    world = world_of(TIMM_PLAIN, N)
+    same = [zero(site, [3]) for site in edits]
+    documents = [run("a", *same, capture=["blocks.2.resid_pre"]), unwanted("b", *same, capture=["blocks.1.ln1"]), *more]
+    both, results = counted(world, documents)
+    world.check(documents, results, effect=None)
+    alone, _ = counted(world, [documents[0], *more])
+    assert both == alone
 
 
 def test_a_run_that_is_read_ends_where_it_is_read() -> None:

@@ -13,6 +13,7 @@ from vit_mechinterp.model import heap
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Of glibc's ``malloc.h``."""
+AFTERWARDS_AT_ONCE = [(32 * 2**20, 64 * 2**20)]
 
 
 @pytest.fixture
@@ -25,6 +26,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
 
     monkeypatch.setattr(heap, "_function", function)
     monkeypatch.setattr(heap.os, "environ", {})
+    for name, users in (("_thrifty", set()), ("_keeping", set()), ("_set", list(AFTERWARDS_AT_ONCE))):
+        monkeypatch.setattr(heap, name, users)  # caches of other tests may be there
     return made
 
 

@@ -13,7 +13,7 @@ from vit_mechinterp.engine.data import Data
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["check_arguments", "check_batch_size", "check_images", "refuse_train_mode"]
+__all__ = ["check_arguments", "check_batch_size", "check_folder", "check_images", "refuse_train_mode"]
 
 
 def check_arguments(vit: Any, store: Any = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,11 +47,20 @@ class Filling:
 
     def members(self, batch: IntArray) -> tuple[IntArray, IntArray]:
         """Which entries come from a batch of images, and from which of its rows."""
-        order = np.argsort(batch)
-        found = np.minimum(np.searchsorted(batch[order], self.images), len(batch) - 1)
-        rows = order[found]
-        entries = np.flatnonzero(batch[rows] == self.images)
-        return entries, rows[entries]
+        order, images = self._sorted
+        first, last = np.searchsorted(images, batch), np.searchsorted(images, batch, side="right")
+        counts = last - first
+        rows = np.repeat(np.arange(len(batch)), counts)
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        entries = order[np.repeat(first, counts) + within]
+        ascending = np.argsort(entries)
+        return entries[ascending], rows[ascending]
+
+    @cached_property
+    def _sorted(self) -> tuple[IntArray, IntArray]:
+        """Entries in the order of their images, and these."""
+        order = np.argsort(self.images, kind="stable")
+        return order, self.images[order]
 
     def take(self, value: Tensor, entries: IntArray, rows: IntArray) -> None:
         """Keep what a batch holds of the value."""

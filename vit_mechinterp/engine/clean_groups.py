@@ -23,10 +23,10 @@ def clean_groups(sharing: Sharing, n_layers: int, needs: Needs) -> list[CleanGro
     stops: dict[tuple[ColumnOrigin, bytes], tuple[IntArray, int]] = {}
 
     for need, examples in needs.items():
-        place = Stop.for_site(need.site, n_layers).place if isinstance(need, Read) else 2 * n_layers
+        stop = Stop.for_site(need.site, n_layers) if isinstance(need, Read) else Stop.at_end(n_layers)
         key = origin_of(need), examples.tobytes()
         known = stops.get(key, (examples, 0))
-        stops[key] = examples, max(place, known[1])
+        stops[key] = examples, max(stop.place, known[1])
     if not stops:
         return []
     numbers, places, sources = [], [], []

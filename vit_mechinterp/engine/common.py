@@ -43,7 +43,7 @@ class Common:
         once = Common(sharing)
         images = [once.images(needs) for needs in every]
         if mean_reads:
-            images += [once.images(dict.fromkeys(mean_reads, np.arange(sharing.n_examples)))] * 2
+            images.append(once.images(dict.fromkeys(mean_reads, np.arange(sharing.n_examples))))
         times = np.bincount(np.concatenate([NONE, *images]))
         found = cls(sharing, {}, times > 1)
         several: dict[Need, list[IntArray]] = {}

@@ -36,6 +36,8 @@ TYPICAL = 256
 """Examples of a chunk for which it is reckoned what rows hand on to each other, before its size is known."""
 MUCH = 10_000
 """(row, block) pairs for which a width would have been measured."""
+LARGER = 10
+"""So much larger a chunk may be where what chunks have in common is computed in each."""
 WAVES = 4
 """Full forwards that a chunk should have at least."""
 FEWEST_ROWS, MOST_ROWS = 2048, 16384
@@ -107,9 +109,10 @@ def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Sched
     """A schedule of as many examples per chunk as the budget holds, and its work allows."""
     left = budget - draft.width * held.row
     most = int(left // max(1, held.example))
-    if not draft.sharing.joins_examples:  # otherwise, what two chunks have in common is computed twice
-        most = min(most, _chunk_of(draft, max(_rows_per_chunk(vit), WAVES * draft.width)))
-    chunk = max(1, min(draft.n_examples, most))
+    rows = max(_rows_per_chunk(vit), WAVES * draft.width)
+    if draft.sharing.joins_examples:
+        rows *= LARGER
+    chunk = max(1, min(draft.n_examples, most, _chunk_of(draft, rows)))
     schedule = replace(draft, chunk=chunk)
     # Which rows hand their values on depends on those that share a chunk.
     while chunk > 1 and (held := footprint(vit, schedule)).peak(chunk, schedule.width) > budget:

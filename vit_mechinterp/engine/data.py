@@ -136,7 +136,7 @@ class Data(Columns):
             for example, entry in enumerate(self._scan(column, "looking at")):
                 pictures.add(is_picture(entry))
                 if not is_picture(entry):
-                    if few := _not_finite(self._tensor(column, example, entry)):
+                    if few := _not_finite(self._tensor(column, example, entry).to(self.vit.dtype)):
                         damaged[example] = few
                 elif decode and (trouble := damaged_picture(entry)):
                     damaged[example] = trouble
@@ -206,7 +206,7 @@ class Data(Columns):
 
 
 def _not_finite(tensor: Tensor) -> str:
-    """How many numbers of an image are infinite or none, in words; empty where none is."""
+    """How many numbers of an image are infinite or none, in words; empty where all are finite."""
     wrong = int((~torch.isfinite(tensor)).sum())
     return f"{wrong} of {tensor.numel()} numbers" if wrong else ""
 

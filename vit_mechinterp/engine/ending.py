@@ -48,10 +48,10 @@ def ending_together(parts: Sequence[Part]) -> Iterator[list[Part]]:
         yield list(parts)
         return
 
-    def place(part: Part) -> tuple[bool, Join, int]:
+    def order(part: Part) -> tuple[bool, Join, Stop]:
         run = part.run
-        place = 2 * run.blocks.n if run.ends is None else run.ends.place
-        return run.beginning is not None, _NOWHERE if run.beginning is None else run.join, place
+        goes_on = run.beginning is not None
+        return goes_on, run.join if goes_on else _NOWHERE, run.ends or Stop.at_end(run.blocks.n)
 
-    for _, own in groupby(sorted(parts, key=place), key=place):
+    for _, own in groupby(sorted(parts, key=order), key=order):
         yield list(own)

@@ -29,9 +29,7 @@ class HeldClean(PlainClean):
 
     def __init__(self, schedule: Schedule) -> None:
         self._filling = {
-            need: Filling.of(schedule, need, examples)
-            for need, examples in schedule.common.needs.items()
-            if not schedule.is_for_means_alone(need)
+            need: Filling.of(schedule, need, examples) for need, examples in schedule.common.needs.items()
         }
         self._is_there: BoolArray = np.zeros(len(schedule.common.is_common), dtype=np.bool_)
 
@@ -49,18 +47,20 @@ class HeldClean(PlainClean):
             self._is_there[batch.images] = True
         own = super().__call__(vit, data, schedule, chunk, reads, tick).values
         needs = schedule.clean_needs(chunk).items()
-        return Clean({need: self._with_held(need, examples, own.get(need)) for need, examples in needs})
+        return Clean({need: self._with_held(need, examples, own.pop(need, None)) for need, examples in needs})
 
     def means(
         self, vit: HookedViT, data: Data, schedule: Schedule, tick: Tick = lambda n: None
     ) -> dict[Read, Tensor]:
         """Dataset means; what the same forwards give to chunks is there from then on."""
-        filling = dict(self._filling)
-        for read in filter(schedule.is_for_means_alone, schedule.mean_reads):
-            filling[read] = Filling.of(schedule, read, schedule.common.needs[read])
-        for batch in forwards(vit, data, schedule.common_batches, filling, tick):
+        for batch in forwards(vit, data, schedule.common_batches, self._filling, tick):
             self._is_there[batch.images] = True
-        return means_from(schedule, Clean({read: filling[read].values() for read in schedule.mean_reads}))
+        means = means_from(
+            schedule, Clean({read: self._filling[read].values() for read in schedule.mean_reads})
+        )
+        for read in filter(schedule.is_for_means_alone, schedule.mean_reads):
+            del self._filling[read]  # no forward is left, which would be another one without it
+        return means
 
     def requests(
         self, schedule: Schedule, chunks: Iterable[range], reads: Sequence[Read] | None = None
@@ -81,7 +81,8 @@ class HeldClean(PlainClean):
         """The forwards that give what a chunk needs and is not there."""
         images = schedule.common.images(schedule.clean_needs(chunk))
         wanted = images[schedule.common.is_common[images] & ~is_there[images]]
-        return [batch for batch in schedule.common_batches if np.isin(batch.images, wanted).any()]
+        numbers = np.unique(schedule.common_batch_of[wanted])
+        return [schedule.common_batches[number] for number in numbers.tolist()]
 
     def _with_held(self, need: Need, examples: IntArray, own: Values | None) -> Values:
         """What is needed of some examples, of which the chunk's own forwards have given some."""

@@ -20,12 +20,17 @@ class Stop:
     place: int
 
     @classmethod
+    def at_end(cls, n_layers: int) -> Stop:
+        """Behind everything."""
+        return cls(2 * n_layers)
+
+    @classmethod
     def for_site(cls, site: Site, n_layers: int) -> Stop:
         """Where a forward may stop once this site has been seen."""
         if site.name == "embed":
             return cls(0)
         if site.layer is None:
-            return cls(2 * n_layers)
+            return cls.at_end(n_layers)
         return cls(2 * site.layer + (site.name != "resid_pre"))
 
     @property
@@ -35,7 +40,7 @@ class Stop:
 
     def at(self, n_layers: int) -> tuple[int, bool] | None:
         """Layer, and whether the stop comes before its block; None at the end."""
-        return None if self.place == 2 * n_layers else (self.place // 2, self.place % 2 == 0)
+        return None if self == Stop.at_end(n_layers) else (self.place // 2, self.place % 2 == 0)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class _Pruning:
 
     def __init__(self, bound: Bound, reach: Reach, spelling: Spelling) -> None:
         self.bound, self.reach, self.spelling = bound, reach, spelling
-        self._equal = _equal_runs(bound)
+        self._equal = bound.alike
         """What is read of one of them counts for all, which are to stay equal."""
         self._kept: dict[str, Kept] = {}
         self._readers: Mapping[str, Sequence[Read]] = {}
@@ -136,13 +136,3 @@ def _new_in(run: BoundRun, before: BoundRun) -> Iterator[Edit]:
     """Edits of a run that it had not before."""
     if run is not before:
         yield from (edit for edit in run.edits if all(edit is not own for own in before.edits))
-
-
-def _equal_runs(bound: Bound) -> dict[str, tuple[BoundRun, ...]]:
-    """By run, all that make the same rows, itself included; none where nothing but outputs is wanted."""
-    if len(bound.with_output) == len(bound.runs) and not any(bound.reads_of.values()):
-        return {}
-    alike: defaultdict[str, list[BoundRun]] = defaultdict(list)
-    for run in bound.runs:
-        alike[run.run.model_dump_json(include={"base", "interventions"})].append(run)
-    return {run.name: tuple(own) for own in alike.values() for run in own}

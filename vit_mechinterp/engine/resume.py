@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ from vit_mechinterp.errors import ExecutionError, TensorFileError
 from vit_mechinterp.spec.digest import digest
 
 __all__ = ["FinishedChunks"]
+
+_CUTTING = ("n_layers", "chunk", "width", "one_image", "spares", "holds")
+"""Fields of a schedule that fix chunks and forwards."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class FinishedChunks:
         self.digest = digest(self.identity)
         document = {
             "experiment": self.identity,
-            "schedule": _plain_fields(schedule),
+            "schedule": _cutting(schedule),
             "circumstances": dict(circumstances),
         }
         self._refuse_foreign_results()
@@ -86,7 +89,8 @@ class FinishedChunks:
         if found := differences(stored["experiment"], self.identity):
             raise ExecutionError(
                 f"{self.results} holds another experiment: {'; '.join(found)}. Choose another folder, or "
-                f"delete {self.folder} to begin anew."
+                f"delete {self.folder} to begin anew; results that are in {self.results} are written over in "
+                "the end."
             )
         if changed := differences(stored["circumstances"], document["circumstances"]):
             logger.warning(
@@ -94,7 +98,7 @@ class FinishedChunks:
                 self.results,
                 "; ".join(changed),
             )
-        own = _plain_fields(schedule)
+        own = _cutting(schedule)
         fixed = {name: value for name, value in stored["schedule"].items() if name in own}
         self.schedule = replace(schedule, **fixed)
         if fixed != own:
@@ -169,7 +173,7 @@ class FinishedChunks:
         # Which means are read, and in which order, depends on what is left out: on the model's hooks.
         means = ["means", *map(repr, self.schedule.mean_reads)]
         part = means if chunk is None else [chunk.start, chunk.stop]
-        schedule = _plain_fields(self.schedule)
+        schedule = _cutting(self.schedule)
         name = digest({"experiment": self.digest, "schedule": schedule, "part": part})
         return self.folder / f"{name[:40]}.safetensors"
 
@@ -324,7 +328,6 @@ def _words(name: str, value: Any) -> str:
     return f"{value} {of[name]}" if name in of else f"{name} {value}"
 
 
-def _plain_fields(schedule: Schedule) -> dict[str, Any]:
+def _cutting(schedule: Schedule) -> dict[str, Any]:
     """What fixes chunks and forwards, as plain values."""
-    own = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
-    return {name: value for name, value in own.items() if isinstance(value, (bool, int, float, str))}
+    return {name: getattr(schedule, name) for name in _CUTTING}

@@ -99,11 +99,13 @@ class RowKeys:
 
     def _site(self, run: BoundRun | None, site: Site) -> Site:
         """One name for a block's input and what the one before puts out, where nobody reads either of them of
-        a run (that is edited in between, perhaps)."""
+        a run, or of one that is declared alike (that is edited in between, perhaps)."""
         if site.name != "resid_pre" or site.layer not in self.sharing.handed_on:
             return site
         output = output_before(site)
-        reads = () if run is None else self.sharing.bound.reads_of[run.name]
+        bound = self.sharing.bound
+        alike = () if run is None else bound.alike.get(run.name, ())
+        reads = (read for own in alike for read in bound.reads_of[own.name])
         return site if any(read.site in (site, output) for read in reads) else output
 
     def _source(self, read: Read) -> IntArray:

@@ -258,6 +258,18 @@ class Schedule:
             lambda: list(self.clean_batches(self.common.needs)),
         )
 
+    @property
+    def common_batch_of(self) -> IntArray:
+        """The number of every image's forward among them, ``[image]``."""
+
+        def find() -> IntArray:
+            numbers = np.zeros(len(self.common.is_common), dtype=np.int64)
+            for number, batch in enumerate(self.common_batches):
+                numbers[batch.images] = number
+            return numbers
+
+        return self.sharing.once(("batch of image", self.chunk, self.clean_width), find)
+
     def clean_batches(self, needs: Needs) -> Iterator[CleanGroup]:
         """The clean forwards that give what is needed, each image in one of them."""
         for group in clean_groups(self.sharing, self.n_layers, needs):
