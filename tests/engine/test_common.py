@@ -52,6 +52,16 @@ EXPERIMENTS: dict[str, list[Document]] = {
             ],
         },
     ],
+    "means in place of streams": [  # no chunk needs a base, which means are made of
+        {
+            "name": f"{layer}",
+            "interventions": [
+                {"op": "ablate", "site": f"blocks.{layer}.resid_post", "method": "mean"},
+                {**SWAP, "site": "blocks.1.attn.z"},
+            ],
+        }
+        for layer in (0, 1)
+    ],
     "patterns averaged": [
         {"name": "a", "interventions": [{"op": "ablate", "site": "blocks.0.attn.pattern", "method": "mean"}]},
         {"name": "b", "interventions": [{"op": "ablate", "site": "blocks.2.resid_pre", "method": "resample", "tokens": [3]}]},

@@ -1,4 +1,4 @@
-"""What several chunks need of clean forwards, which may be computed once, before them."""
+"""What several chunks need of clean forwards, which may be computed once, and held."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Common:
         every = list(chunks)
         once = Common(sharing)
         images = [once.images(needs) for needs in every]
-        if mean_reads:
-            images.append(once.images(dict.fromkeys(mean_reads, np.arange(sharing.n_examples))))
+        averaged = dict.fromkeys(mean_reads, np.arange(sharing.n_examples))
+        images += [once.images(averaged)] * 2  # a mean is read in every chunk
         times = np.bincount(np.concatenate([NONE, *images]))
         found = cls(sharing, {}, times > 1)
         several: dict[Need, list[IntArray]] = {}
@@ -51,7 +51,7 @@ class Common:
             for need, examples in needs.items():
                 several.setdefault(need, []).append(examples)
         all_needs = {need: np.concatenate(examples) for need, examples in several.items()}
-        all_needs.update(dict.fromkeys(mean_reads, np.arange(sharing.n_examples)))
+        all_needs.update(averaged)
         common = {need: examples[found._of_common(need, examples)] for need, examples in all_needs.items()}
         entirely = frozenset(need for need, own in common.items() if len(own) == len(all_needs[need]))
         return cls(sharing, {need: own for need, own in common.items() if len(own)}, times > 1, entirely)
