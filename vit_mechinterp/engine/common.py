@@ -42,7 +42,7 @@ class Common:
         every = list(chunks)
         once = Common(sharing)
         images = [once.images(needs) for needs in every]
-        averaged = dict.fromkeys(mean_reads, np.arange(sharing.n_examples))
+        averaged: dict[Need, IntArray] = {read: np.arange(sharing.n_examples) for read in mean_reads}
         images += [once.images(averaged)] * 2  # a mean is read in every chunk
         times = np.bincount(np.concatenate([NONE, *images]))
         found = cls(sharing, {}, times > 1)

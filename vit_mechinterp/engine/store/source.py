@@ -225,7 +225,7 @@ class Source:
 
     def _empty(self, entry: Entry, slots: IntArray) -> Tensor:
         shape = int(entry.counts(slots).sum()), *entry.shape
-        if self.vit.device.type != "cpu":
+        if self.vit.device.type != "cpu" or 0 in shape:  # no token of these examples is read
             return torch.empty(shape, dtype=entry.dtype, device=self.vit.device)
         # numpy asks for large pages, of which the first touch costs far less.
         pages = np.empty(int(np.prod(shape, dtype=np.int64)) * entry.dtype.itemsize, dtype=np.uint8)
