@@ -21,9 +21,12 @@ from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
 from vit_mechinterp.engine import prepare
 from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.images import image_numbers
+from vit_mechinterp.engine.positions import Positions
 from vit_mechinterp.engine.store import disk, source
 from vit_mechinterp.engine.store.slots import slots_of
-from vit_mechinterp.spec import TokenBox, TokenColumn
+from vit_mechinterp.engine.values import ColumnOrigin, Read
+from vit_mechinterp.spec import Site, TokenBox, TokenColumn
 
 BASE = [3, 0, 3, 1, 0, 4, 3, 2, 1, 3, 0, 2, 3]
 """The image of every example: five images, three of them among the first four examples."""
@@ -305,3 +308,20 @@ def test_slots_hold_equal_images_together(numbers: list[int]) -> None:
     if len(appearing) == len(numbers):
         assert by_example is by_image
         assert by_image.of.tolist() == list(range(len(numbers)))
+
+
+def test_examples_of_whose_tokens_none_is_read() -> None:
+    """Where an edit puts back what is there, but for a few tokens, its source is read at these alone."""
+    world = repeating()
+    each = ((), (2, 5), *((),) * (N - 3), (1,))
+    read = Read(ColumnOrigin("base"), Site.parse(SITE), Positions(each=each))
+    whole = world.oracle.clean("base")[1][SITE]
+    with ActivationStore() as store:
+        data = Data(world.columns, world.vit)
+        images = image_numbers(data, ["base"])["base"]
+        own = source.Source(store.tiers, world.vit, data, "base", images, {read: None}, 4, model=world.vit.fingerprint())
+        for examples in ([0, 1], [3, 4], [0, N - 1], [3, 4]):
+            found = own.take({read: np.array(examples)})[read]
+            wanted = [whole[i, token] for i in examples for token in each[i]]
+            assert found.shape == (len(wanted), whole.shape[-1])
+            assert all(torch.allclose(one, other, atol=1e-5 * float(whole.abs().max())) for one, other in zip(found, wanted, strict=True))
