@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 import weakref
@@ -14,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vit_mechinterp as vmi
+from tests.engine.experiments import cut_small
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, Tiny
 from vit_mechinterp import Run
-from vit_mechinterp.engine import throughput
+from vit_mechinterp.engine import prepare, throughput
 from vit_mechinterp.errors import SpecError
 
 Document = dict[str, Any]
@@ -203,3 +205,37 @@ def test_chunks_hold_more_rows_of_a_model_whose_rows_cost_less(monkeypatch: pyte
         monkeypatch.setattr(cutting, "MULTIPLY_ADDS", {"cpu": rows * row})
         chunks.append(chunk())
     assert chunks == [2, 5, 16, 30]  # 4 rows an example, between 8 and 120 of them
+
+
+@pytest.mark.parametrize("what", ["execute", "train"])
+def test_no_tensor_waits_for_python_to_look_for_circles(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a chunk's values would be there beside those of the next."""
+    world = World(TIMM_PLAIN, 12)
+    cut_small(monkeypatch)
+    edits = [swap("blocks.0.resid_post"), swap("blocks.1.attn.z", heads=[1]), swap("blocks.2.mlp.post")]
+    documents = [run(f"{n}", *edits[: n + 1]) for n in range(3)]
+    if what == "execute":
+        documents += [run("z", swap("blocks.1.attn.z")), run("m", {"op": "ablate", "site": "blocks.1.ln2", "method": "mean"})]
+    runs = list(map(Run.model_validate, documents))
+
+    def work() -> None:
+        if what == "execute":
+            world.execute(documents, batch_size=5)
+            return
+        with prepare(world.vit, runs, world.columns, {}, progress=False) as prepared, torch.enable_grad():
+            prepared([0, 1, 2], {}).sum()
+
+    work()  # what is remembered of the model is kept
+    gc.collect()
+    before = gc.get_debug()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        work()
+        gc.collect()
+        waiting = [tuple(found.shape) for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(before)
+        gc.garbage.clear()
+        gc.enable()
+    assert not waiting

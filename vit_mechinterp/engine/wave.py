@@ -82,6 +82,8 @@ def run_wave(
             output = vit(vit.beginning(wave.starts[-1])).float()
         wave.instrument.verify()
     wave.verify()
+    # Its visitors hold the wave, and with it what the whole chunk reads, until Python looks for circles.
+    del wave.instrument
     return WaveResult(output, wave.captured)
 
 

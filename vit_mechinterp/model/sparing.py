@@ -208,18 +208,9 @@ class _Spared:
 
     def _one_for_all(self, given: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the batch is in the first argument alone, row by row."""
-        n = len(self.rows.index)
-        if given.ndim < 2 or len(given) != n:
+        if given.ndim < 2 or len(given) != len(self.rows.index):
             return False
-
-        def is_free(value: Any) -> bool:
-            if isinstance(value, (tuple, list)):
-                return all(map(is_free, value))
-            if isinstance(value, Tensor):
-                return value is given or value.ndim == 0 or len(value) % n != 0
-            return isinstance(value, PLAIN)
-
-        return all(map(is_free, (*args, *kwargs.values())))
+        return all(_is_free(value, given) for value in (*args, *kwargs.values()))
 
     def _expanded(self, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -232,6 +223,15 @@ class _Spared:
         if self.module not in _LEFT_ALONE and not rows.is_inference():
             self.watched.append((self.module, rows, rows._version))
         return rows
+
+
+def _is_free(value: Any, given: Tensor) -> bool:
+    """Whether an argument holds no rows beside those that are given."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_free(own, given) for own in value)
+    if isinstance(value, Tensor):
+        return value is given or value.ndim == 0 or len(value) % len(given) != 0
+    return isinstance(value, PLAIN)
 
 
 def _is_same(x: Tensor, other: Tensor) -> bool:
