@@ -31,7 +31,7 @@ from benchmarks import isolated, options
 from benchmarks.measure import Spread, seconds
 from benchmarks.models import Geometry, build, images
 from benchmarks.report import Report, Row
-from vit_mechinterp.engine.sizes import in_words, parse_bytes
+from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.store import ActivationStore
 
 PRESETS = {

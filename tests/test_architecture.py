@@ -37,6 +37,23 @@ ORDER = (
     "commands",
     "cli",
 )
+# So do the folders of the engine; a module that stands beside them may be imported by those that come after it.
+ENGINE_ORDER = (
+    "arrays",
+    "inputs",
+    "binding",
+    "reduction",
+    "rows",
+    "scheduling",
+    "forwards",
+    "results",
+    "store",
+    "planning",
+    "training",
+    "backends",
+    "work",
+    "execute",
+)
 ADAPTERS_MAY_IMPORT = {"errors", "spec", "model", "adapters"}
 HEAVY = {"timm", "transformers", "datasets", "pandas", "matplotlib", "torch", "sklearn", "accelerate"}
 
@@ -87,6 +104,34 @@ def test_imports_point_one_way() -> None:
     files = sources()
     assert len(files) > 20
     assert wrong_imports(files) == []
+
+
+def wrong_imports_in_the_engine(files: dict[str, str]) -> list[str]:
+    """Imports between the engine's folders that point the wrong way; annotations may name what comes later."""
+    wrong = []
+    for path, source in files.items():
+        own = path.removeprefix("vit_mechinterp/engine/").removesuffix(".py").split("/")[0]
+        allowed = ENGINE_ORDER[: ENGINE_ORDER.index(own) + 1]
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vit_mechinterp.engine"):
+                continue
+            parts = [name.split(".")[2] for name in [f"{node.module}.{alias.name}" for alias in node.names]]
+            typed = source[: source.index(ast.get_source_segment(source, node) or "")].rstrip().endswith("if TYPE_CHECKING:")
+            wrong += [f"{path}:{node.lineno} imports {part}" for part in parts if part not in allowed and not typed]
+    return wrong
+
+
+def test_imports_in_the_engine_point_one_way() -> None:
+    files = {path: source for path, source in sources().items() if path.startswith("vit_mechinterp/engine/")}
+    del files["vit_mechinterp/engine/__init__.py"]
+    assert len(files) > 70
+    assert wrong_imports_in_the_engine(files) == []
+    for path, source in (
+        ("vit_mechinterp/engine/rows/x.py", "from vit_mechinterp.engine.scheduling.reads import all_of"),
+        ("vit_mechinterp/engine/rows/x.py", "def f():\n    from vit_mechinterp.engine import planning"),
+        ("vit_mechinterp/engine/inputs/x.py", "import os\nfrom vit_mechinterp.engine import plan"),
+    ):
+        assert len(wrong_imports_in_the_engine({path: source})) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vit_mechinterp.circuits.attention_kinds import kinds_of
 from vit_mechinterp.circuits.attention_parts import TokenSets, part_tokens
 from vit_mechinterp.circuits.attention_shares import attention_shares, measure_shares
 from vit_mechinterp.circuits.attention_stages import attention_stages, layer_heat, peak_heads
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError
 
 # Tokens: CLS, four patches; object 1 covers patches 0 and 1, object 2 patch 2, the background is patch 3.

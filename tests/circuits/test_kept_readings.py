@@ -22,7 +22,7 @@ from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.kept_tensors import KeptTensors
 from vit_mechinterp.cli import main
 from vit_mechinterp.commands.circuit_list import CIRCUITS
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.model import HookedViT
 

@@ -20,7 +20,7 @@ from tests.engine.experiments import assert_same_bits, cut_small
 from tests.engine.killed import N, run
 from tests.engine.world import World
 from tests.tiny_models import TIMM_PLAIN
-from vit_mechinterp.engine import resume
+from vit_mechinterp.engine.results import resume
 
 CRASHED = 1
 

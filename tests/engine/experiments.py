@@ -47,8 +47,8 @@ DOCUMENTS: list[dict[str, Any]] = [
 
 def cut_small(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
     """Chunks of few examples, whatever memory allows and their rows have in common."""
-    from vit_mechinterp.engine import cutting
-    from vit_mechinterp.engine.sharing import Sharing
+    from vit_mechinterp.engine.rows.sharing import Sharing
+    from vit_mechinterp.engine.scheduling import cutting
 
     few = [(cutting, "FEWEST_ROWS", 8), (cutting, "MOST_ROWS", 8), (Sharing, "joins_examples", False)]
     for owner, name, value in few:

@@ -18,9 +18,9 @@ import vit_mechinterp as vmi
 from tests.engine.experiments import cut_small
 from tests.engine.world import World
 from tests.tiny_models import TIMM_PLAIN
-from vit_mechinterp.engine import ahead
-from vit_mechinterp.engine.ahead import Ahead
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs import ahead
+from vit_mechinterp.engine.inputs.ahead import Ahead
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError
 
 N = 17

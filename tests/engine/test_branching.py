@@ -15,7 +15,7 @@ from tests.engine.test_sharing import repeating
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, TIMM_POOLED, Tiny
 from vit_mechinterp import ActivationStore, Run
-from vit_mechinterp.engine.footprint import footprint
+from vit_mechinterp.engine.scheduling.footprint import footprint
 
 Document = dict[str, Any]
 NOISE = push("embed", "patches", 3.0)

@@ -12,7 +12,8 @@ from torch import Tensor
 import vit_mechinterp as vmi
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, MAIN, TIMM_PLAIN, TIMM_REGISTERS, Tiny
-from vit_mechinterp.engine import chunk, drafting
+from vit_mechinterp.engine.forwards import chunk
+from vit_mechinterp.engine.scheduling import drafting
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.output_tokens import output_tokens
 

@@ -15,10 +15,12 @@ from tests.engine.test_cutting import Held
 from tests.engine.world import Counted, World
 from tests.tiny_models import HF_VIT, TIMM_PLAIN
 from vit_mechinterp import Run
-from vit_mechinterp.engine import clean_forwards, cutting, resume
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.sizes import parse_bytes
-from vit_mechinterp.engine.values import origin_of
+from vit_mechinterp.engine.binding.values import origin_of
+from vit_mechinterp.engine.forwards import clean_forwards
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results import resume
+from vit_mechinterp.engine.scheduling import cutting
+from vit_mechinterp.engine.scheduling.sizes import parse_bytes
 
 Document = dict[str, Any]
 

@@ -18,7 +18,8 @@ import vit_mechinterp as vmi
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, TIMM_POOLED, Tiny, stirred
 from vit_mechinterp import Run, Sweep
-from vit_mechinterp.engine import Inputs, register_operator, wave
+from vit_mechinterp.engine import Inputs, register_operator
+from vit_mechinterp.engine.forwards import wave
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.spec import OPS, Intervention, SourcedIntervention, TensorRef, register_op
 

@@ -19,7 +19,8 @@ from tests.engine.experiments import cut_small
 from tests.engine.world import World, world_of
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, Tiny
 from vit_mechinterp import Run
-from vit_mechinterp.engine import prepare, throughput
+from vit_mechinterp.engine import prepare
+from vit_mechinterp.engine.scheduling import throughput
 from vit_mechinterp.errors import SpecError
 
 Document = dict[str, Any]
@@ -142,7 +143,7 @@ def test_the_width_of_much_work_is_measured_once(cache: Path, monkeypatch: pytes
     assert asked == [2, 4, 8, 16, 32]
     assert results.provenance["rows_per_forward"] == 4
     assert list(json.loads(cache.read_text()).values()) == [4]
-    monkeypatch.setattr("vit_mechinterp.engine.cutting.MUCH", 0)
+    monkeypatch.setattr("vit_mechinterp.engine.scheduling.cutting.MUCH", 0)
     assert vmi.plan(world.vit, many(60), world.columns).width == 4
     again = vmi.execute(world.vit, many(60), world.columns, tensors, progress=False)
     assert len(asked) == 5
@@ -188,7 +189,7 @@ def test_planning_takes_time_in_proportion_to_the_rows() -> None:
 
 
 def test_chunks_hold_more_rows_of_a_model_whose_rows_cost_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vit_mechinterp.engine import cutting
+    from vit_mechinterp.engine.scheduling import cutting
 
     world = world_of(HF_DINOV2, 40)
     runs = [Run.model_validate(run(f"run {n}", swap("blocks.0.resid_post", tokens=[n]))) for n in range(4)]

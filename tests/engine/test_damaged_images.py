@@ -18,8 +18,8 @@ from datasets import Image as Encoded
 import vit_mechinterp as vmi
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Run, circuits
-from vit_mechinterp.engine import decodable
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs import decodable
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError
 
 

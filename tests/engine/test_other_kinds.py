@@ -10,7 +10,7 @@ from tests.engine.world import world_of
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Run
 from vit_mechinterp.engine import prepare
-from vit_mechinterp.engine.prepared import Batch, run_together
+from vit_mechinterp.engine.training.prepared import Batch, run_together
 from vit_mechinterp.errors import SpecError
 
 

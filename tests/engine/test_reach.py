@@ -12,7 +12,7 @@ from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import TIMM_PLAIN, TIMM_POOLED
 from tests.zoo.test_timm import tiny
 from vit_mechinterp import Run
-from vit_mechinterp.engine.ops import register_operator
+from vit_mechinterp.engine.binding.ops import register_operator
 from vit_mechinterp.spec import Intervention, register_op
 
 Document = dict[str, Any]

@@ -19,10 +19,10 @@ from tests.engine.test_cutting import Held
 from tests.engine.world import TOLERANCE, Counted, World, world_of
 from tests.tiny_models import HF_CLIP, HF_VIT, N_LAYERS, TIMM_PLAIN, Tiny, stirred
 from vit_mechinterp import CrossEntropy, Results, Run, SelectedLogits
-from vit_mechinterp.engine import resume
-from vit_mechinterp.engine.chunk import Collected
-from vit_mechinterp.engine.collect import Gathering
-from vit_mechinterp.engine.readout import bind_readout
+from vit_mechinterp.engine.binding.readout import bind_readout
+from vit_mechinterp.engine.forwards.chunk import Collected
+from vit_mechinterp.engine.results import resume
+from vit_mechinterp.engine.results.collect import Gathering
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError
 
 IMAGES = [0, 0, 1, 2, 0, 1, 1, 3]

@@ -19,7 +19,7 @@ from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Results
-from vit_mechinterp.engine import resume
+from vit_mechinterp.engine.results import resume
 from vit_mechinterp.errors import ExecutionError
 
 N = 8
@@ -237,7 +237,7 @@ def test_what_a_store_holds_by_then_changes_no_bits(
     """Clean forwards hold the images that they held at the first start."""
     auto: dict[str, Any] = {"batch_size": "auto", "out": tmp_path / "a"}
     with monkeypatch.context() as patch, vmi.ActivationStore() as store:
-        patch.setattr("vit_mechinterp.engine.chunk.run_wave", _interrupt)
+        patch.setattr("vit_mechinterp.engine.forwards.chunk.run_wave", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             world.execute(DOCUMENTS, store=store, **auto)
     whole = world.execute(DOCUMENTS, store=vmi.ActivationStore(), batch_size="auto")
@@ -320,7 +320,7 @@ def test_a_full_disk_is_said_and_survived(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vit_mechinterp.engine.tensorfiles.TensorWriter.write", full)
+        patch.setattr("vit_mechinterp.engine.results.tensorfiles.TensorWriter.write", full)
         with pytest.raises(ExecutionError, match=r"No space left on device\. Choose another folder, or make room"):
             run(world, tmp_path)
     assert_same_bits(run(world, tmp_path), whole)
@@ -329,7 +329,7 @@ def test_a_full_disk_is_said_and_survived(
 def test_memory_that_runs_out_is_one_line(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vit_mechinterp.engine import chunk
+    from vit_mechinterp.engine.forwards import chunk
 
     original = chunk.run_wave
 
@@ -358,7 +358,7 @@ def test_a_chunk_that_another_process_removes_while_it_is_opened_is_missing(
     """The other has joined all chunks by then, so this is no damage."""
     from safetensors.torch import save_file
 
-    from vit_mechinterp.engine.tensorfiles import read_tensors
+    from vit_mechinterp.engine.results.tensorfiles import read_tensors
 
     path = tmp_path / "chunk.safetensors"
     save_file({"outputs": torch.ones(3)}, path)

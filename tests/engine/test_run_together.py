@@ -13,7 +13,8 @@ from tests.engine.world import World
 from tests.oracles import by_hand
 from tests.tiny_models import HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
-from vit_mechinterp.engine import ActivationStore, Batch, prepare, run_together, stacking, wave
+from vit_mechinterp.engine import ActivationStore, Batch, prepare, run_together
+from vit_mechinterp.engine.forwards import stacking, wave
 from vit_mechinterp.errors import SpecError
 
 LAYERS = 3

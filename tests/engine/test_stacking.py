@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.engine.world import World
 from tests.tiny_models import HF_VIT, TIMM_PLAIN, Tiny
-from vit_mechinterp.engine import ops, stacking, wave
+from vit_mechinterp.engine.binding import ops
+from vit_mechinterp.engine.forwards import stacking, wave
 from vit_mechinterp.spec import OPS, AddDirection, Intervention, TensorRef, register_op
 
 HERE, THERE = {"column": "here"}, {"column": "there"}

@@ -20,12 +20,12 @@ from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
 from vit_mechinterp.engine import prepare
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.images import image_numbers
-from vit_mechinterp.engine.positions import Positions
+from vit_mechinterp.engine.binding.positions import Positions
+from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.store import disk, source
 from vit_mechinterp.engine.store.slots import slots_of
-from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.spec import Site, TokenBox, TokenColumn
 
 BASE = [3, 0, 3, 1, 0, 4, 3, 2, 1, 3, 0, 2, 3]

@@ -20,10 +20,10 @@ from tests.engine.stores import N, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
+from vit_mechinterp.engine.results.tensorfiles import first_come
 from vit_mechinterp.engine.store import disk, source
 from vit_mechinterp.engine.store.memory import Block
 from vit_mechinterp.engine.store.writer import Writer
-from vit_mechinterp.engine.tensorfiles import first_come
 
 SITE = "blocks.0.resid_post"
 ITEM = 17 * 24 * 4

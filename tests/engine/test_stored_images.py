@@ -15,7 +15,7 @@ import vit_mechinterp as vmi
 from tests.engine.world import world_of
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Run
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError
 
 
@@ -94,7 +94,7 @@ def test_splits_and_streams_are_refused() -> None:
 
 
 def test_a_bar_is_there_where_progress_is_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_mechinterp.engine.columns._PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr("vit_mechinterp.engine.inputs.columns._PROGRESS_DELAY", 0.0)
     for progress in (False, True):
         Data(dataset([picture(0)]), world_of(TIMM_PLAIN).vit, progress=progress).fingerprint(["base"])
         assert ("digest of base" in capsys.readouterr().err) == progress

@@ -14,7 +14,7 @@ from tests.engine.world import World, world_of
 from tests.tiny_models import HF_CLIP, HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_POOLED, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
 from vit_mechinterp.engine import Batch, prepare, run_together
-from vit_mechinterp.engine.ops import register_operator
+from vit_mechinterp.engine.binding.ops import register_operator
 from vit_mechinterp.spec import Intervention, register_op
 
 Document = dict[str, Any]

@@ -18,7 +18,7 @@ from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_VIT, MAIN, N_LAYERS, TIMM_PLAIN, TIMM_POOLED, Tiny
 from vit_mechinterp import Experiment, Results, Run, Sweep
 from vit_mechinterp.engine import prepare
-from vit_mechinterp.engine.resume import FinishedChunks
+from vit_mechinterp.engine.results.resume import FinishedChunks
 from vit_mechinterp.errors import SpecError
 
 Document = dict[str, Any]

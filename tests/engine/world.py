@@ -15,13 +15,13 @@ import vit_mechinterp as vmi
 from tests.oracles import Oracle
 from tests.tiny_models import N_LAYERS, Tiny
 from vit_mechinterp import HookedViT, Results, Run
-from vit_mechinterp.engine import drafting
-from vit_mechinterp.engine.bind import bind
-from vit_mechinterp.engine.cutting import schedule_for
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.footprint import footprint
-from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.tensors import resolve_refs
+from vit_mechinterp.engine.binding.bind import bind
+from vit_mechinterp.engine.binding.tensors import resolve_refs
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.scheduling import drafting
+from vit_mechinterp.engine.scheduling.cutting import schedule_for
+from vit_mechinterp.engine.scheduling.footprint import footprint
+from vit_mechinterp.engine.scheduling.schedule import Schedule
 
 TOLERANCE = 1e-5
 """Of the output's scale."""

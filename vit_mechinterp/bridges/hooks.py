@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from vit_mechinterp.bridges.boundaries import Step, inside_attention, steps, z_port
 from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
 from vit_mechinterp.engine.backends import register_backend
-from vit_mechinterp.engine.bound import Bound
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.results import Results
+from vit_mechinterp.engine.binding.bound import Bound
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.ports import lookup
 from vit_mechinterp.model.precedence import hook_output

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import Edit
-from vit_mechinterp.engine.ops import Inputs, operator_of
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.binding.bound import Edit
+from vit_mechinterp.engine.binding.ops import Inputs, operator_of
+from vit_mechinterp.engine.binding.values import Read
 from vit_mechinterp.spec import Ablate, AddDirection, InjectSubspace, Interchange, Site
 
 __all__ = ["Origin", "edited", "selected"]

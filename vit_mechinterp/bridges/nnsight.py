@@ -23,9 +23,9 @@ from vit_mechinterp.bridges.nnsight_sited import Sited, by_module, sited
 from vit_mechinterp.bridges.restoring import as_it_came
 from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
 from vit_mechinterp.engine.backends import register_backend
-from vit_mechinterp.engine.bound import Bound
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.results import Results
+from vit_mechinterp.engine.binding.bound import Bound
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.ports import lookup
 from vit_mechinterp.model.visiting import replace_output

@@ -16,7 +16,7 @@ from vit_mechinterp.bridges.boundaries import whole_port
 from vit_mechinterp.bridges.sequential import execute_sequentially
 from vit_mechinterp.engine.backends import BACKENDS, register_backend
 from vit_mechinterp.engine.execute import execute
-from vit_mechinterp.engine.results import Results
+from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.ports import lookup
 from vit_mechinterp.spec import Experiment, Readout, Run, Site, Sweep

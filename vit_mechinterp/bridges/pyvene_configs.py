@@ -19,11 +19,11 @@ from vit_mechinterp.bridges.boundaries import whole_port
 from vit_mechinterp.bridges.pyvene import intervenable
 from vit_mechinterp.bridges.pyvene_rotations import to_rotation, to_subspace
 from vit_mechinterp.bridges.restoring import as_it_came
-from vit_mechinterp.engine.bind import bind
-from vit_mechinterp.engine.bound import Edit
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
-from vit_mechinterp.engine.values import ColumnOrigin
+from vit_mechinterp.engine.binding.bind import bind
+from vit_mechinterp.engine.binding.bound import Edit
+from vit_mechinterp.engine.binding.tensors import check_tensors, resolve_refs
+from vit_mechinterp.engine.binding.values import ColumnOrigin
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Ablate, AddDirection, InjectSubspace, Interchange, Intervention, Run

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from vit_mechinterp.bridges.agreement import Forward, Touch, check_agreement
 from vit_mechinterp.bridges.meaning import Origin, edited, selected
-from vit_mechinterp.engine.bound import Bound, BoundRun, Edit
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.provenance import provenance_of
-from vit_mechinterp.engine.results import Captures, Results
-from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.sharing import Sharing
-from vit_mechinterp.engine.values import ColumnOrigin, Read, RunOrigin, permutation
+from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
+from vit_mechinterp.engine.binding.values import ColumnOrigin, Read, RunOrigin, permutation
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results.provenance import provenance_of
+from vit_mechinterp.engine.results.results import Captures, Results
+from vit_mechinterp.engine.rows.sharing import Sharing
+from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, TensorRef

@@ -37,7 +37,7 @@ from vit_mechinterp.bridges.transformer_lens_parts import (
     scale_of,
 )
 from vit_mechinterp.bridges.weights import AttentionWeights, gaps_of, module_at, output_weights, plain_layers
-from vit_mechinterp.engine.checks import refuse_train_mode
+from vit_mechinterp.engine.binding.checks import refuse_train_mode
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from vit_mechinterp.bridges.sequential import Forward, Touch, execute_sequentially
 from vit_mechinterp.bridges.transformer_lens import TransformerLensViT, hooked
 from vit_mechinterp.engine.backends import register_backend
-from vit_mechinterp.engine.bound import Bound
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.results import Results
+from vit_mechinterp.engine.binding.bound import Bound
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, TensorRef
 

@@ -21,7 +21,7 @@ from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.patching_cells import chosen_layers, n_heads_at
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.patching_cells import n_heads_at
 from vit_mechinterp.circuits.reading import merged_reasons
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError, UnsupportedSiteError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Ablate, InjectSubspace, Intervention, Run, TensorRef

@@ -32,7 +32,7 @@ from vit_mechinterp.circuits.patching_table import patching_table
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.circuits.token_sets import TokenPair
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 

@@ -31,7 +31,7 @@ from vit_mechinterp.circuits.reading import (
 )
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.positions import resolve_tokens
+from vit_mechinterp.engine.binding.positions import resolve_tokens
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.tokens import TokenBox, TokenColumn, parse_tokens
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from vit_mechinterp.circuits.bound_metric import BoundMetric
-    from vit_mechinterp.engine.data import Data
+    from vit_mechinterp.engine.inputs.data import Data
 
 __all__ = ["attention"]
 

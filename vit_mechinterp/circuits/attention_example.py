@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.circuits.attention_parts import TokenSets
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vit_mechinterp.circuits.token_sets import object_tokens, positions_of, token_mask
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 

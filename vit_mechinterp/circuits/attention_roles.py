@@ -24,7 +24,7 @@ from torch import Tensor
 from vit_mechinterp.circuits.attention_kinds import KIND_NAMES, kinds_of
 from vit_mechinterp.circuits.attention_parts import TokenSets
 from vit_mechinterp.circuits.attention_shares import attention_shares, reduce_patterns
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from vit_mechinterp.circuits.attention_shares import measure_shares
 from vit_mechinterp.circuits.attention_words import captions, description, drawing, findings
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.checks import refuse_train_mode
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.binding.checks import refuse_train_mode
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.digest import digest

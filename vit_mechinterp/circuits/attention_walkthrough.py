@@ -23,8 +23,8 @@ from vit_mechinterp.circuits.attention_roles import (
 )
 from vit_mechinterp.circuits.attention_stages import origin
 from vit_mechinterp.circuits.result import CircuitResult, provenance
-from vit_mechinterp.engine.checks import refuse_train_mode
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.binding.checks import refuse_train_mode
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import UnsupportedModelError
 from vit_mechinterp.model.hooked import HookedViT
 

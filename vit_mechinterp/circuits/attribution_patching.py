@@ -36,7 +36,7 @@ from vit_mechinterp.circuits.patching_figures import captions_of, drawing
 from vit_mechinterp.circuits.patching_table import patching_table
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site

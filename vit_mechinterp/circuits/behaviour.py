@@ -14,7 +14,7 @@ from vit_mechinterp.circuits.reading import outputs_shape
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import bootstrap_interval
 from vit_mechinterp.engine import execute
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.circuits.metrics import METRICS, Context, LogitDifference, Metric, MetricLike, Similarity
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 

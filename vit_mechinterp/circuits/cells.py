@@ -21,8 +21,8 @@ from vit_mechinterp.circuits.bound_metric import BoundMetric, bind_metric, check
 from vit_mechinterp.circuits.finished_cells import FinishedRuns, pieces, runs_at_once
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.engine import execute
-from vit_mechinterp.engine.bind import bind
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.binding.bind import bind
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run
 from vit_mechinterp.spec.digest import digest

@@ -22,7 +22,7 @@ from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import bootstrap_interval, check_resampling
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 
 from vit_mechinterp.circuits.token_sets import positions_of
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError, suggest
 from vit_mechinterp.spec import TokenBox, TokenColumn, Tokens
 

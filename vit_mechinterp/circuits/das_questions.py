@@ -16,8 +16,8 @@ from vit_mechinterp.circuits.das_controls import (
     with_random_patches,
 )
 from vit_mechinterp.circuits.token_sets import positions_of
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import moved_note
+from vit_mechinterp.engine.binding.positions import moved_note
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.spec import InjectSubspace, Run, TensorRef, Tokens
 

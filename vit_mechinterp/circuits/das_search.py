@@ -27,9 +27,9 @@ from vit_mechinterp.circuits.result import provenance
 from vit_mechinterp.circuits.subspace_training import Search, Trained, train_subspaces
 from vit_mechinterp.circuits.token_sets import check_grid
 from vit_mechinterp.engine import Results, execute
-from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.checks import check_images
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.binding.bind import bind, expand_runs
+from vit_mechinterp.engine.binding.checks import check_images
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.spec import InjectSubspace, Run, Site
 
 if TYPE_CHECKING:

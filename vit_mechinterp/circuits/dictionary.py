@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.engine.features import encoded, scaled
+from vit_mechinterp.engine.binding.features import encoded, scaled
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import EditFeature, TensorRef

@@ -43,7 +43,7 @@ from vit_mechinterp.circuits.path_figures import captions_of, draw_paths
 from vit_mechinterp.circuits.path_patching import path_runs, path_table, run_name
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError, UnsupportedSiteError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run

@@ -23,7 +23,7 @@ from vit_mechinterp.circuits.images import image_pairs
 from vit_mechinterp.circuits.matching_descent import Rule, descend, limits_of
 from vit_mechinterp.circuits.pixels import PixelScale
 from vit_mechinterp.circuits.result import CircuitResult, provenance
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.tokens import Tokens

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
 from vit_mechinterp.circuits.reading import merged_reasons
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import resolve_tokens
+from vit_mechinterp.engine.binding.positions import resolve_tokens
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError, UnsupportedSiteError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.bound_metric import BoundMetric
 from vit_mechinterp.circuits.kept_tensors import KeptTensors
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.tensors import digest_of
+from vit_mechinterp.engine.binding.tensors import digest_of
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run, RunSource, TensorRef
 from vit_mechinterp.spec.digest import digest

@@ -14,7 +14,7 @@ from vit_mechinterp.circuits.accuracy_intervals import over_images, over_seeds, 
 from vit_mechinterp.circuits.behaviour import behaviour
 from vit_mechinterp.circuits.reading import outputs_shape
 from vit_mechinterp.circuits.result import CircuitResult, provenance
-from vit_mechinterp.engine.columns import Columns
+from vit_mechinterp.engine.inputs.columns import Columns
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.documents import validate

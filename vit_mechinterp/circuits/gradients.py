@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.bound_metric import BoundMetric, Checked, bind_metric
 from vit_mechinterp.circuits.kept_readings import KeptReadings, in_batches
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 

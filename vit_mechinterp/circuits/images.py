@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.circuits.corruptions import Corruption, corruption_of
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.model.hooked import HookedViT
 

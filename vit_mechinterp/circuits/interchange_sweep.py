@@ -24,7 +24,7 @@ from vit_mechinterp.circuits.statistics import bootstrap_interval, check_resampl
 from vit_mechinterp.circuits.token_sets import BACKGROUND, TokenPair, object_tokens, with_background
 from vit_mechinterp.engine import execute
 from vit_mechinterp.engine import plan as make_plan
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Experiment, Interchange, Run, Site, Sweep

@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit_mechinterp.circuits.kept_tensors import KeptTensors
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.entries import bytes_of
-from vit_mechinterp.engine.provenance import versions
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.inputs.entries import bytes_of
+from vit_mechinterp.engine.results.provenance import versions
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.digest import digest
 

@@ -33,7 +33,7 @@ from vit_mechinterp.circuits.images import image_column
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.spectrum import Spectrum, null_directions, singular_directions
 from vit_mechinterp.circuits.statistics import bootstrap_interval
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec.tokens import Tokens

@@ -31,7 +31,7 @@ from vit_mechinterp.circuits.reading import (
 )
 from vit_mechinterp.circuits.result import CircuitResult
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import ExecutionError, SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.tail import linear_readout

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.token_sets import positions_of
 from vit_mechinterp.engine import execute
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import moved_note
+from vit_mechinterp.engine.binding.positions import moved_note
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError
 from vit_mechinterp.spec import Capture, Run, Tokens
 

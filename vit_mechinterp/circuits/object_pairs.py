@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vit_mechinterp.circuits.token_sets import object_tokens, positions_of
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import moved_note
+from vit_mechinterp.engine.binding.positions import moved_note
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 

@@ -27,8 +27,8 @@ from vit_mechinterp.circuits.probe_words import captions, description, draw, fin
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
 from vit_mechinterp.engine import execute
-from vit_mechinterp.engine.checks import refuse_train_mode
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.binding.checks import refuse_train_mode
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Run

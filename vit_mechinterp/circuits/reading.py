@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vit_mechinterp.circuits.result import provenance
 from vit_mechinterp.circuits.statistics import bootstrap_interval
-from vit_mechinterp.engine.checks import refuse_train_mode
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.provenance import circumstances
+from vit_mechinterp.engine.binding.checks import refuse_train_mode
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results.provenance import circumstances
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_mechinterp.engine.provenance import versions
+from vit_mechinterp.engine.results.provenance import versions
 from vit_mechinterp.errors import DataError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.reading import reading_data
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.positions import resolve_tokens
+from vit_mechinterp.engine.binding.positions import resolve_tokens
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.layout import TokenLayout

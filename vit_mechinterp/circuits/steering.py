@@ -21,7 +21,7 @@ from vit_mechinterp.circuits.metrics import MetricLike
 from vit_mechinterp.circuits.reading import interval_columns
 from vit_mechinterp.circuits.result import CircuitResult, provenance
 from vit_mechinterp.circuits.statistics import check_resampling
-from vit_mechinterp.engine.data import Data
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import AddDirection, Run, TensorRef

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import moved_note, resolve_tokens
+from vit_mechinterp.engine.binding.positions import moved_note, resolve_tokens
+from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TokenBox, TokenColumn, Tokens

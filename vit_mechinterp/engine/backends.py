@@ -8,9 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vit_mechinterp.engine.bound import Bound
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.results import Results
+from vit_mechinterp.engine.binding.bound import Bound
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef

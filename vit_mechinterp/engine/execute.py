@@ -12,23 +12,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.backends import backend_named
-from vit_mechinterp.engine.bind import bind, expand_runs
-from vit_mechinterp.engine.checks import check_arguments, check_folder, check_images, refuse_train_mode
-from vit_mechinterp.engine.clean import CleanPass, PlainClean, Tick
-from vit_mechinterp.engine.cutting import schedule_for
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.exhaustion import in_fewer_rows
-from vit_mechinterp.engine.held import HeldClean
-from vit_mechinterp.engine.identity import identity_of
-from vit_mechinterp.engine.plan import describe
-from vit_mechinterp.engine.provenance import circumstances, provenance_of
-from vit_mechinterp.engine.readout import bind_readout
-from vit_mechinterp.engine.results import Results
-from vit_mechinterp.engine.resume import FinishedChunks
-from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.sizes import parse_bytes
+from vit_mechinterp.engine.binding.bind import bind, expand_runs
+from vit_mechinterp.engine.binding.checks import (
+    check_arguments,
+    check_folder,
+    check_images,
+    refuse_train_mode,
+)
+from vit_mechinterp.engine.binding.identity import identity_of
+from vit_mechinterp.engine.binding.readout import bind_readout
+from vit_mechinterp.engine.binding.tensors import check_tensors, resolve_refs
+from vit_mechinterp.engine.forwards.clean import CleanPass, PlainClean, Tick
+from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
+from vit_mechinterp.engine.forwards.held import HeldClean
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.planning.plan import describe
+from vit_mechinterp.engine.results.provenance import circumstances, provenance_of
+from vit_mechinterp.engine.results.results import Results
+from vit_mechinterp.engine.results.resume import FinishedChunks
+from vit_mechinterp.engine.scheduling.cutting import schedule_for
+from vit_mechinterp.engine.scheduling.schedule import Schedule
+from vit_mechinterp.engine.scheduling.sizes import parse_bytes
 from vit_mechinterp.engine.store.clean import StoredClean
-from vit_mechinterp.engine.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.work import Work
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.heap import keeping, thrifty

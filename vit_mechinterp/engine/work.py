@@ -8,16 +8,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from vit_mechinterp.engine.ahead import Request
-from vit_mechinterp.engine.chunk import chunk_of
-from vit_mechinterp.engine.clean import CleanPass
-from vit_mechinterp.engine.collect import Gathering
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.resume import FinishedChunks
-from vit_mechinterp.engine.schedule import Schedule
-from vit_mechinterp.engine.values import Read
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import Read
+from vit_mechinterp.engine.forwards.chunk import chunk_of
+from vit_mechinterp.engine.forwards.clean import CleanPass
+from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.inputs.ahead import Request
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.results.collect import Gathering
+from vit_mechinterp.engine.results.resume import FinishedChunks
+from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.model.heap import give_back
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef

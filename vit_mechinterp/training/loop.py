@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vit_mechinterp.engine.provenance import versions
+from vit_mechinterp.engine.results.provenance import versions
 from vit_mechinterp.errors import DataError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.stimuli.batches import TaskBatch

@@ -10,17 +10,22 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from vit_mechinterp.engine.bind import check_heads
-from vit_mechinterp.engine.checks import check_arguments, check_batch_size, check_folder, refuse_train_mode
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.exhaustion import make_room, memory_may_run_out
-from vit_mechinterp.engine.images import image_numbers
-from vit_mechinterp.engine.positions import Positions, resolve_tokens
-from vit_mechinterp.engine.sizes import in_words, parse_bytes
+from vit_mechinterp.engine.binding.bind import check_heads
+from vit_mechinterp.engine.binding.checks import (
+    check_arguments,
+    check_batch_size,
+    check_folder,
+    refuse_train_mode,
+)
+from vit_mechinterp.engine.binding.positions import Positions, resolve_tokens
+from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
+from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.inputs.images import image_numbers
+from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.store.source import Source, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.store.view import StoredActivations
-from vit_mechinterp.engine.values import ColumnOrigin, Read
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.heap import thrifty
 from vit_mechinterp.model.hooked import HookedViT

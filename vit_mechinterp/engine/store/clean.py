@@ -10,16 +10,16 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from vit_mechinterp.engine.ahead import Request
-from vit_mechinterp.engine.clean import Clean, CleanPass, Tick
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import Need, Needs, Read, Values, by_token, gather
+from vit_mechinterp.engine.forwards.clean import Clean, CleanPass, Tick
+from vit_mechinterp.engine.inputs.ahead import Request
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.expectation import expectations, requests_for
 from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
 from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
-from vit_mechinterp.engine.values import Need, Needs, Read, Values, by_token, gather
 from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["Forecast", "StoredClean"]

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.values import contiguous
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import contiguous
 
 __all__ = ["copy_items", "pick"]
 

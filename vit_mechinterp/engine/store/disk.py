@@ -18,9 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.store.keys import Entry, Key
-from vit_mechinterp.engine.tensorfiles import (
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.results.tensorfiles import (
     checksum,
     first_come,
     read_tensors,
@@ -28,6 +27,7 @@ from vit_mechinterp.engine.tensorfiles import (
     sweep,
     writing,
 )
+from vit_mechinterp.engine.store.keys import Entry, Key
 
 __all__ = ["DiskTier", "Shard"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import Needs
+from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.forward import Wanted
 from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
-from vit_mechinterp.engine.values import Needs
 
 __all__ = ["Expectation", "expectations", "requests_for"]
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.engine.pieces import Stop
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.values import Read, gather
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.stop import Stop
+from vit_mechinterp.engine.binding.values import Read, gather
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward
 from vit_mechinterp.spec import Site

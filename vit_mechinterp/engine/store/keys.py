@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vit_mechinterp.engine.positions import IntArray, Positions
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.positions import Positions
 from vit_mechinterp.engine.store.slots import Slots
 from vit_mechinterp.spec.digest import digest
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.store.keys import Entry
 
 __all__ = ["Block", "MemoryTier", "Unfinished"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import ColumnOrigin, Need, Read, origin_of
+from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.forward import Wanted
-from vit_mechinterp.engine.values import ColumnOrigin, Need, Read, origin_of
 
 __all__ = ["places_of", "stored_form", "stored_origin"]
 

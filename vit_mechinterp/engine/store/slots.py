@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.arrays import IntArray
 
 __all__ = ["Slots", "slots_of"]
 

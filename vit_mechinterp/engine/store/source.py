@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_mechinterp.engine.data import Data
-from vit_mechinterp.engine.footprint import read_size
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import ColumnOrigin, Read, by_token, contiguous, gather
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.scheduling.footprint import read_size
 from vit_mechinterp.engine.store.forward import Rows, Wanted, clean_forward, stop_behind
 from vit_mechinterp.engine.store.keys import Entry, Key, positions_digest
 from vit_mechinterp.engine.store.slots import Slots, slots_of
 from vit_mechinterp.engine.store.tiers import Tiers
-from vit_mechinterp.engine.values import ColumnOrigin, Read, by_token, contiguous, gather
 from vit_mechinterp.model.heap import give_back
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.clean import Clean
-from vit_mechinterp.engine.positions import IntArray
-from vit_mechinterp.engine.schedule import Schedule
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import Need, Values
+from vit_mechinterp.engine.forwards.clean import Clean
+from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.clean import StoredClean
-from vit_mechinterp.engine.values import Need, Values
 
 __all__ = ["StreamedValues", "streamed"]
 

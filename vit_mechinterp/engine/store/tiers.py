@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.store.copying import copy_items, pick
 from vit_mechinterp.engine.store.disk import DiskTier
 from vit_mechinterp.engine.store.keys import Entry, Key

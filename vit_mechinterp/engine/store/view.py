@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.collect import in_native_order
-from vit_mechinterp.engine.positions import IntArray
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.values import Read
+from vit_mechinterp.engine.results.collect import in_native_order
 from vit_mechinterp.engine.store.source import Source
-from vit_mechinterp.engine.values import Read
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.cache import ActivationCache, BySite
 

@@ -1,0 +1,70 @@
+"""What is refused before the first forward, because the results would mean nothing."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vit_mechinterp.engine.binding.bound import Bound
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.errors import ExecutionError, SpecError
+from vit_mechinterp.model.hooked import HookedViT
+
+__all__ = ["check_arguments", "check_batch_size", "check_folder", "check_images", "refuse_train_mode"]
+
+
+def check_arguments(vit: Any, store: Any = None) -> None:
+    """Raise SpecError where a native model or a path stands for what wraps it."""
+    if not isinstance(vit, HookedViT):
+        raise SpecError(
+            f"vit is a wrapped model, not {type(vit).__name__}. Wrap it: vit_mechinterp.wrap(module)."
+        )
+    if isinstance(store, (str, Path)):
+        raise SpecError(
+            "store is an ActivationStore, not a path. Make one: "
+            f"vit_mechinterp.ActivationStore({str(store)!r})."
+        )
+    if store is not None and not hasattr(store, "tiers"):
+        raise SpecError(f"store is an ActivationStore or None, not {type(store).__name__}.")
+
+
+def check_folder(folder: Any, name: str) -> None:
+    """Raise SpecError unless this is a path, or None."""
+    if folder is not None and not isinstance(folder, (str, PathLike)):
+        raise SpecError(f"{name} is the path of a folder or None, not {type(folder).__name__}.")
+
+
+def check_batch_size(batch_size: Any, *, auto: bool = True) -> None:
+    """Raise SpecError unless this is a positive integer, or ``"auto"`` where that is possible."""
+    if auto and isinstance(batch_size, str) and batch_size == "auto":
+        return
+    if not hasattr(batch_size, "__index__") or isinstance(batch_size, bool) or int(batch_size) < 1:
+        kinds = "'auto' or a positive integer" if auto else "a positive integer"
+        raise SpecError(f"batch_size is {kinds}, got {batch_size!r}.")
+
+
+def refuse_train_mode(vit: HookedViT) -> None:
+    """Raise ExecutionError if the model is in train mode and would drop activations at random, or normalise
+    them by the batch."""
+    path = vit.dropout()
+    if path is not None:
+        raise ExecutionError(
+            f"{type(vit.module).__name__} is in train mode and would drop activations at random (at {path}), "
+            "so no two forwards could be compared. Call module.eval() first."
+        )
+    for path, part in vit.module.named_modules():
+        if isinstance(part, _BatchNorm) and part.training:
+            raise ExecutionError(
+                f"{type(vit.module).__name__} is in train mode and would normalise by the images that happen "
+                f"to share a forward, and change its statistics (at {path}). Call module.eval() first."
+            )
+
+
+def check_images(data: Data, bound: Bound, *, decode: bool = True) -> None:
+    """Raise DataError before the first forward if an image column holds something else (encoded images:
+    something that cannot be decoded, unless that is not tried)."""
+    for column in sorted(bound.image_columns):
+        data.check_images(column, decode=decode)

@@ -1,0 +1,1 @@
+"""Forwards of the model: clean ones, and waves in which interventions are carried out."""

@@ -1,0 +1,273 @@
+"""One growing batch: rows of many runs join a single native forward at the block where they start.
+
+The native forward begins on one blank image. Blocks before the first row hand their input on at no cost; the
+first rows to join replace the blank image, later ones are appended, each starting from a clean residual
+stream, from what another row has been through, or blank, if its first edit replaces it all. Every row is
+edited by its own run's interventions, and the model's own tail serves all rows at once. Parts of a joining
+block that end before a row's first edit run once for all rows of one image.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.bound import BoundRun, Edit
+from vit_mechinterp.engine.binding.joins import Join
+from vit_mechinterp.engine.binding.values import Read, contiguous, gather
+from vit_mechinterp.engine.forwards.editing import Material, edit_rows
+from vit_mechinterp.engine.forwards.readers import Reader, readers_of
+from vit_mechinterp.engine.forwards.stacking import Placed, edit_stack, stacked
+from vit_mechinterp.engine.rows.distinct import distinct_rows
+from vit_mechinterp.engine.rows.order import Segment
+from vit_mechinterp.errors import ExecutionError
+from vit_mechinterp.model.as_made import is_untouched
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.instrument import Instrument, StopForward, Visitor
+from vit_mechinterp.model.layout import TAP_SITES
+from vit_mechinterp.model.narrowing import Narrowing
+from vit_mechinterp.model.sparing import Sparing
+from vit_mechinterp.spec import Site
+
+__all__ = ["WaveResult", "run_wave"]
+
+
+@dataclass
+class WaveResult:
+    """What one wave gave: outputs (float32), segment by segment, if it went to the end; and by run and read
+    the pieces that it captured, each with the examples that it holds."""
+
+    output: Float[Tensor, "row *output"] | None
+    captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
+
+
+def run_wave(
+    vit: HookedViT,
+    segments: Sequence[Segment],
+    material: Material | Sequence[Material],
+    *,
+    spares: bool = False,
+    tokens: Sequence[int] | None = None,
+) -> WaveResult:
+    """Carry out one wave, in the ambient grad mode.
+
+    Args:
+        vit: the model.
+        segments: rows by run, in the order in which they join.
+        material: what the rows read; where segments differ in it, one for each.
+        spares: run parts of joining blocks once for rows that are equal there.
+        tokens: positions that are read behind the last attention call; None for all.
+
+    Raises:
+        ExecutionError: an intervention did not fire.
+    """
+    each = [material] * len(segments) if isinstance(material, Material) else list(material)
+    wave = _Wave(vit, segments, each)
+    if spares:
+        wave.spare()
+    narrowed: AbstractContextManager[None] = nullcontext()
+    if tokens is not None and is_untouched(vit.module):
+        narrowed = Narrowing(vit.module, vit.layout, tokens).installed()
+    output: Tensor | None = None
+    with wave.instrument.installed():
+        with wave.sparing.installed(), narrowed, suppress(StopForward):
+            output = vit(vit.beginning(wave.starts[-1])).float()
+        wave.instrument.verify()
+    wave.verify()
+    # Its visitors hold the wave, and with it what the whole chunk reads, until Python looks for circles.
+    del wave.instrument
+    return WaveResult(output, wave.captured)
+
+
+class _Wave:
+    def __init__(self, vit: HookedViT, segments: Sequence[Segment], materials: Sequence[Material]) -> None:
+        self.vit = vit
+        self.segments = segments
+        self.materials = materials
+        self.captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]] = defaultdict(list)
+        self.applied: set[tuple[int, int]] = set()
+        self.visited: set[Site] = set()
+        self.starts = np.cumsum([0, *(len(s.examples) for s in segments)]).tolist()
+        self.instrument = Instrument(vit.module, vit.layout)
+        self.sparing = Sparing(vit.module, vit.layout)
+        self._add_gifts(before_edits=True)
+        self._add_joins()
+        self._add_edits()
+        self._add_gifts(before_edits=False)
+        self._add_captures()
+        self._stop()
+
+    def span(self, index: int) -> slice:
+        """Rows of a segment in the full batch."""
+        return slice(self.starts[index], self.starts[index + 1])
+
+    def spare(self) -> None:
+        """Let parts of joining blocks run on distinct rows alone."""
+        images_of = [material.images_of for material in self.materials]
+        found = distinct_rows(self.segments, images_of)
+        opened = {site.layer for site in self.visited if site.name in (*TAP_SITES, "attn.result")}
+        for layer, parts in found.items():
+            self.sparing.spare(layer, parts, opened=layer in opened)
+
+    def verify(self) -> None:
+        missed = [
+            edit.where
+            for n, segment in enumerate(self.segments)
+            for k, edit in segment.run.to_make
+            if (n, k) not in self.applied
+        ]
+        if missed:
+            raise ExecutionError(f"Interventions that did not fire: {'; '.join(missed)}.")
+
+    def _visit(self, site: Site, visitor: Visitor) -> None:
+        self.visited.add(site)
+        self.instrument.visit(site, visitor)
+
+    def _stop(self) -> None:
+        """Stop behind the last place at which something is read, if no row's output is."""
+        ends = [segment.run.ends for segment in self.segments]
+        last = max((end for end in ends if end is not None), default=None)
+        place = None if last is None or None in ends else last.at(self.vit.layout.n_layers)
+        if place is not None:
+            self.instrument.stop(place[0], before=place[1])
+
+    def _add_joins(self) -> None:
+        by_join: dict[Join, list[int]] = defaultdict(list)
+        for n, segment in enumerate(self.segments):
+            by_join[segment.run.join].append(n)
+        first = min(by_join)
+        self.instrument.skip(range(first.first_block))
+        for join in sorted(by_join):
+            self._visit(join.site, self._joining(by_join[join], replace=join == first))
+
+    def _joining(self, members: list[int], *, replace: bool) -> Visitor:
+        def visitor(value: Tensor) -> Tensor:
+            rows = [self._starting_rows(n, value) for n in members]
+            return torch.cat(rows if replace else [value, *rows])
+
+        return visitor
+
+    def _starting_rows(self, n: int, like: Tensor) -> Tensor:
+        """The residual stream that a segment's rows join with, shaped ``like`` that of the others."""
+        segment = self.segments[n]
+        run, examples = segment.run, segment.examples
+        known_at = run.known_at
+        if (run.blank and run.beginning is None) or (known_at is not None and known_at.name == "resid_mid"):
+            return like.new_zeros(len(examples), *like.shape[1:])
+        if not run.starts_at_mlp_out:
+            return self._known(n, run.join.site)
+        middle = self._known(n, Site(run.join.layer, "resid_mid"))
+        return middle + self._edited_increment(n, Site(run.join.layer, "mlp_out"))
+
+    def _edited_increment(self, n: int, site: Site) -> Tensor:
+        """The MLP increment of the block behind which a segment's rows join, read where somebody wants it."""
+        run, increment = self.segments[n].run, self._known(n, site).clone()
+        rows = slice(0, len(increment))
+        for k, edit in run.to_make:
+            if edit.site == site:
+                self._edit(increment, rows, n, k, edit)
+        for own in readers_of(self.segments[n], self.materials[n]):
+            if own.read.site == site:
+                piece = gather(site, increment, own.rows, own.read, own.examples)
+                self.captured[own.run, own.read].append((own.examples, piece))
+        return increment
+
+    def _known(self, n: int, site: Site) -> Tensor:
+        """What a segment's rows start from at a site: clean values, or those of the rows that they go on
+        from."""
+        segment, material = self.segments[n], self.materials[n]
+        if segment.run.beginning is None:
+            return material.clean.values[Read(segment.run.origin, site)].whole(segment.examples)
+        return torch.stack([material.handover.begun[site, state] for state in segment.begins])
+
+    def _add_gifts(self, *, before_edits: bool) -> None:
+        """Hand states on: increments and outputs of blocks before rows join there and edits are made, middles
+        behind that."""
+        for n, segment in enumerate(self.segments):
+            handover, own = self.materials[n].handover, segment.run.name
+            by_site: dict[Site, list[tuple[int, int]]] = defaultdict(list)
+            for row, example in enumerate(segment.examples if handover.gifts else (), self.starts[n]):
+                for site, state in handover.gifts.get((own, example), ()):
+                    if before_edits == (site.name != "resid_mid"):
+                        by_site[site].append((row, state))
+            for site, states in by_site.items():
+                self._visit(site, self._giving(handover.begun, site, states))
+
+    def _giving(
+        self, begun: dict[tuple[Site, int], Tensor], site: Site, states: Sequence[tuple[int, int]]
+    ) -> Visitor:
+        rows = torch.tensor([row for row, _ in states], device=self.vit.device)
+
+        def visitor(value: Tensor) -> None:
+            given = value.index_select(0, rows)
+            begun.update(((site, state), own) for (_, state), own in zip(states, given, strict=True))
+
+        return visitor
+
+    def _behind_join(self, run: BoundRun, site: Site) -> bool:
+        """Whether a site's tensor holds the run's rows when it is visited."""
+        return not (run.starts_at_mlp_out and site == run.own_from)
+
+    def _add_edits(self) -> None:
+        by_site: dict[Site, list[tuple[int, int, Edit]]] = defaultdict(list)
+        known: dict[Site, list[int]] = defaultdict(list)
+        for n, segment in enumerate(self.segments):
+            if segment.run.known_at is not None:
+                known[segment.run.known_at].append(n)
+            for k, edit in segment.run.to_make:
+                if self._behind_join(segment.run, edit.site):
+                    by_site[edit.site].append((n, k, edit))
+        for site in dict.fromkeys((*known, *by_site)):
+            self._visit(site, self._editing(site, known[site], by_site[site]))
+
+    def _editing(self, site: Site, known: Sequence[int], edits: Sequence[tuple[int, int, Edit]]) -> Visitor:
+        """Put clean values in for the rows of some segments, and carry out what is to be edited at a site."""
+
+        def visitor(value: Tensor) -> Tensor:
+            value = value.clone()
+            for n in known:
+                value[self.span(n)] = self._known(n, site)
+            for group in stacked([self._placed(n, k, edit) for n, k, edit in edits], value):
+                if len(group) > 1:
+                    edit_stack(value, group)
+                    self.applied.update((own.segment, own.place) for own in group)
+                    continue
+                own = group[0]
+                self._edit(value, own.rows, own.segment, own.place, own.edit)
+            return value
+
+        return visitor
+
+    def _placed(self, n: int, k: int, edit: Edit) -> Placed:
+        return Placed(n, k, edit, self.span(n), self.segments[n].examples, self.materials[n])
+
+    def _edit(self, value: Tensor, rows: slice, n: int, k: int, edit: Edit) -> None:
+        edit_rows(value, rows, edit, self.segments[n].examples, self.materials[n])
+        self.applied.add((n, k))
+
+    def _add_captures(self) -> None:
+        for n, segment in enumerate(self.segments):
+            for reader in readers_of(segment, self.materials[n]):
+                if self._behind_join(segment.run, reader.read.site):
+                    self._visit(reader.read.site, self._capturing(n, reader))
+
+    def _capturing(self, n: int, reader: Reader) -> Visitor:
+        read, examples = reader.read, reader.examples
+        of = self.span(n) if isinstance(reader.rows, slice) else reader.rows + self.starts[n]
+
+        def visitor(value: Tensor) -> None:
+            own = of if isinstance(of, slice) else (contiguous(of) or of)
+            piece = gather(read.site, value, own, read, examples)
+            if piece.untyped_storage().nbytes() > piece.nbytes and not piece.requires_grad:
+                piece = piece.clone()  # or the rows of all others would stay alive with it
+            self.captured[reader.run, read].append((examples, piece))
+
+        return visitor

@@ -1,0 +1,1 @@
+"""The examples of an experiment: columns, and images as the model takes them."""

@@ -1,0 +1,198 @@
+"""What reaches the output, or somebody who reads values of a run: which interventions, and whether its base.
+
+An intervention reaches nobody where it changes nothing that is read: a direction times zero, a direction or
+gate of zeros, a value that is there already, values that nobody reads, or that later interventions write over
+before anybody does. It is made at the tokens and heads where it changes what is read alone, if it does the
+same to each of them. Nothing of a base does where all that is read of the residual stream is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from vit_mechinterp.engine.arrays import BoolArray
+from vit_mechinterp.engine.binding.bound import BoundRun, Edit
+from vit_mechinterp.engine.binding.ops import Operator, add_direction, inject_subspace, operator_of
+from vit_mechinterp.engine.binding.positions import Positions, where
+from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
+from vit_mechinterp.engine.reduction.alone import Alone
+from vit_mechinterp.engine.reduction.anatomy import CUTS, Anatomy
+from vit_mechinterp.engine.reduction.ancestry import Ancestry, brings, may_hold
+from vit_mechinterp.engine.reduction.carrying import carried
+from vit_mechinterp.engine.reduction.liveness import Liveness
+from vit_mechinterp.engine.reduction.masks import Mask, Masks
+from vit_mechinterp.engine.reduction.postponing import postponed
+from vit_mechinterp.model.output_tokens import OutputTokens
+from vit_mechinterp.spec import AddDirection, TensorRef
+
+__all__ = ["Kept", "Reach"]
+
+_FACTORS: Mapping[Operator, str] = {add_direction: "vector", inject_subspace: "gate"}
+"""The tensor that the change which an operator makes is a multiple of."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of a run reaches what is read: edits by their place in it, and whether anything is read of the
+    values that the first of them is given."""
+
+    edits: Mapping[int, Edit] = field(default_factory=dict)
+    of_first: bool = True
+
+
+class Reach:
+    """What reaches the output of one model, or what somebody reads of a run.
+
+    Args:
+        anatomy: the model's.
+        by_output: the tokens that the output reads of the last block; None for all of them.
+        n: number of examples.
+        tensors: the given tensors, where they are known.
+        alone: finds edits that do the same to each of their tokens.
+        adding_up: blocks that put out the sum of their input and of what attention and MLP add.
+        imagined: whether there is no data, so that nobody knows which patches a column selects.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        by_output: OutputTokens | None,
+        n: int,
+        tensors: Mapping[TensorRef, Tensor] | None,
+        alone: Alone,
+        adding_up: Callable[[], frozenset[int]],
+        *,
+        imagined: bool,
+    ) -> None:
+        self.anatomy, self.by_output, self.n = anatomy, by_output, n
+        self.tensors, self.alone, self.imagined = tensors, alone, imagined
+        self.adding_up = adding_up
+        self.every = Positions(shared=tuple(range(anatomy.layout.tokens.n_tokens)))
+        self._zeros: dict[TensorRef, BoolArray] = {}
+        self._narrowed: dict[tuple[object, ...], tuple[Positions, ...]] = {}
+
+    def kept(self, run: BoundRun, reads: Sequence[Read], *, to_end: bool) -> Kept:
+        """What of a run reaches its output, if that counts (``to_end``), or one of what is read of it."""
+        idle = {place: self._idle(edit) for place, edit in enumerate(run.edits)}
+        edits = [(place, edit) for place, edit in enumerate(run.edits) if not idle[place].all()]
+        if to_end and self._are_all_read([edit for _, edit in edits]):
+            found = {place: self._where(edit, None, idle[place]) for place, edit in edits}
+            return Kept({place: edit for place, edit in found.items() if edit is not None})
+        masks = self._masks(edit for _, edit in edits)
+        liveness = Liveness(self.anatomy, masks, self.by_output, run, edits, reads, to_end=to_end)
+        found = {place: self._where(edit, liveness.own[place], idle[place]) for place, edit in edits}
+        kept = {place: edit for place, edit in found.items() if edit is not None}
+        return Kept(kept, not kept or liveness.before[min(kept)])
+
+    def _are_all_read(self, edits: Sequence[Edit]) -> bool:
+        """Whether edits are told to reach the output at a glance: none is in the last block or behind it, and
+        none writes over a whole stream, or over what one in its block or the block before has changed."""
+        before, n_tokens = None, self.anatomy.layout.tokens.n_tokens
+        for edit in edits:
+            layer = edit.site.layer
+            if layer is None or layer == self.anatomy.layout.n_layers - 1:
+                return False
+            if edit.puts_in and before is not None and layer - before <= 1:
+                return False
+            if edit.puts_in and edit.site.name in CUTS and edit.positions.may_be_all(n_tokens):
+                return False
+            before = layer
+        return True
+
+    def changing(self, run: BoundRun, others: Mapping[str, BoundRun]) -> dict[int, Edit]:
+        """Edits of a run that do not put in what is there already, by their place in the run.
+
+        ``others`` are the runs that it reads, by name.
+        """
+        where: dict[int, Mask] = {}
+        pairs = zip(run.edits, run.edits[1:], strict=False)
+        if any(may_hold(earlier, edit.site) and self._brings(edit) for earlier, edit in pairs):
+            where |= Ancestry(self.anatomy, self._masks(run.edits), run).changes
+        reading = (edit for edit in run.edits if edit.source_run is not None and not self.imagined)
+        for name in {edit.source_run or "" for edit in reading if self._brings(edit)}:
+            other = others[name]
+            if other.origin == run.origin and not (run.blank or other.blank or other.clean_before):
+                where |= Ancestry(self.anatomy, self._masks(run.edits), run, reference=other).changes
+        if not where:
+            return dict(enumerate(run.edits))
+        never = np.zeros(1, dtype=np.bool_)
+        found = {place: self._where(edit, where.get(place), never) for place, edit in enumerate(run.edits)}
+        return {place: edit for place, edit in found.items() if edit is not None}
+
+    def _brings(self, edit: Edit) -> bool:
+        return brings(edit, imagined=self.imagined)
+
+    def whose(self, read: Read, run: BoundRun) -> ColumnOrigin | None:
+        """The image whose clean value a run holds where it is read; None if that is none."""
+        if run.is_clean_at(read.site):
+            return run.origin
+        before = [edit for edit in run.edits if edit.site <= read.site]
+        if self.imagined or not all(may_hold(edit, read.site) for edit in before):
+            return None
+        masks = self._masks(run.edits)
+        return Ancestry(self.anatomy, masks, run, [read.site]).whose(read.site, masks.of_read(read))
+
+    def carried(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
+        """Edits of a run, the first of them behind all blocks that add its difference up alone."""
+        return carried(self.anatomy, self.adding_up, run, reads)
+
+    def postponed(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
+        """Edits of a run at the last place where they do the same to what is read."""
+        return postponed(self.anatomy, self._masks(run.edits), run, reads)
+
+    def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
+        """Whether a run of whose first edit's values nothing is read holds nothing of its base from there on,
+        and others read nothing before."""
+        site = run.edits[0].site
+        return not any(read.site < site for read in others) and self.anatomy.is_cut(site, run)
+
+    def _masks(self, edits: Iterable[Edit]) -> Masks:
+        n_tokens = len(self.every.shared or ())
+        return Masks(edits, self.n, n_tokens, self.anatomy.n_heads, imagined=self.imagined)
+
+    def _idle(self, edit: Edit) -> BoolArray:
+        """Examples in which an edit changes nothing, whatever it is given, ``[example or 1]``."""
+        operator = operator_of(edit.spec)
+        if isinstance(edit.spec, AddDirection) and operator is add_direction and edit.spec.alpha == 0:
+            return np.ones(1, dtype=np.bool_)
+        factor = dict(edit.refs).get(_FACTORS.get(operator, ""))
+        if factor is None or self.tensors is None:
+            return np.zeros(1, dtype=np.bool_)
+        if factor not in self._zeros:
+            tensor = self.tensors[factor]
+            self._zeros[factor] = (tensor.reshape(len(tensor), -1) == 0).all(dim=1).cpu().numpy()
+        zeros = self._zeros[factor]
+        chosen = edit.choice is not None and operator is add_direction
+        return zeros[edit.choices] if chosen else np.asarray(zeros.all(keepdims=True))
+
+    def _where(self, edit: Edit, mask: Mask | None, idle: BoolArray) -> Edit | None:
+        """An edit where it counts, at the tokens and heads of a mask (None: all that it selects) in examples
+        in which it is not idle; None where there are none."""
+        if mask is not None:
+            idle = idle | ~mask.any(axis=(1, 2))
+            if idle.all():
+                return None
+            if not self.imagined and self.alone.acts(edit):
+                edit = self._at(edit, mask)
+        if not idle.any():
+            return edit
+        everyone = np.flatnonzero(np.broadcast_to(idle, self.n)).tolist()
+        return replace(edit, idle=tuple(sorted({*edit.idle, *everyone})))
+
+    def _at(self, edit: Edit, mask: Mask) -> Edit:
+        """An edit at the tokens and heads of a mask."""
+        if mask.shape[2] > 1:
+            edit = edit.with_heads(tuple(np.flatnonzero(mask.any(axis=(0, 1))).tolist()))
+        if mask.shape[1] == 1:
+            return edit
+        sources = () if edit.source is None else (edit.source.positions,)
+        tokens = np.asarray(mask.any(axis=2))
+        key = edit.positions, *sources, tokens.tobytes()
+        if key not in self._narrowed:
+            own = [self.every if positions.is_all else positions for positions in (edit.positions, *sources)]
+            self._narrowed[key] = tuple(where(tokens, own[0], positions) for positions in own)
+        return edit.with_positions(*self._narrowed[key])

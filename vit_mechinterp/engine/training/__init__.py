@@ -1,0 +1,1 @@
+"""The differentiable path: clean forwards once, and waves with gradients."""

@@ -1,0 +1,235 @@
+"""The differentiable path: clean forwards once, then as many waves with gradients as a training takes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vit_mechinterp.engine.binding.bind import bind, expand_runs
+from vit_mechinterp.engine.binding.checks import (
+    check_arguments,
+    check_batch_size,
+    check_images,
+    refuse_train_mode,
+)
+from vit_mechinterp.engine.binding.tensors import check_tensors, resolve_refs
+from vit_mechinterp.engine.binding.values import Read
+from vit_mechinterp.engine.forwards.clean import Clean, PlainClean, means_from
+from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.inputs.images import image_numbers
+from vit_mechinterp.engine.rows.sharing import Sharing
+from vit_mechinterp.engine.scheduling.cutting import budget_of
+from vit_mechinterp.engine.scheduling.footprint import footprint
+from vit_mechinterp.engine.scheduling.schedule import Schedule
+from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
+from vit_mechinterp.engine.store.clean import StoredClean
+from vit_mechinterp.engine.store.streamed import streamed
+from vit_mechinterp.engine.training.prepared import Prepared
+from vit_mechinterp.errors import SpecError, listed
+from vit_mechinterp.model.checkpointing import refuse_checkpointing
+from vit_mechinterp.model.heap import keeping
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.output_tokens import output_tokens
+from vit_mechinterp.model.sparing import why_nothing_is_spared
+from vit_mechinterp.spec import Experiment, Run, Sweep
+
+if TYPE_CHECKING:
+    from vit_mechinterp.engine.store import ActivationStore
+
+__all__ = ["prepare"]
+
+P = ParamSpec("P")
+_WITH = "A preparation lasts as long as a block: write 'with prepare(...) as prepared:'"
+
+logger = logging.getLogger(__name__)
+
+
+class _Preparation(AbstractContextManager["Prepared"]):
+    """What `prepare` gives, to be entered by ``with``."""
+
+    def __init__(self, own: AbstractContextManager[Prepared]) -> None:
+        self._own = own
+
+    def __enter__(self) -> Prepared:
+        return self._own.__enter__()
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._own.__exit__(*exception)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{_WITH}; prepared.{name} is there inside.")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise SpecError(f"{_WITH}, and call prepared(...) inside.")
+
+
+def _in_with_alone(
+    preparing: Callable[P, AbstractContextManager[Prepared]],
+) -> Callable[P, AbstractContextManager[Prepared]]:
+    @wraps(preparing)
+    def prepare(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[Prepared]:
+        return _Preparation(preparing(*args, **kwargs))
+
+    return prepare
+
+
+@_in_with_alone
+@contextmanager
+def prepare(
+    vit: HookedViT,
+    runs: Run | Sweep | Experiment | Iterable[Run | Sweep],
+    data: Any,
+    tensors: Mapping[str, Tensor],
+    batch_size: int = 64,
+    progress: bool = True,
+    store: ActivationStore | None = None,
+    memory: int | str | None = None,
+) -> Iterator[Prepared]:
+    """Do the clean forwards of an experiment once, and keep what its runs read, with the model frozen.
+
+    Inside the ``with`` block the model stays as it is: its head, its parts and its weights.
+
+    Args:
+        vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.
+        runs: runs, sweeps or an experiment; none may read another edited run, lack an output or have a
+            capture. Outputs are whole, whatever the experiment's readout.
+        data: a ``datasets.Dataset`` or a mapping of columns.
+        tensors: initial values of the tensors that the specs name, for checking.
+        batch_size: images per clean forward.
+        progress: show a bar if it takes longer than two seconds.
+        store: where clean values are read from if they are there, and kept if they are not.
+        memory: most bytes of clean values to hold, or a text such as ``"4GiB"``; 2 GiB on a CPU, 40 % of what
+            is free on a GPU by default. If they are more, they stay in the store, or without one in a
+            temporary folder, and every batch reads its own.
+
+    Where memory runs out, clean forwards are of half as many images, and a line says so.
+
+    Raises:
+        SpecError, DataError: before the first forward, if anything does not fit.
+        ExecutionError: the model would drop activations at random, or has gradient checkpointing on.
+    """
+    check_arguments(vit, store)
+    check_batch_size(batch_size, auto=False)
+    flat = expand_runs(runs, vit.layout.n_layers)
+    refuse_train_mode(vit)
+    refuse_checkpointing(vit.module)
+    columns = Data(data, vit, progress=progress)
+    bound = bind(vit, flat, columns)
+    if len(bound.stages) > 1:
+        raise SpecError(
+            "A run that reads another edited run cannot be prepared for training; use execute for it."
+        )
+    if without := [run.name for run in bound.runs if not run.has_output]:
+        raise SpecError(
+            f"Runs without output (output=False) cannot be prepared, which is for their outputs: "
+            f"{listed(without)}. Leave them, or output=False, out."
+        )
+    if capturing := [run.name for run in bound.runs if run.captures]:
+        raise SpecError(
+            f"Prepared runs give outputs and keep no captures, which are asked for of {listed(capturing)}. "
+            "Leave capture out, or use execute for them."
+        )
+    resolved = resolve_refs(bound, tensors, vit)
+    check_tensors(bound, resolved, vit, columns.n)
+    check_images(columns, bound)
+    images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
+    schedule = Schedule(
+        Sharing(bound, images, rows=False),
+        n_layers=vit.layout.n_layers,
+        chunk=columns.n,
+        width=batch_size,
+        one_image=vit.layout.family.one_image,
+        spares=why_nothing_is_spared(vit.layout) is None,
+        by_output=output_tokens(vit),
+    )
+    budget = budget_of(vit) if memory is None else parse_bytes(memory)
+    streams = footprint(vit, schedule).example * columns.n > budget
+    parameters = [p for p in vit.module.parameters() if p.requires_grad]
+    evaluations = 0
+    bar = tqdm(desc="clean forwards", unit="block", unit_scale=True, delay=2.0, disable=not progress)
+
+    def tick(n: int) -> None:
+        nonlocal evaluations
+        evaluations += n
+        bar.update(n)
+
+    with vit.lock:
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            with ExitStack() as stack:
+                if memory is None:
+                    stack.enter_context(keeping())
+                if streams and store is None:
+                    store = stack.enter_context(_temporary(vit, budget))
+
+                def clean_values(rows: int) -> tuple[Schedule, Clean, Mapping[Read, Tensor]]:
+                    own = replace(schedule, width=rows)
+                    return own, *_clean(vit, columns, own, store, tick, streams=streams)
+
+                with bar:
+                    most = min(batch_size, columns.n * len(images))
+                    schedule, clean, means = in_fewer_rows(clean_values, most)
+                shapes = {ref: tuple(tensor.shape) for ref, tensor in resolved.items()}
+                prepared = Prepared(vit, columns, schedule, clean, means, shapes, evaluations)
+                stack.callback(prepared.close)
+                yield prepared
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+
+def _clean(
+    vit: HookedViT,
+    data: Data,
+    schedule: Schedule,
+    store: ActivationStore | None,
+    tick: Callable[[int], None],
+    *,
+    streams: bool,
+) -> tuple[Clean, Mapping[Read, Tensor]]:
+    """Clean values and dataset means; the values are held, or read from the store when they are asked for."""
+    every = range(data.n)
+    if store is None:
+        plain = PlainClean()
+        with data.ahead(plain.requests(schedule, [every])):
+            clean = plain(vit, data, schedule, every, tick=tick)
+        return clean, means_from(schedule, clean)
+    passing = StoredClean(store.tiers, vit, data, schedule, schedule.width)
+    with data.ahead(passing.requests(schedule, [every])):
+        if not streams:
+            clean = passing(vit, data, schedule, every, tick=tick)
+            means: Mapping[Read, Tensor] = means_from(schedule, clean)
+        else:
+            for source in passing.sources.values():
+                source.tick = tick
+            clean = streamed(passing, schedule)
+            few = replace(schedule, chunk=min(schedule.width, data.n))
+            means = passing.means(vit, data, few, tick)
+    store.tiers.flush()
+    for source in passing.sources.values():
+        source.tick = lambda n: None
+    return clean, means
+
+
+@contextmanager
+def _temporary(vit: HookedViT, budget: int) -> Iterator[ActivationStore]:
+    """A store for as long as a preparation lasts, with a budget in memory, the rest on disk."""
+    from vit_mechinterp.engine.store import ActivationStore
+
+    on_gpu = vit.device.type == "cuda"
+    with tempfile.TemporaryDirectory(prefix="vit-mechinterp-") as folder:
+        disk = shutil.disk_usage(folder).free
+        logger.info("Clean values exceed %s; they are kept in %s meanwhile.", in_words(budget), folder)
+        with ActivationStore(folder, gpu=budget if on_gpu else 0, host=budget, disk=disk) as store:
+            yield store

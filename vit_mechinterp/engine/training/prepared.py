@@ -1,0 +1,359 @@
+"""Runs whose clean forwards are done, and rows of several of them in one forward with gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.bound import Bound, BoundRun
+from vit_mechinterp.engine.binding.tensors import resolve_refs
+from vit_mechinterp.engine.binding.values import ImagesOf, Read
+from vit_mechinterp.engine.forwards.clean import Clean
+from vit_mechinterp.engine.forwards.editing import Material
+from vit_mechinterp.engine.forwards.wave import run_wave
+from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.reduction.unread import union
+from vit_mechinterp.engine.results.provenance import provenance_of
+from vit_mechinterp.engine.rows.order import Segment, filled, starts_late
+from vit_mechinterp.engine.scheduling.reads import clean_sources
+from vit_mechinterp.engine.scheduling.schedule import Schedule
+from vit_mechinterp.engine.scheduling.throughput import likely_width
+from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import TensorRef
+
+__all__ = ["Batch", "Prepared", "run_together"]
+
+
+class Prepared:
+    """Runs whose clean forwards are done; made by `prepare`.
+
+    Attributes:
+        is_open: whether the ``with`` block goes on that it was made for.
+        n_examples: number of examples held.
+        most_source_tokens: tokens in the largest source selection of any run and example; 0 without sources.
+        clean_evaluations: (row, block) pairs that the clean forwards took.
+        nbytes: bytes of clean values held; those that are read from a store batch by batch are not.
+    """
+
+    def __init__(
+        self,
+        vit: HookedViT,
+        data: Data,
+        schedule: Schedule,
+        clean: Clean,
+        means: Mapping[Read, Tensor],
+        shapes: Mapping[TensorRef, tuple[int, ...]],
+        clean_evaluations: int,
+    ) -> None:
+        self.vit = vit
+        self.schedule = schedule
+        self.is_open = True
+        self._data = data
+        self._clean = clean
+        self._means = means
+        self._shapes = shapes
+        self._runs = {run.name: run for run in schedule.bound.runs}
+        self._source_tokens = {
+            run.name: _most_source_tokens(vit, schedule, run) for run in schedule.bound.runs
+        }
+        self.n_examples = schedule.n_examples
+        self.most_source_tokens = self.source_tokens(self.run_names)
+        self.clean_evaluations = clean_evaluations
+        self.nbytes = sum(values.nbytes for values in clean.values.values())
+
+    def close(self) -> None:
+        """Let go of all clean values."""
+        self._clean, self.is_open = Clean(), False
+
+    @property
+    def run_names(self) -> tuple[str, ...]:
+        """Names of the runs, in the order of the outputs."""
+        return tuple(self._runs)
+
+    def source_tokens(self, runs: Sequence[str]) -> int:
+        """Tokens in the largest source selection of some runs and any example; 0 without sources."""
+        return max((self._source_tokens[name] for name in runs), default=0)
+
+    def provenance(self) -> dict[str, Any]:
+        """Digests of spec, model and data, device and versions, as `execute` gives them."""
+        return provenance_of(self.vit, self._data, self.schedule, {}, halvings=0)
+
+    def __call__(
+        self,
+        examples: Sequence[int],
+        tensors: Mapping[str, Tensor],
+        source_order: Sequence[int] | None = None,
+    ) -> Float[Tensor, "run example *output"]:
+        """Outputs of every run on some examples, in the ambient grad mode.
+
+        Gradients flow to ``tensors`` and stop at the interventions: the clean part is constant. See
+        `run_together` for batches of several preparations.
+
+        Args:
+            examples: which examples, in any order.
+            tensors: tensors that the specs refer to by name; they may change from call to call.
+            source_order: the order in which every source selection's tokens are paired with the base's, a
+                permutation of ``range(most_source_tokens)`` (for training DAS, Lepori et al. 2024); an
+                example of fewer tokens leaves out those it lacks.
+
+        Raises:
+            SpecError: ``source_order`` is no such permutation, or ``examples`` names none or too high ones.
+        """
+        return run_together([Batch(self, examples, source_order=source_order)], tensors)[0]
+
+    def find(self, names: Sequence[str] | None) -> tuple[BoundRun, ...]:
+        """Runs by name; all of them by default.
+
+        Raises:
+            SpecError: there is no such run, or none is named.
+        """
+        if isinstance(names, str):
+            raise SpecError(f"runs={names!r} is one name; a batch names its runs in a list: [{names!r}].")
+        names = self.run_names if names is None else names
+        for name in names:
+            if name not in self._runs:
+                raise SpecError(
+                    f"No run {name!r} was prepared.{suggest(name, self._runs)} Prepared: "
+                    f"{', '.join(self._runs)}."
+                )
+        if not names:
+            raise SpecError("A batch names at least one run, or leaves runs out for all.")
+        return tuple(self._runs[name] for name in names)
+
+    def material(self, runs: Sequence[BoundRun], tensors: Mapping[str, Tensor]) -> Material:
+        """What the rows of some runs read."""
+        bound = Bound(runs=tuple(runs), stages=(tuple(runs),), run_reads=())
+        refs = resolve_refs(bound, tensors, self.vit)
+        for ref, tensor in refs.items():
+            if tuple(tensor.shape) != self._shapes[ref]:
+                raise SpecError(
+                    f"Tensor {ref.name or ref.key!r} has shape {tuple(tensor.shape)}; it was prepared with "
+                    f"{self._shapes[ref]}."
+                )
+        images_of = self.schedule.sharing.images_of
+        return Material(bound, self._clean, refs, means=self._means, images_of=images_of)
+
+    def clean_outputs(self, run: BoundRun, examples: Sequence[int]) -> Tensor:
+        """Outputs of a run without interventions."""
+        return self._clean.values[run.origin].whole(examples)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one preparation: every run on every example.
+
+    Args:
+        prepared: the preparation.
+        examples: which examples, in any order.
+        runs: names of the runs; all of them if left out.
+        source_order: the order in which every source selection's tokens are paired with the base's, as in
+            `Prepared.__call__`.
+    """
+
+    prepared: Prepared
+    examples: Sequence[int]
+    runs: Sequence[str] | None = None
+    source_order: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prepared, Prepared):
+            kind = type(self.prepared).__name__
+            raise SpecError(
+                f"A batch is one of a preparation ('with prepare(...) as prepared:'), not of {kind}."
+            )
+
+    @property
+    def rows(self) -> int:
+        """(run, example) pairs."""
+        return len(self.examples) * len(self.prepared.run_names if self.runs is None else self.runs)
+
+    def checked(self) -> tuple[BoundRun, ...]:
+        """The runs, once it is clear that everything fits.
+
+        Raises:
+            SpecError: see `Prepared.__call__`.
+        """
+        if not self.prepared.is_open:
+            raise SpecError(
+                "This preparation is over: its values went with the 'with prepare(...)' block. Run its "
+                "batches inside the block."
+            )
+        _check_examples(self.examples, self.prepared.n_examples)
+        runs = self.prepared.find(self.runs)
+        most = self.prepared.source_tokens([run.name for run in runs])
+        if self.source_order is not None and not _is_order(self.source_order, most):
+            raise SpecError(
+                f"source_order={self.source_order!r} is no order of the sources' tokens: give each of "
+                f"0 to {most - 1} once."
+            )
+        return runs
+
+    def cut(self, rows: int) -> Iterator[Batch]:
+        """The same in parts of one run and at most so many rows each."""
+        for run in self.checked():
+            most = self.prepared.source_tokens([run.name])
+            order = None if self.source_order is None else [k for k in self.source_order if k < most]
+            for start in range(0, len(self.examples), rows):
+                part = self.examples[start : start + rows]
+                yield Batch(self.prepared, part, (run.name,), order)
+
+
+def run_together(
+    batches: Sequence[Batch], tensors: Mapping[str, Tensor]
+) -> list[Float[Tensor, "run example *output"]]:
+    """Outputs of several batches in common growing batches, in the ambient grad mode.
+
+    The batches may belong to several preparations of one model, on different data. Rows join at the block of
+    their first intervention; forward and backward pass through the blocks behind it alone. On a GPU all rows
+    share one growing batch; on a CPU, where very wide ones are slower, as few as `likely_width` allows.
+
+    Args:
+        batches: what to run.
+        tensors: tensors that the specs of all batches refer to by name.
+
+    Returns:
+        Outputs of every batch: one row per run, in the batch's order.
+
+    Raises:
+        SpecError: a batch does not fit its preparation, or the preparations are of several models.
+    """
+    is_list = isinstance(batches, Iterable) and not isinstance(batches, Batch)
+    if not is_list or not all(isinstance(batch, Batch) for batch in batches):
+        raise SpecError(
+            "batches is a list of Batch(prepared, examples), also for one: run_together([batch], tensors)."
+        )
+    if not batches:
+        return []
+    vit = batches[0].prepared.vit
+    if any(batch.prepared.vit is not vit for batch in batches):
+        raise SpecError("Batches that run together are of one model; these were prepared on several.")
+    runs_of = [batch.checked() for batch in batches]
+    images_of = _images_of([batch.prepared for batch in batches])
+    schedules = [batch.prepared.schedule for batch in batches]
+    spares = schedules[0].spares
+    tokens = union(own.tokens_wanted(stage) for own in schedules for stage in range(len(own.bound.stages)))
+    placed: list[_Rows] = []
+    outputs: dict[tuple[int, str], Tensor] = {}
+    for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
+        material = batch.prepared.material(runs, tensors)
+        material = replace(material, source_order=batch.source_order, images_of=images_of[n])
+        for run in runs:
+            if run.edits:
+                late = spares and starts_late(run)
+                placed.append(_Rows.of(n, run, batch.examples, material, ascending=late))
+            else:
+                outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
+    pieces: dict[_Rows, list[Tensor]] = defaultdict(list)
+    with vit.lock:
+        for wave in filled(placed, _width(vit, placed), spares=spares):
+            segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
+            # Beforehand, because no forward can run inside another, whose hooks it would set off.
+            materials = [rows.in_memory(examples) for rows, examples in wave]
+            result = run_wave(vit, segments, materials, spares=spares, tokens=tokens)
+            assert result.output is not None
+            sizes = [len(examples) for _, examples in wave]
+            for (rows, _), output in zip(wave, torch.split(result.output, sizes), strict=True):
+                pieces[rows].append(output)
+    for rows, own in pieces.items():
+        output = torch.cat(own)
+        if rows.place is not None:
+            output = output[torch.as_tensor(rows.place, device=output.device)]
+        outputs[rows.batch, rows.run.name] = output
+    return [torch.stack([outputs[n, run.name] for run in runs]) for n, runs in enumerate(runs_of)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of one run of a batch: the batch's number, the run, its examples, and what they read.
+
+    ``place`` holds each example's place among ``examples``, where these are not in the batch's order: they
+    ascend where rows of one image share a part of a block, and so stand together (see `filled`).
+    """
+
+    batch: int
+    run: BoundRun
+    examples: IntArray
+    material: Material
+    place: IntArray | None
+
+    @classmethod
+    def of(
+        cls, batch: int, run: BoundRun, examples: Sequence[int], material: Material, *, ascending: bool
+    ) -> _Rows:
+        own = np.asarray(examples, dtype=np.int64)
+        if not ascending:
+            return cls(batch, run, own, material, None)
+        order = np.argsort(own, kind="stable")
+        return cls(batch, run, own[order], material, np.argsort(order))
+
+    def in_memory(self, examples: IntArray) -> Material:
+        """What the rows of some examples read, out of any store."""
+        values = self.material.clean.values
+        reads = clean_sources(self.run)
+        return replace(self.material, clean=Clean({own: values[own].in_memory(examples) for own in reads}))
+
+
+def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:
+    """Rows per growing batch: on a CPU what it is quickest with, elsewhere all of them."""
+    if vit.device.type == "cpu":
+        return likely_width(vit)
+    return max(1, sum(len(rows.examples) for rows in placed))
+
+
+def _check_examples(examples: Sequence[int], n: int) -> None:
+    """Raise SpecError unless these are numbers of examples."""
+    if isinstance(examples, Tensor) and examples.ndim != 1:
+        raise SpecError(f"examples are one list of numbers, and these have shape {tuple(examples.shape)}.")
+    if isinstance(examples, (str, Mapping)) or not isinstance(examples, Iterable):
+        raise SpecError(f"examples={examples!r} is no list of numbers of examples, 0 to {n - 1}.")
+    if any(isinstance(own, (bool, np.bool_)) or _is_truth(own) for own in examples):
+        raise SpecError(f"examples are a mask; name them by their numbers, 0 to {n - 1}.")
+    if not all(hasattr(own, "__index__") for own in examples):
+        raise SpecError(f"examples={examples!r} are no numbers of examples, 0 to {n - 1}.")
+    if len(examples) == 0 or min(examples) < 0 or max(examples) >= n:
+        raise SpecError(
+            f"examples={list(examples)} must name at least one of the {n} examples, 0 to {n - 1}."
+        )
+
+
+def _is_order(order: object, n: int) -> bool:
+    return isinstance(order, Iterable) and sorted(order) == list(range(n))
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def _images_of(preparations: Sequence[Prepared]) -> list[ImagesOf]:
+    """Numbers of images that tell the images of different preparations apart."""
+    found: dict[int, ImagesOf] = {}
+    highest = 0
+
+    def above(own: ImagesOf, number: int) -> ImagesOf:
+        return lambda origin: own(origin) + number
+
+    for prepared in preparations:
+        if id(prepared) not in found:
+            sharing = prepared.schedule.sharing
+            found[id(prepared)] = above(sharing.images_of, highest)
+            highest += 1 + int(max(np.max(numbers) for numbers in sharing.images.values()))
+    return [found[id(prepared)] for prepared in preparations]
+
+
+def _most_source_tokens(vit: HookedViT, schedule: Schedule, run: BoundRun) -> int:
+    every, n_tokens = range(schedule.n_examples), vit.layout.tokens.n_tokens
+    counts = [
+        int(edit.source.positions.counts(every, n_tokens).max()) if edit.site.has_tokens else 1
+        for edit in run.edits
+        if edit.source is not None
+    ]
+    return max(counts, default=0)
