@@ -32,6 +32,7 @@ _TUNED_BY = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES
 _lock = threading.RLock()  # what is collected while it is held may leave, too
 _thrifty: set[object] = set()
 _keeping: set[object] = set()
+_looked = threading.Event()
 _set = [(_LARGEST, 2 * _LARGEST)]
 """The limits that were set last; glibc gets there by itself."""
 
@@ -84,7 +85,9 @@ def keeping() -> Iterator[None]:
 
 
 def keeping_while(owner: object) -> None:
-    """As `keeping`, for as long as some object is there."""
+    """As `keeping`, for as long as some object is there, and with up to `_KEPT` bytes from then on: whoever
+    looks at activations once does so again, and each time would pay for the memory that they take."""
+    _looked.set()
     entered = ExitStack()
     entered.enter_context(keeping())
     weakref.finalize(owner, entered.close).atexit = False
@@ -118,7 +121,7 @@ def _limits() -> tuple[int, int]:
         return _LARGE, 2 * _LARGEST
     if _keeping:
         return _KEPT, _UNTRIMMED
-    return _LARGEST, 2 * _LARGEST
+    return (_KEPT, _KEPT) if _looked.is_set() else (_LARGEST, 2 * _LARGEST)
 
 
 def _is_tuned() -> bool:

@@ -161,7 +161,8 @@ class HookedViT:
     ) -> tuple[Float[Tensor, "batch *output"], ActivationCache]:
         """Run the model and keep activations, in the ambient grad mode and in the model's dtype.
 
-        On a CPU, memory that is freed stays in the process while a cache is there, for the next forward.
+        On a CPU, freed memory stays in the process for the next forward: all of it while a cache is there,
+        and up to 256 MiB from the first one on.
 
         Args:
             x: images as the model takes them.
