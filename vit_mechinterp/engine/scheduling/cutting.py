@@ -13,7 +13,7 @@ from vit_mechinterp.engine.binding.bound import Bound
 from vit_mechinterp.engine.binding.checks import check_batch_size
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.scheduling.drafting import draft_of
-from vit_mechinterp.engine.scheduling.footprint import Footprint, footprint
+from vit_mechinterp.engine.scheduling.footprint import Footprint, common_size, footprint
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.scheduling.throughput import likely_width, measured_width, remembered_width
@@ -40,6 +40,9 @@ LARGER = 10
 """So much larger a chunk may be where what chunks have in common is computed in each."""
 WAVES = 4
 """Full forwards that a chunk should have at least."""
+NARROWEST = {"cpu": 1}
+ELSEWHERE = 32
+"""Rows of the narrowest forwards that make room for what is shared, by device and elsewhere."""
 FEWEST_ROWS, MOST_ROWS = 2048, 16384
 """Rows per chunk, whatever they cost. In a chunk of few examples runs share little of what edits take; and a
 chunk's outputs are in memory."""
@@ -91,8 +94,7 @@ def schedule_for(
         width = min(int(batch_size), max(1, (budget - held.example) // max(1, held.row)))
     else:
         width = int(batch_size)
-    schedule = _cut(vit, replace(draft, width=width), held, max(budget, least))
-    return schedule if stored else _holding(vit, schedule, budget)
+    return _cut(vit, replace(draft, width=width), held, max(budget, least), stored=stored)
 
 
 def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, measure: bool) -> int:
@@ -105,14 +107,38 @@ def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, meas
     return min(widest, known or likely_width(vit))
 
 
-def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Schedule:
+def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int, *, stored: bool) -> Schedule:
+    """A schedule whose forwards are as wide as the draft's or, if only narrower ones leave room for all that
+    chunks can share, as these."""
+    first = schedule = _holding(vit, _in_chunks(vit, draft, held, budget), budget, stored=stored)
+    narrowest = NARROWEST.get(vit.device.type, ELSEWHERE)
+    while _wants_room(vit, schedule, stored=stored):
+        width = schedule.width // 2
+        if width < narrowest or not _may_fit(vit, first, held, budget, stored=stored):
+            return first
+        own = _in_chunks(vit, replace(draft, width=width), held, budget)
+        schedule = _holding(vit, own, budget, stored=stored)
+    return schedule
+
+
+def _wants_room(vit: HookedViT, schedule: Schedule, *, stored: bool) -> bool:
+    """Whether chunks would share more if there were more memory."""
+    if len(schedule.chunks) == 1:
+        return False
+    if schedule.sharing.joins_examples and schedule.chunk < _most_examples(vit, schedule):
+        return True
+    return not (stored or schedule.holds) and bool(schedule.needs.common.needs)
+
+
+def _may_fit(vit: HookedViT, schedule: Schedule, held: Footprint, budget: int, *, stored: bool) -> bool:
+    """Whether the budget has room for what chunks have in common at any width."""
+    return stored or common_size(vit, schedule) + held.example + held.row <= budget
+
+
+def _in_chunks(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Schedule:
     """A schedule of as many examples per chunk as the budget holds, and its work allows."""
     left = budget - draft.width * held.row
-    most = int(left // max(1, held.example))
-    rows = max(_rows_per_chunk(vit), WAVES * draft.width)
-    if draft.sharing.joins_examples:
-        rows *= LARGER
-    chunk = max(1, min(draft.n_examples, most, _chunk_of(draft, rows)))
+    chunk = max(1, min(_most_examples(vit, draft), int(left // max(1, held.example))))
     schedule = replace(draft, chunk=chunk)
     # Which rows hand their values on depends on those that share a chunk.
     while chunk > 1 and (held := footprint(vit, schedule)).peak(chunk, schedule.width) > budget:
@@ -121,10 +147,18 @@ def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Sched
     return schedule
 
 
-def _holding(vit: HookedViT, schedule: Schedule, budget: int) -> Schedule:
-    """The same schedule, holding what several chunks need of clean forwards if the budget has room for it: in
-    smaller chunks, if that makes room and their forwards are full."""
-    if len(schedule.chunks) == 1 or not schedule.common.needs:
+def _most_examples(vit: HookedViT, schedule: Schedule) -> int:
+    """Examples of a chunk, whatever they take."""
+    rows = max(_rows_per_chunk(vit), WAVES * schedule.width)
+    if schedule.sharing.joins_examples:
+        rows *= LARGER
+    return min(schedule.n_examples, _chunk_of(schedule, rows))
+
+
+def _holding(vit: HookedViT, schedule: Schedule, budget: int, *, stored: bool) -> Schedule:
+    """The same schedule, holding what several chunks need of clean forwards if the budget has room for it and
+    no store does: in smaller chunks, if that makes room and their forwards are full."""
+    if stored or len(schedule.chunks) == 1 or not schedule.needs.common.needs:
         return schedule
     chunks = [schedule.chunk]
     if not schedule.sharing.joins_examples:
