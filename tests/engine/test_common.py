@@ -281,15 +281,15 @@ def test_images_are_made_ready_once(world: World, monkeypatch: pytest.MonkeyPatc
 def test_what_is_needed_of_images_of_several_chunks_alone_is_known(world: World) -> None:
     """The rest is copied together with what is held, which takes as much again."""
     schedule = world.schedule(EXPERIMENTS["several columns"], 3, 2)
-    common, sources = schedule.common, world.columns["source"][: N // 2]
+    common, sources = schedule.needs.common, world.columns["source"][: N // 2]
     for need, examples in common.needs.items():
         column = world.columns[origin_of(need).column]
         assert all(any(torch.equal(column[i], other) for other in sources) for i in examples.tolist())
-    every = {need for chunk in schedule.chunks for need in schedule.clean_needs(chunk)}
+    every = {need for chunk in schedule.chunks for need in schedule.needs.of(chunk)}
     assert every == set(common.needs)
     assert common.entirely == {need for need in every if len(common.needs[need]) == N}
     assert not common.entirely
-    everywhere = world.schedule(EXPERIMENTS["means"], 3, 2).common
+    everywhere = world.schedule(EXPERIMENTS["means"], 3, 2).needs.common
     bases = {need for need in everywhere.needs if origin_of(need).column == "base"}
     assert everywhere.entirely == bases
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,21 +10,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vit_mechinterp.engine.backends import backend_named
-from vit_mechinterp.engine.binding.bind import bind, expand_runs
+from vit_mechinterp.engine.backends import Backend, backend_named
 from vit_mechinterp.engine.binding.checks import (
     check_arguments,
     check_folder,
-    check_images,
     refuse_train_mode,
 )
+from vit_mechinterp.engine.binding.experiment import BoundExperiment, bind_experiment
 from vit_mechinterp.engine.binding.identity import identity_of
-from vit_mechinterp.engine.binding.readout import bind_readout
-from vit_mechinterp.engine.binding.tensors import check_tensors, resolve_refs
+from vit_mechinterp.engine.forwards.chunk import Setting
 from vit_mechinterp.engine.forwards.clean import CleanPass, PlainClean, Tick
 from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.forwards.held import HeldClean
-from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.planning.plan import describe
 from vit_mechinterp.engine.results.provenance import circumstances, provenance_of
 from vit_mechinterp.engine.results.results import Results
@@ -104,62 +100,86 @@ def execute(
         ExecutionError: an intervention did not fire, the model would drop activations at random, or ``out``
             holds another experiment (what differs is named) or cannot be written.
     """
-    folder = runs.folder if isinstance(runs, Experiment) else None
-    if isinstance(runs, Experiment) and batch_size == "auto":
-        batch_size = runs.batch_size
-    if isinstance(runs, Experiment) and readout is None:
-        readout = runs.readout
-    files = dict(runs.tensors) if isinstance(runs, Experiment) else {}
-    carry_out = None if backend is None else backend_named(backend)
-    if carry_out is not None and (memory, store, out) != (None, None, None):
-        raise SpecError(
-            f"backend={backend!r} computes everything anew and holds nothing, so memory, store and out do "
-            "not go with it. Leave them out, or the backend."
-        )
     check_arguments(vit, store)
     check_folder(out, "out")
-    flat = expand_runs(runs, vit.layout.n_layers)
+    carry_out = None if backend is None else _alone(backend, memory, store, out)
     refuse_train_mode(vit)
-    columns = Data(data, vit, progress=progress)
-    bound = replace(bind(vit, flat, columns), readout=bind_readout(vit, readout, columns))
-    resolved = resolve_refs(bound, tensors, vit, folder, files)
-    check_tensors(bound, resolved, vit, columns.n)
-    check_images(columns, bound)
+    asked = bind_experiment(vit, runs, data, tensors, batch_size, readout, progress=progress)
     if carry_out is not None:
-        width = _BACKEND_BATCH if batch_size == "auto" else batch_size
-        return in_fewer_rows(
-            lambda rows: carry_out(vit, bound, columns, resolved, batch_size=rows, progress=progress),
-            min(width, columns.n),
-        )
-    options: dict[str, Any] = {"memory": memory, "tensors": resolved, "stored": store is not None}
-    schedule = schedule_for(vit, bound, columns, batch_size, measure=True, progress=progress, **options)
+        return _elsewhere(carry_out, vit, asked, progress)
+    schedule = schedule_for(
+        vit,
+        asked.bound,
+        asked.data,
+        asked.batch_size,
+        memory=memory,
+        tensors=asked.tensors,
+        measure=True,
+        progress=progress,
+        stored=store is not None,
+    )
     kept: FinishedChunks | None = None
     if out is not None:
-        identity = identity_of(vit, columns, bound, resolved)
+        identity = identity_of(vit, asked.examples, asked.bound, asked.given)
         now = {**circumstances(vit), "use of a store": store is not None}
         kept = FinishedChunks(out, identity, now, schedule)
         if (results := kept.finished()) is not None:
             return results
         schedule = kept.schedule
+    return _carried_out(vit, asked, schedule, kept, memory, store, progress)
+
+
+def _alone(
+    backend: str, memory: int | str | None, store: ActivationStore | None, out: str | Path | None
+) -> Backend:
+    """A backend, which goes with no option that is the engine's."""
+    carry_out = backend_named(backend)
+    if (memory, store, out) != (None, None, None):
+        raise SpecError(
+            f"backend={backend!r} computes everything anew and holds nothing, so memory, store and out do "
+            "not go with it. Leave them out, or the backend."
+        )
+    return carry_out
+
+
+def _elsewhere(carry_out: Backend, vit: HookedViT, asked: BoundExperiment, progress: bool) -> Results:
+    """The results of a backend."""
+    data, width = asked.examples, _BACKEND_BATCH if asked.batch_size == "auto" else asked.batch_size
+
+    def results(rows: int) -> Results:
+        return carry_out(vit, asked.bound, data, asked.given, batch_size=rows, progress=progress)
+
+    return in_fewer_rows(results, min(width, data.n))
+
+
+def _carried_out(
+    vit: HookedViT,
+    asked: BoundExperiment,
+    schedule: Schedule,
+    kept: FinishedChunks | None,
+    memory: int | str | None,
+    store: ActivationStore | None,
+    progress: bool,
+) -> Results:
+    """The results of a schedule, of which some may be kept from before."""
+    data = asked.examples
     clean: CleanPass = HeldClean(schedule) if schedule.holds else PlainClean()
     if store is not None:
-        clean = StoredClean(store.tiers, vit, columns, schedule, batch_size)
+        clean = StoredClean(store.tiers, vit, data, schedule, asked.batch_size)
         if kept is not None:
             clean.use_rows(kept.decided("store", clean.rows))
     heap = keeping() if memory is None else thrifty()
+    most = None if memory is None else parse_bytes(memory) // 16
     with vit.lock, torch.no_grad(), heap, _Bar(vit, schedule, clean, progress) as tick:
-        most = None if memory is None else parse_bytes(memory) // 16
-        work = Work(vit, columns, schedule, resolved, clean, kept, tick, most)
+        work = Work(Setting(vit, data, asked.given, clean, tick), schedule, kept, most)
         work.carry_out()
     if store is not None:
         store.tiers.flush()
-    labels = columns.labels()
-    provenance = provenance_of(vit, columns, schedule, resolved, work.halvings)
+    labels = data.labels()
+    provenance = provenance_of(vit, data, schedule, asked.given, work.halvings)
     if isinstance(clean, StoredClean):
         provenance["images_per_stored_forward"] = clean.rows
-    if kept is not None:
-        return kept.finish(labels, provenance)
-    return work.collected.results(labels, provenance)
+    return work.collected.results(labels, provenance) if kept is None else kept.finish(labels, provenance)
 
 
 class _Bar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 
@@ -10,17 +10,13 @@ from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.binding.values import Read
-from vit_mechinterp.engine.forwards.chunk import chunk_of
-from vit_mechinterp.engine.forwards.clean import CleanPass
+from vit_mechinterp.engine.forwards.chunk import Setting, chunk_of
 from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.inputs.ahead import Request
-from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.results.collect import Gathering
 from vit_mechinterp.engine.results.resume import FinishedChunks
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.model.heap import give_back
-from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.spec import TensorRef
 
 __all__ = ["Work"]
 
@@ -29,13 +25,9 @@ class Work:
     """Carries out a schedule.
 
     Args:
-        vit: the model.
-        data: the examples.
+        setting: the model, the data, and what else all chunks have.
         schedule: what is to be computed.
-        tensors: the given tensors.
-        clean: makes clean values.
         kept: where finished chunks go, and where those are that need not be computed; None keeps them here.
-        tick: called with the number of (row, block) pairs of every forward.
         most: bytes of images that wait at most; None if no budget was given.
 
     Attributes:
@@ -44,18 +36,10 @@ class Work:
     """
 
     def __init__(
-        self,
-        vit: HookedViT,
-        data: Data,
-        schedule: Schedule,
-        tensors: Mapping[TensorRef, Tensor],
-        clean: CleanPass,
-        kept: FinishedChunks | None,
-        tick: Callable[[int], None],
-        most: int | None,
+        self, setting: Setting, schedule: Schedule, kept: FinishedChunks | None, most: int | None
     ) -> None:
-        self.vit, self.data, self.tensors, self.clean = vit, data, tensors, clean
-        self.kept, self.tick, self.most = kept, tick, most
+        self.setting, self.kept, self.most = setting, kept, most
+        self.data, self.clean = setting.data, setting.clean
         self.schedule = schedule if kept is None else replace(schedule, width=kept.width())
         self.collected = Gathering(schedule.bound, schedule.n_examples)
         self.halvings = 0
@@ -78,16 +62,16 @@ class Work:
 
     def _means(self) -> Mapping[Read, Tensor]:
         """The dataset means, if they come first; computed by us or, where others work here too, by them."""
-        if not (self._waiting and self.schedule.means_come_first):
+        if not (self._waiting and self.schedule.needs.means_come_first):
             self.clean.expect(self.schedule, self._waiting, means=False)
             return {}
         with nullcontext() if self.kept is None else self.kept.computing_means() as known:
             self.clean.expect(self.schedule, self._waiting, means=known is None)
             means: Mapping[Read, Tensor] | None = known
             while means is None:
-                batches = self._requests(self.schedule.chunks, self.schedule.mean_reads)
+                batches = self._requests(self.schedule.chunks, self.schedule.reads.means)
                 with memory_may_run_out(), self.data.ahead(batches, self.most):
-                    means = self.clean.means(self.vit, self.data, self.schedule, self.tick)
+                    means = self.clean.means(self.setting.vit, self.data, self.schedule, self.setting.tick)
                 if means is None:
                     most = self.schedule.n_examples if self.schedule.holds else self.schedule.chunk
                     self._halve(min(self.schedule.clean_width, most))
@@ -97,8 +81,7 @@ class Work:
 
     def _finish(self, chunk: range, means: Mapping[Read, Tensor]) -> None:
         """Compute one chunk, and keep what it gives."""
-        given = self.vit, self.data, self.schedule, chunk, self.tensors, means, self.tick, self.clean
-        part = chunk_of(*given, self._earlier)
+        part = chunk_of(self.setting, self.schedule, chunk, means, self._earlier)
         if self.kept is None:
             self.collected.add(chunk, part)
         else:

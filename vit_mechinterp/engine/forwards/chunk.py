@@ -27,7 +27,7 @@ from vit_mechinterp.model.head_weights import written_by_heads
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 
-__all__ = ["Collected", "chunk_of"]
+__all__ = ["Collected", "Setting", "chunk_of"]
 
 Earlier = Callable[[str, IntArray], Tensor]
 Pieces = dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
@@ -43,29 +43,47 @@ class Collected:
     captures: dict[tuple[str, str], tuple[Tensor, list[int] | None]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all chunks of an experiment have in common.
+
+    Args:
+        vit: the model.
+        data: the examples.
+        tensors: the given tensors.
+        clean: makes clean values.
+        tick: called with the number of (row, block) pairs of every forward.
+    """
+
+    vit: HookedViT
+    data: Data
+    tensors: Mapping[TensorRef, Tensor]
+    clean: CleanPass
+    tick: Tick
+
+
 def chunk_of(
-    vit: HookedViT,
-    data: Data,
+    setting: Setting,
     schedule: Schedule,
     chunk: range,
-    tensors: Mapping[TensorRef, Tensor],
     means: Mapping[Read, Tensor],
-    tick: Tick,
-    passing: CleanPass,
     earlier: Earlier | None = None,
 ) -> Collected:
     """Compute everything that one chunk of examples gives.
 
     Args:
-        passing: makes its clean values.
+        setting: the model, the data, and what else all chunks have.
+        schedule: what is to be computed.
+        chunk: the examples.
+        means: dataset means; empty where the chunk's own clean values give them.
         earlier: outputs of a run for examples of earlier chunks, which rows of this one may be equal to.
     """
-    clean = passing(vit, data, schedule, chunk, tick=tick)
-    if schedule.mean_reads and not means:
+    clean = setting.clean(setting.vit, setting.data, schedule, chunk, tick=setting.tick)
+    if schedule.reads.means and not means:
         means = means_from(schedule, clean)
-    work = _Chunk(vit, schedule, chunk, clean, tensors, means)
+    work = _Chunk(setting, schedule, chunk, clean, means)
     for stage in range(len(schedule.bound.stages)):
-        work.compute(stage, tick)
+        work.compute(stage)
         work.copy(stage, earlier)
         work.keep(stage)
         work.drop(stage)
@@ -77,30 +95,30 @@ class _Chunk:
 
     def __init__(
         self,
-        vit: HookedViT,
+        setting: Setting,
         schedule: Schedule,
         chunk: range,
         clean: Clean,
-        tensors: Mapping[TensorRef, Tensor],
         means: Mapping[Read, Tensor],
     ) -> None:
-        self.vit, self.schedule, self.chunk, self.clean = vit, schedule, chunk, clean
+        self.vit, self.tick = setting.vit, setting.tick
+        self.schedule, self.chunk, self.clean = schedule, chunk, clean
         self.rows = schedule.rows.of(chunk)
         self.material = Material(
             schedule.bound,
             clean,
-            tensors,
+            setting.tensors,
             means,
             images_of=schedule.sharing.images_of,
             handover=Handover(self.rows.branches.gifts, self.rows.branches.handed),
-            write=partial(written_by_heads, vit.module, vit.layout),
+            write=partial(written_by_heads, self.vit.module, self.vit.layout),
         )
         self._with_output = {run.name for run in schedule.bound.with_output}
         self._outputs = _Outputs(chunk)
         self._pieces: Pieces = defaultdict(list)
         self._captures: dict[tuple[str, Read], Values] = {}
 
-    def compute(self, stage: int, tick: Tick) -> None:
+    def compute(self, stage: int) -> None:
         """Pass the rows of a stage through the model, in waves."""
         self.material.handover.copies = by_owner(self.rows.copies[stage])
         tokens = self.schedule.tokens_wanted(stage)
@@ -112,7 +130,7 @@ class _Chunk:
                     self._outputs.put(segment.run.name, np.array(segment.examples), output)
             for key, pieces in result.captured.items():
                 self._pieces[key] += pieces
-            tick(self.schedule.wave_blocks(segments))
+            self.tick(self.schedule.wave_blocks(segments))
 
     def copy(self, stage: int, earlier: Earlier | None) -> None:
         """Give rows of a stage that are equal to others the outputs of these."""
@@ -140,10 +158,10 @@ class _Chunk:
 
     def drop(self, stage: int) -> None:
         """Let go of what no later stage reads, and no capture keeps."""
-        for read, last in self.schedule.last_stage.items():
+        for read, last in self.schedule.reads.last_stage.items():
             if last == stage:
                 self.material.run_values.pop(read, None)
-                if not self.schedule.is_kept(read):
+                if read not in self.schedule.reads.kept:
                     self.clean.values.pop(read, None)
 
     def collected(self) -> Collected:
@@ -151,7 +169,7 @@ class _Chunk:
         readout = self._bound.readout
         part = Collected(self.vit.output_shape() if readout is None else readout.shape)
         for run in self._bound.with_output:
-            untouched = self.schedule.clean_rows(run.name, self.chunk)
+            untouched = self.schedule.needs.clean_rows(run.name, self.chunk)
             if len(untouched):
                 own = self.clean.values[run.origin].whole(untouched)
                 self._outputs.put(run.name, untouched, own.cpu())

@@ -61,14 +61,14 @@ class CleanPass(ABC):
     ) -> dict[Read, Tensor]:
         """Dataset means by a pass of their own over every chunk; sums are kept in float64."""
         sums: dict[Read, Tensor] = {}
-        counts: dict[Read, int] = dict.fromkeys(schedule.mean_reads, 0)
+        counts: dict[Read, int] = dict.fromkeys(schedule.reads.means, 0)
         for chunk in schedule.chunks:
-            clean = self(vit, data, schedule, chunk, schedule.mean_reads, tick)
-            for read in schedule.mean_reads:
+            clean = self(vit, data, schedule, chunk, schedule.reads.means, tick)
+            for read in schedule.reads.means:
                 total, count = _sum(clean.values[read])
                 sums[read] = total if read not in sums else sums[read] + total
                 counts[read] += count
-        return {read: sums[read] / counts[read] for read in schedule.mean_reads}
+        return {read: sums[read] / counts[read] for read in schedule.reads.means}
 
 
 class PlainClean(CleanPass):
@@ -101,8 +101,8 @@ class PlainClean(CleanPass):
 
 def means_from(schedule: Schedule, clean: Clean) -> dict[Read, Tensor]:
     """Dataset means from a clean pass over the whole dataset, whose values go if they are for means alone."""
-    sums = {read: _sum(clean.values[read]) for read in schedule.mean_reads}
-    for read in filter(schedule.is_for_means_alone, schedule.mean_reads):
+    sums = {read: _sum(clean.values[read]) for read in schedule.reads.means}
+    for read in filter(schedule.reads.is_for_means_alone, schedule.reads.means):
         del clean.values[read]
     return {read: total / count for read, (total, count) in sums.items()}
 

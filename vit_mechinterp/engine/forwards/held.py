@@ -29,9 +29,10 @@ class HeldClean(PlainClean):
 
     def __init__(self, schedule: Schedule) -> None:
         self._filling = {
-            need: Filling.of(schedule, need, examples) for need, examples in schedule.common.needs.items()
+            need: Filling.of(schedule, need, examples)
+            for need, examples in schedule.needs.common.needs.items()
         }
-        self._is_there: BoolArray = np.zeros(len(schedule.common.is_common), dtype=np.bool_)
+        self._is_there: BoolArray = np.zeros(len(schedule.needs.common.is_common), dtype=np.bool_)
 
     def __call__(
         self,
@@ -46,7 +47,7 @@ class HeldClean(PlainClean):
         for batch in forwards(vit, data, self._missing(schedule, chunk, self._is_there), self._filling, tick):
             self._is_there[batch.images] = True
         own = super().__call__(vit, data, schedule, chunk, reads, tick).values
-        needs = schedule.clean_needs(chunk).items()
+        needs = schedule.needs.of(chunk).items()
         return Clean({need: self._with_held(need, examples, own.pop(need, None)) for need, examples in needs})
 
     def means(
@@ -56,9 +57,9 @@ class HeldClean(PlainClean):
         for batch in forwards(vit, data, schedule.common_batches, self._filling, tick):
             self._is_there[batch.images] = True
         means = means_from(
-            schedule, Clean({read: self._filling[read].values() for read in schedule.mean_reads})
+            schedule, Clean({read: self._filling[read].values() for read in schedule.reads.means})
         )
-        for read in filter(schedule.is_for_means_alone, schedule.mean_reads):
+        for read in filter(schedule.reads.is_for_means_alone, schedule.reads.means):
             del self._filling[read]  # no forward is left, which would be another one without it
         return means
 
@@ -79,8 +80,8 @@ class HeldClean(PlainClean):
 
     def _missing(self, schedule: Schedule, chunk: range, is_there: BoolArray) -> list[CleanGroup]:
         """The forwards that give what a chunk needs and is not there."""
-        images = schedule.common.images(schedule.clean_needs(chunk))
-        wanted = images[schedule.common.is_common[images] & ~is_there[images]]
+        images = schedule.needs.common.images(schedule.needs.of(chunk))
+        wanted = images[schedule.needs.common.is_common[images] & ~is_there[images]]
         numbers = np.unique(schedule.common_batch_of[wanted])
         return [schedule.common_batches[number] for number in numbers.tolist()]
 

@@ -82,9 +82,9 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
     known: dict[int, Counts] = {}
     passed: list[_Passed] = []
     for chunk in chunks:
-        if not schedule.is_regular or len(chunk) not in known:
+        if not schedule.reads.is_regular or len(chunk) not in known:
             known[len(chunk)] = _count_chunk(schedule, chunk, shares, clean=forecast is None)
-        if not schedule.is_regular and len(chunks) > 1:
+        if not schedule.reads.is_regular and len(chunks) > 1:
             passed.append(_Passed.of(schedule, chunk))
         total.add(known[len(chunk)])
     total.begun_again = _begun_again(passed)
@@ -97,17 +97,17 @@ def count(vit: HookedViT, schedule: Schedule, forecast: Forecast | None = None) 
         return total
     total.again = _again(schedule)
     if schedule.holds:
-        total.needs.update(dict.fromkeys(schedule.common.needs))
+        total.needs.update(dict.fromkeys(schedule.needs.common.needs))
         _count_clean(total, schedule.common_batches)
     return total
 
 
 def _count_chunk(schedule: Schedule, chunk: range, shares: dict[str, float], *, clean: bool) -> Counts:
     own = Counts()
-    own.needs.update(dict.fromkeys(schedule.clean_needs(chunk)))
-    if schedule.means_come_first and clean and not schedule.holds:
-        own.needs.update(dict.fromkeys(schedule.mean_reads))
-        _count_clean(own, schedule.clean_batches(schedule.own_needs(chunk, schedule.mean_reads)))
+    own.needs.update(dict.fromkeys(schedule.needs.of(chunk)))
+    if schedule.needs.means_come_first and clean and not schedule.holds:
+        own.needs.update(dict.fromkeys(schedule.reads.means))
+        _count_clean(own, schedule.clean_batches(schedule.own_needs(chunk, schedule.reads.means)))
     if clean:
         _count_clean(own, schedule.clean_batches(schedule.own_needs(chunk)))
     of_chunk = schedule.rows.of(chunk)
@@ -198,9 +198,9 @@ def _count_clean(own: Counts, batches: Iterable[CleanGroup]) -> None:
 
 def _again(schedule: Schedule) -> int:
     """Images that pass through the model once more in every chunk that needs them but one."""
-    if len(schedule.chunks) == 1 or schedule.holds or not schedule.common.needs:
+    if len(schedule.chunks) == 1 or schedule.holds or not schedule.needs.common.needs:
         return 0
-    images = [schedule.common.images(schedule.clean_needs(chunk)) for chunk in schedule.chunks]
+    images = [schedule.needs.common.images(schedule.needs.of(chunk)) for chunk in schedule.chunks]
     return sum(map(len, images)) - len(np.unique(np.concatenate(images)))
 
 

@@ -120,14 +120,14 @@ def _places(places: Sequence[str]) -> str:
 
 
 def _over_chunks(vit: HookedViT, schedule: Schedule, counts: Counts) -> Iterator[str]:
-    if len(schedule.chunks) == 1 or not schedule.common.needs:
+    if len(schedule.chunks) == 1 or not schedule.needs.common.needs:
         return
     size = in_words(common_size(vit, schedule))
     if schedule.holds:
-        means = ", and dataset means are made of," if schedule.mean_reads else ""
+        means = ", and dataset means are made of," if schedule.reads.means else ""
         yield f"what several chunks need of clean forwards{means} is computed once, and held: {size}"
         return
-    if schedule.means_come_first:
+    if schedule.needs.means_come_first:
         yield "dataset means need a pass of their own, because the dataset spans several chunks"
     resampled = sorted({o.column for o in map(origin_of, counts.needs) if o.permutation is not None})
     for column in resampled:
@@ -145,7 +145,7 @@ def _through_a_store(schedule: Schedule, counts: Counts, forecast: Forecast) -> 
             f"{counts.apart} images pass through the model once for each column that they stand in, because "
             "a store keeps columns apart, for other experiments on them"
         )
-    if not forecast.holds and (len(schedule.chunks) > 1 or schedule.means_come_first):
+    if not forecast.holds and (len(schedule.chunks) > 1 or schedule.needs.means_come_first):
         yield (
             "the store cannot hold what all chunks need until they read it, so images pass through the model "
             "again for what is asked for later, and for what it loses, which is not counted"

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from vit_mechinterp.engine.binding.bind import bind, expand_runs
 from vit_mechinterp.engine.binding.bound import BoundRun
-from vit_mechinterp.engine.binding.checks import check_arguments, check_images
-from vit_mechinterp.engine.binding.readout import bind_readout
-from vit_mechinterp.engine.binding.tensors import resolve_refs
+from vit_mechinterp.engine.binding.checks import check_arguments
+from vit_mechinterp.engine.binding.experiment import bind_experiment
 from vit_mechinterp.engine.binding.values import Read, origin_of
-from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.planning.counting import Way, count
 from vit_mechinterp.engine.planning.notes import notes_on
 from vit_mechinterp.engine.rows.ending import ends_of
@@ -186,7 +183,8 @@ def plan(
         vit: the model.
         runs: runs, sweeps or an experiment.
         data: the examples; without them the plan is per example, and columns are not checked.
-        tensors: tensors that specs refer to by name; with them, directions and gates of zeros are found.
+        tensors: tensors that specs refer to by name; where all are known, directions and gates of zeros are
+            found.
         batch_size: most rows in one forward, or ``"auto"``.
         memory: most bytes to hold beside the model, or a text such as ``"4GiB"``.
         store: what the experiment will be given as its store; what it has is not computed. It needs data.
@@ -195,30 +193,30 @@ def plan(
     Raises:
         SpecError: a run or the readout does not fit the model, or a store is given without data.
         DataError: the data lacks what a run or the readout reads, or holds images that the model cannot take.
+        TensorFileError: a file of tensors cannot be read.
     """
-    if isinstance(runs, Experiment) and batch_size == "auto":
-        batch_size = runs.batch_size
-    if isinstance(runs, Experiment) and readout is None:
-        readout = runs.readout
     if store is not None and data is None:
         raise SpecError(
             "What a store has depends on the images, and this plan has no data. Give plan the data too, or "
             "no store."
         )
     check_arguments(vit, store)
-    flat = expand_runs(runs, vit.layout.n_layers)
-    columns = None if data is None else Data(data, vit)
-    bound = replace(bind(vit, flat, columns), readout=bind_readout(vit, readout, columns))
-    if columns is not None:
-        check_images(columns, bound, decode=False)
-    resolved = None if tensors is None else resolve_refs(bound, tensors, vit)
-    options: dict[str, Any] = {"memory": memory, "tensors": resolved, "stored": store is not None}
-    schedule = schedule_for(vit, bound, columns, batch_size, **options)
+    asked = bind_experiment(vit, runs, data, tensors, batch_size, readout, planned=True)
+    schedule = schedule_for(
+        vit,
+        asked.bound,
+        asked.data,
+        asked.batch_size,
+        memory=memory,
+        tensors=asked.tensors,
+        stored=store is not None,
+    )
     forecast = None
-    if store is not None and columns is not None:
-        forecast = StoredClean(store.tiers, vit, columns, schedule, batch_size).forecast(schedule)
-    known = tensors is not None
-    return describe(vit, schedule, per_example=columns is None, forecast=forecast, tensors_known=known)
+    if store is not None:
+        clean = StoredClean(store.tiers, vit, asked.examples, schedule, asked.batch_size)
+        forecast = clean.forecast(schedule)
+    known = asked.tensors is not None
+    return describe(vit, schedule, per_example=asked.data is None, forecast=forecast, tensors_known=known)
 
 
 @uncollected()

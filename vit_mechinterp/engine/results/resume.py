@@ -171,7 +171,7 @@ class FinishedChunks:
     def path(self, chunk: range | None) -> Path:
         """The file of a chunk; None for the dataset means."""
         # Which means are read, and in which order, depends on what is left out: on the model's hooks.
-        means = ["means", *map(repr, self.schedule.mean_reads)]
+        means = ["means", *map(repr, self.schedule.reads.means)]
         part = means if chunk is None else [chunk.start, chunk.stop]
         schedule = _cutting(self.schedule)
         name = digest({"experiment": self.digest, "schedule": schedule, "part": part})
@@ -290,7 +290,7 @@ class FinishedChunks:
         found = self._read(self.path(None))
         if found is None:
             return None
-        return {read: found[0][f"mean.{n}"].clone() for n, read in enumerate(self.schedule.mean_reads)}
+        return {read: found[0][f"mean.{n}"].clone() for n, read in enumerate(self.schedule.reads.means)}
 
     def computing_means(self) -> AbstractContextManager[dict[Read, Tensor] | None]:
         """The dataset means as soon as another process that computes them has, or None if they are ours to
@@ -299,7 +299,7 @@ class FinishedChunks:
 
     def add_means(self, means: Mapping[Read, Tensor]) -> None:
         """Keep the dataset means, which every chunk reads."""
-        tensors = {f"mean.{n}": means[read].cpu() for n, read in enumerate(self.schedule.mean_reads)}
+        tensors = {f"mean.{n}": means[read].cpu() for n, read in enumerate(self.schedule.reads.means)}
         if tensors:
             self._write(self.path(None), tensors)
 

@@ -71,15 +71,15 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
 
 def _of_its_own(schedule: Schedule) -> list[Read]:
     """Clean values that a chunk has beside those that are held for several."""
-    reads = schedule.clean_values(range(schedule.chunk))
-    return [read for read in reads if not (schedule.holds and read in schedule.common.entirely)]
+    reads = schedule.needs.values(range(schedule.chunk))
+    return [read for read in reads if not (schedule.holds and read in schedule.needs.common.entirely)]
 
 
 def common_size(vit: HookedViT, schedule: Schedule) -> int:
     """Bytes of what several chunks need of clean forwards, and of what dataset means are made of."""
     element, images_of = torch.finfo(vit.dtype).bits // 8, schedule.sharing.images_of
     total = 0
-    for need, examples in schedule.common.needs.items():
+    for need, examples in schedule.needs.common.needs.items():
         images = len(np.unique(images_of(origin_of(need))[examples]))
         if not isinstance(need, Read):
             total += images * 4 * math.prod(vit.output_shape())

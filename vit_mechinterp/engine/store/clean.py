@@ -87,7 +87,7 @@ class StoredClean(CleanPass):
         most = min(schedule.clean_width, schedule.chunk)
         model = vit.fingerprint()
         reads: dict[str, dict[Wanted, None]] = defaultdict(dict)
-        for request in requests_for(schedule, schedule.chunks, means=schedule.means_come_first):
+        for request in requests_for(schedule, schedule.chunks, means=schedule.needs.means_come_first):
             for column, wanted in request.items():
                 reads[column].update(dict.fromkeys(wanted))
         self.tiers = tiers
@@ -126,7 +126,7 @@ class StoredClean(CleanPass):
 
     def forecast(self, schedule: Schedule) -> Forecast:
         """The clean forwards that a schedule needs, as the store is, if it loses nothing meanwhile."""
-        means = schedule.means_come_first
+        means = schedule.needs.means_come_first
         holds = self.expect(schedule, schedule.chunks, means=means)
         forwards = [
             (column, *forward)
@@ -144,7 +144,7 @@ class StoredClean(CleanPass):
         """The batches of images that will be asked for, in order."""
         seen: set[Request] = set()
         for chunk in chunks:
-            asked = self._asked(schedule, schedule.clean_needs(chunk, reads))
+            asked = self._asked(schedule, schedule.needs.of(chunk, reads))
             for column, wanted in _by_column(asked).items():
                 for batch in self.sources[column].missing_batches(wanted):
                     if (column, batch) not in seen:
@@ -176,7 +176,7 @@ class StoredClean(CleanPass):
         tick: Tick = lambda n: None,
     ) -> Clean:
         """What one chunk needs; or, with ``reads``, these alone, for all of its examples."""
-        needs = schedule.clean_needs(chunk, reads)
+        needs = schedule.needs.of(chunk, reads)
         asked = self._asked(schedule, needs)
         clean = Clean()
         for column, wanted in _by_column(asked).items():

@@ -39,9 +39,9 @@ def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) ->
     every chunk will."""
     if means:
         for chunk in schedule.chunks:
-            yield _request(schedule, schedule.clean_needs(chunk, schedule.mean_reads))
+            yield _request(schedule, schedule.needs.of(chunk, schedule.reads.means))
     for chunk in chunks:
-        yield _request(schedule, schedule.clean_needs(chunk))
+        yield _request(schedule, schedule.needs.of(chunk))
 
 
 def _request(schedule: Schedule, needs: Needs) -> Request:

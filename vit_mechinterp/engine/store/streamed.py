@@ -44,5 +44,5 @@ def streamed(stored: StoredClean, schedule: Schedule) -> Clean:
     """Everything that a schedule needs, computed and kept by the store, to be read from there."""
     for source in stored.sources.values():
         source.fill()
-    needs = schedule.clean_needs(range(schedule.n_examples))
+    needs = schedule.needs.of(range(schedule.n_examples))
     return Clean({need: StreamedValues(stored, schedule, need) for need in needs})

@@ -1,8 +1,7 @@
-"""Runs whose clean forwards are done, and rows of several of them in one forward with gradients."""
+"""Runs whose clean forwards are done, and batches of several of them that run together."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,20 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun
 from vit_mechinterp.engine.binding.tensors import resolve_refs
 from vit_mechinterp.engine.binding.values import ImagesOf, Read
 from vit_mechinterp.engine.forwards.clean import Clean
 from vit_mechinterp.engine.forwards.editing import Material
-from vit_mechinterp.engine.forwards.wave import run_wave
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.reduction.unread import union
 from vit_mechinterp.engine.results.provenance import provenance_of
-from vit_mechinterp.engine.rows.order import Segment, filled, starts_late
-from vit_mechinterp.engine.scheduling.reads import clean_sources
 from vit_mechinterp.engine.scheduling.schedule import Schedule
-from vit_mechinterp.engine.scheduling.throughput import likely_width
+from vit_mechinterp.engine.training.rows import Rows, outputs_of
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
@@ -241,72 +236,20 @@ def run_together(
     schedules = [batch.prepared.schedule for batch in batches]
     spares = schedules[0].spares
     tokens = union(own.tokens_wanted(stage) for own in schedules for stage in range(len(own.bound.stages)))
-    placed: list[_Rows] = []
+    placed: list[Rows] = []
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
         material = batch.prepared.material(runs, tensors)
         material = replace(material, source_order=batch.source_order, images_of=images_of[n])
         for run in runs:
             if run.edits:
-                late = spares and starts_late(run)
-                placed.append(_Rows.of(n, run, batch.examples, material, ascending=late))
+                placed.append(Rows.of(n, run, batch.examples, material, spares=spares))
             else:
                 outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
-    pieces: dict[_Rows, list[Tensor]] = defaultdict(list)
     with vit.lock:
-        for wave in filled(placed, _width(vit, placed), spares=spares):
-            segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
-            # Beforehand, because no forward can run inside another, whose hooks it would set off.
-            materials = [rows.in_memory(examples) for rows, examples in wave]
-            result = run_wave(vit, segments, materials, spares=spares, tokens=tokens)
-            assert result.output is not None
-            sizes = [len(examples) for _, examples in wave]
-            for (rows, _), output in zip(wave, torch.split(result.output, sizes), strict=True):
-                pieces[rows].append(output)
-    for rows, own in pieces.items():
-        output = torch.cat(own)
-        if rows.place is not None:
-            output = output[torch.as_tensor(rows.place, device=output.device)]
-        outputs[rows.batch, rows.run.name] = output
+        for rows, output in outputs_of(vit, placed, spares=spares, tokens=tokens):
+            outputs[rows.batch, rows.run.name] = output
     return [torch.stack([outputs[n, run.name] for run in runs]) for n, runs in enumerate(runs_of)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Rows of one run of a batch: the batch's number, the run, its examples, and what they read.
-
-    ``place`` holds each example's place among ``examples``, where these are not in the batch's order: they
-    ascend where rows of one image share a part of a block, and so stand together (see `filled`).
-    """
-
-    batch: int
-    run: BoundRun
-    examples: IntArray
-    material: Material
-    place: IntArray | None
-
-    @classmethod
-    def of(
-        cls, batch: int, run: BoundRun, examples: Sequence[int], material: Material, *, ascending: bool
-    ) -> _Rows:
-        own = np.asarray(examples, dtype=np.int64)
-        if not ascending:
-            return cls(batch, run, own, material, None)
-        order = np.argsort(own, kind="stable")
-        return cls(batch, run, own[order], material, np.argsort(order))
-
-    def in_memory(self, examples: IntArray) -> Material:
-        """What the rows of some examples read, out of any store."""
-        values = self.material.clean.values
-        reads = clean_sources(self.run)
-        return replace(self.material, clean=Clean({own: values[own].in_memory(examples) for own in reads}))
-
-
-def _width(vit: HookedViT, placed: Sequence[_Rows]) -> int:
-    """Rows per growing batch: on a CPU what it is quickest with, elsewhere all of them."""
-    if vit.device.type == "cpu":
-        return likely_width(vit)
-    return max(1, sum(len(rows.examples) for rows in placed))
 
 
 def _check_examples(examples: Sequence[int], n: int) -> None:
