@@ -6,7 +6,7 @@ from an image inside are taken from it where they come out instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from vit_mechinterp.engine.binding.bound import BoundRun, Edit
@@ -51,32 +51,52 @@ def postponed(anatomy: Anatomy, masks: Masks, run: BoundRun, reads: Sequence[Rea
 def _postponed(
     anatomy: Anatomy, masks: Masks, run: BoundRun, edit: Edit, later: Sequence[Edit], reads: Sequence[Read]
 ) -> Edit:
-    site, source = edit.site, edit.source
-    if site.layer is None or source is None or site.name not in _OUT or edit.spec.heads is not None:
+    """One edit at the last place where it does the same; ``later`` are those behind it."""
+    if edit.site.name not in _OUT or not _takes_tokens_from_an_image(edit, masks):
         return edit
-    if not edit.puts_in or not brings(edit, imagined=masks.imagined):
-        return edit
-    if not isinstance(source.origin, ColumnOrigin):
-        return edit
-    before = [own for own in run.edits if own.site < site]
-    if site.name == "attn_out" and not (before and all(may_hold(own, site) for own in before)):
-        return edit
-    name, on_the_way = _OUT[site.name]
-    there, passed = Site(site.layer, name), {site, *(Site(site.layer, own) for own in on_the_way)}
-    absent = anatomy.layout.absent
-    is_gated = site.name == "mlp.pre" and str(Site(site.layer, "mlp.pre_linear")) not in absent
-    if is_gated or str(there) in absent or site.layer in run.blocks.through:
-        return edit
+    name, on_the_way = _OUT[edit.site.name]
+    there = Site(edit.site.layer, name)
+    passed = {edit.site, *(Site(edit.site.layer, own) for own in on_the_way)}
+    if (
+        not _is_seen(masks, edit, passed, later, reads)
+        and _is_made_of(anatomy, run, edit.site, there)
+        and (edit.site.name != "attn_out" or _is_added_to_its_own(anatomy, masks, run, edit))
+    ):
+        assert edit.source is not None
+        return replace(edit, site=there, source=replace(edit.source, site=there))
+    return edit
+
+
+def _takes_tokens_from_an_image(edit: Edit, masks: Masks) -> bool:
+    """Whether it puts whole tokens of an image, all heads of them, in their places."""
+    if edit.source is None or not isinstance(edit.source.origin, ColumnOrigin) or edit.spec.heads is not None:
+        return False
+    return edit.puts_in and brings(edit, imagined=masks.imagined)
+
+
+def _is_made_of(anatomy: Anatomy, run: BoundRun, site: Site, there: Site) -> bool:
+    """Whether a token's value at one site of a block is made of its own value at another alone."""
+    absent, layer = anatomy.layout.absent, there.layer
+    is_gated = site.name == "mlp.pre" and str(Site(layer, "mlp.pre_linear")) not in absent
+    if is_gated or str(there) in absent or layer in run.blocks.through:
+        return False
+    return layer in anatomy.by_token()
+
+
+def _is_seen(
+    masks: Masks, edit: Edit, passed: Collection[Site], later: Sequence[Edit], reads: Sequence[Read]
+) -> bool:
+    """Whether somebody reads or edits what it puts in on the way."""
     if any(read.site in passed for read in reads):
-        return edit
+        return True
     chosen = masks.of_edit(edit)
-    if any(other.site in passed and (chosen & masks.of_edit(other)).any() for other in later):
-        return edit
-    if site.layer not in anatomy.by_token():
-        return edit
-    if site.name == "attn_out":
-        # What is added to it has to be the image's as well.
-        middle = Site(site.layer, "resid_mid")
-        if not Ancestry(anatomy, masks, run, [middle]).holds(middle, edit):
-            return edit
-    return replace(edit, site=there, source=replace(source, site=there))
+    return any(other.site in passed and (chosen & masks.of_edit(other)).any() for other in later)
+
+
+def _is_added_to_its_own(anatomy: Anatomy, masks: Masks, run: BoundRun, edit: Edit) -> bool:
+    """Whether what attention adds is added to the same image's tokens, by an edit before it."""
+    before = [own for own in run.edits if own.site < edit.site]
+    if not before or not all(may_hold(own, edit.site) for own in before):
+        return False
+    middle = Site(edit.site.layer, "resid_mid")
+    return Ancestry(anatomy, masks, run, [middle]).holds(middle, edit)
