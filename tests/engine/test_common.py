@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vit_mechinterp.engine.forwards import clean_forwards
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.results import resume
 from vit_mechinterp.engine.scheduling import cutting
+from vit_mechinterp.engine.scheduling.footprint import footprint
 from vit_mechinterp.engine.scheduling.sizes import parse_bytes
 
 Document = dict[str, Any]
@@ -118,7 +120,7 @@ def test_every_image_passes_once_where_there_is_room(world: World, name: str, mo
 def test_images_pass_again_where_there_is_none_and_the_plan_says_what_it_would_take(world: World, name: str) -> None:
     documents = EXPERIMENTS[name]
     held = plan_of(world, documents)
-    least = world.memory(documents, 1, 2)
+    least = footprint(world.vit, replace(world.schedule(documents, 1, 1), holds=False)).peak(1, 1)
     cut = plan_of(world, documents, memory=least)
     assert cut.block_evaluations > held.block_evaluations
     assert cut.peak_bytes <= least
@@ -133,7 +135,8 @@ def test_images_pass_again_where_there_is_none_and_the_plan_says_what_it_would_t
     enough = plan_of(world, documents, memory=held.peak_bytes)
     assert enough.peak_bytes <= held.peak_bytes
     assert enough.block_evaluations == held.block_evaluations
-    assert plan_of(world, documents, memory=held.peak_bytes - 1).block_evaluations > held.block_evaluations
+    less = plan_of(world, documents, memory=held.peak_bytes - 1)
+    assert (less.chunk, less.block_evaluations) == (held.chunk - 1, held.block_evaluations)
 
 
 def test_images_of_one_chunk_are_not_held(world: World) -> None:
@@ -200,7 +203,7 @@ def test_chunks_become_smaller_where_that_makes_room(monkeypatch: pytest.MonkeyP
     assert all(plan.peak_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
     assert ["and held" in str(plan) for plan in plans] == [True, True, False]
     assert [plan.block_evaluations == whole.block_evaluations for plan in plans] == [True, True, False]
-    assert [plan.chunk for plan in plans[:2]] == [1, 1]
+    assert [plan.chunk for plan in plans] == sorted((plan.chunk for plan in plans), reverse=True)
     world.check(documents, world.execute(documents, batch_size=2, memory=budgets[1]))
 
 

@@ -203,7 +203,7 @@ def test_chunks_hold_more_rows_of_a_model_whose_rows_cost_less(monkeypatch: pyte
     monkeypatch.setattr(cutting, "MOST_ROWS", 120)
     chunks = []
     for rows in (1, 20, 64, 1000):
-        monkeypatch.setattr(cutting, "MULTIPLY_ADDS", {"cpu": rows * row})
+        monkeypatch.setattr(cutting, "CHUNK_WORK", {"cpu": rows * row, "cuda": 1})
         chunks.append(chunk())
     assert chunks == [2, 5, 16, 30]  # 4 rows an example, between 8 and 120 of them
 

@@ -32,7 +32,7 @@ IN_COMMON: dict[str, list[Document]] = {
 def narrowing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting, "FEWEST_ROWS", 8)
     monkeypatch.setattr(cutting, "MOST_ROWS", 8)
-    monkeypatch.setattr(cutting, "NARROWEST", {"cpu": 1})
+    monkeypatch.setattr(cutting, "LAUNCH_WORK", {"cpu": 1, "cuda": 1})
 
 
 def plan_of(world: World, documents: list[Document], **options: Any) -> vmi.Plan:
@@ -84,7 +84,7 @@ def test_examples_that_have_something_in_common_share_a_chunk_with_narrow_forwar
         results = world.execute(documents, batch_size=WIDE, memory=memory)
     world.check(documents, results)
     assert count.total == whole.block_evaluations
-    monkeypatch.setattr(cutting, "NARROWEST", {"cpu": WIDE})
+    monkeypatch.setattr(cutting, "LAUNCH_WORK", {"cpu": 10**12, "cuda": 1})
     wide = plan_of(world, documents, batch_size=WIDE, memory=memory)
     assert wide.chunk < N
     assert wide.block_evaluations > whole.block_evaluations

@@ -14,6 +14,7 @@ from vit_mechinterp.engine.binding.values import Need, Read, Values
 from vit_mechinterp.engine.forwards.clean_forwards import Filling, forwards
 from vit_mechinterp.engine.inputs.ahead import Request
 from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.scheduling.footprint import SUMMED
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.model.hooked import HookedViT
 
@@ -108,10 +109,15 @@ def means_from(schedule: Schedule, clean: Clean) -> dict[Read, Tensor]:
 
 
 def _sum(values: Values) -> tuple[Tensor, int]:
-    """Sum over examples (over selected tokens), and how many there are."""
-    tensor, starts = values.tensor.double(), values.starts
+    """Sum over examples (over selected tokens), and how many there are; a few rows at a time in float64."""
+    tensor, starts = values.tensor, values.starts
     held = len(tensor) if starts is None else len(starts) - 1
     counts = np.bincount(values.place, minlength=held)
     counts = counts if starts is None else np.repeat(counts, np.diff(starts))
-    times = torch.as_tensor(counts, device=tensor.device)
-    return (tensor * times.view(-1, *[1] * (tensor.ndim - 1))).sum(dim=0), int(times.sum())
+    times = torch.as_tensor(counts, dtype=torch.float64, device=tensor.device)
+    total = torch.zeros(tensor.shape[1:], dtype=torch.float64, device=tensor.device)
+    rows = max(1, SUMMED // max(1, 8 * total.numel()))
+    for start in range(0, len(tensor), rows):
+        span = slice(start, start + rows)
+        total += torch.einsum("r,r...->...", times[span], tensor[span].double())
+    return total, int(counts.sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -71,6 +72,12 @@ class CleanReads:
     def of_parts(self) -> tuple[ReadGroups, ...]:
         """The parts of every stage by what their rows read."""
         return tuple(ReadGroups.of_parts(own) for own in self.sharing.parts_of_stages)
+
+    @cached_property
+    def by_chunks(self) -> frozenset[Read]:
+        """All values that any chunk may read, but for dataset means."""
+        groups = chain.from_iterable(own.reads for own in self.of_parts)
+        return frozenset(chain(chain.from_iterable(groups), (read for read, _ in self.always)))
 
     @cached_property
     def partly_clean(self) -> dict[str, BoundRun]:

@@ -12,8 +12,10 @@ from torch import Tensor
 from vit_mechinterp.engine.binding.bound import Bound
 from vit_mechinterp.engine.binding.checks import check_batch_size
 from vit_mechinterp.engine.inputs.data import Data
+from vit_mechinterp.engine.scheduling.budget import budget_of
 from vit_mechinterp.engine.scheduling.drafting import draft_of
-from vit_mechinterp.engine.scheduling.footprint import Footprint, common_size, footprint
+from vit_mechinterp.engine.scheduling.footprint import Footprint, footprint
+from vit_mechinterp.engine.scheduling.pairs import pairs_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
 from vit_mechinterp.engine.scheduling.throughput import likely_width, measured_width, remembered_width
@@ -22,30 +24,25 @@ from vit_mechinterp.model.heap import uncollected
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 
-__all__ = ["budget_of", "schedule_for"]
+__all__ = ["schedule_for"]
 
-BUDGET = 2 * 1024**3
-"""Bytes held beside the model on a CPU, unless something else is asked for."""
-SHARE = 0.4
-"""On a GPU, the share of the free memory."""
-MULTIPLY_ADDS = {"cpu": 10**13}
-MORE_MULTIPLY_ADDS = 10**15
-"""Work per chunk, by device and elsewhere: a minute or so. A chunk is what is lost if an experiment is
-killed, and what must be done again if memory runs out."""
+CHUNK_WORK = {"cpu": 10**13, "cuda": 10**15}
+"""Multiply-adds per chunk, by device: a minute or so. A chunk is what is lost if an experiment is killed, and
+what must be done again if memory runs out."""
+LAUNCH_WORK = {"cpu": 10**8, "cuda": 10**11}
+"""Multiply-adds that take about as long as it takes to launch a block, by device: forwards get no narrower
+than that to make room for what chunks share."""
+FEWEST_ROWS, MOST_ROWS = 2048, 16384
+"""Rows per chunk, whatever they cost. In a chunk of few examples runs share little of what edits take; and a
+chunk's outputs are in memory."""
+WAVES = 4
+"""Full forwards that a chunk should have at least."""
+LARGER = 10
+"""So much larger a chunk may be where what chunks have in common is computed in each."""
 TYPICAL = 256
 """Examples of a chunk for which it is reckoned what rows hand on to each other, before its size is known."""
 MUCH = 10_000
 """(row, block) pairs for which a width would have been measured."""
-LARGER = 10
-"""So much larger a chunk may be where what chunks have in common is computed in each."""
-WAVES = 4
-"""Full forwards that a chunk should have at least."""
-NARROWEST = {"cpu": 1}
-ELSEWHERE = 32
-"""Rows of the narrowest forwards that make room for what is shared, by device and elsewhere."""
-FEWEST_ROWS, MOST_ROWS = 2048, 16384
-"""Rows per chunk, whatever they cost. In a chunk of few examples runs share little of what edits take; and a
-chunk's outputs are in memory."""
 
 
 @uncollected()
@@ -82,19 +79,26 @@ def schedule_for(
     budget = budget_of(vit) if memory is None else parse_bytes(memory)
     draft = draft_of(vit, bound, data, tensors, progress=progress, stored=stored)
     together = replace(draft, chunk=min(draft.n_examples, TYPICAL))
-    held = footprint(vit, draft, together.states_handed_on)
-    least = held.peak(1, 1)
-    if memory is not None and least > budget:
-        raise SpecError(f"memory={memory!r} is too little: one example and one row take {in_words(least)}.")
+    held = footprint(vit, replace(draft, chunk=1), together.states_handed_on)
+    _check_budget(memory, held, budget)
     if batch_size == "auto":
         # At least half of the budget is left for what a chunk of examples holds.
         widest = max(1, int(max(budget / 2, budget - 64 * held.example) // max(1, held.row)))
         width = _width(vit, draft, widest, imagined=data is None, measure=measure)
     elif memory is not None:
-        width = min(int(batch_size), max(1, (budget - held.example) // max(1, held.row)))
+        width = min(int(batch_size), max(1, (budget - held.peak(1, 0)) // max(1, held.row)))
     else:
         width = int(batch_size)
-    return _cut(vit, replace(draft, width=width), held, max(budget, least), stored=stored)
+    budget = max(budget, held.peak(1, 1))
+    schedule = _cut(vit, replace(draft, width=width), budget, stored=stored)
+    if schedule.chunk == 1:
+        _check_budget(memory, footprint(vit, schedule), budget)
+    return schedule
+
+
+def _check_budget(memory: int | str | None, held: Footprint, budget: int) -> None:
+    if memory is not None and (least := held.peak(1, 1)) > budget:
+        raise SpecError(f"memory={memory!r} is too little: one example and one row take {in_words(least)}.")
 
 
 def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, measure: bool) -> int:
@@ -107,67 +111,89 @@ def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, meas
     return min(widest, known or likely_width(vit))
 
 
-def _cut(vit: HookedViT, draft: Schedule, held: Footprint, budget: int, *, stored: bool) -> Schedule:
-    """A schedule whose forwards are as wide as the draft's or, if only narrower ones leave room for all that
-    chunks can share, as these."""
-    first = schedule = _holding(vit, _in_chunks(vit, draft, held, budget), budget, stored=stored)
-    narrowest = NARROWEST.get(vit.device.type, ELSEWHERE)
-    while _wants_room(vit, schedule, stored=stored):
-        width = schedule.width // 2
-        if width < narrowest or not _may_fit(vit, first, held, budget, stored=stored):
-            return first
-        own = _in_chunks(vit, replace(draft, width=width), held, budget)
-        schedule = _holding(vit, own, budget, stored=stored)
-    return schedule
+def _cut(vit: HookedViT, draft: Schedule, budget: int, *, stored: bool) -> Schedule:
+    """A schedule that the budget holds, with forwards as wide as the draft's, or narrower ones if only these
+    leave room for all that chunks can share; if nothing does, the one that computes least."""
+    most = _most_examples(vit, draft)
+    first = _in_chunks(vit, draft, most, budget)
+    if _shares_all(first, most, stored=stored):
+        return first
+    narrower = (
+        _in_chunks(vit, replace(draft, width=width), most, budget) for width in _widths(vit, draft.width)[1:]
+    )
+    apart = [first, *narrower]
+    may_hold = not stored and _may_hold(vit, apart[-1], budget)
+    held = [own for each in apart if may_hold and (own := _holding(vit, each, budget)) is not None]
+    # Where few examples make up a forward, it is a narrower one, and wants less memory.
+    full = [own for own in held if own.width == apart[-1].width or _chunk_of(own, own.width) <= own.chunk]
+    every = sorted([*apart, *full], key=lambda own: -own.width)
+    for own in every:
+        if _shares_all(own, most, stored=stored):
+            return own
+    return min(every, key=pairs_of) if draft.sharing.joins_examples else first
 
 
-def _wants_room(vit: HookedViT, schedule: Schedule, *, stored: bool) -> bool:
-    """Whether chunks would share more if there were more memory."""
+def _widths(vit: HookedViT, widest: int) -> list[int]:
+    """Rows per forward, half as many each time, down to those that a launch is worth."""
+    narrowest = max(1, _for_device(vit, LAUNCH_WORK) // _block_work(vit))
+    widths = [widest]
+    while widths[-1] // 2 >= narrowest:
+        widths.append(widths[-1] // 2)
+    return widths
+
+
+def _shares_all(schedule: Schedule, most: int, *, stored: bool) -> bool:
+    """Whether more memory would not make chunks share more."""
     if len(schedule.chunks) == 1:
-        return False
-    if schedule.sharing.joins_examples and schedule.chunk < _most_examples(vit, schedule):
         return True
-    return not (stored or schedule.holds) and bool(schedule.needs.common.needs)
+    if schedule.sharing.joins_examples and schedule.chunk < most:
+        return False
+    return stored or schedule.holds or not schedule.needs.common.needs
 
 
-def _may_fit(vit: HookedViT, schedule: Schedule, held: Footprint, budget: int, *, stored: bool) -> bool:
-    """Whether the budget has room for what chunks have in common at any width."""
-    return stored or common_size(vit, schedule) + held.example + held.row <= budget
-
-
-def _in_chunks(vit: HookedViT, draft: Schedule, held: Footprint, budget: int) -> Schedule:
-    """A schedule of as many examples per chunk as the budget holds, and its work allows."""
-    left = budget - draft.width * held.row
-    chunk = max(1, min(_most_examples(vit, draft), int(left // max(1, held.example))))
-    schedule = replace(draft, chunk=chunk)
+def _in_chunks(vit: HookedViT, draft: Schedule, most: int, budget: int) -> Schedule:
+    """A schedule of as many examples per chunk as the budget holds, at most so many."""
+    schedule = replace(draft, chunk=most)
     # Which rows hand their values on depends on those that share a chunk.
-    while chunk > 1 and (held := footprint(vit, schedule)).peak(chunk, schedule.width) > budget:
-        chunk = max(1, min(chunk - 1, int(left // held.example)))
-        schedule = replace(schedule, chunk=chunk)
+    while (held := footprint(vit, schedule)).peak(schedule.chunk, schedule.width) > budget:
+        if schedule.chunk == 1:
+            width = (budget - held.peak(1, 0)) // held.row
+            return replace(schedule, width=max(1, min(schedule.width, width)))
+        schedule = replace(schedule, chunk=_fewer(schedule, held, budget) or 1)
     return schedule
+
+
+def _may_hold(vit: HookedViT, schedule: Schedule, budget: int) -> bool:
+    """Whether the budget has room for what chunks have in common; with narrower chunks this is more."""
+    return footprint(vit, replace(schedule, holds=True)).peak(1, schedule.width) <= budget
+
+
+def _holding(vit: HookedViT, schedule: Schedule, budget: int) -> Schedule | None:
+    """The same schedule, holding what several chunks need of clean forwards, in chunks that leave room for
+    it; None if none do."""
+    whole = replace(schedule, holds=True)
+    while (held := footprint(vit, whole)).peak(whole.chunk, whole.width) > budget:
+        chunk = _fewer(whole, held, budget)
+        if chunk is None:
+            return None
+        whole = replace(whole, chunk=chunk)
+    return whole
+
+
+def _fewer(schedule: Schedule, held: Footprint, budget: int) -> int | None:
+    """Fewer examples per chunk, of which each takes as much; None if there is room for none."""
+    most = (budget - held.peak(0, schedule.width)) // max(1, held.example)
+    chunk = min(schedule.chunk - 1, most)
+    return chunk if chunk >= 1 else None
 
 
 def _most_examples(vit: HookedViT, schedule: Schedule) -> int:
-    """Examples of a chunk, whatever they take."""
-    rows = max(_rows_per_chunk(vit), WAVES * schedule.width)
+    """Examples of a chunk, whatever they hold: by the work that they are."""
+    work = _for_device(vit, CHUNK_WORK) // (vit.layout.n_layers * _block_work(vit))
+    rows = max(FEWEST_ROWS, min(MOST_ROWS, work), WAVES * schedule.width)
     if schedule.sharing.joins_examples:
         rows *= LARGER
-    return min(schedule.n_examples, _chunk_of(schedule, rows))
-
-
-def _holding(vit: HookedViT, schedule: Schedule, budget: int, *, stored: bool) -> Schedule:
-    """The same schedule, holding what several chunks need of clean forwards if the budget has room for it and
-    no store does: in smaller chunks, if that makes room and their forwards are full."""
-    if stored or len(schedule.chunks) == 1 or not schedule.needs.common.needs:
-        return schedule
-    chunks = [schedule.chunk]
-    if not schedule.sharing.joins_examples:
-        chunks.append(min(schedule.chunk, max(1, _chunk_of(schedule, WAVES * schedule.width))))
-    for chunk in dict.fromkeys(chunks):
-        whole = replace(schedule, chunk=chunk, holds=True)
-        if footprint(vit, whole).peak(chunk, whole.width) <= budget:
-            return whole
-    return schedule
+    return max(1, min(schedule.n_examples, _chunk_of(schedule, rows)))
 
 
 def _chunk_of(schedule: Schedule, rows: int) -> int:
@@ -175,18 +201,11 @@ def _chunk_of(schedule: Schedule, rows: int) -> int:
     return int(rows / max(1.0, schedule.sharing.n_edited_rows / schedule.n_examples))
 
 
-def _rows_per_chunk(vit: HookedViT) -> int:
-    """Rows that a chunk should have, by what one costs in all blocks."""
+def _block_work(vit: HookedViT) -> int:
+    """Multiply-adds of a row in one block: a token's weights, and its scores and sums over all others."""
     tokens, d_model = vit.layout.tokens.n_tokens, vit.layout.d_model
-    # A token's weights, and its scores and sums over all others.
-    row = vit.layout.n_layers * tokens * (12 * d_model * d_model + 2 * tokens * d_model)
-    work = MULTIPLY_ADDS.get(vit.device.type, MORE_MULTIPLY_ADDS)
-    return max(FEWEST_ROWS, min(MOST_ROWS, work // row))
+    return tokens * (12 * d_model * d_model + 2 * tokens * d_model)
 
 
-def budget_of(vit: HookedViT) -> int:
-    """Bytes held beside the model, unless something else is asked for."""
-    if vit.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(vit.device)
-        return int(SHARE * free)
-    return BUDGET
+def _for_device(vit: HookedViT, amounts: Mapping[str, int]) -> int:
+    return amounts.get(vit.device.type, amounts["cuda"])

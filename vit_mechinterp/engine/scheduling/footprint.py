@@ -13,9 +13,11 @@ from vit_mechinterp.engine.binding.values import Read, origin_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["Footprint", "common_size", "footprint", "read_size"]
+__all__ = ["SUMMED", "Footprint", "common_size", "footprint", "read_size"]
 
 
+SUMMED = 2**16
+"""Bytes of values that are added up at once, unless one takes more."""
 _IMAGES = 4
 """Images for each row of a clean forward: on its own and in the batch, for this batch and for the next one,
 which is made meanwhile."""
@@ -30,7 +32,7 @@ class Footprint:
             they are handed on.
         row: bytes of one row while its forward runs.
         result: bytes of captures, and of what is kept of the outputs, of one example, which are the caller's.
-        common: bytes of what is held for several chunks.
+        common: bytes of what is held for all chunks: clean values that several need, and dataset means.
     """
 
     example: int
@@ -65,14 +67,15 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
         example=element * (held + 2 * kept) + 2 * outputs,
         row=element * _row_size(vit, bound),
         result=element * captures + handed_over,
-        common=common_size(vit, schedule) if schedule.holds else 0,
+        common=_means_size(vit, schedule) + (common_size(vit, schedule) if schedule.holds else 0),
     )
 
 
-def _of_its_own(schedule: Schedule) -> list[Read]:
-    """Clean values that a chunk has beside those that are held for several."""
-    reads = schedule.needs.values(range(schedule.chunk))
-    return [read for read in reads if not (schedule.holds and read in schedule.needs.common.entirely)]
+def _of_its_own(schedule: Schedule) -> set[Read]:
+    """Clean values that a chunk may have beside those that are held for several."""
+    means = () if schedule.needs.means_come_first else schedule.reads.means
+    reads = schedule.reads.by_chunks.union(means)
+    return {read for read in reads if not (schedule.holds and read in schedule.needs.common.entirely)}
 
 
 def common_size(vit: HookedViT, schedule: Schedule) -> int:
@@ -86,6 +89,15 @@ def common_size(vit: HookedViT, schedule: Schedule) -> int:
         else:
             total += (images if need.positions.is_all else len(examples)) * element * read_size(vit, need)
     return total
+
+
+def _means_size(vit: HookedViT, schedule: Schedule) -> int:
+    """Bytes of dataset means in float64, of their sums, and of what is summed at once."""
+    sizes = [math.prod(vit.sites()[str(read.site)].shape) for read in schedule.reads.means]
+    tokens = vit.layout.tokens.n_tokens
+    of_tokens = [not read.positions.is_all for read in schedule.reads.means]
+    items = [size // tokens if pooled else size for size, pooled in zip(sizes, of_tokens, strict=True)]
+    return 8 * (2 * sum(items) + 2 * max(items, default=0)) + (SUMMED if items else 0)
 
 
 def read_size(vit: HookedViT, read: Read) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from vit_mechinterp.engine.scheduling.cutting import BUDGET, SHARE
+from vit_mechinterp.engine.scheduling.budget import budget_of
 from vit_mechinterp.engine.scheduling.footprint import footprint
 from vit_mechinterp.engine.scheduling.throughput import likely_width
 from vit_mechinterp.engine.training.prepared import Prepared
@@ -22,7 +20,5 @@ def gradient_width(preparations: Sequence[Prepared]) -> int:
     """
     vit = preparations[0].vit
     row = max(1, max(footprint(vit, own.schedule).row for own in preparations) * vit.layout.n_layers)
-    if vit.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(vit.device)
-        return max(1, int(SHARE * free) // row)
-    return max(1, min(likely_width(vit), BUDGET // row))
+    most = max(1, budget_of(vit) // row)
+    return most if vit.device.type == "cuda" else min(likely_width(vit), most)

@@ -28,7 +28,7 @@ from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.rows.sharing import Sharing
-from vit_mechinterp.engine.scheduling.cutting import budget_of
+from vit_mechinterp.engine.scheduling.budget import budget_of
 from vit_mechinterp.engine.scheduling.footprint import footprint
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes

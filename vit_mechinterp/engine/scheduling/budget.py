@@ -1,0 +1,22 @@
+"""How much memory the engine may hold, unless something else is asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from vit_mechinterp.model.hooked import HookedViT
+
+__all__ = ["budget_of"]
+
+BUDGET = 2 * 1024**3
+"""Bytes held beside the model on a CPU."""
+SHARE = 0.4
+"""On a GPU, the share of the free memory."""
+
+
+def budget_of(vit: HookedViT) -> int:
+    """Bytes held beside the model."""
+    if vit.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(vit.device)
+        return int(SHARE * free)
+    return BUDGET
