@@ -18,6 +18,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import vit_mechinterp as vmi
+from vit_mechinterp.engine import prepare
 
 BUDGET = 64 * 1024**2
 SIDE = 128
@@ -92,7 +93,21 @@ def main(folder: Path, what: str) -> dict[str, Any]:
         runs = [vmi.Run(name=f"layer{layer}", interventions=[swap.at(layer=layer)]) for layer in range(3)]
         vmi.execute(vit, runs, {"base": Lazy(n, 1), "source": Lazy(n, 2)}, memory=BUDGET, progress=False)
 
-    work = {"capture": captured, "execute": executed, "sweep": swept}[what]
+    def averaged(n: int, own: Path) -> None:
+        means = [vmi.Ablate(site=f"blocks.{layer}.attn.pattern", method="mean") for layer in range(3)]
+        runs = [vmi.Run(name="means", interventions=means)]
+        vmi.execute(vit, runs, {"base": Lazy(n, 1)}, memory=BUDGET, batch_size=4, progress=False)
+
+    def prepared(n: int, own: Path) -> None:
+        swap = vmi.Interchange(site="blocks.0.attn.pattern", source="source")
+        runs = [vmi.Run(name=f"layer{layer}", interventions=[swap.at(layer=layer)]) for layer in range(3)]
+        data = {"base": Lazy(n, 1), "source": Lazy(n, 2)}
+        with prepare(vit, runs, data, {}, memory=BUDGET, progress=False) as ready, torch.no_grad():
+            assert ready.nbytes == 0 or n < N
+            ready([0, n // 2], {})
+
+    every = {"capture": captured, "execute": executed, "sweep": swept, "means": averaged, "prepare": prepared}
+    work = every[what]
     work(24, folder / "warm")
     risen = peak_of(lambda: work(N, folder / "whole"))
     return {"risen": risen / BUDGET, "pixels": N * 3 * SIDE * SIDE * 4 / BUDGET, "activations": N * held / BUDGET}

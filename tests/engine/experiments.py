@@ -55,6 +55,13 @@ def cut_small(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
         (setattr if monkeypatch is None else monkeypatch.setattr)(owner, name, value)
 
 
+def hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of as many examples as memory has room for, with nothing held for several of them."""
+    from vit_mechinterp.engine.scheduling import cutting
+
+    monkeypatch.setattr(cutting, "_may_hold", lambda *_: False)
+
+
 def assert_same_bits(one: Results, other: Results) -> None:
     """Outputs, captures and labels are equal to the last bit, and runs differ from each other."""
     assert one.run_names == other.run_names

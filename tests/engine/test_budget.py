@@ -13,7 +13,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
-@pytest.mark.parametrize("what", ["execute", "capture", "sweep"])
+@pytest.mark.parametrize("what", ["execute", "capture", "sweep", "means", "prepare"])
 def test_a_run_over_ten_times_the_budget_stays_under_it(tmp_path: Path, what: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.budgeted", str(tmp_path), what],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from tests.engine.test_common import EXPERIMENTS, SWAP, shuffled
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Run
+from vit_mechinterp.engine.planning.plan import describe
 from vit_mechinterp.engine.rows.sharing import Sharing
 from vit_mechinterp.engine.scheduling import cutting
+from vit_mechinterp.engine.scheduling.pairs import pairs_of
+from vit_mechinterp.errors import SpecError
 
 Document = dict[str, Any]
 
@@ -109,3 +113,42 @@ def test_forwards_stay_as_wide_as_asked_where_no_width_leaves_room() -> None:
     assert (plan.width, plan.chunk) == (2, 1)
     assert "to hold what these forwards give" in str(plan)
     assert plan_of(world, documents, batch_size=2).block_evaluations < plan.block_evaluations
+
+
+@pytest.mark.usefixtures("narrowing")
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *IN_COMMON])
+def test_more_memory_and_narrower_forwards_compute_no_more(name: str) -> None:
+    """Of images that repeat, within and between columns; and what is computed is what was compared."""
+    world = world_of_copies()
+    shuffled(world.columns)
+    documents = {**EXPERIMENTS, **IN_COMMON}[name]
+    least = next(
+        memory for memory in range(50_000, 10**6, 2000) if (plan := _accepted(world, documents, 1, memory)) is not None
+    )
+    assert plan is not None
+    budgets = [int(least * part) for part in (1, 1.1, 1.3, 1.7, 2.5, 4, 8)]
+    computed: dict[int, list[int]] = {}
+    for batch_size in (1, 2, WIDE):
+        plans = [plan_of(world, documents, batch_size=batch_size, memory=memory) for memory in budgets]
+        assert all(plan.peak_bytes <= memory for plan, memory in zip(plans, budgets, strict=True))
+        computed[batch_size] = [plan.block_evaluations for plan in plans]
+        assert computed[batch_size] == sorted(computed[batch_size], reverse=True)
+    assert computed[1] == computed[2] == computed[WIDE]
+    assert computed[1][0] > computed[1][-1]
+
+
+def _accepted(world: World, documents: list[Document], batch_size: int, memory: int) -> vmi.Plan | None:
+    try:
+        return plan_of(world, documents, batch_size=batch_size, memory=memory)
+    except SpecError:
+        return None
+
+
+@pytest.mark.parametrize("chunk", [2, 5, N])
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *IN_COMMON])
+def test_pairs_are_those_of_the_plan(name: str, chunk: int) -> None:
+    world = world_of_copies()
+    shuffled(world.columns)
+    schedule = world.schedule({**EXPERIMENTS, **IN_COMMON}[name], chunk, 3)
+    for own in (replace(schedule, holds=False), replace(schedule, holds=chunk < N)):
+        assert pairs_of(own) == describe(world.vit, own, per_example=False).block_evaluations > N

@@ -12,7 +12,7 @@ import vit_mechinterp as vmi
 from tests.engine.experiments import cut_small
 from tests.engine.test_store_repeats import DOCUMENTS, MEANS_AND_MORE, RESAMPLED
 from tests.engine.world import Counted, World
-from tests.tiny_models import TIMM_PLAIN
+from tests.tiny_models import N_LAYERS, TIMM_PLAIN
 from vit_mechinterp import ActivationStore, Run
 from vit_mechinterp.errors import SpecError
 
@@ -122,6 +122,20 @@ def test_columns_of_the_same_images_are_one(world: World) -> None:
         assert not any("once for each column" in note for note in plan.notes)
         assert [(own.column, own.images) for own in plan.clean] == [("base", IMAGES)]
         world.check(documents, results)
+
+
+def test_columns_of_the_same_distinct_images_share_what_is_stored(world: World) -> None:
+    """Though no example has the same image in both."""
+    images = TIMM_PLAIN.images(2, seed=5)
+    world.columns["base"], world.columns["source"] = images[[0, 1] * (N // 2)], images[[0, *([1] * (N - 1))]]
+    documents = [{"name": column, "base": column} for column in ("base", "source")]
+    with ActivationStore() as store:
+        plan = planned(world, documents, store)
+        with Counted(world.module) as counted:
+            world.execute(documents, batch_size=3, store=store)
+    assert (counted.total, counted.launches) == (plan.block_evaluations, plan.launches)
+    assert counted.total == 2 * N_LAYERS
+    assert plan.notes == ()
 
 
 def test_it_says_that_a_store_is_too_small(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

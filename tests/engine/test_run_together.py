@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.tiny_models import HF_DINOV2, HF_VIT, TIMM_PLAIN, TIMM_REGISTERS, Tin
 from vit_mechinterp import Run
 from vit_mechinterp.engine import ActivationStore, Batch, prepare, run_together
 from vit_mechinterp.engine.forwards import stacking, wave
+from vit_mechinterp.engine.training import rows
 from vit_mechinterp.errors import SpecError
 
 LAYERS = 3
@@ -237,5 +239,36 @@ def test_what_cannot_run_together_is_refused() -> None:
             run_together([Batch(prepared, [3])], tensors)
         with pytest.raises(SpecError, match="give each of 0 to 2 once"):
             run_together([Batch(prepared, [0], source_order=[0, 1])], tensors)
+        with pytest.raises(SpecError, match=r"source_order=\[0\.0, 1\.0, 2\.0\] is no order"):
+            run_together([Batch(prepared, [0], source_order=[0.0, 1.0, 2.0])], tensors)  # type: ignore[list-item]
+        drawn = (Batch(prepared, [n]) for n in (0, 2))
+        assert [len(own[0]) for own in run_together(drawn, tensors)] == [1, 1]
         with pytest.raises(SpecError, match="are of one model; these were prepared on several"):
             run_together([Batch(prepared, [0]), Batch(second, [0])], tensors)
+
+
+def test_memory_that_runs_out_halves_the_rows_where_no_gradients_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(TIMM_PLAIN, 5)
+    runs = [training(0, "a"), training(1, "b")]
+    tensors = leaves(runs, world.module_width)
+
+    def narrow(vit: Any, segments: Any, *args: Any, **kwargs: Any) -> Any:
+        if sum(len(segment.examples) for segment in segments) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return wave.run_wave(vit, segments, *args, **kwargs)
+
+    with prepare(world.vit, runs, world.columns, tensors, progress=False) as prepared, torch.no_grad():
+        wanted = prepared(range(5), tensors)
+        monkeypatch.setattr(rows, "run_wave", narrow)
+        with caplog.at_level(logging.WARNING):
+            found = prepared(range(5), tensors)
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * world.scale)
+        assert float((wanted[0] - wanted[1]).abs().max()) > 1e-3
+        with torch.enable_grad(), pytest.raises(torch.OutOfMemoryError):  # what is held for backward is the caller's
+            prepared(range(5), tensors)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory at 10 rows per forward: going on with 5.",
+        "Out of memory at 5 rows per forward: going on with 2.",
+    ]

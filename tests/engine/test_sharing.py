@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import vit_mechinterp as vmi
+from tests.engine.experiments import hold_nothing
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, Tiny
 from vit_mechinterp import Run
@@ -252,7 +253,8 @@ def test_a_row_that_ends_as_another_chunks_row_begins_is_computed_in_both_and_th
     assert total > together
 
 
-def test_two_edits_without_a_block_between_them_are_no_beginning() -> None:
+def test_two_edits_without_a_block_between_them_are_no_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold_nothing(monkeypatch)
     world = World(TIMM_PLAIN, 4)
     world.columns["base"][3] = world.columns["base"][0]
     chosen = {**add("blocks.0.resid_post", 24, 1.0), "vector": "kinds.24", "choose": {"column": "kind"}}
@@ -263,9 +265,10 @@ def test_two_edits_without_a_block_between_them_are_no_beginning() -> None:
     assert "before they differ" not in str(plan)
 
 
-def test_clean_values_are_made_for_the_examples_whose_rows_read_them() -> None:
+def test_clean_values_are_made_for_the_examples_whose_rows_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second chunk, the rows of "deep" are copies for the first example, which goes no deeper than
     "shallow" needs."""
+    hold_nothing(monkeypatch)
     world = World(TIMM_PLAIN, 4)
     world.columns["other"] = TIMM_PLAIN.images(4, seed=11)
     for column in ("base", "source"):
@@ -297,8 +300,11 @@ def test_choices_are_compared_by_their_numbers() -> None:
     assert total == 4 * 2 + 2 * 4 * 1
 
 
-def test_rows_equal_to_rows_of_earlier_chunks_are_computed_once(tmp_path: Path) -> None:
+def test_rows_equal_to_rows_of_earlier_chunks_are_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where only outputs are wanted; in memory, in a folder, and after a stop."""
+    hold_nothing(monkeypatch)
     world = repeating()
     documents = [
         run("a", swap("blocks.0.resid_post")),

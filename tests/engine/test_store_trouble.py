@@ -230,6 +230,10 @@ def test_bad_input_is_said(world: World, tmp_path: Path) -> None:
         captured(store, world, "embed", column="bases")
     with pytest.raises(SpecError, match="head 3 is out of range"):
         captured(store, world, "blocks.0.attn.z", heads=3)
+    with ActivationStore() as store, pytest.raises(SpecError, match="heads: '0' is not an integer"):
+        captured(store, world, "blocks.0.attn.z", heads="0")
+    with ActivationStore() as store, pytest.raises(SpecError, match="heads: True is not an integer"):
+        captured(store, world, "blocks.0.attn.z", heads=True)
     with pytest.raises((UnsupportedSiteError, SpecError), match=r"mlp\.pre_linear"):
         captured(store, world, "blocks.0.mlp.pre_linear")
     with pytest.raises(SpecError, match="Examples are 0 to 24"):

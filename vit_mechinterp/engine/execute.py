@@ -80,7 +80,8 @@ def execute(
             ``"4GiB"``; 2 GiB on a CPU, 40 % of what is free on a GPU by default.
         store: where clean values are read from if they are there, and kept if they are not. With it, clean
             forwards hold fixed batches of one column's distinct images, so that a value has the same bits
-            whether it is read or computed; an image that stands in two columns is computed for each.
+            whether it is read or computed; an image that stands in two columns is computed for each, unless
+            these hold the same distinct images in the same order.
         out: a folder to write results into as they come, chunk by chunk. The same call with a folder that
             was begun goes on where it was, repeats nothing that is there, and gives the same bits; what
             captures hold is then mapped from the folder's ``results.safetensors``.
@@ -200,10 +201,7 @@ class _Bar:
         )
 
     def __enter__(self) -> Tick:
-        def tick(n: int) -> None:
-            self._bar.update(n)
-
-        return tick
+        return self._bar.update
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()

@@ -11,6 +11,7 @@ from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
 from vit_mechinterp.engine.binding.bound import Bound, BoundCapture, BoundRun, Edit
+from vit_mechinterp.engine.binding.checks import check_heads
 from vit_mechinterp.engine.binding.joins import Blocks
 from vit_mechinterp.engine.binding.ops import operator_of
 from vit_mechinterp.engine.binding.positions import Positions, moved_note, resolve_tokens
@@ -253,20 +254,6 @@ def _bind_source(
     if not fits:
         raise SpecError(f"{where}: {site} holds {there} per example, which cannot take the place of {here}.")
     return Read(origin, site, positions, spec.heads)
-
-
-def check_heads(vit: HookedViT, site: Site, heads: tuple[int, ...] | None, where: str) -> None:
-    """Raise SpecError unless the site has these heads."""
-    if heads is None:
-        return
-    if not site.has_heads:
-        raise SpecError(f"{where}: {site} has no head axis, so heads cannot be selected there.")
-    shape = vit.sites()[str(site)].shape
-    n_heads = shape[0] if site.is_attention_matrix else shape[1]
-    if max(heads) >= n_heads:
-        raise SpecError(
-            f"{where}: head {max(heads)} is out of range; {site} has {n_heads} heads, 0 to {n_heads - 1}."
-        )
 
 
 def _check_pairing(

@@ -12,8 +12,16 @@ from vit_mechinterp.engine.binding.bound import Bound
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Site
 
-__all__ = ["check_arguments", "check_batch_size", "check_folder", "check_images", "refuse_train_mode"]
+__all__ = [
+    "check_arguments",
+    "check_batch_size",
+    "check_folder",
+    "check_heads",
+    "check_images",
+    "refuse_train_mode",
+]
 
 
 def check_arguments(vit: Any, store: Any = None) -> None:
@@ -44,6 +52,20 @@ def check_batch_size(batch_size: Any, *, auto: bool = True) -> None:
     if not hasattr(batch_size, "__index__") or isinstance(batch_size, bool) or int(batch_size) < 1:
         kinds = "'auto' or a positive integer" if auto else "a positive integer"
         raise SpecError(f"batch_size is {kinds}, got {batch_size!r}.")
+
+
+def check_heads(vit: HookedViT, site: Site, heads: tuple[int, ...] | None, where: str) -> None:
+    """Raise SpecError unless the site has these heads."""
+    if heads is None:
+        return
+    if not site.has_heads:
+        raise SpecError(f"{where}: {site} has no head axis, so heads cannot be selected there.")
+    shape = vit.sites()[str(site)].shape
+    n_heads = shape[0] if site.is_attention_matrix else shape[1]
+    if max(heads) >= n_heads:
+        raise SpecError(
+            f"{where}: head {max(heads)} is out of range; {site} has {n_heads} heads, 0 to {n_heads - 1}."
+        )
 
 
 def refuse_train_mode(vit: HookedViT) -> None:

@@ -20,7 +20,7 @@ from vit_mechinterp.model.hooked import HookedViT
 
 __all__ = ["Clean", "CleanPass", "PlainClean", "Tick", "means_from"]
 
-Tick = Callable[[int], None]
+Tick = Callable[[int], object]
 """Called with the number of (row, block) pairs of every forward."""
 
 
@@ -69,6 +69,7 @@ class CleanPass(ABC):
                 total, count = _sum(clean.values[read])
                 sums[read] = total if read not in sums else sums[read] + total
                 counts[read] += count
+            del clean  # or it would be held while the next chunk's values are made
         return {read: sums[read] / counts[read] for read in schedule.reads.means}
 
 

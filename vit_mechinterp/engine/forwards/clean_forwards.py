@@ -100,7 +100,7 @@ def forwards(
     data: Data,
     batches: Iterable[CleanGroup],
     filling: Mapping[Need, Filling],
-    tick: Callable[[int], None],
+    tick: Callable[[int], object],
 ) -> Iterator[CleanGroup]:
     """Run clean forwards, one whenever the next is asked for, and keep what they give.
 

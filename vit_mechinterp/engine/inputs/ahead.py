@@ -10,7 +10,7 @@ from itertools import dropwhile
 
 from torch import Tensor
 
-__all__ = ["Ahead", "Request"]
+__all__ = ["AHEAD_BYTES", "Ahead", "Request", "workers_for"]
 
 Request = tuple[str, tuple[int, ...]]
 """An image column, and the examples of one forward."""
@@ -49,7 +49,6 @@ class Ahead:
         self._most = most
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
         self._waiting: deque[tuple[Request, Future[Tensor]]] = deque()
-        self.taken = 0
         self._fill()
 
     def _fill(self) -> None:
@@ -81,7 +80,6 @@ class Ahead:
             return None
         _, future = self._waiting.popleft()
         batch = future.result()
-        self.taken += 1
         self._fill()
         return batch
 

@@ -44,8 +44,8 @@ def notes_on(
 def _again(schedule: Schedule, counts: Counts) -> Iterator[str]:
     """What several chunks compute."""
     if len(schedule.chunks) > 1 and counts.rows_again:
-        kept = schedule.bound.readout is None
-        why = "activations are kept or read" if kept else "outputs are not kept as a whole"
+        whole = schedule.bound.readout is None
+        why = "activations are kept or read" if whole else "outputs are not kept as a whole"
         yield (
             f"{counts.rows_again} rows are equal to rows of other chunks, and are computed again, because "
             f"their {why}"

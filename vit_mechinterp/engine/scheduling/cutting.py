@@ -137,8 +137,8 @@ def _widths(vit: HookedViT, widest: int) -> list[int]:
     """Rows per forward, half as many each time, down to those that a launch is worth."""
     narrowest = max(1, _for_device(vit, LAUNCH_WORK) // _block_work(vit))
     widths = [widest]
-    while widths[-1] // 2 >= narrowest:
-        widths.append(widths[-1] // 2)
+    while widths[-1] > narrowest:
+        widths.append(max(narrowest, widths[-1] // 2))
     return widths
 
 
@@ -159,7 +159,10 @@ def _in_chunks(vit: HookedViT, draft: Schedule, most: int, budget: int) -> Sched
         if schedule.chunk == 1:
             width = (budget - held.peak(1, 0)) // held.row
             return replace(schedule, width=max(1, min(schedule.width, width)))
-        schedule = replace(schedule, chunk=_fewer(schedule, held, budget) or 1)
+        if schedule.reads.means and not schedule.needs.means_come_first:
+            schedule = replace(schedule, chunk=schedule.chunk - 1)  # whose examples take less
+        else:
+            schedule = replace(schedule, chunk=_fewer(schedule, held, budget) or 1)
     return schedule
 
 

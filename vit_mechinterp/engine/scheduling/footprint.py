@@ -62,9 +62,12 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
     captures = sum(read_size(vit, c.read) for run in bound.runs for c in run.captures)
     outputs = 4 * len(bound.with_output) * math.prod(vit.output_shape())
     handed_over = outputs if bound.readout is None else 4 * len(bound.with_output) * bound.readout.size
+    # A run's values come in pieces that are then joined, so for a moment both are there.
+    example = element * (held + 2 * kept) + 2 * outputs
+    if schedule.needs.means_come_first and not schedule.holds:  # their pass goes by the same chunks
+        example = max(example, element * sum(read_size(vit, read) for read in schedule.reads.means))
     return Footprint(
-        # A run's values come in pieces that are then joined, so for a moment both are there.
-        example=element * (held + 2 * kept) + 2 * outputs,
+        example=example,
         row=element * _row_size(vit, bound),
         result=element * captures + handed_over,
         common=_means_size(vit, schedule) + (common_size(vit, schedule) if schedule.holds else 0),

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from vit_mechinterp.engine.binding.bind import check_heads
 from vit_mechinterp.engine.binding.checks import (
     check_arguments,
     check_batch_size,
     check_folder,
+    check_heads,
     refuse_train_mode,
 )
 from vit_mechinterp.engine.binding.positions import Positions, resolve_tokens
@@ -29,7 +29,7 @@ from vit_mechinterp.engine.store.view import StoredActivations
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.heap import thrifty
 from vit_mechinterp.model.hooked import HookedViT
-from vit_mechinterp.spec import Site, Tokens
+from vit_mechinterp.spec import Capture, Site, Tokens
 
 __all__ = ["ActivationStore"]
 
@@ -74,9 +74,10 @@ class ActivationStore:
         try:
             self.tiers = Tiers(self.folder, *budgets)
         except OSError as error:
+            is_file = self.folder is not None and self.folder.is_file()
+            why = "it is a file" if is_file else error.strerror or error
             raise ExecutionError(
-                f"Activations cannot be kept in {self.folder}: {error.strerror or error}. Choose another "
-                "folder."
+                f"Activations cannot be kept in {self.folder}: {why}. Choose another folder."
             ) from None
 
     def capture(
@@ -127,7 +128,7 @@ class ActivationStore:
         rows = rows if vit.layout.family.one_image is None else 1
         with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
             source = Source(self.tiers, vit, columns, column, images, reads.values(), rows, dtype)
-            source.tick = lambda n: _count(bar, n)
+            source.tick = bar.update
             if batch_size == "auto":
                 source.adopt_rows(max(rows, columns.n))
             with thrifty():
@@ -187,11 +188,11 @@ def _reads(
             f"sites is a site name, a glob such as 'blocks.*.resid_post' or several, not "
             f"{type(sites).__name__}."
         )
-    chosen = None if heads is None else (heads,) if isinstance(heads, int) else tuple(heads)
     reads: dict[str, Read] = {}
     for name in vit.expand([sites] if isinstance(sites, str) else sites):
         site = Site.parse(name)
         where = f"capture of {name}"
+        chosen = Capture.model_validate({"site": name, "tokens": tokens, "heads": heads}).heads
         check_heads(vit, site, chosen, where)
         own = Positions()
         if site.has_tokens:
@@ -200,10 +201,6 @@ def _reads(
     if not reads:
         raise SpecError("There is no site to capture. Name some, such as 'blocks.*.resid_post'.")
     return reads
-
-
-def _count(bar: Any, n: int) -> None:
-    bar.update(n)
 
 
 def _fill(source: Source) -> None:

@@ -10,13 +10,14 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.arrays import BoolArray, IntArray
 from vit_mechinterp.engine.binding.values import Need, Needs, Read, Values, by_token, gather
 from vit_mechinterp.engine.forwards.clean import Clean, CleanPass, Tick
 from vit_mechinterp.engine.inputs.ahead import Request
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.expectation import expectations, requests_for
+from vit_mechinterp.engine.store.keys import Key
 from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
 from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
@@ -128,6 +129,9 @@ class StoredClean(CleanPass):
         """The clean forwards that a schedule needs, as the store is, if it loses nothing meanwhile."""
         means = schedule.needs.means_come_first
         holds = self.expect(schedule, schedule.chunks, means=means)
+        foreseen: dict[Key, BoolArray] = {}  # columns of the same distinct images share what is stored
+        for source in self.sources.values():
+            source.imagined = foreseen
         forwards = [
             (column, *forward)
             for request in requests_for(schedule, schedule.chunks, means=means)
@@ -135,7 +139,7 @@ class StoredClean(CleanPass):
             for forward in self.sources[column].foresee(wanted)
         ]
         for source in self.sources.values():
-            source.imagine_nothing()
+            source.imagined = {}
         return Forecast(forwards, holds)
 
     def requests(

@@ -73,7 +73,6 @@ class MemoryTier:
         self.device = device
         self.pinned = pinned
         self.used = 0
-        self.evicted = 0
         self._blocks: OrderedDict[BlockName, Block] = OrderedDict()
         self._free: list[Tensor] = []
 
@@ -155,7 +154,6 @@ class MemoryTier:
             chosen = [name for name, _ in idle if unfinished == "any" or name[0] == key]
         if chosen:
             self.drop(chosen[0])
-            self.evicted += 1
         return bool(chosen)
 
     def drop(self, name: BlockName) -> None:

@@ -29,7 +29,7 @@ from vit_mechinterp.spec import Site
 
 __all__ = ["Source", "Wanted", "rows_by_default"]
 
-Tick = Callable[[int], None]
+Tick = Callable[[int], object]
 
 _BLOCK_BYTES = 16 * 1024**2
 _LEAST_BLOCK_BYTES = 256 * 1024
@@ -59,6 +59,9 @@ class Source:
         dtype: dtype that values are kept in; the model's by default.
         model: the model's fingerprint, if it is known.
         tick: called with the number of (row, block) pairs of every forward.
+
+    Attributes:
+        imagined: which slots of a value count as stored, because forwards are foreseen that give them.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Source:
         self._keys: dict[Wanted, Key] = {}
         self._entries: dict[Wanted, Entry] = {}
         self._expected: dict[Wanted, NDArray[np.bool_]] = {}
-        self._imagined: dict[Wanted, NDArray[np.bool_]] = {}
+        self.imagined: dict[Key, NDArray[np.bool_]] = {}
 
     @property
     def images(self) -> IntArray:
@@ -264,8 +267,8 @@ class Source:
         for read, examples in (wanted or dict.fromkeys(self.reads, everyone)).items():
             for own in dict.fromkeys((read, self._whole(read))):
                 entry, slots = self.entry(own), self._slots(own).of
-                if own in self._imagined:
-                    examples = examples[~self._imagined[own][slots[examples]]]
+                if self.imagined and (foreseen := self.imagined.get(self.key(own))) is not None:
+                    examples = examples[~foreseen[slots[examples]]]
                 if entry is not None:
                     gone = self.tiers.absent(entry, slots[examples])
                     examples = examples[np.isin(slots[examples], gone)]
@@ -275,19 +278,15 @@ class Source:
 
     def foresee(self, wanted: Mapping[Wanted, IntArray]) -> Iterator[tuple[tuple[int, ...], int]]:
         """The forwards that `take` would need: examples of their images, and the blocks that these pass
-        through. Until `imagine_nothing`, what they would give counts as stored."""
+        through. What they would give is ``imagined`` from then on, and counts as stored."""
         for grain, reads in self._grains(self.absent(wanted)):
             every = [*reads, *self._beside(reads, grain)]
             for read in every:
                 slots = self._slots(read)
-                imagined = self._imagined.setdefault(read, np.zeros(len(slots), dtype=np.bool_))
+                imagined = self.imagined.setdefault(self.key(read), np.zeros(len(slots), dtype=np.bool_))
                 own = slots.of_images(grain)
                 imagined[own.start : own.stop] = True
             yield self._examples(grain), stop_behind(every, self.vit.layout.n_layers).blocks
-
-    def imagine_nothing(self) -> None:
-        """What was foreseen no longer counts as stored."""
-        self._imagined.clear()
 
     def _grains(self, missing: Mapping[Wanted, IntArray]) -> Iterator[tuple[range, list[Wanted]]]:
         """Batches of distinct images that missing examples hold, in order, and what is missing of them."""

@@ -11,10 +11,11 @@ from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vit_mechinterp.engine.binding.bind import bind, expand_runs
+from vit_mechinterp.engine.binding.bound import Bound
 from vit_mechinterp.engine.binding.checks import (
     check_arguments,
     check_batch_size,
@@ -37,7 +38,7 @@ from vit_mechinterp.engine.store.streamed import streamed
 from vit_mechinterp.engine.training.prepared import Prepared
 from vit_mechinterp.errors import SpecError, listed
 from vit_mechinterp.model.checkpointing import refuse_checkpointing
-from vit_mechinterp.model.heap import keeping
+from vit_mechinterp.model.heap import keeping, thrifty
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.output_tokens import output_tokens
 from vit_mechinterp.model.sparing import why_nothing_is_spared
@@ -108,11 +109,14 @@ def prepare(
         batch_size: images per clean forward.
         progress: show a bar if it takes longer than two seconds.
         store: where clean values are read from if they are there, and kept if they are not.
-        memory: most bytes of clean values to hold, or a text such as ``"4GiB"``; 2 GiB on a CPU, 40 % of what
-            is free on a GPU by default. If they are more, they stay in the store, or without one in a
-            temporary folder, and every batch reads its own.
+        memory: most bytes to hold beside the model until the block is entered, and of clean values in it, or
+            a text such as ``"4GiB"``; 2 GiB on a CPU, 40 % of what is free on a GPU by default. If clean
+            values are more than is left beside a forward, they stay in the store, or without one in a
+            temporary folder, and every batch reads its own. What batches take with their gradients comes on
+            top: it is as large as they are.
 
-    Where memory runs out, clean forwards are of half as many images, and a line says so.
+    Where memory runs out, clean forwards are of half as many images, and a line says so. Runs that are equal
+    or begin alike have rows of their own each, because the tensors that they name may come to differ.
 
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
@@ -125,6 +129,43 @@ def prepare(
     refuse_checkpointing(vit.module)
     columns = Data(data, vit, progress=progress)
     bound = bind(vit, flat, columns)
+    _check_runs(bound)
+    resolved = resolve_refs(bound, tensors, vit)
+    check_tensors(bound, resolved, vit, columns.n)
+    check_images(columns, bound)
+    images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
+    schedule = Schedule(
+        Sharing(bound, images, rows=False),
+        n_layers=vit.layout.n_layers,
+        chunk=columns.n,
+        width=batch_size,
+        one_image=vit.layout.family.one_image,
+        spares=why_nothing_is_spared(vit.layout) is None,
+        by_output=output_tokens(vit),
+    )
+    schedule, left = _within(vit, schedule, memory)
+    streams = left < footprint(vit, schedule).peak(columns.n, 0)
+    counter = _Counter(progress)
+    with vit.lock, _frozen(vit.module), ExitStack() as stack:
+        stack.enter_context(keeping() if memory is None else thrifty())
+        if streams and store is None:
+            store = stack.enter_context(_temporary(vit, left))
+
+        def clean_values(rows: int) -> tuple[Schedule, Clean, Mapping[Read, Tensor]]:
+            own = replace(schedule, width=rows)
+            return own, *_clean(vit, columns, own, store, counter, streams=streams)
+
+        with counter.bar:
+            most = min(schedule.width, columns.n * len(images))
+            schedule, clean, means = in_fewer_rows(clean_values, most)
+        shapes = {ref: tuple(tensor.shape) for ref, tensor in resolved.items()}
+        prepared = Prepared(vit, columns, schedule, clean, means, shapes, counter.total)
+        stack.callback(prepared.close)
+        yield prepared
+
+
+def _check_runs(bound: Bound) -> None:
+    """Raise SpecError for runs that cannot be prepared."""
     if len(bound.stages) > 1:
         raise SpecError(
             "A run that reads another edited run cannot be prepared for training; use execute for it."
@@ -139,54 +180,41 @@ def prepare(
             f"Prepared runs give outputs and keep no captures, which are asked for of {listed(capturing)}. "
             "Leave capture out, or use execute for them."
         )
-    resolved = resolve_refs(bound, tensors, vit)
-    check_tensors(bound, resolved, vit, columns.n)
-    check_images(columns, bound)
-    images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
-    schedule = Schedule(
-        Sharing(bound, images, rows=False),
-        n_layers=vit.layout.n_layers,
-        chunk=columns.n,
-        width=batch_size,
-        one_image=vit.layout.family.one_image,
-        spares=why_nothing_is_spared(vit.layout) is None,
-        by_output=output_tokens(vit),
-    )
-    budget = budget_of(vit) if memory is None else parse_bytes(memory)
-    streams = footprint(vit, schedule).example * columns.n > budget
-    parameters = [p for p in vit.module.parameters() if p.requires_grad]
-    evaluations = 0
-    bar = tqdm(desc="clean forwards", unit="block", unit_scale=True, delay=2.0, disable=not progress)
 
-    def tick(n: int) -> None:
-        nonlocal evaluations
-        evaluations += n
-        bar.update(n)
 
-    with vit.lock:
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-            with ExitStack() as stack:
-                if memory is None:
-                    stack.enter_context(keeping())
-                if streams and store is None:
-                    store = stack.enter_context(_temporary(vit, budget))
+def _within(vit: HookedViT, schedule: Schedule, memory: int | str | None) -> tuple[Schedule, int]:
+    """The same schedule in clean forwards that take at most half of the budget, if one was given; and the
+    bytes that are left for clean values."""
+    if memory is None:
+        return schedule, budget_of(vit)
+    budget, row = parse_bytes(memory), max(1, footprint(vit, schedule).row)
+    width = max(1, min(schedule.width, budget // 2 // row))
+    return replace(schedule, width=width), max(0, budget - width * row)
 
-                def clean_values(rows: int) -> tuple[Schedule, Clean, Mapping[Read, Tensor]]:
-                    own = replace(schedule, width=rows)
-                    return own, *_clean(vit, columns, own, store, tick, streams=streams)
 
-                with bar:
-                    most = min(batch_size, columns.n * len(images))
-                    schedule, clean, means = in_fewer_rows(clean_values, most)
-                shapes = {ref: tuple(tensor.shape) for ref, tensor in resolved.items()}
-                prepared = Prepared(vit, columns, schedule, clean, means, shapes, evaluations)
-                stack.callback(prepared.close)
-                yield prepared
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter needs a gradient inside the ``with`` block."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class _Counter:
+    """Counts (row, block) pairs of clean forwards, and shows them."""
+
+    def __init__(self, progress: bool) -> None:
+        self.total = 0
+        self.bar = tqdm(desc="clean forwards", unit="block", unit_scale=True, delay=2.0, disable=not progress)
+
+    def __call__(self, n: int) -> None:
+        self.total += n
+        self.bar.update(n)
 
 
 def _clean(
@@ -194,7 +222,7 @@ def _clean(
     data: Data,
     schedule: Schedule,
     store: ActivationStore | None,
-    tick: Callable[[int], None],
+    tick: Callable[[int], object],
     *,
     streams: bool,
 ) -> tuple[Clean, Mapping[Read, Tensor]]:

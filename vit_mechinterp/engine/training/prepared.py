@@ -16,11 +16,12 @@ from vit_mechinterp.engine.binding.tensors import resolve_refs
 from vit_mechinterp.engine.binding.values import ImagesOf, Read
 from vit_mechinterp.engine.forwards.clean import Clean
 from vit_mechinterp.engine.forwards.editing import Material
+from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.reduction.unread import union
 from vit_mechinterp.engine.results.provenance import provenance_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
-from vit_mechinterp.engine.training.rows import Rows, outputs_of
+from vit_mechinterp.engine.training.rows import Rows, outputs_of, widest
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
@@ -203,7 +204,7 @@ class Batch:
 
 
 def run_together(
-    batches: Sequence[Batch], tensors: Mapping[str, Tensor]
+    batches: Iterable[Batch], tensors: Mapping[str, Tensor]
 ) -> list[Float[Tensor, "run example *output"]]:
     """Outputs of several batches in common growing batches, in the ambient grad mode.
 
@@ -220,8 +221,12 @@ def run_together(
 
     Raises:
         SpecError: a batch does not fit its preparation, or the preparations are of several models.
+        ExecutionError: without gradients, one row does not fit into memory.
+        OutOfMemoryError: with gradients, for which what all rows leave behind is held; smaller batches, whose
+            gradients add up, take less (`Batch.cut`).
     """
     is_list = isinstance(batches, Iterable) and not isinstance(batches, Batch)
+    batches = list(batches) if is_list else []
     if not is_list or not all(isinstance(batch, Batch) for batch in batches):
         raise SpecError(
             "batches is a list of Batch(prepared, examples), also for one: run_together([batch], tensors)."
@@ -246,8 +251,13 @@ def run_together(
                 placed.append(Rows.of(n, run, batch.examples, material, spares=spares))
             else:
                 outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
+
+    def found(width: int) -> dict[Rows, Tensor]:
+        return outputs_of(vit, placed, width, spares=spares, tokens=tokens)
+
     with vit.lock:
-        for rows, output in outputs_of(vit, placed, spares=spares, tokens=tokens):
+        most = widest(vit, placed)
+        for rows, output in (found(most) if torch.is_grad_enabled() else in_fewer_rows(found, most)).items():
             outputs[rows.batch, rows.run.name] = output
     return [torch.stack([outputs[n, run.name] for run in runs]) for n, runs in enumerate(runs_of)]
 
@@ -269,7 +279,10 @@ def _check_examples(examples: Sequence[int], n: int) -> None:
 
 
 def _is_order(order: object, n: int) -> bool:
-    return isinstance(order, Iterable) and sorted(order) == list(range(n))
+    if not isinstance(order, Iterable):
+        return False
+    own = list(order)
+    return all(hasattr(place, "__index__") for place in own) and sorted(own) == list(range(n))
 
 
 def _is_truth(value: object) -> bool:

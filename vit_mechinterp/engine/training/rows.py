@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from vit_mechinterp.engine.scheduling.reads import clean_sources
 from vit_mechinterp.engine.scheduling.throughput import likely_width
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["Rows", "outputs_of"]
+__all__ = ["Rows", "outputs_of", "widest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,12 @@ class Rows:
         order = np.argsort(own, kind="stable")
         return cls(batch, run, own[order], material, np.argsort(order))
 
+    def as_given(self, outputs: Tensor) -> Tensor:
+        """Outputs of the examples in the order in which these were given."""
+        if self.place is None:
+            return outputs
+        return outputs[torch.as_tensor(self.place, device=outputs.device)]
+
     def in_memory(self, examples: IntArray) -> Material:
         """What the rows of some examples read, out of any store."""
         values = self.material.clean.values
@@ -55,19 +61,26 @@ class Rows:
         return replace(self.material, clean=Clean({own: values[own].in_memory(examples) for own in reads}))
 
 
+def widest(vit: HookedViT, placed: Sequence[Rows]) -> int:
+    """Rows per growing batch: on a CPU what it is quickest with, elsewhere all of them."""
+    rows = max(1, sum(len(own.examples) for own in placed))
+    return min(rows, likely_width(vit)) if vit.device.type == "cpu" else rows
+
+
 def outputs_of(
-    vit: HookedViT, placed: Sequence[Rows], *, spares: bool, tokens: tuple[int, ...] | None
-) -> Iterator[tuple[Rows, Tensor]]:
+    vit: HookedViT, placed: Sequence[Rows], width: int, *, spares: bool, tokens: tuple[int, ...] | None
+) -> dict[Rows, Tensor]:
     """The outputs ``[example, *output]`` of all rows, in the order in which their examples were given.
 
     Args:
         vit: the model; the caller holds its lock.
         placed: the rows.
+        width: most of them in one growing batch.
         spares: whether parts of a joining block run once for rows that are still equal there.
         tokens: those that somebody reads behind the last attention call; None for all.
     """
     pieces: dict[Rows, list[Tensor]] = defaultdict(list)
-    for wave in filled(placed, _width(vit, placed), spares=spares):
+    for wave in filled(placed, width, spares=spares):
         segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
         # Beforehand, because no forward can run inside another, whose hooks it would set off.
         materials = [rows.in_memory(examples) for rows, examples in wave]
@@ -76,15 +89,4 @@ def outputs_of(
         sizes = [len(examples) for _, examples in wave]
         for (rows, _), output in zip(wave, torch.split(result.output, sizes), strict=True):
             pieces[rows].append(output)
-    for rows, own in pieces.items():
-        output = torch.cat(own)
-        if rows.place is not None:
-            output = output[torch.as_tensor(rows.place, device=output.device)]
-        yield rows, output
-
-
-def _width(vit: HookedViT, placed: Sequence[Rows]) -> int:
-    """Rows per growing batch: on a CPU what it is quickest with, elsewhere all of them."""
-    if vit.device.type == "cpu":
-        return likely_width(vit)
-    return max(1, sum(len(rows.examples) for rows in placed))
+    return {rows: rows.as_given(torch.cat(own)) for rows, own in pieces.items()}
