@@ -59,7 +59,7 @@ def hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of as many examples as memory has room for, with nothing held for several of them."""
     from vit_mechinterp.engine.scheduling import cutting
 
-    monkeypatch.setattr(cutting, "_may_hold", lambda *_: False)
+    monkeypatch.setattr(cutting, "_holding", lambda *_: None)
 
 
 def assert_same_bits(one: Results, other: Results) -> None:

@@ -12,7 +12,7 @@ from tests.engine.test_common import EXPERIMENTS, SWAP, shuffled
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Run
-from vit_mechinterp.engine.planning.plan import describe
+from vit_mechinterp.engine.planning.describe import describe
 from vit_mechinterp.engine.rows.sharing import Sharing
 from vit_mechinterp.engine.scheduling import cutting
 from vit_mechinterp.engine.scheduling.pairs import pairs_of

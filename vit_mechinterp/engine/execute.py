@@ -22,7 +22,7 @@ from vit_mechinterp.engine.forwards.chunk import Setting
 from vit_mechinterp.engine.forwards.clean import CleanPass, PlainClean, Tick
 from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.forwards.held import HeldClean
-from vit_mechinterp.engine.planning.plan import describe
+from vit_mechinterp.engine.planning.describe import describe
 from vit_mechinterp.engine.results.provenance import circumstances, provenance_of
 from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.engine.results.resume import FinishedChunks

@@ -88,6 +88,9 @@ def run_wave(
 
 
 class _Wave:
+    """Visitors for the sites of one native forward, at which rows join, are edited, are read, and are handed
+    on; and what they have given by its end."""
+
     def __init__(self, vit: HookedViT, segments: Sequence[Segment], materials: Sequence[Material]) -> None:
         self.vit = vit
         self.segments = segments

@@ -34,35 +34,42 @@ Way = tuple[Beginning | None, Stop | None]
 
 @dataclass
 class Counts:
-    """Totals over all chunks.
-
-    ``images`` counts by column and number of blocks; ``needs`` is what clean forwards are for; ``again`` are
-    images that pass through the model once more because they occur in several chunks, ``apart`` images that
-    pass once for each of several columns, because a store keeps columns apart, ``rows_again`` equal rows of
-    different chunks, and ``begun_again`` what rows of different chunks go through before they differ;
-    ``spared`` and ``unread`` are parts of ``evaluations``, in blocks' worth of work, that rows share or that
-    nobody reads. ``branched`` rows go on from others, for which ``not_again`` pairs are not computed;
-    ``ways`` counts rows by stage, by the number of their part in it, and by where they go on from others and
-    end.
-    """
+    """Totals over all chunks."""
 
     evaluations: int = 0
+    """(row, block) pairs."""
     naive: int = 0
+    """The same for one run at a time."""
     launches: int = 0
+    """Forwards."""
     widest: int = 0
+    """Most rows in one of them."""
     spared: float = 0.0
+    """Blocks' worth of the evaluations that rows of one image share, before their edits in a block."""
     unread: float = 0.0
+    """Blocks' worth of the evaluations that nobody reads."""
     clean: int = 0
+    """Rows that clean forwards answer."""
     shared: int = 0
+    """Rows that are copies of equal ones."""
     again: int = 0
+    """Images that pass once more, because they occur in several chunks."""
     apart: int = 0
+    """Images that pass once for each of several columns, because a store keeps columns apart."""
     rows_again: int = 0
+    """Rows that are equal to rows of other chunks, and computed all the same."""
     begun_again: int = 0
+    """What rows of different chunks go through before they differ, and is computed in each."""
     branched: int = 0
+    """Rows that go on from others."""
     not_again: int = 0
+    """(row, block) pairs that are not computed for these."""
     ways: Counter[tuple[int, int, Way]] = field(default_factory=Counter)
+    """Rows by stage, by the number of their part in it, and by where they go on from others and end."""
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Images of clean forwards by column and number of blocks."""
     needs: dict[Need, None] = field(default_factory=dict)
+    """What clean forwards are for."""
 
     def add(self, own: Counts) -> None:
         """Add what was counted of one chunk."""

@@ -51,7 +51,8 @@ class Sharing:
         return len(next(iter(self.images.values())))
 
     def once(self, key: tuple[object, ...], find: Callable[[], Found]) -> Found:
-        """What ``find`` gives, found once per key: schedules of other chunks and widths share it."""
+        """What ``find`` gives, found once per key, for all schedules of these rows: a key names what it
+        depends on of what these differ in, chunk, width and what is held."""
         if key not in self._found:
             self._found[key] = find()
         found: Found = self._found[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -115,22 +115,30 @@ def _cut(vit: HookedViT, draft: Schedule, budget: int, *, stored: bool) -> Sched
     """A schedule that the budget holds, with forwards as wide as the draft's, or narrower ones if only these
     leave room for all that chunks can share; if nothing does, the one that computes least."""
     most = _most_examples(vit, draft)
-    first = _in_chunks(vit, draft, most, budget)
-    if _shares_all(first, most, stored=stored):
-        return first
-    narrower = (
-        _in_chunks(vit, replace(draft, width=width), most, budget) for width in _widths(vit, draft.width)[1:]
-    )
-    apart = [first, *narrower]
-    may_hold = not stored and _may_hold(vit, apart[-1], budget)
-    held = [own for each in apart if may_hold and (own := _holding(vit, each, budget)) is not None]
-    # Where few examples make up a forward, it is a narrower one, and wants less memory.
-    full = [own for own in held if own.width == apart[-1].width or _chunk_of(own, own.width) <= own.chunk]
-    every = sorted([*apart, *full], key=lambda own: -own.width)
-    for own in every:
-        if _shares_all(own, most, stored=stored):
-            return own
-    return min(every, key=pairs_of) if draft.sharing.joins_examples else first
+    found: list[Schedule] = []
+    for schedule in _candidates(vit, draft, most, budget, stored=stored):
+        if _shares_all(schedule, most, stored=stored):
+            return schedule
+        found.append(schedule)
+    return min(found, key=pairs_of) if draft.sharing.joins_examples else found[0]
+
+
+def _candidates(
+    vit: HookedViT, draft: Schedule, most: int, budget: int, *, stored: bool
+) -> Iterator[Schedule]:
+    """Schedules of at most so many examples per chunk, from wide forwards to narrow ones; of each width in
+    chunks as large as the budget holds, and, without a store, holding what they have in common."""
+    widths, may_hold = _widths(vit, draft.width), not stored
+    for width in widths:
+        apart = _in_chunks(vit, replace(draft, width=width), most, budget)
+        yield apart
+        whole = _holding(vit, apart, budget) if may_hold else None
+        # Where few examples make up a forward, it is a narrower one, and wants less memory.
+        if whole is not None and (width == widths[-1] or _chunk_of(whole, width) <= whole.chunk):
+            yield whole
+        if may_hold and width == widths[0]:
+            last = _in_chunks(vit, replace(draft, width=widths[-1]), most, budget)
+            may_hold = _may_hold(vit, last, budget)
 
 
 def _widths(vit: HookedViT, widest: int) -> list[int]:
@@ -173,7 +181,9 @@ def _may_hold(vit: HookedViT, schedule: Schedule, budget: int) -> bool:
 
 def _holding(vit: HookedViT, schedule: Schedule, budget: int) -> Schedule | None:
     """The same schedule, holding what several chunks need of clean forwards, in chunks that leave room for
-    it; None if none do."""
+    it; None if none do, or if they need nothing in common."""
+    if not schedule.needs.common.needs:
+        return None
     whole = replace(schedule, holds=True)
     while (held := footprint(vit, whole)).peak(whole.chunk, whole.width) > budget:
         chunk = _fewer(whole, held, budget)

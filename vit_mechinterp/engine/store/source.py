@@ -119,10 +119,14 @@ class Source:
 
     def expect(self, wanted: Mapping[Wanted, IntArray]) -> None:
         """Say what will be asked for, of which examples. A forward that is needed for some of it then gives
-        and keeps the rest for its images, so that none of them needs another."""
+        and keeps the rest for its images, so that none of them needs another; what is there already stays
+        before what is not wanted."""
         self._expected = {read: np.zeros(len(self._slots(read)), dtype=np.bool_) for read in wanted}
         for read, examples in wanted.items():
-            self._expected[read][self._slots(read).of[examples]] = True
+            slots = self._slots(read).of[examples]
+            self._expected[read][slots] = True
+            if (entry := self.entry(read)) is not None:
+                self.tiers.keep(entry, slots)
 
     def _slots(self, read: Wanted) -> Slots:
         """Where the values of a column's examples stand."""

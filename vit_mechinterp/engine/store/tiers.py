@@ -212,6 +212,13 @@ class Tiers:
                 there[here] = self._held(entry, number, slots[here])
             return slots[~there]
 
+    def keep(self, entry: Entry, slots: IntArray) -> None:
+        """Count blocks of some slots as used, so that what is not wanted leaves before them."""
+        with self.lock:
+            for number in np.unique(slots // entry.block).tolist():
+                for tier in (*self.gpus.values(), self.host):
+                    tier.get((entry.key.name, number))
+
     def _held(self, entry: Entry, number: int, slots: IntArray) -> NDArray[np.bool_]:
         """Which of some slots of one block are somewhere."""
         name, local = (entry.key.name, number), slots - number * entry.block

@@ -21,7 +21,7 @@ from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.reduction.unread import union
 from vit_mechinterp.engine.results.provenance import provenance_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
-from vit_mechinterp.engine.training.rows import Rows, outputs_of, widest
+from vit_mechinterp.engine.training.rows import TrainedRows, outputs_of, widest
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
@@ -241,18 +241,18 @@ def run_together(
     schedules = [batch.prepared.schedule for batch in batches]
     spares = schedules[0].spares
     tokens = union(own.tokens_wanted(stage) for own in schedules for stage in range(len(own.bound.stages)))
-    placed: list[Rows] = []
+    placed: list[TrainedRows] = []
     outputs: dict[tuple[int, str], Tensor] = {}
     for n, (batch, runs) in enumerate(zip(batches, runs_of, strict=True)):
         material = batch.prepared.material(runs, tensors)
         material = replace(material, source_order=batch.source_order, images_of=images_of[n])
         for run in runs:
             if run.edits:
-                placed.append(Rows.of(n, run, batch.examples, material, spares=spares))
+                placed.append(TrainedRows.of(n, run, batch.examples, material, spares=spares))
             else:
                 outputs[n, run.name] = batch.prepared.clean_outputs(run, batch.examples)
 
-    def found(width: int) -> dict[Rows, Tensor]:
+    def found(width: int) -> dict[TrainedRows, Tensor]:
         return outputs_of(vit, placed, width, spares=spares, tokens=tokens)
 
     with vit.lock:

@@ -20,11 +20,11 @@ from vit_mechinterp.engine.scheduling.reads import clean_sources
 from vit_mechinterp.engine.scheduling.throughput import likely_width
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["Rows", "outputs_of", "widest"]
+__all__ = ["TrainedRows", "outputs_of", "widest"]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class TrainedRows:
     """Rows of one run of a batch: the batch's number, the run, its examples, and what they read.
 
     ``place`` holds each example's place among ``examples``, where these are not in the batch's order: they
@@ -40,7 +40,7 @@ class Rows:
     @classmethod
     def of(
         cls, batch: int, run: BoundRun, examples: Sequence[int], material: Material, *, spares: bool
-    ) -> Rows:
+    ) -> TrainedRows:
         """Rows of a run on some examples, in any order; ``spares`` as in `Schedule`."""
         own = np.asarray(examples, dtype=np.int64)
         if not (spares and starts_late(run)):
@@ -61,15 +61,15 @@ class Rows:
         return replace(self.material, clean=Clean({own: values[own].in_memory(examples) for own in reads}))
 
 
-def widest(vit: HookedViT, placed: Sequence[Rows]) -> int:
+def widest(vit: HookedViT, placed: Sequence[TrainedRows]) -> int:
     """Rows per growing batch: on a CPU what it is quickest with, elsewhere all of them."""
     rows = max(1, sum(len(own.examples) for own in placed))
     return min(rows, likely_width(vit)) if vit.device.type == "cpu" else rows
 
 
 def outputs_of(
-    vit: HookedViT, placed: Sequence[Rows], width: int, *, spares: bool, tokens: tuple[int, ...] | None
-) -> dict[Rows, Tensor]:
+    vit: HookedViT, placed: Sequence[TrainedRows], width: int, *, spares: bool, tokens: tuple[int, ...] | None
+) -> dict[TrainedRows, Tensor]:
     """The outputs ``[example, *output]`` of all rows, in the order in which their examples were given.
 
     Args:
@@ -79,7 +79,7 @@ def outputs_of(
         spares: whether parts of a joining block run once for rows that are still equal there.
         tokens: those that somebody reads behind the last attention call; None for all.
     """
-    pieces: dict[Rows, list[Tensor]] = defaultdict(list)
+    pieces: dict[TrainedRows, list[Tensor]] = defaultdict(list)
     for wave in filled(placed, width, spares=spares):
         segments = [Segment(rows.run, tuple(examples.tolist())) for rows, examples in wave]
         # Beforehand, because no forward can run inside another, whose hooks it would set off.
