@@ -308,3 +308,6 @@ def test_examples_without_a_base_share_a_chunk_where_their_sources_are_equal(mon
         else:
             world.columns["source"] = TIMM_PLAIN.images(N, 8)
         assert world.schedule(documents, N, 2).sharing.joins_examples == equal
+    nothing = {"op": "ablate", "site": "blocks.0.resid_post"}  # of no image at all
+    documents = [{"name": "a", "interventions": [nothing, *then], "capture": ["pooled"]}]
+    assert world.schedule(documents, N, 2).sharing.joins_examples

@@ -120,8 +120,10 @@ class Sharing:
         if not (self.repeats and more) and all(len(part.states) < 2 for part in parts):
             return False
         origins = {part.run.origin for part in parts}
-        sources = (part.run.edits[0].source for part in parts if part.run.blank)
-        origins |= {source.origin for source in sources if source and isinstance(source.origin, ColumnOrigin)}
+        first = [part.run.edits[0].source for part in parts if part.run.blank]
+        if None in first:  # what these rows start from is of no image
+            return True
+        origins |= {source.origin for source in first if source and isinstance(source.origin, ColumnOrigin)}
         images = np.concatenate([self.images_of(origin) for origin in origins])
         return len(np.unique(images)) < len(images)
 
