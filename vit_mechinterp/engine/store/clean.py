@@ -18,6 +18,7 @@ from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.expectation import expectations, requests_for
 from vit_mechinterp.engine.store.keys import Key
+from vit_mechinterp.engine.store.memory import in_pages
 from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
 from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
 from vit_mechinterp.engine.store.tiers import Tiers
@@ -118,7 +119,7 @@ class StoredClean(CleanPass):
         images = {column: source.images for column, source in self.sources.items()}
         found = expectations(requests_for(schedule, chunks, means=means), images)
         wanted = [(self.sources[column], own.wanted) for column, own in found.items()]
-        needed = sum(source.nbytes(form) for source, forms in wanted for form in forms)
+        needed = sum(in_pages(source.nbytes(form)) for source, forms in wanted for form in forms)
         in_order = all(own.in_order for own in found.values())
         holds = self.tiers.holds(needed, self.device, in_order=in_order)
         for source, forms in wanted if holds else ():

@@ -18,12 +18,17 @@ from torch import Tensor
 from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.store.keys import Entry
 
-__all__ = ["Block", "MemoryTier", "Unfinished"]
+__all__ = ["Block", "MemoryTier", "Unfinished", "in_pages"]
 
 BlockName = tuple[str, int]
 """Name of an entry, and number of a block of it."""
 Unfinished = Literal["none", "own", "any"]
 """Whose unfinished blocks may be dropped for a block: nobody's, those of the same entry, or any."""
+
+
+def in_pages(nbytes: int) -> int:
+    """Bytes of the whole pages that so many take."""
+    return -(-nbytes // 4096) * 4096
 
 
 @dataclass
@@ -120,7 +125,7 @@ class MemoryTier:
 
     def _buffer(self, nbytes: int, makes_room: Callable[[], bool]) -> Tensor | None:
         # Blocks of one kind are equally large, so their buffers fit each other.
-        size = -(-nbytes // 4096) * 4096
+        size = in_pages(nbytes)
         if size > self.budget:
             return None
         while True:
