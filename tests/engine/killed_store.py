@@ -21,7 +21,7 @@ from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
 from vit_mechinterp.engine.results.tensorfiles import TensorWriter
-from vit_mechinterp.engine.store import source
+from vit_mechinterp.engine.store import holdings
 
 SITES = ["embed", "blocks.*.resid_post"]
 POINTS: list[tuple[str, type, int, bool]] = [
@@ -36,7 +36,7 @@ POINTS: list[tuple[str, type, int, bool]] = [
 
 def main(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    source._LEAST_BLOCK_BYTES, source._BLOCK_BYTES = 1, 20_000
+    holdings._LEAST_BLOCK_BYTES, holdings._BLOCK_BYTES = 1, 20_000
     world = World(TIMM_PLAIN, N)
     expected = native(world)
     killed, images = 0, []

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from tests.engine.world import World
 from vit_mechinterp import ActivationStore
+from vit_mechinterp.engine.store import holdings, source
 
 N = 25
 SITES = ["embed", "blocks.*.resid_post", "blocks.1.attn.pattern", "blocks.0.attn.z", "pooled", "logits"]
+
+
+def blocks_of(patch: pytest.MonkeyPatch, nbytes: int, least: int = 1) -> None:
+    """Keep values in blocks of so many bytes, so that a tiny model fills many of them, and select from as much."""
+    patch.setattr(holdings, "_LEAST_BLOCK_BYTES", least)
+    patch.setattr(holdings, "_BLOCK_BYTES", nbytes)
+    patch.setattr(source, "_SELECTED_BYTES", nbytes)
 
 
 def captured(store: ActivationStore, world: World, sites: Any = SITES, **options: Any) -> Any:

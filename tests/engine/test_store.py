@@ -13,11 +13,11 @@ import torch
 
 import vit_mechinterp as vmi
 from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
-from tests.engine.stores import SITES, N, captured, native
+from tests.engine.stores import SITES, N, blocks_of, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import HF_CLIP, TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.store import disk, source, tiers
+from vit_mechinterp.engine.store import disk, tiers
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.spec import TokenBox, TokenColumn
 
@@ -30,8 +30,7 @@ def world() -> World:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few examples each, so that a tiny model fills many of them."""
-    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
-    monkeypatch.setattr(source, "_BLOCK_BYTES", 20_000)
+    blocks_of(monkeypatch, 20_000)
 
 
 @pytest.mark.parametrize("budgets", [{}, {"host": "40KiB"}, {"host": 0}, {"disk": 0}])
@@ -172,8 +171,7 @@ def test_everything_reaches_the_disk_past_a_host_that_cannot_hold_a_block_of_eac
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int | str, beside: int
 ) -> None:
     monkeypatch.setattr(tiers, "_AT_WORK", beside)
-    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(source, "_BLOCK_BYTES", 20_000)
+    blocks_of(monkeypatch, 20_000, least=20_000)
     with ActivationStore(tmp_path, host=host) as store:
         view = captured(store, world, ["embed", "blocks.*.attn.z", "blocks.*.mlp_out", "blocks.*.resid_post"])
         assert len(view) * 20_000 > 96 * 1024
@@ -187,8 +185,7 @@ def test_everything_reaches_the_disk_past_a_host_that_cannot_hold_a_block_of_eac
 def test_blocks_beside_the_budget_do_not_pile_up(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
-    monkeypatch.setattr(source, "_BLOCK_BYTES", 8 * 17 * 24 * 4)
+    blocks_of(monkeypatch, 8 * 17 * 24 * 4)
     monkeypatch.setattr(tiers, "_AT_WORK", 1)
     with ActivationStore(tmp_path, host=0) as store:
         view = captured(store, world, "blocks.1.resid_post")
@@ -197,7 +194,7 @@ def test_blocks_beside_the_budget_do_not_pile_up(
             path.unlink()
         for index in range(0, N, 8):  # one batch of each block, so that none is completed
             assert torch.equal(view["blocks.1.resid_post"][[index]][0], expected[index])
-            assert len(store.tiers._assembling) <= 1
+            assert len(store.tiers.outgoing.blocks) <= 1
 
 
 def test_the_least_recently_used_leave(world: World, tmp_path: Path, small_blocks: None) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import vit_mechinterp as vmi
 from tests.engine.experiments import assert_same_bits, cut_small
-from tests.engine.stores import captured
+from tests.engine.stores import blocks_of, captured
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
@@ -25,6 +25,7 @@ from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.store import disk, source
+from vit_mechinterp.engine.store.holdings import Holdings
 from vit_mechinterp.engine.store.slots import slots_of
 from vit_mechinterp.spec import Site, TokenBox, TokenColumn
 
@@ -52,8 +53,7 @@ def world() -> World:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few examples each, so that a tiny model fills many of them."""
-    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
-    monkeypatch.setattr(source, "_BLOCK_BYTES", 3_000)
+    blocks_of(monkeypatch, 3_000)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -319,7 +319,7 @@ def test_examples_of_whose_tokens_none_is_read() -> None:
     with ActivationStore() as store:
         data = Data(world.columns, world.vit)
         images = image_numbers(data, ["base"])["base"]
-        own = source.Source(store.tiers, world.vit, data, "base", images, {read: None}, 4, model=world.vit.fingerprint())
+        own = source.Source(Holdings(store.tiers, world.vit, data, "base", images, [read], 4))
         for examples in ([0, 1], [3, 4], [0, N - 1], [3, 4]):
             found = own.take({read: np.array(examples)})[read]
             wanted = [whole[i, token] for i in examples for token in each[i]]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.stores import N, captured, native
+from tests.engine.stores import N, blocks_of, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
@@ -32,11 +32,6 @@ ITEM = 17 * 24 * 4
 @pytest.fixture(scope="module")
 def world() -> World:
     return World(TIMM_PLAIN, N)
-
-
-def blocks_of(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
-    monkeypatch.setattr(source, "_BLOCK_BYTES", slots * ITEM)
 
 
 def together(*works: Any) -> None:
@@ -77,7 +72,7 @@ def test_who_reads_a_file_does_not_make_others_check_it_again(
 def test_a_file_in_use_is_not_the_least_recently_used(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks_of(8, monkeypatch)
+    blocks_of(monkeypatch, 8 * ITEM)
     monkeypatch.setattr(disk, "_USED_SECONDS", 0.0)
     captured(ActivationStore(tmp_path), world, SITE)
     paths = sorted(tmp_path.rglob("*.safetensors"))
@@ -97,11 +92,11 @@ def test_a_file_in_use_is_not_the_least_recently_used(
 def test_blocks_of_another_size_under_the_same_name_are_not_taken(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks_of(8, monkeypatch)
+    blocks_of(monkeypatch, 8 * ITEM)
     captured(ActivationStore(tmp_path), world, SITE)
     (entry,) = tmp_path.rglob("entry.json")
     entry.write_text("{")
-    blocks_of(1, monkeypatch)  # the last file, of the last image alone, has the name of the fourth
+    blocks_of(monkeypatch, 1 * ITEM)  # the last file, of the last image alone, has the name of the fourth
     for rows in ([0, 24], [3], range(N)):
         with ActivationStore(tmp_path) as store:
             assert torch.equal(captured(store, world, SITE)[SITE][list(rows)], native(world)[SITE][list(rows)])
@@ -224,12 +219,12 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 def test_a_view_outlives_what_its_store_forgets(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = native(world)
-    blocks_of(8, monkeypatch)
+    blocks_of(monkeypatch, 8 * ITEM)
     with ActivationStore() as store:
         view = captured(store, world, SITE)[SITE]
         store.clear()
         assert store.usage() == {"gpu": 0, "host": 0, "disk": 0}
-        blocks_of(2, monkeypatch)
+        blocks_of(monkeypatch, 2 * ITEM)
         other = captured(store, world, SITE)[SITE]
         for rows in (view, other):
             assert torch.equal(rows[[20, 3, 9]], expected[SITE][[20, 3, 9]])
@@ -259,13 +254,13 @@ def test_whole_activations_are_looked_through_a_few_at_a_time(
     with ActivationStore(tmp_path) as store:
         for column in ("base", "source"):
             captured(store, world, SITE, column=column)
-    blocks_of(4, monkeypatch)
+    blocks_of(monkeypatch, 4 * ITEM)
     made: list[int] = []
     original = source.Source._empty
 
     def empty(self: Any, entry: Any, slots: Any) -> torch.Tensor:
         found = original(self, entry, slots)
-        if self.column == "source":
+        if self.holdings.column == "source":
             made.append(found.nbytes)
         return found
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.stores import N, captured, native
+from tests.engine.stores import N, blocks_of, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.store import source, tiers
+from vit_mechinterp.engine.store import holdings, source, tiers
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError, UnsupportedSiteError
 
 
@@ -31,8 +31,7 @@ def world() -> World:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few examples each, so that a tiny model fills many of them."""
-    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
-    monkeypatch.setattr(source, "_BLOCK_BYTES", 20_000)
+    blocks_of(monkeypatch, 20_000)
 
 
 @pytest.mark.parametrize("host", ["1GiB", 0])
@@ -68,8 +67,8 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
         "from tests.engine.world import World\n"
         "from tests.tiny_models import TIMM_PLAIN\n"
         "from vit_mechinterp import ActivationStore\n"
-        "from vit_mechinterp.engine.store import source\n"
-        "source._LEAST_BLOCK_BYTES, source._BLOCK_BYTES = 1, 5000\n"
+        "from vit_mechinterp.engine.store import holdings\n"
+        "holdings._LEAST_BLOCK_BYTES, holdings._BLOCK_BYTES = 1, 5000\n"
         "torch.set_num_threads(1)\n"
         "world = World(TIMM_PLAIN, 25)\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
@@ -156,7 +155,7 @@ def test_files_are_read_past_a_disk_that_is_full(
             assert torch.equal(view[sites[0]][:], expected[sites[0]])
         assert counted.total == 0
         assert torch.equal(other[sites[1]][:], expected[sites[1]])
-        assert not store.tiers._assembling
+        assert not store.tiers.outgoing.blocks
 
 
 def test_a_host_with_less_memory_than_the_budget_says_holds_less(
@@ -184,13 +183,13 @@ def test_blocks_that_fill_up_without_a_budget_are_few_bytes(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiers, "_AT_WORK", 60_000)
-    monkeypatch.setattr(source, "_LEAST_BLOCK_BYTES", 1)
+    monkeypatch.setattr(holdings, "_LEAST_BLOCK_BYTES", 1)
     beside = []
     original = tiers.Tiers._fill
 
     def fill(self: Any, *args: Any) -> None:
         original(self, *args)
-        beside.append(sum(block.tensor.nbytes for block in self._assembling.values() if not block.complete))
+        beside.append(sum(block.tensor.nbytes for block in self.outgoing.blocks.values() if not block.complete))
 
     monkeypatch.setattr(tiers.Tiers, "_fill", fill)
     sites = ["embed", "blocks.*.resid_mid", "blocks.*.resid_post", "blocks.*.ln2", "blocks.*.ln1", "ln_final"]

@@ -107,20 +107,20 @@ def test_visits_at_one_site_follow_each_other() -> None:
 
 @pytest.mark.parametrize("tiny", [TIMM_REGISTERS, HF_VIT, HF_CLIP], ids=lambda tiny: tiny.name)
 def test_a_write_to_resid_mid_reaches_both_readers_under_autograd(tiny: Tiny) -> None:
-    vit = vmi.wrap(tiny.module())
-    direction = torch.zeros(vit.layout.d_model, requires_grad=True)
+    vit, images = vmi.wrap(tiny.module().double()), tiny.images(2).double()
+    direction = torch.zeros(vit.layout.d_model, dtype=torch.float64, requires_grad=True)
     instrument = visiting(vit, resid_mid=lambda value: value + direction)
     with instrument.installed():
-        vit(tiny.images(2)).square().sum().backward()
+        vit(images).square().sum().backward()
     analytic = direction.grad
     assert analytic is not None
-    step = 1e-3 * torch.eye(vit.layout.d_model)[0]
+    step = 1e-5 * torch.eye(vit.layout.d_model, dtype=torch.float64)[0]
     values = []
     for sign in (1, -1):
         with torch.no_grad(), vit.hooks({"blocks.1.resid_mid": lambda value, sign=sign: value + sign * step}):
-            values.append(float(vit(tiny.images(2)).square().sum()))
-    slope = (values[0] - values[1]) / 2e-3
-    assert slope == pytest.approx(float(analytic[0]), rel=2e-2)
+            values.append(float(vit(images).square().sum()))
+    slope = (values[0] - values[1]) / 2e-5
+    assert slope == pytest.approx(float(analytic[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

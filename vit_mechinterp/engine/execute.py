@@ -23,6 +23,7 @@ from vit_mechinterp.engine.forwards.clean import CleanPass, PlainClean, Tick
 from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.forwards.held import HeldClean
 from vit_mechinterp.engine.planning.describe import describe
+from vit_mechinterp.engine.results.begun import Begun
 from vit_mechinterp.engine.results.provenance import circumstances, provenance_of
 from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.engine.results.resume import FinishedChunks
@@ -123,10 +124,10 @@ def execute(
     if out is not None:
         identity = identity_of(vit, asked.examples, asked.bound, asked.given)
         now = {**circumstances(vit), "use of a store": store is not None}
-        kept = FinishedChunks(out, identity, now, schedule)
-        if (results := kept.finished()) is not None:
+        begun = Begun(out, identity, now, schedule)
+        if (results := begun.finished()) is not None:
             return results
-        schedule = kept.schedule
+        schedule, kept = begun.schedule, FinishedChunks(begun)
     return _carried_out(vit, asked, schedule, kept, memory, store, progress)
 
 
@@ -168,7 +169,7 @@ def _carried_out(
     if store is not None:
         clean = StoredClean(store.tiers, vit, data, schedule, asked.batch_size)
         if kept is not None:
-            clean.use_rows(kept.decided("store", clean.rows))
+            clean.use_rows(kept.begun.decided("store", clean.rows))
     heap = keeping() if memory is None else thrifty()
     most = None if memory is None else parse_bytes(memory) // 16
     with vit.lock, torch.no_grad(), heap, _Bar(vit, schedule, clean, progress) as tick:

@@ -23,7 +23,8 @@ from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
-from vit_mechinterp.engine.store.source import Source, rows_by_default
+from vit_mechinterp.engine.store.holdings import Holdings, rows_by_default
+from vit_mechinterp.engine.store.source import Source
 from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.store.view import StoredActivations
 from vit_mechinterp.errors import ExecutionError, SpecError
@@ -127,27 +128,27 @@ class ActivationStore:
         rows = rows_by_default(vit) if batch_size == "auto" else batch_size
         rows = rows if vit.layout.family.one_image is None else 1
         with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
-            source = Source(self.tiers, vit, columns, column, images, reads.values(), rows, dtype)
-            source.tick = bar.update
+            holdings = Holdings(self.tiers, vit, columns, column, images, reads.values(), rows, dtype)
             if batch_size == "auto":
-                source.adopt_rows(max(rows, columns.n))
+                holdings.adopt_rows(max(rows, columns.n))
+            source = Source(holdings, bar.update)
             with thrifty():
                 _fill(source)
         source.tick = lambda n: None
         self.tiers.flush()
-        self._warn_of_loss(source)
+        self._warn_of_loss(holdings)
         return StoredActivations(source, reads)
 
-    def _warn_of_loss(self, source: Source) -> None:
-        lost = max((len(examples) for examples in source.absent().values()), default=0)
+    def _warn_of_loss(self, holdings: Holdings) -> None:
+        lost = max((len(examples) for examples in holdings.absent().values()), default=0)
         if lost:
-            needed = sum(entry.nbytes for read in source.reads if (entry := source.entry(read)))
+            needed = sum(entry.nbytes for read in holdings.reads if (entry := holdings.entry(read)))
             logger.warning(
                 "The store's budgets hold less than the %s that were captured: %d of %d examples will be "
                 "computed again when they are asked for. Give it more, or a folder.",
                 in_words(needed),
                 lost,
-                source.data.n,
+                holdings.data.n,
             )
 
     def usage(self) -> dict[str, int]:
@@ -205,11 +206,11 @@ def _reads(
 
 def _fill(source: Source) -> None:
     """Fill the store; where memory runs out, begin again with half as many images per forward."""
-    filled = False
+    filled, holdings = False, source.holdings
     while not filled:
-        batches = ((source.column, batch) for batch in source.missing_batches())
+        batches = ((holdings.column, batch) for batch in holdings.missing_batches())
         with memory_may_run_out(), source.data.ahead(batches):
             source.fill()
             filled = True
         if not filled:
-            source.use_rows(make_room(min(source.rows, len(set(source.images.tolist())))))
+            holdings.use_rows(make_room(min(holdings.rows, len(holdings.by_image))))

@@ -17,10 +17,12 @@ from vit_mechinterp.engine.inputs.ahead import Request
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.expectation import expectations, requests_for
+from vit_mechinterp.engine.store.forward import Wanted
+from vit_mechinterp.engine.store.holdings import Holdings, rows_by_default
 from vit_mechinterp.engine.store.keys import Key
 from vit_mechinterp.engine.store.memory import in_pages
 from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
-from vit_mechinterp.engine.store.source import Source, Wanted, rows_by_default
+from vit_mechinterp.engine.store.source import Source
 from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.model.hooked import HookedViT
 
@@ -98,28 +100,30 @@ class StoredClean(CleanPass):
         for column, own in reads.items():
             rows = min(most, rows_by_default(vit))
             images = schedule.sharing.images[column]
-            self.sources[column] = Source(tiers, vit, data, column, images, own, rows, model=model)
+            holdings = Holdings(tiers, vit, data, column, images, own, rows, model=model)
             if batch_size == "auto":
-                self.sources[column].adopt_rows(most)
+                holdings.adopt_rows(most)
+            self.sources[column] = Source(holdings)
 
     @property
     def rows(self) -> dict[str, int]:
         """Images per clean forward, by image column."""
-        return {column: source.rows for column, source in self.sources.items()}
+        return {column: source.holdings.rows for column, source in self.sources.items()}
 
     def use_rows(self, rows: Mapping[str, int]) -> None:
         """Change the images per clean forward, by image column."""
         for column, source in self.sources.items():
-            if rows.get(column, source.rows) != source.rows:
-                source.use_rows(rows[column])
+            holdings = source.holdings
+            if rows.get(column, holdings.rows) != holdings.rows:
+                holdings.use_rows(rows[column])
 
     def expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> bool:
         """Say which chunks will be asked for, and whether dataset means will be before. Where the store can
         hold it until then, one forward gives all that any of them needs of an image; whether it can."""
-        images = {column: source.images for column, source in self.sources.items()}
+        images = {column: source.holdings.images for column, source in self.sources.items()}
         found = expectations(requests_for(schedule, chunks, means=means), images)
         wanted = [(self.sources[column], own.wanted) for column, own in found.items()]
-        needed = sum(in_pages(source.nbytes(form)) for source, forms in wanted for form in forms)
+        needed = sum(in_pages(source.holdings.nbytes(form)) for source, forms in wanted for form in forms)
         in_order = all(own.in_order for own in found.values())
         holds = self.tiers.holds(needed, self.device, in_order=in_order)
         for source, forms in wanted if holds else ():
@@ -132,7 +136,7 @@ class StoredClean(CleanPass):
         holds = self.expect(schedule, schedule.chunks, means=means)
         foreseen: dict[Key, BoolArray] = {}  # columns of the same distinct images share what is stored
         for source in self.sources.values():
-            source.imagined = foreseen
+            source.holdings.imagined = foreseen
         forwards = [
             (column, *forward)
             for request in requests_for(schedule, schedule.chunks, means=means)
@@ -140,7 +144,7 @@ class StoredClean(CleanPass):
             for forward in self.sources[column].foresee(wanted)
         ]
         for source in self.sources.values():
-            source.imagined = {}
+            source.holdings.imagined = {}
         return Forecast(forwards, holds)
 
     def requests(
@@ -151,7 +155,7 @@ class StoredClean(CleanPass):
         for chunk in chunks:
             asked = self._asked(schedule, schedule.needs.of(chunk, reads))
             for column, wanted in _by_column(asked).items():
-                for batch in self.sources[column].missing_batches(wanted):
+                for batch in self.sources[column].holdings.missing_batches(wanted):
                     if (column, batch) not in seen:
                         seen.add((column, batch))
                         yield column, batch
@@ -168,7 +172,7 @@ class StoredClean(CleanPass):
         for need, examples in needs.items():
             form, own = stored_form(schedule, need), places_of(schedule, need, examples)
             column = stored_origin(schedule, need).column
-            asked[need] = _Asked(column, form, *self.sources[column].stored_once(form, own))
+            asked[need] = _Asked(column, form, *self.sources[column].holdings.stored_once(form, own))
         return asked
 
     def __call__(
@@ -187,8 +191,8 @@ class StoredClean(CleanPass):
         for column, wanted in _by_column(asked).items():
             source = self.sources[column]
             source.tick = tick
-            if source.rows > schedule.clean_width:  # memory ran out
-                source.use_rows(schedule.clean_width)
+            if source.holdings.rows > schedule.clean_width:  # memory ran out
+                source.holdings.use_rows(schedule.clean_width)
             found = source.take(wanted)
             taken = dict.fromkeys(wanted, 0)
             for need, examples in needs.items():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,9 @@ from vit_mechinterp.engine.store.copying import copy_items, pick
 from vit_mechinterp.engine.store.disk import DiskTier
 from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier, Unfinished
-from vit_mechinterp.engine.store.writer import Writer
+from vit_mechinterp.engine.store.outgoing import Outgoing
 
 __all__ = ["Tiers"]
-
-logger = logging.getLogger(__name__)
 
 _AT_WORK = 32 * 1024**2
 """Bytes of the host's budget that are left for the batch at work and for images that wait; of a small budget
@@ -47,11 +43,9 @@ class Tiers:
         at_work = max(host // 16, min(host // 3, _AT_WORK))
         self.host = MemoryTier(host - at_work, torch.device("cpu"), pinned=torch.cuda.is_available())
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
-        self._writes = self.disk is not None
+        self.outgoing = Outgoing(self.disk, _AT_WORK)
         self.lock = threading.RLock()
         self._entries: dict[Key, Entry] = {}
-        self._assembling: dict[BlockName, Block] = {}  # beside the host's budget, until they are on disk
-        self._writer = Writer()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _gpu(self, device: torch.device) -> MemoryTier | None:
@@ -79,7 +73,7 @@ class Tiers:
         """Whether so much stays until it is read: in a memory, or, if it comes in the order in which blocks
         fill up, on disk, where only whole blocks go."""
         memory = max(self.host.budget, self.gpu_budget if device.type == "cuda" else 0)
-        disk = self.disk.budget if self.disk is not None and self._writes and in_order else 0
+        disk = self.disk.budget if self.disk is not None and self.outgoing.writes and in_order else 0
         return nbytes <= max(memory, disk)
 
     def rows_of(self, key: Key) -> set[int]:
@@ -92,21 +86,8 @@ class Tiers:
         """Begin to store under a key; on disk, whoever comes first decides how large blocks are."""
         with self.lock:
             if entry.key not in self._entries:
-                self._entries[entry.key] = entry
-                if self.disk is not None and self._writes:
-                    try:
-                        self._entries[entry.key] = self.disk.add(entry)
-                    except OSError as error:
-                        self._stop_writing(error)
+                self._entries[entry.key] = self.outgoing.add(entry)
             return self._entries[entry.key]
-
-    def _stop_writing(self, error: OSError) -> None:
-        if self._writes:
-            self._writes = False
-            logger.warning(
-                "Activations can no longer be written (%s): the store goes on with the files that it has.",
-                error,
-            )
 
     def put(self, entry: Entry, slots: range, values: Tensor) -> None:
         """Keep the items of consecutive slots, ``[item, *shape]``, on whatever device they are."""
@@ -122,44 +103,28 @@ class Tiers:
         name = entry.key.name, number
         gpu = self._gpu(piece.device)
         if gpu is not None:
-            alone = not self._writes and self.host.budget == 0
+            alone = not self.outgoing.writes and self.host.budget == 0
             unfinished: Unfinished = "any" if alone else "none"
             block = gpu.get(name) or gpu.make(entry, number, evict=alone, unfinished=unfinished)
             if block is not None:
                 self._fill(block, entry, number, part, piece)
-        block = self.host.get(name) or self._assembling.get(name) or self._assemble(entry, number)
+        block = self.host.get(name) or self.outgoing.get(name) or self._assemble(entry, number)
         if block is None:
             return
         self._fill(block, entry, number, part, piece)
         if block.complete and not block.saved:
-            self._save(entry, number, block)
+            self.outgoing.save(entry, number, block)
 
     def _assemble(self, entry: Entry, number: int) -> Block | None:
         """A block that fills up: within the host's budget, or, on its way to the disk, beside it where that
         cannot hold one block of every entry."""
-        key = entry.key.name
         block = self.host.make(entry, number, evict=True)
         if block is None:
             self.flush()  # what waits to be written cannot be driven out
             # Entries that drove out each other's blocks would never complete one.
-            unfinished: Unfinished = "own" if self._writes else "any"
+            unfinished: Unfinished = "own" if self.outgoing.writes else "any"
             block = self.host.make(entry, number, evict=True, unfinished=unfinished)
-        if block is None and self._writes:
-            self._forget_oldest(key)
-            tensor = torch.empty(entry.block_shape(number), dtype=entry.dtype)
-            block = Block(tensor, tensor, np.zeros(len(entry.slots(number)), dtype=np.bool_))
-            self._assembling[key, number] = block
-        return block
-
-    def _forget_oldest(self, key: str) -> None:
-        """Of an entry's blocks that fill up beside the budget, drop the oldest while all of them are many:
-        rows that are read here and there would leave one after another that nothing completes."""
-        filling = {name: own.tensor.nbytes for name, own in self._assembling.items() if not own.complete}
-        beside = sum(filling.values())
-        for name in [name for name in filling if name[0] == key]:
-            if beside > _AT_WORK:
-                beside -= filling[name]
-                del self._assembling[name]
+        return self.outgoing.make(entry, number) if block is None else block
 
     def _fill(self, block: Block, entry: Entry, number: int, part: range, piece: Tensor) -> None:
         own = entry.slots(number)
@@ -179,28 +144,9 @@ class Tiers:
             target.copy_(piece)
         block.have[part.start - own.start : part.stop - own.start] = True
 
-    def _save(self, entry: Entry, number: int, block: Block) -> None:
-        """Send a complete block to the disk, unless it is there; where nothing can be written, none stays
-        beside the host's budget."""
-        there = self.disk is not None and self.disk.has(entry, number)
-        if there or not self._writes:
-            self._assembling.pop((entry.key.name, number), None)
-        else:
-            self._writer.submit(block, partial(self._write, entry, number, block.tensor))
-        block.saved = there or self._writes
-
-    def _write(self, entry: Entry, number: int, tensor: Tensor) -> None:
-        try:
-            if self.disk is not None and self._writes:
-                self.disk.write(entry, number, tensor)
-        except OSError as error:
-            self._stop_writing(error)
-        finally:
-            self._assembling.pop((entry.key.name, number), None)
-
     def flush(self) -> None:
         """Wait until every complete block is on disk."""
-        self._writer.flush()
+        self.outgoing.flush()
 
     def absent(self, entry: Entry, slots: IntArray) -> IntArray:
         """Those of some slots that no tier has, as far as can be said without reading."""
@@ -232,7 +178,7 @@ class Tiers:
     def _in_memory(self, name: BlockName) -> list[Block]:
         """A block wherever it is but on disk, which does not count as use."""
         found = [tier.peek(name) for tier in (*self.gpus.values(), self.host)]
-        return [block for block in (*found, self._assembling.get(name)) if block is not None]
+        return [block for block in (*found, self.outgoing.get(name)) if block is not None]
 
     def read(self, entry: Entry, slots: IntArray, out: Tensor) -> IntArray:
         """Write items of some slots into ``out [item, *shape]``; return the slots that are absent."""
@@ -263,7 +209,7 @@ class Tiers:
         if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
             copy_items(block.tensor, items, out, places)
             return True
-        block = self.host.get(name) or self._assembling.get(name)
+        block = self.host.get(name) or self.outgoing.get(name)
         if block is None or not block.have[local].all():
             block = self._load(entry, number, evict=many)
         if block is None:
@@ -336,9 +282,8 @@ class Tiers:
 
     def close(self) -> None:
         """Finish writing, and give all memory back."""
-        self._writer.close()
+        self.outgoing.close()
         with self.lock:
-            self._assembling.clear()
             for tier in (self.host, *self.gpus.values()):
                 tier.clear()
             if self.disk is not None:

@@ -37,12 +37,12 @@ class StoredSite:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the activations as they are kept."""
-        return self._source.dtype
+        return self._source.holdings.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept of all examples; what equal images have in common is kept once."""
-        entry = self._source.entry(self._read)
+        entry = self._source.holdings.entry(self._read)
         return 0 if entry is None else entry.nbytes
 
     @property
@@ -107,7 +107,7 @@ class StoredActivations(BySite[StoredSite]):
     @property
     def rows_per_forward(self) -> int:
         """Images that passed through the model together."""
-        return self._source.rows
+        return self._source.holdings.rows
 
     def take(self, examples: Iterable[int]) -> ActivationCache | dict[str, Tensor | list[Tensor]]:
         """All sites at some examples; what has to be computed is computed in one forward for all of them."""

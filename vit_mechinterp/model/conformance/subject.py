@@ -18,6 +18,9 @@ from vit_mechinterp.spec import Site
 
 __all__ = ["Subject", "deviation", "keeping", "returning", "wide"]
 
+_DRAWS = 5
+"""Of a rounding: a single one may by chance move the output a tenth as far as others do."""
+
 
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
@@ -88,13 +91,17 @@ class Subject:
 
     @cached_property
     def sensitivity(self) -> float:
-        """How far the output moves when one rounding is added to the stream at the first block.
+        """How far one rounding, added to the stream at the first block, moves the output at most, of several.
 
         Where that is more than rounding within the blocks explains, the output itself is known no better.
         """
         precision = torch.finfo(self.vit.dtype).eps
-        noise = 1 + precision * self.noise(self.values["embed"].shape)
-        return deviation(self.output({"embed": lambda value: value * noise}), self.native)
+        drawn = (self.noise(self.values["embed"].shape) for _ in range(_DRAWS))
+        return max(self._moved_by(1 + precision * noise) for noise in drawn)
+
+    def _moved_by(self, factor: Tensor) -> float:
+        """How far the output moves when the stream at the first block is multiplied by a factor."""
+        return deviation(self.output({"embed": lambda value: value * factor}), self.native)
 
     def run(
         self,
