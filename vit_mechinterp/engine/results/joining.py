@@ -77,12 +77,30 @@ def join_chunks(
     Raises:
         FileNotFoundError: a chunk's file is gone.
     """
-    runs, n = schedule.bound.runs, schedule.n_examples
+    runs = schedule.bound.runs
     captures = [
         _Capture(key, run, name, next(c.read for c in runs[run].captures if c.name == name))
         for key, (run, name) in capture_names(schedule.bound).items()
     ]
-    halvings = int(provenance["halvings"])
+    halvings = max(int(provenance["halvings"]), _count_tokens(paths, captures))
+    _copy(schedule, paths, captures, folder / "results.safetensors")
+    index = [
+        {
+            "run": runs[capture.run].name,
+            "site": capture.name,
+            "keys": capture.keys(schedule.n_examples),
+            "ragged": capture.ragged,
+        }
+        for capture in captures
+    ]
+    names, every = ([run.name for run in own] for own in (schedule.bound.with_output, runs))
+    complete = {**provenance, "halvings": halvings}
+    save_document(folder, names, every, index, labels, complete, experiment=experiment)
+
+
+def _count_tokens(paths: Sequence[Path], captures: Sequence[_Capture]) -> int:
+    """Tell captures how many tokens every example has; the most halvings at which any chunk was computed."""
+    halvings = 0
     for path in paths:
         tensors, metadata = read_tensors(path)
         halvings = max(halvings, int(metadata["halvings"]))
@@ -90,16 +108,19 @@ def join_chunks(
             if f"counts.{capture.key}" in tensors:
                 capture.counts = [] if capture.counts is None else capture.counts
                 capture.counts.extend(tensors[f"counts.{capture.key}"].tolist())
+    return halvings
+
+
+def _copy(schedule: Schedule, paths: Sequence[Path], captures: Sequence[_Capture], into: Path) -> None:
+    """Write outputs and captures of all chunks into one file."""
+    n = schedule.n_examples
     first, _ = read_tensors(paths[0])
     outputs = first["outputs"]
     layout: dict[str, Spec] = {"logits": (outputs.dtype, (len(outputs), n, *outputs.shape[2:]))}
-    index: list[dict[str, Any]] = []
-    keys = {capture.key: capture.keys(n) for capture in captures}
     for capture in captures:
         layout |= capture.layout(first[capture.key], n)
-        place = {"run": runs[capture.run].name, "site": capture.name}
-        index.append({**place, "keys": keys[capture.key], "ragged": capture.ragged})
-    with writing(folder / "results.safetensors", layout) as writer:
+    keys = {capture.key: capture.keys(n) for capture in captures}
+    with writing(into, layout) as writer:
         for chunk, path in zip(schedule.chunks, paths, strict=True):
             tensors, _ = read_tensors(path)
             for run, rows in enumerate(tensors["outputs"]):
@@ -111,6 +132,3 @@ def join_chunks(
                     continue
                 for key, part in zip(keys[capture.key][chunk.start : chunk.stop], value, strict=True):
                     writer.write(key, part)
-    names, every = ([run.name for run in own] for own in (schedule.bound.with_output, runs))
-    complete = {**provenance, "halvings": halvings}
-    save_document(folder, names, every, index, labels, complete, experiment=experiment)

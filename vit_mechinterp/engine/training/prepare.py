@@ -134,16 +134,8 @@ def prepare(
     check_tensors(bound, resolved, vit, columns.n)
     check_images(columns, bound)
     images = image_numbers(columns, sorted(bound.image_columns), progress=progress)
-    schedule = Schedule(
-        Sharing(bound, images, rows=False),
-        n_layers=vit.layout.n_layers,
-        chunk=columns.n,
-        width=batch_size,
-        one_image=vit.layout.family.one_image,
-        spares=why_nothing_is_spared(vit.layout) is None,
-        by_output=output_tokens(vit),
-    )
-    schedule, left = _within(vit, schedule, memory)
+    sharing = Sharing(bound, images, rows=False)
+    schedule, left = _within(vit, _schedule(vit, sharing, columns.n, batch_size), memory)
     streams = left < footprint(vit, schedule).peak(columns.n, 0)
     counter = _Counter(progress)
     with vit.lock, _frozen(vit.module), ExitStack() as stack:
@@ -180,6 +172,19 @@ def _check_runs(bound: Bound) -> None:
             f"Prepared runs give outputs and keep no captures, which are asked for of {listed(capturing)}. "
             "Leave capture out, or use execute for them."
         )
+
+
+def _schedule(vit: HookedViT, sharing: Sharing, n_examples: int, batch_size: int) -> Schedule:
+    """All examples in one chunk, whose rows come batch by batch."""
+    return Schedule(
+        sharing,
+        n_layers=vit.layout.n_layers,
+        chunk=n_examples,
+        width=batch_size,
+        one_image=vit.layout.family.one_image,
+        spares=why_nothing_is_spared(vit.layout) is None,
+        by_output=output_tokens(vit),
+    )
 
 
 def _within(vit: HookedViT, schedule: Schedule, memory: int | str | None) -> tuple[Schedule, int]:
