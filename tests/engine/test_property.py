@@ -153,14 +153,14 @@ def least(world: World, documents: list[dict[str, Any]]) -> int:
             if base == source:
                 depth[base] = N_LAYERS
                 continue
-            tokens = tuple(world.oracle.positions(edit["tokens"], i))
+            tokens = set(world.oracle.positions(edit["tokens"], i))
             layer = 0 if site == "embed" else int(site.split(".")[1])
             mixed_later = layer < N_LAYERS - 1 or name in ("embed", "resid_pre", "ln1", "attn.k", "attn.v")
             reaching = set(range(world.shape("embed")[0])) if mixed_later else read
-            if not reaching & set(tokens):
+            if not reaching & tokens:
                 depth[base] = N_LAYERS
                 continue
-            if name in ("embed", "resid_pre", "resid_mid", "resid_post") and reaching <= set(tokens):
+            if name in ("embed", "resid_pre", "resid_mid", "resid_post") and reaching <= tokens:
                 depth[source] = N_LAYERS
                 continue
             # What enters a block is what the one before puts out.
@@ -168,7 +168,7 @@ def least(world: World, documents: list[dict[str, Any]]) -> int:
             joins_behind = name in ("resid_post", "mlp_out")
             site = f"blocks.{layer}.{name}" if "." in site else site
             place = f"blocks.{layer - 1}.resid_post" if name == "resid_pre" and layer else site
-            rows[base, source, place, tokens] = N_LAYERS - layer - joins_behind
+            rows[base, source, place, frozenset(reaching & tokens)] = N_LAYERS - layer - joins_behind
             clean(source, site)
             clean(base, site if joins_behind else "embed" if layer == 0 else f"blocks.{layer}.resid_pre")
     return sum(rows.values()) + sum(depth.values())
