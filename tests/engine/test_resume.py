@@ -16,10 +16,11 @@ import torch
 
 import vit_mechinterp as vmi
 from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
+from tests.engine.stopped import run, stopped
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Results
-from vit_mechinterp.engine.results import resume
+from vit_mechinterp.engine.results.sealed import open_document, seal_document
 from vit_mechinterp.errors import ExecutionError
 
 N = 8
@@ -40,28 +41,6 @@ def whole(world: World) -> Results:
     results = world.execute(DOCUMENTS, batch_size=2)
     assert results.provenance["chunk"] == 2
     return results
-
-
-def run(world: World, folder: Path, **options: Any) -> Results:
-    return world.execute(DOCUMENTS, **{"batch_size": 2, "out": folder, **options})
-
-
-def stopped(world: World, folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until some chunks are finished, then be interrupted."""
-    original = resume.FinishedChunks.add
-    finished = 0
-
-    def add(self: Any, *args: Any) -> None:
-        nonlocal finished
-        original(self, *args)
-        finished += 1
-        if finished == after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resume.FinishedChunks, "add", add)
-        with pytest.raises(KeyboardInterrupt):
-            run(world, folder)
 
 
 def test_results_written_as_they_come_are_the_same_bits(world: World, whole: Results, tmp_path: Path) -> None:
@@ -223,9 +202,10 @@ def test_other_circumstances_are_said(
 ) -> None:
     stopped(world, tmp_path, 2, monkeypatch)
     path = tmp_path / "chunks" / "experiment.json"
-    document = json.loads(path.read_text())
+    document = open_document(path.read_bytes())
+    assert document is not None
     document["circumstances"]["threads"] = 99
-    path.write_text(json.dumps(document))
+    path.write_bytes(seal_document(document))
     with caplog.at_level(logging.WARNING):
         run(world, tmp_path)
     assert "so later chunks may differ in their last bits: the threads differ (99 there" in caplog.text
@@ -255,77 +235,6 @@ def _interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "other"])
-def test_damaged_chunks_are_computed_again(
-    world: World,
-    whole: Results,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    how: str,
-) -> None:
-    stopped(world, tmp_path, 3, monkeypatch)
-    paths = list((tmp_path / "chunks").glob("*.safetensors"))
-    for path in paths[:2]:
-        content = bytearray(path.read_bytes())
-        content[-5] ^= 4
-        damaged = {"flipped": bytes(content), "truncated": bytes(content[:-7]), "empty": b"", "other": b"x" * 99}
-        path.write_bytes(damaged[how])
-    with caplog.at_level(logging.WARNING):
-        assert_same_bits(run(world, tmp_path), whole)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{path} is damaged; it is dropped, and computed again." for path in sorted(paths[:2], key=_order(caplog))
-    ]
-
-
-def _order(caplog: pytest.LogCaptureFixture) -> Callable[[Path], int]:
-    return lambda path: next(n for n, record in enumerate(caplog.records) if str(path) in record.getMessage())
-
-
-def test_damaged_results_are_made_anew(
-    world: World, whole: Results, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run(world, tmp_path)
-    path = tmp_path / "results.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with caplog.at_level(logging.WARNING):
-        assert_same_bits(run(world, tmp_path), whole)
-    assert "results.safetensors is damaged; it is made anew" in caplog.text
-    assert_same_bits(run(world, tmp_path), whole)
-
-
-def test_a_folder_that_is_something_else_is_refused(world: World, tmp_path: Path) -> None:
-    (tmp_path / "chunks").mkdir()
-    (tmp_path / "chunks" / "experiment.json").write_text("{}")
-    with pytest.raises(ExecutionError, match="is not what an experiment leaves there"):
-        run(world, tmp_path)
-    (tmp_path / "chunks" / "experiment.json").unlink()
-    (tmp_path / "chunks" / "store.json").write_text("[2]")
-    with pytest.raises(ExecutionError, match=r"store\.json is not what an experiment leaves there\. Choose another"):
-        run(world, tmp_path, store=vmi.ActivationStore())
-    (tmp_path / "file").write_text("")
-    if Path("/proc/self").exists():  # where folders cannot be made, and are said not to exist
-        with pytest.raises(ExecutionError, match=r"Results cannot be written into /proc/here: No such file or directory"):
-            run(world, Path("/proc/here"))
-    with pytest.raises(ExecutionError, match=r"Results cannot be written into .*file"):
-        run(world, tmp_path / "file")
-
-
-def test_a_full_disk_is_said_and_survived(
-    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("vit_mechinterp.engine.results.tensorfiles.TensorWriter.write", full)
-        with pytest.raises(ExecutionError, match=r"No space left on device\. Choose another folder, or make room"):
-            run(world, tmp_path)
-    assert_same_bits(run(world, tmp_path), whole)
-
-
 def test_memory_that_runs_out_is_one_line(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -350,25 +259,3 @@ def test_memory_that_runs_out_is_one_line(
     assert results.provenance["rows_per_forward"] == 4
     again = world.execute(DOCUMENTS, batch_size=4)
     assert float((again.logits - results.logits).abs().max()) < 1e-5 * world.scale
-
-
-def test_a_chunk_that_another_process_removes_while_it_is_opened_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other has joined all chunks by then, so this is no damage."""
-    from safetensors.torch import save_file
-
-    from vit_mechinterp.engine.results.tensorfiles import read_tensors
-
-    path = tmp_path / "chunk.safetensors"
-    save_file({"outputs": torch.ones(3)}, path)
-    assert read_tensors(path)[0]["outputs"].sum() == 3
-    opened = torch.UntypedStorage.from_file
-
-    def late(*args: Any, **options: Any) -> Any:
-        path.unlink()
-        return opened(*args, **options)
-
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", late)
-    with pytest.raises(FileNotFoundError, match=r"chunk\.safetensors"):
-        read_tensors(path)

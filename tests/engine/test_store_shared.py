@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,18 @@ def test_a_file_in_use_is_not_the_least_recently_used(
     assert left[:2] == [True, False]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: b"{", lambda text: text.replace(b'"block": 8', b'"block": 0'), lambda text: text.replace(b"24", b"26")],
+    ids=["cut", "no slots", "other shape"],
+)
 def test_blocks_of_another_size_under_the_same_name_are_not_taken(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
     blocks_of(monkeypatch, 8 * ITEM)
     captured(ActivationStore(tmp_path), world, SITE)
     (entry,) = tmp_path.rglob("entry.json")
-    entry.write_text("{")
+    entry.write_bytes(damage(entry.read_bytes()))
     blocks_of(monkeypatch, 1 * ITEM)  # the last file, of the last image alone, has the name of the fourth
     for rows in ([0, 24], [3], range(N)):
         with ActivationStore(tmp_path) as store:

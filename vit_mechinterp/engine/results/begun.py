@@ -16,6 +16,7 @@ from typing import Any
 
 from vit_mechinterp.engine.binding.identity import differences
 from vit_mechinterp.engine.results.results import Results
+from vit_mechinterp.engine.results.sealed import open_document, seal_document
 from vit_mechinterp.engine.results.tensorfiles import file_checksum, first_come, sweep
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.errors import ExecutionError, TensorFileError
@@ -108,21 +109,19 @@ class Begun:
         path = self._decision(name)
         with self.disk():
             if not path.exists():
-                first_come(path, json.dumps(document, indent=2).encode())
-            text = path.read_bytes()
-        with suppress(ValueError):
-            stored = json.loads(text)
-            if isinstance(stored, dict):
-                return stored
-        raise self._foreign(name)
+                first_come(path, seal_document(document))
+            stored = open_document(path.read_bytes())
+        if stored is None:
+            raise self._foreign(name)
+        return stored
 
     def _decision(self, name: str) -> Path:
         return self.chunks / f"{name}.json"
 
     def _foreign(self, name: str) -> ExecutionError:
         return ExecutionError(
-            f"{self._decision(name)} is not what an experiment leaves there. Choose another folder, or "
-            f"delete {self.chunks} to begin anew."
+            f"{self._decision(name)} is damaged, or not what an experiment leaves there. Choose another "
+            "folder, or delete it: what the same call has finished beside it is kept."
         )
 
     def _refuse_foreign_results(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.results.sealed import open_document, seal_document
 from vit_mechinterp.engine.results.tensorfiles import (
     checksum,
     first_come,
@@ -99,13 +99,13 @@ class DiskTier:
     def entry(self, key: Key, starts: IntArray | None) -> Entry | None:
         """What is stored under a key; None if nothing is, or nothing readable."""
         try:
-            document = json.loads((self._home(key) / "entry.json").read_text())
-            entry = Entry(
-                key, int(document["n"]), tuple(map(int, document["shape"])), int(document["block"]), starts
-            )
-        except (OSError, ValueError, LookupError, TypeError):
+            document = open_document((self._home(key) / "entry.json").read_bytes())
+        except OSError:
             return None
-        return entry if entry.block > 0 and (starts is None or len(starts) == entry.n + 1) else None
+        if document is None:
+            return None
+        entry = Entry(key, document["n"], tuple(document["shape"]), document["block"], starts)
+        return entry if starts is None or len(starts) == entry.n + 1 else None
 
     def add(self, entry: Entry) -> Entry:
         """Say what is to be stored under a key; whoever comes first decides how large its blocks are."""
@@ -116,7 +116,7 @@ class DiskTier:
         if known is not None:
             return known
         document = {"n": entry.n, "shape": entry.shape, "block": entry.block, "key": asdict(entry.key)}
-        contents = json.dumps(document, indent=2).encode()
+        contents = seal_document(document)
         if not first_come(path, contents) and self.entry(entry.key, entry.starts) is None:
             with replacing(path) as file:  # what is there is not readable
                 file.write(contents)
