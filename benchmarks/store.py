@@ -278,8 +278,8 @@ def main(argv: list[str] | None = None) -> Report:
         report.note("Memory held is not measured: this system does not say what a process holds.")
     report.note(
         f"Embeddings of {BYTES.width} x {BYTES.patches + 1}, {BATCH} examples at a time. The store writes "
-        "checksums and compares each when it first reads it from a file; the plain copy has none. Everything "
-        "read was compared bit by bit."
+        "checksums and compares each when it first reads it from a file; the plain copy has none. Two "
+        "batches of what each gives were compared bit by bit."
     )
     report.finish()
     return report

@@ -125,7 +125,7 @@ def operator_of(spec: Intervention) -> Operator:
         known = ", ".join(sorted(t.__name__ for t in _OPERATORS))
         raise SpecError(
             f"The engine has no operator for {type(spec).__name__} (op {spec.op!r}). Known: {known}. "
-            "Add one with vit_mechinterp.engine.ops.register_operator."
+            "Add one with vit_mechinterp.engine.register_operator."
         )
     return operator
 
