@@ -152,6 +152,19 @@ def test_the_width_of_much_work_is_measured_once(cache: Path, monkeypatch: pytes
     assert given.provenance["rows_per_forward"] == 7
 
 
+def test_a_width_that_little_memory_allows_is_remembered_for_so_little_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = world_of(TIMM_PLAIN, 6).vit
+    monkeypatch.setattr(throughput, "likely_width", lambda vit: 8)
+    monkeypatch.setattr(throughput, "_seconds_per_row", lambda vit, width: 1.0 + abs(width - 16))
+    assert throughput.measured_width(vit, 3, 10**6) == 3
+    assert throughput.remembered_width(vit, 3) == 3
+    assert throughput.remembered_width(vit, 1000) is None
+    assert throughput.measured_width(vit, 1000, 10**6) == 16
+    assert [throughput.remembered_width(vit, most) for most in (3, 4, 32, 1000)] == [3, 16, 16, 16]
+
+
 def test_little_work_is_not_measured_for(cache: Path) -> None:
     world = world_of(TIMM_PLAIN, 6)
     vmi.execute(world.vit, many(3), world.columns, {"v": torch.ones(24)}, progress=False)
@@ -163,13 +176,13 @@ def test_a_cache_that_cannot_be_read_or_written_is_no_error(cache: Path, monkeyp
     cache.parent.mkdir()
     for text in ("{", "[1]", '{"a": 3}'):
         cache.write_text(text)
-        assert throughput.remembered_width(vit) is None
+        assert throughput.remembered_width(vit, 1000) is None
     throughput._remember(throughput._key(vit), 5)
-    assert throughput.remembered_width(vit) == 5
+    assert throughput.remembered_width(vit, 1000) == 5
     (cache.parent.parent / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent / "file"))
     throughput._remember("key", 5)
-    assert throughput.remembered_width(vit) is None
+    assert throughput.remembered_width(vit, 1000) is None
 
 
 def test_planning_takes_time_in_proportion_to_the_rows() -> None:

@@ -19,6 +19,8 @@ def test_arguments_of_another_kind() -> None:
     runs, store = [Run(name="clean")], vmi.ActivationStore()
     with pytest.raises(SpecError, match="out is the path of a folder or None, not int"):
         vmi.execute(world.vit, runs, world.columns, out=3)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"out is an empty path; name a folder, '\.' for the current one"):
+        vmi.execute(world.vit, runs, world.columns, out="")
     with pytest.raises(SpecError, match="folder is the path of a folder or None, not int"):
         vmi.ActivationStore(3)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="store is an ActivationStore or None, not int"):
@@ -34,8 +36,12 @@ def test_arguments_of_another_kind() -> None:
     with pytest.raises(SpecError, match="folder is the path of a folder or None, not int"):
         vmi.execute(world.vit, runs, world.columns, progress=False).save(3)  # type: ignore[arg-type]
     shape = pytest.raises(SpecError, match=r"examples are one list of numbers, and these have shape \(2, 2\)")
-    with prepare(world.vit, runs, world.columns, {}, progress=False) as prepared, shape:
-        prepared(torch.zeros(2, 2, dtype=torch.long), {})  # type: ignore[arg-type]
+    with prepare(world.vit, runs, world.columns, {}, progress=False) as prepared:
+        with shape:
+            prepared(torch.zeros(2, 2, dtype=torch.long), {})  # type: ignore[arg-type]
+        for size in (0, -1, "a", True):
+            with pytest.raises(SpecError, match="cut into parts of a positive number of rows, not of"):
+                list(Batch(prepared, [0]).cut(size))  # type: ignore[arg-type]
 
 
 def test_one_intervention_stands_for_a_list_of_it() -> None:

@@ -67,6 +67,11 @@ def edits(draw: Any, world: Any, readable: list[str]) -> dict[str, Any]:
     return edit
 
 
+def going_on(run: str, layer: int) -> dict[str, Any]:
+    """The edit that goes on from the whole stream of another run."""
+    return {"op": "interchange", "site": f"blocks.{layer}.resid_post", "source": {"run": run}}
+
+
 @st.composite
 def experiments(draw: Any) -> tuple[Any, list[dict[str, Any]]]:
     world = draw(WORLDS)
@@ -79,6 +84,8 @@ def experiments(draw: Any) -> tuple[Any, list[dict[str, Any]]]:
         again = draw(st.sampled_from([[], [], *(run["interventions"] for run in runs)]))
         more = draw(made) if not again or (len(again) < 4 and draw(st.booleans())) else []
         edited = [*again[: draw(st.integers(1, len(again)))], *more] if again else more
+        if runs and draw(st.integers(0, 3)) == 0:
+            edited = [going_on(draw(st.sampled_from(runs))["name"], draw(st.integers(0, N_LAYERS - 1))), *edited][:4]
         runs.append({"name": f"run{n}", "base": base, "interventions": edited, "capture": sites})
     read = {edit["source"]["run"] for run in runs for edit in run["interventions"] if isinstance(edit.get("source"), dict)}
     for run in runs:

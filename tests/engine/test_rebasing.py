@@ -58,6 +58,26 @@ def test_a_replaced_stream_can_come_from_anywhere() -> None:
     assert rows(world, mixed) == [6, 3, 6]
 
 
+@pytest.mark.parametrize("later", ["blocks.1.attn.z", "blocks.1.resid_post"])
+@pytest.mark.parametrize("captured", ["blocks.0.mlp_out", "blocks.0.resid_post", "blocks.1.ln1", LAST + ".ln1"])
+@pytest.mark.parametrize("repeated", [[3], [0, 1, 2, 3]], ids=["one", "all"])
+def test_values_between_another_run_and_an_edit_where_the_other_changes_nothing(
+    later: str, captured: str, repeated: list[int]
+) -> None:
+    """In examples that are their own source, what goes on from the other run is the clean image until the edit."""
+    world = World(TIMM_PLAIN, 4)
+    for i in repeated:
+        world.columns["source"][i] = world.columns["base"][i]
+    documents = [
+        run("first", swap("blocks.0.mlp_out", [3])),
+        run("then", swap("blocks.0.resid_post", source={"run": "first"}), {"op": "ablate", "site": later, "tokens": [2]},
+            capture=(captured,)),
+    ]  # fmt: skip
+    for batch_size in (1, 20):
+        world.check(documents, world.execute(documents, batch_size=batch_size), effect=None)
+    assert float((world.oracle.run(documents[1])[0] - world.oracle.clean("base")[0]).abs().max()) > 1e-3
+
+
 def test_a_block_that_gives_something_of_its_input_keeps_its_base() -> None:
     """Where the middle of a block is replaced, but a hook of somebody else adds its input to what it returns."""
     world = World(TIMM_PLAIN, 3)

@@ -75,17 +75,29 @@ def _order(caplog: pytest.LogCaptureFixture) -> Callable[[Path], int]:
     return lambda path: next(n for n, record in enumerate(caplog.records) if str(path) in record.getMessage())
 
 
+@pytest.mark.parametrize("how", ["flipped", "empty", "gone", "other label", "no checksum"])
 def test_damaged_results_are_made_anew(
-    world: World, whole: Results, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    world: World, whole: Results, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     run(world, tmp_path)
-    path = tmp_path / "results.safetensors"
-    content = bytearray(path.read_bytes())
+    path, document = tmp_path / "results.safetensors", tmp_path / "results.json"
+    content, text = bytearray(path.read_bytes()), document.read_text()
     content[-3] ^= 1
-    path.write_bytes(content)
+    match how:
+        case "flipped":
+            path.write_bytes(content)
+        case "empty":
+            path.write_bytes(b"")
+        case "gone":
+            path.unlink()
+        case "other label":
+            document.write_text(text.replace('"label": [\n', '"lapel": [\n'))
+        case "no checksum":
+            document.write_text(text.replace('"checksum"', '"checksun"'))
+    assert how in ("flipped", "empty", "gone") or document.read_text() != text
     with caplog.at_level(logging.WARNING):
         assert_same_bits(run(world, tmp_path), whole)
-    assert "results.safetensors is damaged; it is made anew" in caplog.text
+    assert f"The results in {tmp_path} are damaged, or some are gone; they are made anew" in caplog.text
     assert_same_bits(run(world, tmp_path), whole)
 
 

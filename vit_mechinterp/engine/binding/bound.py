@@ -159,8 +159,11 @@ class BoundRun:
 
     def is_clean_at(self, site: Site) -> bool:
         """Whether the run's value at a site is the clean forward's."""
-        first = self.clean_before or (self.edits[0].site if self.edits else None)
-        return first is None or site < first
+        sites = [edit.site for edit in self.edits[:1]]
+        if self.clean_before is not None:
+            # Where an edit that was another run's does nothing in some examples, the first left is later.
+            sites.append(self.clean_before)
+        return not sites or site < max(sites)
 
     @cached_property
     def join(self) -> Join:

@@ -159,17 +159,17 @@ class Begun:
             return False
 
     def finished(self) -> Results | None:
-        """The results, if the whole experiment is done and its file is sound."""
-        try:
-            document = json.loads((self.results / "results.json").read_text())
-            if document["experiment"] != self.digest:
-                return None
-            if document["checksum"] == file_checksum(self.results / "results.safetensors"):
-                return Results.load(self.results)
-        except (OSError, ValueError, LookupError, TypeError):
+        """The results, if the whole experiment is done and its files are sound; where they are not, it is not
+        done any more, with a warning."""
+        if not self.is_done():
             return None
-        logger.warning("%s/results.safetensors is damaged; it is made anew.", self.results)
-        (self.results / "results.json").unlink(missing_ok=True)
+        document, tensors = self.results / "results.json", self.results / "results.safetensors"
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            said = json.loads(document.read_text())
+            if said.pop("digest") == digest(said) and said["checksum"] == file_checksum(tensors):
+                return Results.load(self.results)
+        logger.warning("The results in %s are damaged, or some are gone; they are made anew.", self.results)
+        document.unlink(missing_ok=True)
         return None
 
 

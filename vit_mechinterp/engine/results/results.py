@@ -16,6 +16,7 @@ from vit_mechinterp.engine.results.tensorfiles import file_checksum, read_tensor
 from vit_mechinterp.errors import TensorFileError, suggest
 from vit_mechinterp.model.cache import BySite
 from vit_mechinterp.spec import Readout
+from vit_mechinterp.spec.digest import digest
 from vit_mechinterp.spec.readouts import parse_readout
 
 if TYPE_CHECKING:
@@ -208,5 +209,6 @@ def save_document(
         "checksum": file_checksum(folder / "results.safetensors"),
         **more,
     }
+    plain = json.loads(json.dumps(document))
     with replacing(folder / "results.json") as file:
-        file.write(json.dumps(document, indent=2).encode())
+        file.write(json.dumps({**plain, "digest": digest(plain)}, indent=2).encode())

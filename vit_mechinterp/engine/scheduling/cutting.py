@@ -104,7 +104,7 @@ def _check_budget(memory: int | str | None, held: Footprint, budget: int) -> Non
 def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, measure: bool) -> int:
     """Rows per forward: what was or is measured, if there is much work to do, or what is likely."""
     blocks = draft.sharing.n_edited_rows * draft.n_layers
-    known = remembered_width(vit) if not imagined and blocks >= MUCH else None
+    known = remembered_width(vit, widest) if not imagined and blocks >= MUCH else None
     if known is None and measure:
         with vit.lock, torch.no_grad():
             known = measured_width(vit, widest, blocks // 2)

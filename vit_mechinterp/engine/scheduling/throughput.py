@@ -28,6 +28,8 @@ __all__ = ["likely_width", "measured_width", "remembered_width"]
 
 logger = logging.getLogger(__name__)
 
+_FACTORS = (1, 2, 4, 8, 16)
+"""Quarters of the likely width that are tried."""
 REPEATS = 3
 WORTHWHILE = 100
 """Measuring takes at most one part in so many of the work that it is for."""
@@ -41,10 +43,12 @@ def likely_width(vit: HookedViT) -> int:
     return max(4, 2**20 // (vit.layout.tokens.n_tokens * vit.layout.d_model))
 
 
-def remembered_width(vit: HookedViT) -> int | None:
-    """The width that was measured for such a model before, on such a device; None if none was."""
-    width = _remembered().get(_key(vit))
-    return width if isinstance(width, int) and width > 0 else None
+def remembered_width(vit: HookedViT, most: int) -> int | None:
+    """The width that was measured for such a model before, on such a device, of those that the same memory
+    allows, or else of all; None if none was."""
+    found = _remembered()
+    widths = (found.get(key) for key in (_key(vit, most), _key(vit)))
+    return next((width for width in widths if isinstance(width, int) and width > 0), None)
 
 
 def measured_width(vit: HookedViT, most: int, block_evaluations: int) -> int | None:
@@ -60,7 +64,7 @@ def measured_width(vit: HookedViT, most: int, block_evaluations: int) -> int | N
     """
     likely = min(likely_width(vit), most)
     # Away from a first guess in both directions; equal ones and those beyond the memory fall out.
-    widths = sorted({max(1, min(most, likely * factor // 4)) for factor in (1, 2, 4, 8, 16)})
+    widths = sorted({max(1, min(most, likely * factor // 4)) for factor in _FACTORS})
     if block_evaluations < WORTHWHILE * (REPEATS + 1) * sum(widths):
         return None
     try:
@@ -71,7 +75,7 @@ def measured_width(vit: HookedViT, most: int, block_evaluations: int) -> int | N
     # Wider batches mean fewer launches, so the widest of those that are as good as the best is taken.
     width = max(width for width, seconds in times.items() if seconds <= 1.01 * best)
     logger.info("%s: %d rows per forward", type(vit.module).__name__, width)
-    _remember(_key(vit), width)
+    _remember(_key(vit, most), width)
     return width
 
 
@@ -111,15 +115,18 @@ def _wait(vit: HookedViT) -> None:
         torch.cuda.synchronize(vit.device)
 
 
-def _key(vit: HookedViT) -> str:
-    """What the best width depends on."""
+def _key(vit: HookedViT, most: int | None = None) -> str:
+    """What the best width depends on: also on the widest that memory allows, where that leaves candidates
+    out, because a width that is best of few is not for work that has more memory."""
     layout = vit.layout
+    cut = most is not None and most < likely_width(vit) * max(_FACTORS) // 4
     device = torch.cuda.get_device_name(vit.device) if vit.device.type == "cuda" else platform.machine()
     tokens = layout.tokens.n_tokens
     facts: Sequence[object] = (
         layout.family.name, f"{tokens} tokens", f"{layout.n_heads} heads", f"width {layout.d_model}",
         vit.dtype,
         vit.device.type, device, platform.node(), f"{torch.get_num_threads()} threads", torch.__version__,
+        *([f"at most {most} rows"] if cut else []),
     )  # fmt: skip
     return ", ".join(map(str, facts))
 

@@ -213,7 +213,7 @@ class DiskTier:
         try:
             tensors, metadata = read_tensors(path)
             values, sums = tensors["values"], tensors["checksums"]
-            slots = metadata.get("slots", _said(entry, block))
+            slots = metadata["slots"]
             fits = (tuple(values.shape), values.dtype) == (entry.block_shape(block), entry.dtype)
             if fits and len(sums) == len(entry.slots(block)) and slots == _said(entry, block):
                 return Shard(path, stamp, values, sums.numpy(), np.zeros(len(sums), dtype=np.bool_))

@@ -194,7 +194,13 @@ class Batch:
         return runs
 
     def cut(self, rows: int) -> Iterator[Batch]:
-        """The same in parts of one run and at most so many rows each."""
+        """The same in parts of one run and at most so many rows each.
+
+        Raises:
+            SpecError: see `Prepared.__call__`; or ``rows`` is no positive integer.
+        """
+        if not hasattr(rows, "__index__") or isinstance(rows, bool) or int(rows) < 1:
+            raise SpecError(f"A batch is cut into parts of a positive number of rows, not of {rows!r}.")
         for run in self.checked():
             most = self.prepared.source_tokens([run.name])
             order = None if self.source_order is None else [k for k in self.source_order if k < most]
