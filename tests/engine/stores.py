@@ -27,12 +27,12 @@ def captured(store: ActivationStore, world: World, sites: Any = SITES, **options
     return store.capture(world.vit, options.pop("data", world.columns), sites, **options)
 
 
-def native(world: World) -> dict[str, torch.Tensor]:
-    """What plain forwards of four images give, attention matrices in forwards of their own."""
+def native(world: World, rows: int = 4) -> dict[str, torch.Tensor]:
+    """What plain forwards of so many images give, attention matrices in forwards of their own."""
     matrices = ["*.attn.scores", "*.attn.pattern"]
     others = [name for name in world.vit.sites() if not name.endswith(("scores", "pattern"))]
     found: dict[str, torch.Tensor] = {}
     for sites in (others, matrices):
-        batches = [world.vit.run(world.columns["base"][i : i + 4], sites)[1] for i in range(0, N, 4)]
+        batches = [world.vit.run(world.columns["base"][i : i + rows], sites)[1] for i in range(0, N, rows)]
         found |= {name: torch.cat([batch[name] for batch in batches]).detach() for name in batches[0]}
     return found

@@ -35,9 +35,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("budgets", [{}, {"host": "40KiB"}, {"host": 0}, {"disk": 0}])
 def test_rows_are_what_forwards_give(world: World, tmp_path: Path, budgets: dict[str, Any], small_blocks: None) -> None:
-    expected = native(world)
     with ActivationStore(tmp_path, **budgets) as store:
         view = captured(store, world)
+        expected = native(world, view.rows_per_forward)
         assert list(view) == world.vit.expand(SITES) == list(view.sites)
         for name, site in view.items():
             assert site.shape == expected[name].shape
@@ -161,21 +161,21 @@ def test_budgets_are_kept(world: World, tmp_path: Path, small_blocks: None, capl
             assert usage["disk"] == sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
         assert "will be computed again when they are asked for" in caplog.text
         # What went is computed again, to the same bits.
-        expected = native(world)
+        expected = native(world, view.rows_per_forward)
         assert all(torch.equal(view[name][:], expected[name]) for name in view)
 
 
-@pytest.mark.parametrize("beside", [1, tiers._AT_WORK])
+@pytest.mark.parametrize("beside", [1, tiers._BESIDE])
 @pytest.mark.parametrize("host", [0, "48KiB", "96KiB"])
 def test_everything_reaches_the_disk_past_a_host_that_cannot_hold_a_block_of_each_value(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int | str, beside: int
 ) -> None:
-    monkeypatch.setattr(tiers, "_AT_WORK", beside)
+    monkeypatch.setattr(tiers, "_BESIDE", beside)
     blocks_of(monkeypatch, 20_000, least=20_000)
     with ActivationStore(tmp_path, host=host) as store:
         view = captured(store, world, ["embed", "blocks.*.attn.z", "blocks.*.mlp_out", "blocks.*.resid_post"])
         assert len(view) * 20_000 > 96 * 1024
-        expected = native(world)
+        expected = native(world, view.rows_per_forward)
         with Counted(world.vit.module) as counted:
             for name in view:
                 assert torch.equal(view[name][:], expected[name])
@@ -186,7 +186,7 @@ def test_blocks_beside_the_budget_do_not_pile_up(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks_of(monkeypatch, 8 * 17 * 24 * 4)
-    monkeypatch.setattr(tiers, "_AT_WORK", 1)
+    monkeypatch.setattr(tiers, "_BESIDE", 1)
     with ActivationStore(tmp_path, host=0) as store:
         view = captured(store, world, "blocks.1.resid_post")
         expected = native(world)["blocks.1.resid_post"]

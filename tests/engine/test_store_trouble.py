@@ -102,10 +102,10 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_two_threads_on_one_store(world: World, tmp_path: Path, small_blocks: None) -> None:
-    expected = native(world)
     wrong: list[str] = []
     with ActivationStore(tmp_path, host="64KiB") as store:
         view = captured(store, world, "blocks.*.resid_post")
+        expected = native(world, view.rows_per_forward)
 
         def reading(seed: int) -> None:
             draw = np.random.default_rng(seed)
@@ -182,7 +182,7 @@ def test_a_host_with_less_memory_than_the_budget_says_holds_less(
 def test_blocks_that_fill_up_without_a_budget_are_few_bytes(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiers, "_AT_WORK", 60_000)
+    monkeypatch.setattr(tiers, "_BESIDE", 60_000)
     monkeypatch.setattr(holdings, "_LEAST_BLOCK_BYTES", 1)
     beside = []
     original = tiers.Tiers._fill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,9 @@ from vit_mechinterp.engine.binding.bound import Bound
 from vit_mechinterp.engine.binding.values import Read, origin_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.spec import Site
 
-__all__ = ["SUMMED", "Footprint", "common_size", "footprint", "read_size"]
+__all__ = ["SUMMED", "Footprint", "common_size", "footprint", "forward_size", "read_size"]
 
 
 SUMMED = 2**16
@@ -68,7 +70,7 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
         example = max(example, element * sum(read_size(vit, read) for read in schedule.reads.means))
     return Footprint(
         example=example,
-        row=element * _row_size(vit, bound),
+        row=element * forward_size(vit, _visited(bound)),
         result=element * captures + handed_over,
         common=_means_size(vit, schedule) + (common_size(vit, schedule) if schedule.holds else 0),
     )
@@ -109,15 +111,18 @@ def read_size(vit: HookedViT, read: Read) -> int:
     return size if read.positions.is_all else size * read.positions.most // vit.layout.tokens.n_tokens
 
 
-def _row_size(vit: HookedViT, bound: Bound) -> int:
-    """Numbers that one row takes at most: its image and those made ahead, what a block makes of it, and
-    copies that joining and editing make."""
+def forward_size(vit: HookedViT, visited: Iterable[Site]) -> int:
+    """Numbers that one row takes at most while its forward runs: its image and those made ahead, what a block
+    makes of it, and copies that joining, reading and editing make.
+
+    Args:
+        vit: the model.
+        visited: sites that are read or edited; attention matrices and results of single heads are there only
+            where somebody visits one.
+    """
     tokens, d_model, heads = vit.layout.tokens.n_tokens, vit.layout.d_model, vit.layout.n_heads
-    sites = vit.sites()
-    hidden = [i.shape[-1] for name, i in sites.items() if name.endswith(("mlp.pre", "mlp.pre_linear"))]
-    visited = [edit.site for run in bound.runs for edit in run.edits]
-    visited += [read.site for own in bound.reads_of.values() for read in own]
-    visited += [read.site for run in bound.runs for edit in run.edits for read in edit.reads]
+    visited = tuple(visited)
+    hidden = [i.shape[-1] for name, i in vit.sites().items() if name.endswith(("mlp.pre", "mlp.pre_linear"))]
     size = _IMAGES * math.prod(vit.layout.tokens.input_shape)
     size += tokens * (14 * d_model + 3 * max(hidden, default=4 * d_model))
     if any(site.is_attention_matrix for site in visited):
@@ -125,3 +130,10 @@ def _row_size(vit: HookedViT, bound: Bound) -> int:
     if any(site.name == "attn.result" for site in visited):
         size += 4 * tokens * heads * d_model
     return size
+
+
+def _visited(bound: Bound) -> Iterator[Site]:
+    """Every site that is read or edited."""
+    yield from (edit.site for run in bound.runs for edit in run.edits)
+    yield from (read.site for own in bound.reads_of.values() for read in own)
+    yield from (read.site for run in bound.runs for edit in run.edits for read in edit.reads)

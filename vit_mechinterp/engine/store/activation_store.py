@@ -23,7 +23,8 @@ from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
-from vit_mechinterp.engine.store.holdings import Holdings, rows_by_default
+from vit_mechinterp.engine.store.batch import image_bytes, rows_by_default
+from vit_mechinterp.engine.store.holdings import Holdings
 from vit_mechinterp.engine.store.source import Source
 from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.engine.store.view import StoredActivations
@@ -96,7 +97,9 @@ class ActivationStore:
     ) -> StoredActivations:
         """Make sure that activations of every example are stored, and return them by site and example.
 
-        Images stream: beside the budgets, one batch is held in memory.
+        Images stream: a batch of them, and those that wait for it, are part of the budget of the memory that
+        they pass through the model in. A batch takes at most half of it, and so is of fewer images than
+        asked for where these take more, but of one at least.
 
         Args:
             vit: the model, in eval mode (or without dropout).
@@ -106,7 +109,7 @@ class ActivationStore:
             column: the image column.
             tokens: the tokens to keep, as in a spec; boxes are drawn on ``column``.
             heads: the heads to keep, at sites with heads.
-            batch_size: images per forward; by default that of what is stored already, or the model's.
+            batch_size: most images per forward; by default that of what is stored already, or the model's.
             progress: show a bar if it takes longer than two seconds.
 
         Raises:
@@ -125,12 +128,11 @@ class ActivationStore:
         reads = _reads(vit, columns, sites, column, tokens, heads)
         columns.check_images(column)
         images = image_numbers(columns, [column], progress=progress)[column]
-        rows = rows_by_default(vit) if batch_size == "auto" else batch_size
-        rows = rows if vit.layout.family.one_image is None else 1
+        asked = rows_by_default(vit) if batch_size == "auto" else batch_size
+        asked = asked if vit.layout.family.one_image is None else 1
         with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
-            holdings = Holdings(self.tiers, vit, columns, column, images, reads.values(), rows, dtype)
-            if batch_size == "auto":
-                holdings.adopt_rows(max(rows, columns.n))
+            holdings = Holdings(self.tiers, vit, columns, column, images, reads.values(), asked, dtype)
+            self._fit_batch(holdings, adopt=batch_size == "auto")
             source = Source(holdings, bar.update)
             with thrifty():
                 _fill(source)
@@ -138,6 +140,19 @@ class ActivationStore:
         self.tiers.flush()
         self._warn_of_loss(holdings)
         return StoredActivations(source, reads)
+
+    def _fit_batch(self, holdings: Holdings, *, adopt: bool) -> None:
+        """Choose the images per forward: of what is stored as a whole those that gave it, or else as many as
+        the budgets have room for."""
+        vit, image = holdings.vit, image_bytes(holdings.vit, holdings.reads, holdings.dtype)
+        most = self.tiers.most_at_work(image, vit.device)
+        if adopt:
+            holdings.adopt_rows(max(holdings.rows, holdings.data.n))
+        if holdings.rows > most and holdings.absent():
+            holdings.use_rows(most)
+            if adopt:
+                holdings.adopt_rows(most)
+        self.tiers.leave_room(image * min(holdings.rows, most), vit.device)
 
     def _warn_of_loss(self, holdings: Holdings) -> None:
         lost = max((len(examples) for examples in holdings.absent().values()), default=0)
@@ -209,7 +224,7 @@ def _fill(source: Source) -> None:
     filled, holdings = False, source.holdings
     while not filled:
         batches = ((holdings.column, batch) for batch in holdings.missing_batches())
-        with memory_may_run_out(), source.data.ahead(batches):
+        with memory_may_run_out(), source.data.ahead(batches, source.tiers.waiting):
             source.fill()
             filled = True
         if not filled:

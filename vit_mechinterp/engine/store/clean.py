@@ -16,9 +16,10 @@ from vit_mechinterp.engine.forwards.clean import Clean, CleanPass, Tick
 from vit_mechinterp.engine.inputs.ahead import Request
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.scheduling.schedule import Schedule
+from vit_mechinterp.engine.store.batch import rows_by_default
 from vit_mechinterp.engine.store.expectation import expectations, requests_for
 from vit_mechinterp.engine.store.forward import Wanted
-from vit_mechinterp.engine.store.holdings import Holdings, rows_by_default
+from vit_mechinterp.engine.store.holdings import Holdings
 from vit_mechinterp.engine.store.keys import Key
 from vit_mechinterp.engine.store.memory import in_pages
 from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin

@@ -25,19 +25,10 @@ from vit_mechinterp.engine.store.tiers import Tiers
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site
 
-__all__ = ["Holdings", "rows_by_default"]
+__all__ = ["Holdings"]
 
 _BLOCK_BYTES, _LEAST_BLOCK_BYTES = 16 * 1024**2, 256 * 1024
 """Most and least bytes of a block of stored values."""
-
-
-def rows_by_default(vit: HookedViT) -> int:
-    """Images per forward: the same on every machine of one kind, so that what one stores another finds."""
-    if vit.layout.family.one_image is not None:
-        return 1
-    pixels = torch.Size(vit.layout.tokens.input_shape).numel()
-    per_image = max(vit.layout.tokens.n_tokens * vit.layout.d_model, pixels)
-    return max(1, (2**24 if vit.device.type == "cuda" else 2**20) // per_image)
 
 
 class Holdings:
@@ -183,7 +174,7 @@ class Holdings:
             starts, shape = self._starts(read), tuple(value.shape[1:])
             draft = Entry(self.key(read), len(self.slots(read)), shape, 1, starts)
             share = self.tiers.filling // len(self.reads)
-            wanted = max(_LEAST_BLOCK_BYTES, min(_BLOCK_BYTES, share))
+            wanted = max(min(_LEAST_BLOCK_BYTES, 2 * share), min(_BLOCK_BYTES, share))
             block = max(1, min(draft.n, wanted * draft.n // max(1, draft.nbytes)))
             found = self._entries[read] = self.tiers.add(Entry(draft.key, draft.n, shape, block, starts))
         return found

@@ -151,6 +151,13 @@ class MemoryTier:
         except (OSError, MemoryError, torch.OutOfMemoryError):
             return None
 
+    def shrink(self, budget: int) -> None:
+        """Hold no more than so much from then on; whatever is complete and not read elsewhere may leave."""
+        self.budget = min(self.budget, budget)
+        while self.used > self.budget and (self._free or self._evict("", "none")):
+            if self._free:
+                self.used -= len(self._free.pop())
+
     def _evict(self, key: str, unfinished: Unfinished) -> bool:
         """Drop the least recently used block; one that is still filling up, and so nowhere else, if asked."""
         idle = [(name, block.complete) for name, block in self._blocks.items() if not block.busy]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from vit_mechinterp.engine.store.outgoing import Outgoing
 
 __all__ = ["Tiers"]
 
-_AT_WORK = 32 * 1024**2
-"""Bytes of the host's budget that are left for the batch at work and for images that wait; of a small budget
-a third, of a large one a sixteenth."""
+_BESIDE = 32 * 1024**2
+"""Bytes of blocks with gaps on their way to the disk where the host has no budget to hold them."""
+_WAITING = 16
+"""Of the host's budget, one part in so many is left for images that wait for the model."""
 
 
 class Tiers:
@@ -38,12 +40,12 @@ class Tiers:
     """
 
     def __init__(self, folder: Path | None, gpu: int, host: int, disk: int) -> None:
-        self.gpu_budget = gpu
+        self.gpu_budget, self.host_budget = gpu, host
         self.gpus: dict[torch.device, MemoryTier] = {}
-        at_work = max(host // 16, min(host // 3, _AT_WORK))
-        self.host = MemoryTier(host - at_work, torch.device("cpu"), pinned=torch.cuda.is_available())
+        waiting = host // _WAITING
+        self.host = MemoryTier(host - waiting, torch.device("cpu"), pinned=torch.cuda.is_available())
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
-        self.outgoing = Outgoing(self.disk, _AT_WORK)
+        self.outgoing = Outgoing(self.disk, _BESIDE)
         self.lock = threading.RLock()
         self._entries: dict[Key, Entry] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -54,6 +56,30 @@ class Tiers:
         if device not in self.gpus:
             self.gpus[device] = MemoryTier(self.gpu_budget, device)
         return self.gpus[device]
+
+    @property
+    def waiting(self) -> int | None:
+        """Bytes of images that wait for the model at most; None where the host has no budget."""
+        return self.host_budget // _WAITING or None
+
+    def most_at_work(self, image: int, device: torch.device) -> int:
+        """Images of so many bytes that half of the budget of a device's memory has room for, one at least; a
+        tier that is left out sets no limit."""
+        budget = self._budget(device)
+        return max(1, budget // 2 // image) if budget else sys.maxsize
+
+    def leave_room(self, nbytes: int, device: torch.device) -> None:
+        """Hold so much less in a device's memory from then on, at most half of its budget, for the images
+        that pass through the model: the least recently used blocks leave."""
+        with self.lock:
+            tier = self._gpu(device) if device.type == "cuda" else self.host
+            if tier is not None:
+                waiting = 0 if device.type == "cuda" else self.host_budget // _WAITING
+                budget = self._budget(device)
+                tier.shrink(budget - waiting - min(nbytes, budget // 2))
+
+    def _budget(self, device: torch.device) -> int:
+        return self.gpu_budget if device.type == "cuda" else self.host_budget
 
     def known(self, key: Key, starts: IntArray | None) -> Entry | None:
         """What was ever stored under a key; None if nothing."""
@@ -67,7 +93,7 @@ class Tiers:
     @property
     def filling(self) -> int:
         """Bytes that blocks of all values which fill up together should take at most."""
-        return self.host.budget // 4 or _AT_WORK
+        return self.host.budget // 4 or _BESIDE
 
     def holds(self, nbytes: int, device: torch.device, *, in_order: bool) -> bool:
         """Whether so much stays until it is read: in a memory, or, if it comes in the order in which blocks
