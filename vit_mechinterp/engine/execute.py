@@ -171,9 +171,9 @@ def _carried_out(
         if kept is not None:
             clean.use_rows(kept.begun.decided("store", clean.rows))
     heap = keeping() if memory is None else thrifty()
-    most = None if memory is None else parse_bytes(memory) // 16
+    budget = None if memory is None else parse_bytes(memory)
     with vit.lock, torch.no_grad(), heap, _Bar(vit, schedule, clean, progress) as tick:
-        work = Work(Setting(vit, data, asked.given, clean, tick), schedule, kept, most)
+        work = Work(Setting(vit, data, asked.given, clean, tick), schedule, kept, budget)
         work.carry_out()
     if store is not None:
         store.tiers.flush()

@@ -11,14 +11,18 @@ from torch import Tensor
 from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.binding.values import Read
 from vit_mechinterp.engine.forwards.chunk import Setting, chunk_of
+from vit_mechinterp.engine.forwards.clean import Tick
 from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_out
 from vit_mechinterp.engine.inputs.ahead import Request
 from vit_mechinterp.engine.results.collect import Gathering
 from vit_mechinterp.engine.results.resume import FinishedChunks
 from vit_mechinterp.engine.scheduling.schedule import Schedule
-from vit_mechinterp.model.heap import give_back
+from vit_mechinterp.model.heap import GivingBack, give_back
 
 __all__ = ["Work"]
+
+_AHEAD, _FREE = 16, 32
+"""Of a budget, one part in so many is for images that wait, and for freed memory that was not returned."""
 
 
 class Work:
@@ -28,7 +32,7 @@ class Work:
         setting: the model, the data, and what else all chunks have.
         schedule: what is to be computed.
         kept: where finished chunks go, and where those are that need not be computed; None keeps them here.
-        most: bytes of images that wait at most; None if no budget was given.
+        budget: bytes to hold at most; None if none was given.
 
     Attributes:
         collected: what the chunks gave that are kept here.
@@ -36,10 +40,14 @@ class Work:
     """
 
     def __init__(
-        self, setting: Setting, schedule: Schedule, kept: FinishedChunks | None, most: int | None
+        self, setting: Setting, schedule: Schedule, kept: FinishedChunks | None, budget: int | None
     ) -> None:
-        self.setting, self.kept, self.most = setting, kept, most
+        self.setting, self.kept = setting, kept
         self.data, self.clean = setting.data, setting.clean
+        self._most_ahead: int | None = None
+        if budget is not None:
+            self._most_ahead = budget // _AHEAD
+            self.setting = replace(setting, tick=_thrifty_tick(setting.tick, GivingBack(budget // _FREE)))
         self.schedule = schedule if kept is None else replace(schedule, width=kept.width())
         self.collected = Gathering(schedule.bound, schedule.n_examples)
         self.halvings = 0
@@ -51,7 +59,7 @@ class Work:
         while self._waiting:
             with (
                 memory_may_run_out(),
-                self.data.ahead(self._requests(self._waiting), self.most),
+                self.data.ahead(self._requests(self._waiting), self._most_ahead),
                 closing(self._next()) as chunks,
             ):
                 for chunk in chunks:
@@ -70,7 +78,7 @@ class Work:
             means: Mapping[Read, Tensor] | None = known
             while means is None:
                 batches = self._requests(self.schedule.chunks, self.schedule.reads.means)
-                with memory_may_run_out(), self.data.ahead(batches, self.most):
+                with memory_may_run_out(), self.data.ahead(batches, self._most_ahead):
                     means = self.clean.means(self.setting.vit, self.data, self.schedule, self.setting.tick)
                 if means is None:
                     most = self.schedule.n_examples if self.schedule.holds else self.schedule.chunk
@@ -87,7 +95,7 @@ class Work:
         else:
             self.kept.add(chunk, part, self.schedule.width, self.halvings)
         del part  # or it would be held while memory is given back
-        if self.most is not None:
+        if self._most_ahead is not None:
             give_back()
 
     def _earlier(self, run: str, examples: IntArray) -> Tensor:
@@ -111,3 +119,13 @@ class Work:
     def _halve(self, rows: int) -> None:
         self.schedule = replace(self.schedule, width=make_room(rows))
         self.halvings += 1
+
+
+def _thrifty_tick(tick: Tick, giving_back: GivingBack) -> Tick:
+    """The same, which also returns freed memory: it is called where a forward's own is free."""
+
+    def both(n: int) -> None:
+        tick(n)
+        giving_back()
+
+    return both

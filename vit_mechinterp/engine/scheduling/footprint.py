@@ -68,12 +68,19 @@ def footprint(vit: HookedViT, schedule: Schedule, states: int | None = None) -> 
     example = element * (held + 2 * kept) + 2 * outputs
     if schedule.needs.means_come_first and not schedule.holds:  # their pass goes by the same chunks
         example = max(example, element * sum(read_size(vit, read) for read in schedule.reads.means))
+    common = _means_size(vit, schedule) + (common_size(vit, schedule) if schedule.holds else 0)
     return Footprint(
-        example=example,
-        row=element * forward_size(vit, _visited(bound)),
+        example=_in_use(example),
+        row=_in_use(element * forward_size(vit, _visited(bound))),
         result=element * captures + handed_over,
-        common=_means_size(vit, schedule) + (common_size(vit, schedule) if schedule.holds else 0),
+        common=_in_use(common),
     )
+
+
+def _in_use(nbytes: int) -> int:
+    """Bytes that a process comes to hold for tensors of so many: memory lies free between them, and what
+    plans and counts is not free of charge either."""
+    return nbytes + nbytes // 8
 
 
 def _of_its_own(schedule: Schedule) -> set[Read]:

@@ -18,7 +18,7 @@ from vit_mechinterp.engine.binding.values import ColumnOrigin, Read, by_token, c
 from vit_mechinterp.engine.store.forward import Rows, Wanted, clean_forward, stop_behind
 from vit_mechinterp.engine.store.holdings import Holdings
 from vit_mechinterp.engine.store.keys import Entry
-from vit_mechinterp.model.heap import give_back
+from vit_mechinterp.model.heap import GivingBack
 
 __all__ = ["Source"]
 
@@ -40,6 +40,7 @@ class Source:
         self.holdings = holdings
         self.tiers, self.vit, self.data = holdings.tiers, holdings.vit, holdings.data
         self.tick = tick
+        self._give_back = GivingBack(self.tiers.free)
         kind = self.vit.device.type
         # What is computed later, outside of this autocast or within another, is the same all the same.
         self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -143,7 +144,7 @@ class Source:
         for read, value in values.items():
             entry, slots = self.holdings.ensure(read, value), self.holdings.slots(read)
             self.tiers.put(entry, slots.of_images(grain), value)
-        give_back()
+        self._give_back()
         return values
 
     def _forward(self, batch: range, reads: Sequence[Wanted]) -> dict[Wanted, Tensor]:

@@ -22,8 +22,9 @@ __all__ = ["Tiers"]
 
 _BESIDE = 32 * 1024**2
 """Bytes of blocks with gaps on their way to the disk where the host has no budget to hold them."""
-_WAITING = 16
-"""Of the host's budget, one part in so many is left for images that wait for the model."""
+_WAITING, _FREE = 16, 32
+"""Of the host's budget, one part in so many is left for images that wait for the model, and for memory that
+was freed and not returned."""
 
 
 class Tiers:
@@ -61,6 +62,11 @@ class Tiers:
     def waiting(self) -> int | None:
         """Bytes of images that wait for the model at most; None where the host has no budget."""
         return self.host_budget // _WAITING or None
+
+    @property
+    def free(self) -> int:
+        """Bytes of memory that may have been freed and not been returned."""
+        return (self.host_budget or _BESIDE) // _FREE
 
     def most_at_work(self, image: int, device: torch.device) -> int:
         """Images of so many bytes that half of the budget of a device's memory has room for, one at least; a
