@@ -20,6 +20,7 @@ from vit_mechinterp.engine.binding.checks import (
     check_arguments,
     check_batch_size,
     check_images,
+    check_progress,
     refuse_train_mode,
 )
 from vit_mechinterp.engine.binding.tensors import check_tensors, resolve_refs
@@ -118,12 +119,18 @@ def prepare(
     Where memory runs out, clean forwards are of half as many images, and a line says so. Runs that are equal
     or begin alike have rows of their own each, because the tensors that they name may come to differ.
 
+    Yields:
+        The prepared runs, to be called with examples and tensors as often as a training needs; they are
+        closed at the end of the block.
+
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
-        ExecutionError: the model would drop activations at random, or has gradient checkpointing on.
+        ExecutionError: the model would drop activations at random, has no weights, or has gradient
+            checkpointing on.
     """
     check_arguments(vit, store)
     check_batch_size(batch_size, auto=False)
+    check_progress(progress)
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_train_mode(vit)
     refuse_checkpointing(vit.module)
