@@ -19,13 +19,13 @@ from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.meta import refuse_meta
 from vit_mechinterp.spec import EditFeature, TensorRef
 
-__all__ = ["check_tensors", "digest_of", "load_tensor", "resolve_refs"]
+__all__ = ["check_tensors", "digest_of", "resolve_refs"]
 
 ORTHONORMAL_TOLERANCE = 1e-3
 """How far an entry of R^T R may be from the identity's."""
 
 
-def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
+def _load(ref: TensorRef, folder: Path | None = None) -> Tensor:
     """Read a tensor that a file reference names.
 
     Raises:
@@ -77,7 +77,7 @@ def resolve_refs(
     """
     if tensors is not None and not isinstance(tensors, Mapping):
         raise SpecError(f"tensors is a mapping from names to tensors, not {type(tensors).__name__}.")
-    own = {name: load_tensor(ref, folder) for name, ref in (files or {}).items() if ref.file is not None}
+    own = {name: _load(ref, folder) for name, ref in (files or {}).items() if ref.file is not None}
     given = {**own, **(tensors or {})}
     resolved: dict[TensorRef, Tensor] = {}
     for run in bound.runs:
@@ -86,7 +86,7 @@ def resolve_refs(
                 if ref in resolved:
                     continue
                 if ref.name is None:
-                    tensor = load_tensor(ref, folder)
+                    tensor = _load(ref, folder)
                 elif ref.name in given:
                     tensor = _as_tensor(
                         given[ref.name], f"{edit.where}: {field} names the tensor {ref.name!r}"
