@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from tests.engine.experiments import assert_same_bits, cut_small
-from tests.engine.killed import N, run
+from tests.engine.experiments import N, assert_same_bits, cut_small
+from tests.engine.killed import run
 from tests.engine.world import World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp.engine.results import resume

@@ -9,6 +9,9 @@ import torch
 
 from vit_mechinterp import Results
 
+N = 8
+"""Examples to run it on."""
+
 DOCUMENTS: list[dict[str, Any]] = [
     {
         "name": "clean",

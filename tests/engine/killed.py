@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 
-from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
+from tests.engine.experiments import DOCUMENTS, N, assert_same_bits, cut_small
 from tests.engine.world import World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp.engine.results import resume
 from vit_mechinterp.engine.results.tensorfiles import TensorWriter
-
-N = 8
 
 
 def run(world: World, folder: Path | None) -> Any:

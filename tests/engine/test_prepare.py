@@ -17,7 +17,7 @@ from tests.oracles import by_hand
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, TIMM_REGISTERS, Tiny
 from vit_mechinterp import Run
 from vit_mechinterp.engine import prepare
-from vit_mechinterp.engine.training.prepared import Batch
+from vit_mechinterp.engine.training.batch import Batch
 from vit_mechinterp.errors import ExecutionError, SpecError
 
 Document = dict[str, Any]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import vit_mechinterp as vmi
-from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
+from tests.engine.experiments import DOCUMENTS, N, assert_same_bits
 from tests.engine.stopped import run, stopped
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
@@ -23,25 +23,7 @@ from vit_mechinterp import Results
 from vit_mechinterp.engine.results.sealed import open_document, seal_document
 from vit_mechinterp.errors import ExecutionError
 
-N = 8
-
-
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_small(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World(TIMM_PLAIN, N)
-
-
-@pytest.fixture
-def whole(world: World) -> Results:
-    results = world.execute(DOCUMENTS, batch_size=2)
-    assert results.provenance["chunk"] == 2
-    return results
-
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 def test_results_written_as_they_come_are_the_same_bits(world: World, whole: Results, tmp_path: Path) -> None:
     results = run(world, tmp_path / "new" / "folder")

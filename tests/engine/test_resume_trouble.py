@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,33 +12,15 @@ import pytest
 import torch
 
 import vit_mechinterp as vmi
-from tests.engine.experiments import DOCUMENTS, assert_same_bits, cut_small
+from tests.engine.experiments import DOCUMENTS, assert_same_bits
 from tests.engine.stopped import run, stopped
 from tests.engine.world import World
-from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Results
 from vit_mechinterp.engine.results import resume
+from vit_mechinterp.engine.results.sealed import open_document, seal_document
 from vit_mechinterp.errors import ExecutionError
 
-N = 8
-
-
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_small(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World(TIMM_PLAIN, N)
-
-
-@pytest.fixture
-def whole(world: World) -> Results:
-    results = world.execute(DOCUMENTS, batch_size=2)
-    assert results.provenance["chunk"] == 2
-    return results
-
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "other", "no rows", "other words"])
 def test_damaged_chunks_are_computed_again(
@@ -146,6 +129,71 @@ def test_a_full_disk_is_said_and_survived(
         with pytest.raises(ExecutionError, match=r"No space left on device\. Choose another folder, or make room"):
             run(world, tmp_path)
     assert_same_bits(run(world, tmp_path), whole)
+
+
+def _removing(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, remove: Callable[[Path], object], folder: Path
+) -> None:
+    """Let something of a folder be removed before one method is called."""
+    original = getattr(owner, name)
+
+    def late(*args: Any, **options: Any) -> Any:
+        remove(folder)
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, late)
+
+
+def test_finished_chunks_that_are_removed_meanwhile_are_said(
+    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = r"chunks/\w{40}\.safetensors is gone: something has removed it while .* Make the same call again"
+    with monkeypatch.context() as patch:
+        _removing(patch, resume.FinishedChunks, "finish", lambda own: next(own.glob("chunks/*.safetensors")).unlink(), tmp_path)
+        with pytest.raises(ExecutionError, match=said):
+            run(world, tmp_path)
+    assert_same_bits(run(world, tmp_path), whole)
+
+
+def test_a_folder_of_chunks_that_is_removed_meanwhile_is_said(
+    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _removing(patch, resume.FinishedChunks, "add", lambda own: shutil.rmtree(own / "chunks"), tmp_path)
+        with pytest.raises(ExecutionError, match=r"chunks is gone: something has removed it while .* is computed\."):
+            run(world, tmp_path)
+    assert_same_bits(run(world, tmp_path), whole)
+
+
+def test_outputs_of_finished_chunks_that_are_removed_meanwhile_are_said(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (push,) = DOCUMENTS[4]["interventions"]
+    documents = [{"name": f"push {n}", "interventions": [{**push, "alpha": n}]} for n in range(1, 5)]
+    repeated = {"base": world.columns["base"][[0, 1, 2, 3, 0, 1, 2, 3]]}
+    _removing(
+        monkeypatch,
+        resume.FinishedChunks,
+        "outputs_of",
+        lambda own: [path.unlink() for path in own.glob("chunks/*.safetensors")],
+        tmp_path,
+    )
+    with pytest.raises(ExecutionError, match=r"\.safetensors is gone: something has removed it while"):
+        world.execute(documents, data=repeated, batch_size=2, out=tmp_path)
+
+
+def test_a_document_that_says_less_of_the_chunks_is_no_reason_to_warn(
+    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped(world, tmp_path, 2, monkeypatch)
+    path = tmp_path / "chunks" / "experiment.json"
+    document = open_document(path.read_bytes())
+    assert document is not None
+    del document["schedule"]["holds"]
+    path.write_bytes(seal_document(document))
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(run(world, tmp_path), whole)
+    assert not caplog.records
 
 
 def test_a_chunk_that_another_process_removes_while_it_is_opened_is_missing(

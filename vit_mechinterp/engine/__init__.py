@@ -14,8 +14,9 @@ from vit_mechinterp.engine.planning.plan import Plan
 from vit_mechinterp.engine.results.results import Results
 from vit_mechinterp.engine.store import ActivationStore
 from vit_mechinterp.engine.store.view import StoredActivations, StoredSite
+from vit_mechinterp.engine.training.batch import Batch
 from vit_mechinterp.engine.training.prepare import prepare
-from vit_mechinterp.engine.training.prepared import Batch, Prepared, run_together
+from vit_mechinterp.engine.training.prepared import Prepared, run_together
 
 __all__ = [
     "ActivationStore",

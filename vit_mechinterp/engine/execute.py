@@ -1,4 +1,4 @@
-"""Carry out a plan: bound runs in, results out. The only part that installs hooks for an experiment."""
+"""Carry out an experiment: bind its runs, schedule the work, do it, and hand over the results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vit_mechinterp.engine.backends import Backend, backend_named
 from vit_mechinterp.engine.binding.checks import (
     check_arguments,
     check_folder,
+    check_progress,
     refuse_train_mode,
 )
 from vit_mechinterp.engine.binding.experiment import BoundExperiment, bind_experiment
@@ -99,11 +100,12 @@ def execute(
 
     Raises:
         SpecError, DataError, TensorFileError: before the first forward, if anything does not fit.
-        ExecutionError: an intervention did not fire, the model would drop activations at random, or ``out``
-            holds another experiment (what differs is named) or cannot be written.
+        ExecutionError: an intervention did not fire, the model would drop activations at random or has no
+            weights, or ``out`` holds another experiment (what differs is named) or cannot be written.
     """
     check_arguments(vit, store)
     check_folder(out, "out")
+    check_progress(progress)
     carry_out = None if backend is None else _alone(backend, memory, store, out)
     refuse_train_mode(vit)
     asked = bind_experiment(vit, runs, data, tensors, batch_size, readout, progress=progress)

@@ -41,8 +41,8 @@ _set = [(_LARGEST, 2 * _LARGEST)]
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Make many small objects that live on without Python looking for circles among them, which takes longer
-    the more a process holds."""
+    """Make many small objects that live on without the garbage collector looking for reference cycles among
+    them, which takes longer the more a process holds."""
     was_on = gc.isenabled()
     gc.disable()
     try:

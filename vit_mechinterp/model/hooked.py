@@ -22,6 +22,7 @@ from vit_mechinterp.model.fingerprint import fingerprint
 from vit_mechinterp.model.heap import keeping_while
 from vit_mechinterp.model.instrument import Instrument, Visitor
 from vit_mechinterp.model.layout import Layout, lookup
+from vit_mechinterp.model.meta import refuse_meta
 from vit_mechinterp.model.origins import absolute
 from vit_mechinterp.model.ports import Port
 from vit_mechinterp.model.sizes import require_images
@@ -92,11 +93,8 @@ class HookedViT:
     def _forward(self, x: Tensor) -> Tensor:
         if self._watched or not isinstance(x, Tensor):
             require_images(self, x)
-        if next(self.module.parameters()).is_meta and not x.is_meta:
-            raise ExecutionError(
-                f"{type(self.module).__name__} stands on the meta device and has no weights: make it without "
-                "torch.device('meta'), or bring it to a device (module.to_empty(device=...)) and load them."
-            )
+        if not x.is_meta:
+            refuse_meta(self.module)
         family = self.layout.family
         if family.one_image is not None and len(x) > 1:
             raise ExecutionError(

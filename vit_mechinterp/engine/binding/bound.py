@@ -157,13 +157,18 @@ class BoundRun:
         """The first site at which its rows hold what no other forward gives; None for a clean run."""
         return self.beginning.sites[-1] if self.beginning else self.first
 
-    def is_clean_at(self, site: Site) -> bool:
-        """Whether the run's value at a site is the clean forward's."""
+    @cached_property
+    def departs_at(self) -> Site | None:
+        """The first site at which the run's value is not the clean forward's; None if there is none."""
         sites = [edit.site for edit in self.edits[:1]]
         if self.clean_before is not None:
             # Where an edit that was another run's does nothing in some examples, the first left is later.
             sites.append(self.clean_before)
-        return not sites or site < max(sites)
+        return max(sites, default=None)
+
+    def is_clean_at(self, site: Site) -> bool:
+        """Whether the run's value at a site is the clean forward's."""
+        return self.departs_at is None or site < self.departs_at
 
     @cached_property
     def join(self) -> Join:
@@ -271,9 +276,9 @@ class Bound:
         return {run.name: tuple(own) for own in found.values() for run in own}
 
     @cached_property
-    def clean_before(self) -> dict[str, Site]:
-        """`BoundRun.clean_before` of the runs that have one."""
-        return {run.name: run.clean_before for run in self.runs if run.clean_before is not None}
+    def departures(self) -> dict[str, Site]:
+        """`BoundRun.departs_at` of the runs that have one."""
+        return {run.name: run.departs_at for run in self.runs if run.departs_at is not None}
 
     @cached_property
     def columns(self) -> frozenset[str]:

@@ -6,12 +6,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vit_mechinterp.engine.binding.bound import Bound
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.meta import refuse_meta
 from vit_mechinterp.spec import Site
 
 __all__ = [
@@ -20,12 +22,14 @@ __all__ = [
     "check_folder",
     "check_heads",
     "check_images",
+    "check_progress",
     "refuse_train_mode",
 ]
 
 
-def check_arguments(vit: Any, store: Any = None) -> None:
-    """Raise SpecError where a native model or a path stands for what wraps it."""
+def check_arguments(vit: Any, store: Any = None, *, planned: bool = False) -> None:
+    """Raise SpecError where a native model or a path stands for what wraps it, and, unless it is only
+    ``planned``, ExecutionError where the model has no weights."""
     if not isinstance(vit, HookedViT):
         raise SpecError(
             f"vit is a wrapped model, not {type(vit).__name__}. Wrap it: vit_mechinterp.wrap(module)."
@@ -37,6 +41,14 @@ def check_arguments(vit: Any, store: Any = None) -> None:
         )
     if store is not None and not hasattr(store, "tiers"):
         raise SpecError(f"store is an ActivationStore or None, not {type(store).__name__}.")
+    if not planned:
+        refuse_meta(vit.module)
+
+
+def check_progress(progress: Any) -> None:
+    """Raise SpecError unless this is True or False: a text such as ``"no"`` would count as true."""
+    if not isinstance(progress, (bool, np.bool_)):
+        raise SpecError(f"progress is True or False, not {progress!r}.")
 
 
 def check_folder(folder: Any, name: str) -> None:

@@ -16,15 +16,16 @@ from vit_mechinterp.engine.binding.features import check_feature
 from vit_mechinterp.engine.inputs.entries import described
 from vit_mechinterp.errors import SpecError, TensorFileError, listed, suggest
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.meta import refuse_meta
 from vit_mechinterp.spec import EditFeature, TensorRef
 
-__all__ = ["check_tensors", "digest_of", "load_tensor", "resolve_refs"]
+__all__ = ["check_tensors", "digest_of", "resolve_refs"]
 
 ORTHONORMAL_TOLERANCE = 1e-3
 """How far an entry of R^T R may be from the identity's."""
 
 
-def load_tensor(ref: TensorRef, folder: Path | None = None) -> Tensor:
+def _load(ref: TensorRef, folder: Path | None = None) -> Tensor:
     """Read a tensor that a file reference names.
 
     Raises:
@@ -72,10 +73,11 @@ def resolve_refs(
     Raises:
         SpecError: a name is not among ``tensors``, or what it names holds no numbers.
         TensorFileError: a file cannot be read.
+        ExecutionError: the model has no weights, and something refers to a tensor.
     """
     if tensors is not None and not isinstance(tensors, Mapping):
         raise SpecError(f"tensors is a mapping from names to tensors, not {type(tensors).__name__}.")
-    own = {name: load_tensor(ref, folder) for name, ref in (files or {}).items() if ref.file is not None}
+    own = {name: _load(ref, folder) for name, ref in (files or {}).items() if ref.file is not None}
     given = {**own, **(tensors or {})}
     resolved: dict[TensorRef, Tensor] = {}
     for run in bound.runs:
@@ -84,7 +86,7 @@ def resolve_refs(
                 if ref in resolved:
                     continue
                 if ref.name is None:
-                    tensor = load_tensor(ref, folder)
+                    tensor = _load(ref, folder)
                 elif ref.name in given:
                     tensor = _as_tensor(
                         given[ref.name], f"{edit.where}: {field} names the tensor {ref.name!r}"
@@ -94,6 +96,7 @@ def resolve_refs(
                         f"{edit.where}: {field} names the tensor {ref.name!r}, which was not given."
                         f"{suggest(ref.name, given)} Given: {', '.join(given) or 'none'}."
                     )
+                refuse_meta(vit.module)  # a plan may be made on one, but no tensor be looked at there
                 resolved[ref] = tensor.to(vit.device)
     return resolved
 
@@ -106,6 +109,11 @@ def _as_tensor(value: object, where: str) -> Tensor:
     if tensor.layout != torch.strided:
         layout = str(tensor.layout).removeprefix("torch.")
         raise SpecError(f"{where}, and what was given is laid out as {layout}. Give its to_dense().")
+    if tensor.is_meta:
+        raise SpecError(
+            f"{where}, and what was given stands on the meta device, where it holds no numbers. Give one on "
+            "the CPU or on the model's device."
+        )
     return tensor
 
 

@@ -67,7 +67,7 @@ def chunk_of(
     schedule: Schedule,
     chunk: range,
     means: Mapping[Read, Tensor],
-    earlier: Earlier | None = None,
+    earlier: Earlier,
 ) -> Collected:
     """Compute everything that one chunk of examples gives.
 
@@ -76,7 +76,11 @@ def chunk_of(
         schedule: what is to be computed.
         chunk: the examples.
         means: dataset means; empty where the chunk's own clean values give them.
-        earlier: outputs of a run for examples of earlier chunks, which rows of this one may be equal to.
+        earlier: gives outputs of a run for examples of earlier chunks, which rows of this one may be equal
+            to.
+
+    Returns:
+        Outputs and captures of these examples, on the CPU.
     """
     clean = setting.clean(setting.vit, setting.data, schedule, chunk, tick=setting.tick)
     if schedule.reads.means and not means:
@@ -132,7 +136,7 @@ class _Chunk:
                 self._pieces[key] += pieces
             self.tick(self.schedule.wave_blocks(segments))
 
-    def copy(self, stage: int, earlier: Earlier | None) -> None:
+    def copy(self, stage: int, earlier: Earlier) -> None:
         """Give rows of a stage that are equal to others the outputs of these."""
         for same in self.rows.copies[stage]:
             if same.run not in self._with_output:
@@ -142,7 +146,6 @@ class _Chunk:
                 own = self._outputs.get(same.owner, same.owners[inside])
                 self._outputs.put(same.run, same.examples[inside], own)
             if not inside.all():
-                assert earlier is not None
                 before = earlier(same.owner, same.owners[~inside])
                 self._outputs.put(same.run, same.examples[~inside], before)
 
@@ -199,16 +202,14 @@ class _Chunk:
 
     def _joined(self, run: BoundRun, read: Read) -> Values:
         """Values of a run for all examples: from its rows and, where no edit comes before, clean ones."""
-        clean = self.clean.values.get(clean_read(run, read))
+        as_clean = clean_read(run, read)
         pieces = self._pieces.pop((run.name, read), [])
         if not pieces:
-            assert clean is not None
-            return clean
+            return self.clean.values[as_clean]
         covered = np.concatenate([examples for examples, _ in pieces])
         missing = np.setdiff1d(np.arange(self.chunk.start, self.chunk.stop), covered)
         if len(missing):
-            assert clean is not None
-            pieces.append((missing, clean.selected(read, missing)))
+            pieces.append((missing, self.clean.values[as_clean].selected(read, missing)))
         return Values.joined(read, pieces)
 
 

@@ -33,7 +33,7 @@ def readers_of(segment: Segment, material: Material) -> list[Reader]:
     def add(
         run: str, rows: IntArray | slice, examples: IntArray, since: Site, until: Site | None = None
     ) -> None:
-        first = max(since, material.bound.clean_before.get(run, since))
+        first = max(since, material.bound.departures.get(run, since))
         for read in material.bound.reads_of[run]:
             if read.site >= first and (until is None or read.site < until):
                 found.append(Reader(run, read, rows, examples))

@@ -37,7 +37,7 @@ from vit_mechinterp.model.narrowing import Narrowing
 from vit_mechinterp.model.sparing import Sparing
 from vit_mechinterp.spec import Site
 
-__all__ = ["WaveResult", "run_wave"]
+__all__ = ["run_wave"]
 
 
 @dataclass
@@ -82,7 +82,8 @@ def run_wave(
             output = vit(vit.beginning(wave.starts[-1])).float()
         wave.instrument.verify()
     wave.verify()
-    # Its visitors hold the wave, and with it what the whole chunk reads, until Python looks for circles.
+    # Its visitors hold the wave, and with it what the whole chunk reads: a reference cycle, which would stay
+    # until the garbage collector finds it.
     del wave.instrument
     return WaveResult(output, wave.captured)
 

@@ -57,21 +57,26 @@ def plan(
         tensors: tensors that specs refer to by name; where all are known, directions and gates of zeros are
             found.
         batch_size: most rows in one forward, or ``"auto"``.
-        memory: most bytes to hold beside the model, or a text such as ``"4GiB"``.
+        memory: most bytes to hold beside the model, or a text such as ``"4GiB"``; by default as in
+            `execute`.
         store: what the experiment will be given as its store; what it has is not computed. It needs data.
         readout: what will be kept of every output, as for `execute`.
+
+    Returns:
+        Counts of forwards, (row, block) pairs and bytes, and where every run's rows join; ``print`` shows it.
 
     Raises:
         SpecError: a run or the readout does not fit the model, or a store is given without data.
         DataError: the data lacks what a run or the readout reads, or holds images that the model cannot take.
         TensorFileError: a file of tensors cannot be read.
+        ExecutionError: the model stands on the meta device, and tensors or a store are given.
     """
     if store is not None and data is None:
         raise SpecError(
             "What a store has depends on the images, and this plan has no data. Give plan the data too, or "
             "no store."
         )
-    check_arguments(vit, store)
+    check_arguments(vit, store, planned=store is None)
     asked = bind_experiment(vit, runs, data, tensors, batch_size, readout, planned=True)
     schedule = schedule_for(
         vit,

@@ -38,18 +38,33 @@ class PlannedRows:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be computed. ``n_examples`` is None for a plan made without data: all counts are per example.
+    """What will be computed.
 
-    ``block_evaluations`` counts (row, block) pairs, clean ones included; ``naive_block_evaluations`` what one
-    run at a time would need, in whole forwards, with every source and base forward run anew. ``spared`` is
-    the part of these pairs, in blocks' worth of work, that rows share inside the blocks where they join,
-    ``unread`` the part that nobody reads: tokens behind the last attention call. ``peak_bytes`` bounds what
-    the engine holds beside the model while it computes, ``result_bytes`` is what it hands over, and
-    ``launches`` the number of forwards of the native module, beside the few small ones that find out what
-    the output reads. ``width`` is the most rows that one forward may
-    hold, ``widest`` the most that one does; ``clean_runs`` are changed by no edit, so clean forwards answer
-    them, as they answer ``clean_rows`` rows of other runs; ``shared_rows`` are equal to rows that are
-    computed.
+    Attributes:
+        model: class of the native module.
+        n_layers: number of its blocks.
+        n_examples: number of examples; None for a plan made without data, whose counts are per example.
+        chunk: most examples in one chunk.
+        width: most rows that one forward may hold.
+        widest: most rows that one forward does hold.
+        clean_runs: runs that no edit changes, so that clean forwards answer them.
+        clean: the clean forwards, by image column and number of blocks.
+        rows: the rows of all other runs.
+        block_evaluations: (row, block) pairs, clean ones included.
+        naive_block_evaluations: the same for one run at a time, in whole forwards, with every source and base
+            forward run anew.
+        launches: forwards of the native module, beside the few small ones that find out what the output
+            reads.
+        peak_bytes: bound on what the engine holds beside the model while it computes.
+        notes: why something is computed that could have been shared, and what is computed otherwise than it
+            is written.
+        spared: the part of the block evaluations, in blocks' worth of work, that rows share inside the blocks
+            where they join.
+        unread: the part of them, in blocks' worth of work, that nobody reads: tokens behind the last
+            attention call.
+        result_bytes: bytes of what the engine hands over.
+        shared_rows: rows that are equal to rows that are computed.
+        clean_rows: rows of other runs than ``clean_runs`` that clean forwards answer.
     """
 
     model: str

@@ -13,7 +13,7 @@ from vit_mechinterp.engine.binding.bound import BoundRun
 from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
-__all__ = ["BEHIND_CALL", "CUTS", "Anatomy", "Reduce", "Way", "sites_of"]
+__all__ = ["BEHIND_CALL", "CUTS", "Anatomy", "Way", "sites_of"]
 
 Marks = NDArray[Any]
 """What is said of a value, ``[example or 1, token or 1, head or 1]``; 1 where it is said of all of them."""

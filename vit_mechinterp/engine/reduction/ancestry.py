@@ -22,11 +22,11 @@ from vit_mechinterp.engine.reduction.anatomy import BEHIND_CALL, Anatomy, sites_
 from vit_mechinterp.engine.reduction.masks import Mask, Masks
 from vit_mechinterp.spec import Site
 
-__all__ = ["NOBODY", "Ancestry", "brings", "may_hold"]
+__all__ = ["Ancestry", "brings", "may_hold"]
 
 Whose = NDArray[np.int16]
 """``[example or 1, token or 1, head or 1]``."""
-NOBODY = -1
+_NOBODY = -1
 
 
 def brings(edit: Edit, *, imagined: bool) -> bool:
@@ -91,7 +91,7 @@ class Ancestry:
         self._lacking: defaultdict[Site, list[Edit]] = defaultdict(list)
         for edit in theirs:
             self._lacking[edit.site].append(edit)
-        self._walk(NOBODY if run.blank else 0)
+        self._walk(_NOBODY if run.blank else 0)
 
     def _origin_of(self, number: int) -> ColumnOrigin | None:
         own = next((origin for origin, n in self._numbers.items() if n == number), None)
@@ -100,7 +100,7 @@ class Ancestry:
     def holds(self, site: Site, edit: Edit) -> bool:
         """Whether the tokens of an edit are, at some wanted site, those that it brings to its own."""
         number = self._number_of(edit)
-        return number != NOBODY and bool(((self.at[site] == number) | ~self.masks.of_edit(edit)).all())
+        return number != _NOBODY and bool(((self.at[site] == number) | ~self.masks.of_edit(edit)).all())
 
     def whose(self, site: Site, mask: Mask) -> ColumnOrigin | None:
         """The image that all values of a mask are of at some wanted site; None if that is none."""
@@ -125,7 +125,7 @@ class Ancestry:
             found[site.name] = self._after(site, reduce(_of_both, parts) if made_of else whose)
         output = found["resid_post"]
         # Somebody else may make anything of what such a block returns.
-        return np.full_like(output, NOBODY) if layer in self.run.blocks.through else output
+        return np.full_like(output, _NOBODY) if layer in self.run.blocks.through else output
 
     def _after(self, site: Site, whose: Whose) -> Whose:
         """Whose a value is after its edits, for whose it is before."""
@@ -142,14 +142,14 @@ class Ancestry:
             number = self._number_of(edit)
             # What the other run holds there is what it holds once all of its own edits are made.
             if any((chosen & self.masks.of_edit(other)).any() for other in to_come):
-                number = NOBODY
-            changed = chosen if number == NOBODY else chosen & (whose != number)
+                number = _NOBODY
+            changed = chosen if number == _NOBODY else chosen & (whose != number)
             if (changed != chosen).any():
                 self.changes[place] = changed
-            new = number if edit.puts_in else NOBODY
+            new = number if edit.puts_in else _NOBODY
             whose = np.where(chosen if edit.puts_in else changed, np.int16(new), whose)
         for edit in lacking:
-            whose = np.where(self.masks.of_edit(edit), np.int16(NOBODY), whose)
+            whose = np.where(self.masks.of_edit(edit), np.int16(_NOBODY), whose)
         if site in self._wanted:
             self.at[site] = whose
         return whose
@@ -157,10 +157,10 @@ class Ancestry:
     def _number_of(self, edit: Edit) -> int:
         """A number for what an edit brings to where it comes from."""
         if edit.source is None or not brings(edit, imagined=self.masks.imagined):
-            return NOBODY
+            return _NOBODY
         origin = edit.source.origin
         is_known = isinstance(origin, ColumnOrigin) or origin == self._first
-        return self._numbers.setdefault(origin, len(self._numbers)) if is_known else NOBODY
+        return self._numbers.setdefault(origin, len(self._numbers)) if is_known else _NOBODY
 
 
 def _where_both_make_it(edit: Edit, chosen: Mask, whose: Whose) -> Whose:
@@ -169,7 +169,7 @@ def _where_both_make_it(edit: Edit, chosen: Mask, whose: Whose) -> Whose:
     same = (whose == 0) | ~chosen
     if operator_of(edit.spec) not in BUILT_IN:  # it may make something of all of its tokens
         same = np.asarray(same.all(axis=(1, 2), keepdims=True))
-    return np.where(edit.puts_in | same, np.int16(0), np.int16(NOBODY))
+    return np.where(edit.puts_in | same, np.int16(0), np.int16(_NOBODY))
 
 
 def _is_same(one: Edit, other: Edit) -> bool:
@@ -182,9 +182,9 @@ def _of_all(whose: Whose, axis: int) -> Whose:
     if whose.shape[axis] == 1:
         return whose
     first = whose.take([0], axis=axis)
-    return np.where((whose == first).all(axis=axis, keepdims=True), first, np.int16(NOBODY))
+    return np.where((whose == first).all(axis=axis, keepdims=True), first, np.int16(_NOBODY))
 
 
 def _of_both(one: Whose, other: Whose) -> Whose:
     """Whose it is what is made of two values."""
-    return one if one is other else np.where(one == other, one, np.int16(NOBODY))
+    return one if one is other else np.where(one == other, one, np.int16(_NOBODY))

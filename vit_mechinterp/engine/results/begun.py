@@ -92,11 +92,11 @@ class Begun:
         """A schedule that is cut as the first one was."""
         own = cutting_of(schedule)
         fixed = {name: value for name, value in first.items() if name in own}
-        if fixed != own:
+        if others := [_words(name, value) for name, value in fixed.items() if value != own[name]]:
             logger.warning(
                 "%s was begun with other chunks, which are kept so that the results are the same: %s.",
                 self.results,
-                ", ".join(_words(name, value) for name, value in fixed.items() if value != own[name]),
+                ", ".join(others),
             )
         return replace(schedule, **fixed)
 
@@ -139,17 +139,27 @@ class Begun:
 
     @contextmanager
     def disk(self) -> Iterator[None]:
-        """Inside the ``with`` block: an ExecutionError that says where, if the disk cannot be written on."""
+        """Inside the ``with`` block: an ExecutionError that says where, if the disk cannot be written on, or
+        the folder is gone."""
         try:
             yield
         except OSError as error:
-            gone = isinstance(error, FileNotFoundError) and self.results.is_dir()
-            if gone or isinstance(error, TensorFileError):
+            if isinstance(error, TensorFileError):
                 raise
+            inside = isinstance(error, FileNotFoundError) and Path(error.filename or "").parent == self.chunks
+            if inside and not self.chunks.is_dir() and self.results.is_dir():
+                raise self.gone(self.chunks) from error
             raise ExecutionError(
                 f"Results cannot be written into {self.results}: {error.strerror or error}. Choose another "
                 "folder, or make room; what is finished there stays, and the same call goes on from it."
             ) from error
+
+    def gone(self, path: Path) -> ExecutionError:
+        """What to raise where something of what is finished is not there any more."""
+        return ExecutionError(
+            f"{path} is gone: something has removed it while {self.results} was written. Make the same call "
+            "again, and leave the folder to it: what is still there is kept, and the rest is computed."
+        )
 
     def is_done(self) -> bool:
         """Whether the results are there, as far as their document says."""

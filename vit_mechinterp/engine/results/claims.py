@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["claimed", "in_turn", "waited_for"]
+__all__ = ["in_turn", "waited_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ Found = TypeVar("Found")
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
+def _claimed(path: Path) -> Iterator[bool]:
     """Whether the work that a file stands for is ours inside the ``with`` block.
 
     The system lets go of the lock when its process ends, however it ends, so no claim outlives its owner.
@@ -71,7 +71,7 @@ def in_turn(
         taken = False
         for piece in list(waiting):
             if not has(piece) and can_begin(piece):
-                with claimed(lock(piece)) as ours:
+                with _claimed(lock(piece)) as ours:
                     # It may have been finished between the look and the lock.
                     if ours and not has(piece) and not is_done():
                         taken = True
@@ -90,7 +90,7 @@ def in_turn(
 def waited_for(lock: Path, find: Callable[[], Found | None]) -> Iterator[Found | None]:
     """What ``find`` gives as soon as it gives something, or None once it is locked for us to make."""
     while True:
-        with claimed(lock) as ours:
+        with _claimed(lock) as ours:
             found = find()
             if ours or found is not None:
                 yield found

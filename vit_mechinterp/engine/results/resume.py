@@ -65,13 +65,17 @@ class FinishedChunks:
         return all(self.has(chunks[number]) for number in self.schedule.rows.before(chunk))
 
     def outputs_of(self, run: str, examples: IntArray) -> Tensor:
-        """Outputs of a run for some examples of finished chunks."""
+        """Outputs of a run for some examples of finished chunks.
+
+        Raises:
+            ExecutionError: a chunk's file is gone.
+        """
         n, size = self._numbers[run], self.schedule.chunk
         rows = []
         for number in np.unique(examples // size).tolist():
             part = self._part(self.schedule.chunks[number])
             if part is None:
-                raise FileNotFoundError(self.path(self.schedule.chunks[number]))
+                raise self.begun.gone(self.path(self.schedule.chunks[number]))
             rows.append((number, part[0]["outputs"][n]))
         found = dict(rows)
         return torch.stack([found[i // size][i % size] for i in examples.tolist()])
@@ -128,16 +132,23 @@ class FinishedChunks:
                 write_sealed(self.path(None), tensors)
 
     def finish(self, labels: Mapping[str, Sequence[int]], provenance: Mapping[str, Any]) -> Results:
-        """Join the chunks into the file of results, one at a time; the chunks' own files are removed."""
+        """Join the chunks into the file of results, one at a time; the chunks' own files are removed.
+
+        Raises:
+            ExecutionError: it cannot be written, or a chunk's file is gone.
+        """
         paths, begun = [self.path(chunk) for chunk in self.schedule.chunks], self.begun
-        try:
-            with begun.disk():
+        with begun.disk():
+            try:
                 join_chunks(self.schedule, paths, begun.results, labels, provenance, begun.digest)
-        except FileNotFoundError:
-            # Another process has joined and removed them.
-            if (results := begun.finished()) is not None:
-                return results
-            raise
+            except FileNotFoundError:
+                # Another process has joined and removed them.
+                if (results := begun.finished()) is not None:
+                    return results
+                for path in paths:
+                    if not path.exists() and begun.results.is_dir():
+                        raise begun.gone(path) from None
+                raise
         for chunk in (*self.schedule.chunks, None):
             self.path(chunk).unlink(missing_ok=True)
             self._lock(chunk).unlink(missing_ok=True)

@@ -26,7 +26,6 @@ __all__ = [
     "checksum",
     "file_checksum",
     "first_come",
-    "raw_bytes",
     "read_tensors",
     "replacing",
     "sweep",
@@ -52,7 +51,7 @@ _STALE_SECONDS = 3600.0
 """Age at which an unfinished file counts as left over by a process that was killed."""
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
+def _raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row-major; of a contiguous tensor on the CPU without a copy."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
@@ -60,7 +59,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def checksum(tensor: Tensor) -> int:
     """XXH3 of a tensor's bytes as a signed 64-bit integer."""
-    return int.from_bytes(xxhash.xxh3_64_digest(raw_bytes(tensor)), "big", signed=True)
+    return int.from_bytes(xxhash.xxh3_64_digest(_raw_bytes(tensor)), "big", signed=True)
 
 
 @contextmanager
@@ -128,7 +127,7 @@ class TensorWriter:
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Put a tensor, or the piece of it that begins at element ``first`` (row-major), into its place."""
         self._file.seek(self._offsets[name] + first * tensor.dtype.itemsize)
-        self._file.write(raw_bytes(tensor))
+        self._file.write(_raw_bytes(tensor))
 
 
 @contextmanager

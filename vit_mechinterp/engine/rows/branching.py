@@ -22,7 +22,7 @@ from vit_mechinterp.engine.binding.values import Read
 from vit_mechinterp.engine.rows.numbering import Part
 from vit_mechinterp.spec import Site
 
-__all__ = ["Branches", "Fork", "Handed", "Row", "branches"]
+__all__ = ["Branches", "Handed", "Row", "branches"]
 
 Row = tuple[str, int]
 """A run's name, and an example."""

@@ -17,7 +17,7 @@ from vit_mechinterp.engine.rows.numbering import Part
 from vit_mechinterp.engine.rows.sharing import Sharing
 from vit_mechinterp.engine.rows.table import StageRows
 
-__all__ = ["ChunkRows", "ComputedRows", "within"]
+__all__ = ["ComputedRows", "within"]
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from vit_mechinterp.engine.binding.checks import (
     check_arguments,
     check_batch_size,
     check_images,
+    check_progress,
     refuse_train_mode,
 )
 from vit_mechinterp.engine.binding.tensors import check_tensors, resolve_refs
 from vit_mechinterp.engine.binding.values import Read
-from vit_mechinterp.engine.forwards.clean import Clean, PlainClean, means_from
+from vit_mechinterp.engine.forwards.clean import Clean, CleanPass, PlainClean, Tick, means_from
 from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
 __all__ = ["prepare"]
 
 P = ParamSpec("P")
+
+CleanAndMeans = tuple[Clean, Mapping[Read, Tensor]]
+"""Clean values, and dataset means."""
+
 _WITH = "A preparation lasts as long as a block: write 'with prepare(...) as prepared:'"
 
 logger = logging.getLogger(__name__)
@@ -118,12 +123,18 @@ def prepare(
     Where memory runs out, clean forwards are of half as many images, and a line says so. Runs that are equal
     or begin alike have rows of their own each, because the tensors that they name may come to differ.
 
+    Yields:
+        The prepared runs, to be called with examples and tensors as often as a training needs; they are
+        closed at the end of the block.
+
     Raises:
         SpecError, DataError: before the first forward, if anything does not fit.
-        ExecutionError: the model would drop activations at random, or has gradient checkpointing on.
+        ExecutionError: the model would drop activations at random, has no weights, or has gradient
+            checkpointing on.
     """
     check_arguments(vit, store)
     check_batch_size(batch_size, auto=False)
+    check_progress(progress)
     flat = expand_runs(runs, vit.layout.n_layers)
     refuse_train_mode(vit)
     refuse_checkpointing(vit.module)
@@ -143,13 +154,13 @@ def prepare(
         if streams and store is None:
             store = stack.enter_context(_temporary(vit, left))
 
-        def clean_values(rows: int) -> tuple[Schedule, Clean, Mapping[Read, Tensor]]:
+        def clean_values(rows: int) -> tuple[Schedule, CleanAndMeans]:
             own = replace(schedule, width=rows)
-            return own, *_clean(vit, columns, own, store, counter, streams=streams)
+            return own, _clean(vit, columns, own, store, counter, streams=streams)
 
         with counter.bar:
             most = min(schedule.width, columns.n * len(images))
-            schedule, clean, means = in_fewer_rows(clean_values, most)
+            schedule, (clean, means) = in_fewer_rows(clean_values, most)
         shapes = {ref: tuple(tensor.shape) for ref, tensor in resolved.items()}
         prepared = Prepared(vit, columns, schedule, clean, means, shapes, counter.total)
         stack.callback(prepared.close)
@@ -227,32 +238,39 @@ def _clean(
     data: Data,
     schedule: Schedule,
     store: ActivationStore | None,
-    tick: Callable[[int], object],
+    tick: Tick,
     *,
     streams: bool,
-) -> tuple[Clean, Mapping[Read, Tensor]]:
+) -> CleanAndMeans:
     """Clean values and dataset means; the values are held, or read from the store when they are asked for."""
-    every = range(data.n)
     if store is None:
-        plain = PlainClean()
-        with data.ahead(plain.requests(schedule, [every])):
-            clean = plain(vit, data, schedule, every, tick=tick)
-        return clean, means_from(schedule, clean)
-    passing = StoredClean(store.tiers, vit, data, schedule, schedule.width)
-    with data.ahead(passing.requests(schedule, [every])):
-        if not streams:
-            clean = passing(vit, data, schedule, every, tick=tick)
-            means: Mapping[Read, Tensor] = means_from(schedule, clean)
-        else:
-            for source in passing.sources.values():
-                source.tick = tick
-            clean = streamed(passing, schedule)
-            few = replace(schedule, chunk=min(schedule.width, data.n))
-            means = passing.means(vit, data, few, tick)
+        return _held(PlainClean(), vit, data, schedule, tick)
+    stored = StoredClean(store.tiers, vit, data, schedule, schedule.width)
+    found = (_streamed if streams else _held)(stored, vit, data, schedule, tick)
     store.tiers.flush()
-    for source in passing.sources.values():
+    for source in stored.sources.values():
         source.tick = lambda n: None
-    return clean, means
+    return found
+
+
+def _held(passing: CleanPass, vit: HookedViT, data: Data, schedule: Schedule, tick: Tick) -> CleanAndMeans:
+    """Clean values in memory, and the dataset means of them."""
+    every = range(data.n)
+    with data.ahead(passing.requests(schedule, [every])):
+        clean = passing(vit, data, schedule, every, tick=tick)
+    return clean, means_from(schedule, clean)
+
+
+def _streamed(
+    stored: StoredClean, vit: HookedViT, data: Data, schedule: Schedule, tick: Tick
+) -> CleanAndMeans:
+    """Clean values that stay in a store, and dataset means of a few at a time."""
+    for source in stored.sources.values():
+        source.tick = tick
+    with data.ahead(stored.requests(schedule, [range(data.n)])):
+        clean = streamed(stored, schedule)
+    few = replace(schedule, chunk=min(schedule.width, data.n))
+    return clean, stored.means(vit, data, few, tick)
 
 
 @contextmanager

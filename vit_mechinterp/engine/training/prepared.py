@@ -1,9 +1,9 @@
-"""Runs whose clean forwards are done, and batches of several of them that run together."""
+"""Runs whose clean forwards are done, and how batches of several of them run together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,13 @@ from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.reduction.unread import union
 from vit_mechinterp.engine.results.provenance import provenance_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
+from vit_mechinterp.engine.training.batch import Batch
 from vit_mechinterp.engine.training.rows import TrainedRows, outputs_of, widest
 from vit_mechinterp.errors import SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 
-__all__ = ["Batch", "Prepared", "run_together"]
+__all__ = ["Prepared", "run_together"]
 
 
 class Prepared:
@@ -112,8 +113,6 @@ class Prepared:
         Raises:
             SpecError: there is no such run, or none is named.
         """
-        if isinstance(names, str):
-            raise SpecError(f"runs={names!r} is one name; a batch names its runs in a list: [{names!r}].")
         names = self.run_names if names is None else names
         for name in names:
             if name not in self._runs:
@@ -141,72 +140,6 @@ class Prepared:
     def clean_outputs(self, run: BoundRun, examples: Sequence[int]) -> Tensor:
         """Outputs of a run without interventions."""
         return self._clean.values[run.origin].whole(examples)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one preparation: every run on every example.
-
-    Args:
-        prepared: the preparation.
-        examples: which examples, in any order.
-        runs: names of the runs; all of them if left out.
-        source_order: the order in which every source selection's tokens are paired with the base's, as in
-            `Prepared.__call__`.
-    """
-
-    prepared: Prepared
-    examples: Sequence[int]
-    runs: Sequence[str] | None = None
-    source_order: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.prepared, Prepared):
-            kind = type(self.prepared).__name__
-            raise SpecError(
-                f"A batch is one of a preparation ('with prepare(...) as prepared:'), not of {kind}."
-            )
-
-    @property
-    def rows(self) -> int:
-        """(run, example) pairs."""
-        return len(self.examples) * len(self.prepared.run_names if self.runs is None else self.runs)
-
-    def checked(self) -> tuple[BoundRun, ...]:
-        """The runs, once it is clear that everything fits.
-
-        Raises:
-            SpecError: see `Prepared.__call__`.
-        """
-        if not self.prepared.is_open:
-            raise SpecError(
-                "This preparation is over: its values went with the 'with prepare(...)' block. Run its "
-                "batches inside the block."
-            )
-        _check_examples(self.examples, self.prepared.n_examples)
-        runs = self.prepared.find(self.runs)
-        most = self.prepared.source_tokens([run.name for run in runs])
-        if self.source_order is not None and not _is_order(self.source_order, most):
-            raise SpecError(
-                f"source_order={self.source_order!r} is no order of the sources' tokens: give each of "
-                f"0 to {most - 1} once."
-            )
-        return runs
-
-    def cut(self, rows: int) -> Iterator[Batch]:
-        """The same in parts of one run and at most so many rows each.
-
-        Raises:
-            SpecError: see `Prepared.__call__`; or ``rows`` is no positive integer.
-        """
-        if not hasattr(rows, "__index__") or isinstance(rows, bool) or int(rows) < 1:
-            raise SpecError(f"A batch is cut into parts of a positive number of rows, not of {rows!r}.")
-        for run in self.checked():
-            most = self.prepared.source_tokens([run.name])
-            order = None if self.source_order is None else [k for k in self.source_order if k < most]
-            for start in range(0, len(self.examples), rows):
-                part = self.examples[start : start + rows]
-                yield Batch(self.prepared, part, (run.name,), order)
 
 
 def run_together(
@@ -266,33 +199,6 @@ def run_together(
         for rows, output in (found(most) if torch.is_grad_enabled() else in_fewer_rows(found, most)).items():
             outputs[rows.batch, rows.run.name] = output
     return [torch.stack([outputs[n, run.name] for run in runs]) for n, runs in enumerate(runs_of)]
-
-
-def _check_examples(examples: Sequence[int], n: int) -> None:
-    """Raise SpecError unless these are numbers of examples."""
-    if isinstance(examples, Tensor) and examples.ndim != 1:
-        raise SpecError(f"examples are one list of numbers, and these have shape {tuple(examples.shape)}.")
-    if isinstance(examples, (str, Mapping)) or not isinstance(examples, Iterable):
-        raise SpecError(f"examples={examples!r} is no list of numbers of examples, 0 to {n - 1}.")
-    if any(isinstance(own, (bool, np.bool_)) or _is_truth(own) for own in examples):
-        raise SpecError(f"examples are a mask; name them by their numbers, 0 to {n - 1}.")
-    if not all(hasattr(own, "__index__") for own in examples):
-        raise SpecError(f"examples={examples!r} are no numbers of examples, 0 to {n - 1}.")
-    if len(examples) == 0 or min(examples) < 0 or max(examples) >= n:
-        raise SpecError(
-            f"examples={list(examples)} must name at least one of the {n} examples, 0 to {n - 1}."
-        )
-
-
-def _is_order(order: object, n: int) -> bool:
-    if not isinstance(order, Iterable):
-        return False
-    own = list(order)
-    return all(hasattr(place, "__index__") for place in own) and sorted(own) == list(range(n))
-
-
-def _is_truth(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _images_of(preparations: Sequence[Prepared]) -> list[ImagesOf]:
