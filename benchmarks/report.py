@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.measure import Spread, Timed
 
-__all__ = ["HEAD", "Report", "Row", "cells", "configuration", "host_kind", "table"]
+__all__ = ["HEAD", "Part", "Report", "Row", "cells", "configuration", "host_kind", "table"]
 
 _PACKAGES = ("torch", "transformers", "timm", "numpy", "transformer-lens", "nnsight", "pyvene")
 
@@ -101,6 +101,13 @@ class Row:
         return cls(**fields | {"value": Spread(**fields["value"])})
 
 
+class Part(NamedTuple):
+    """What was measured in a process of its own: rows, and the sentences that belong to them."""
+
+    rows: list[Row]
+    notes: list[str]
+
+
 @dataclass
 class Report:
     """A benchmark's rows with what they were measured on."""
@@ -119,6 +126,11 @@ class Report:
     def note(self, *lines: str) -> None:
         """Add sentences that belong beside the figures."""
         self.notes.extend(lines)
+
+    def add(self, part: Part) -> None:
+        """Add the rows and sentences of a part."""
+        self.rows += part.rows
+        self.notes += part.notes
 
     def finish(self) -> None:
         """Print the table, and write JSON and Markdown where the options say."""

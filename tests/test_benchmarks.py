@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -55,8 +56,9 @@ def test_layer_sweep_of_a_peer(way: str, tmp_path: Path) -> None:
     package = importlib.import_module("benchmarks.layer_sweep").WAYS[way]
     if not isolated.available(package):
         pytest.skip(f"{package} is not installed")
-    rows = isolated.part("benchmarks.layer_sweep", ["--micro", "--way", way])
-    assert all(row.value.median > 0 for row in rows)
+    part = isolated.part("benchmarks.layer_sweep", ["--micro", "--way", way])
+    assert part.rows
+    assert all(row.value.median > 0 for row in part.rows)
 
 
 def test_das_training_without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +66,21 @@ def test_das_training_without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(das_training, "PEERS", {})
     report = _run("das_training")
     curves = report.curves["all 3 layers"]
-    assert len(curves["ours"]) == len(curves["plain"]) == 3
+    assert len(curves["ours"]) == len(curves["other"]) == 3
+
+
+def test_trainings_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    das_training, das_steps = (importlib.import_module(f"benchmarks.das_{name}") for name in ("training", "steps"))
+    step, timed = das_steps.Trainer.step, []
+
+    def scaled(trainer: Any) -> Any:
+        return step(trainer) * (1 + 2e-5 * inspect.isfunction(trainer.forward))
+
+    monkeypatch.setattr(das_steps.Trainer, "step", scaled)
+    monkeypatch.setattr(das_training, "step_by_step", lambda *a: timed.append(a))
+    with pytest.raises(AssertionError, match=r"layer 0, float64: learning curves differ by 2e-05, more than 1e-05"):
+        _run("das_training")
+    assert timed == []
 
 
 @pytest.mark.parametrize("way", ["transformer_lens", "pyvene"])
@@ -72,7 +88,10 @@ def test_das_training_of_a_peer(way: str) -> None:
     if not isolated.available(way):
         pytest.skip(f"{way} is not installed")
     words = ["--micro", "--batch", "2", "--layers", "0", "--way", way]
-    assert isolated.part("benchmarks.das_peers", words)
+    rows, notes = isolated.part("benchmarks.das_peers", words)
+    names = ["layer 0, against pyvene", "all 3 layers, against pyvene"]
+    assert [row.name for row in rows] == (names if way == "pyvene" else ["layer 0, against TransformerLens fit_das"])
+    assert all("in float64" in note for note in notes)
 
 
 def test_the_bound_of_das_training() -> None:
