@@ -40,7 +40,8 @@ class Row:
         or_contains: a figure that the interval may contain instead of meeting the target.
         interventions: (run, example) rows a second.
         of_plain: interventions a second over images a second of the plain forward.
-        peak_bytes: most bytes of the CUDA allocator.
+        peak_bytes: most bytes of the CUDA allocator; where memory is what is measured, the most held above
+            the level before.
     """
 
     name: str
