@@ -1,7 +1,7 @@
 """All benchmarks, each in a process of its own, and one table in the end.
 
-    python -m benchmarks --small
-    python -m benchmarks --device cuda --dtype bf16 --model vit_base --report benchmarks/results
+python -m benchmarks --small
+python -m benchmarks --device cuda --dtype bf16 --model vit_base --report benchmarks/results
 """
 
 from __future__ import annotations
@@ -27,18 +27,24 @@ BENCHMARKS = (
     "das_training",
     "store",
     "scaling",
+    "stimuli",
 )
-OWN_MODEL = ("scaling", "store")
-"""Benchmarks whose sizes are their own: they take no ``--model``, ``--examples`` or ``--repeats`` from
-here."""
+OWN_SIZES = ("store", "stimuli")
+"""Benchmarks whose sizes are their own; ``--model``, ``--examples`` and ``--repeats`` are not passed on."""
+
+ANYWHERE = ("stimuli",)
+"""Benchmarks that run no model, and take nothing that says where or how: no ``--device``, ``--dtype``,
+``--threads`` or ``--tolerance``."""
 
 
 def words(name: str, chosen: Any) -> list[str]:
     """A benchmark's command line."""
-    found = ["--device", chosen.device, "--dtype", chosen.dtype]
-    shared = ["threads", "tolerance", "report"]
-    if name not in OWN_MODEL:
+    shared = ["report"]
+    if name not in ANYWHERE:
+        shared += ["device", "dtype", "threads", "tolerance"]
+    if name not in OWN_SIZES:
         shared += ["model", "examples", "repeats"]
+    found: list[str] = []
     for option in shared:
         if getattr(chosen, option) is not None:
             found += [f"--{option}", str(getattr(chosen, option))]

@@ -7,6 +7,7 @@ tokens of source and base paired anew in every step. Only where the logits come 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.measure import seconds
+import vit_mechinterp as vmi
 from vit_mechinterp.circuits.alignment import GatedRotations, gate_name, rotation_name, temperature
+from vit_mechinterp.circuits.das import interchange_run
+from vit_mechinterp.engine import prepare
 
-__all__ = ["EPOCHS", "Forward", "lockstep", "plain_forward", "training"]
+__all__ = ["EPOCHS", "Forward", "Trainer", "plain_forward", "prepared_forward", "widened"]
 
 EPOCHS = 20
 """Of the whole training, whose first steps are measured; the gates' temperature falls over so many."""
@@ -28,40 +31,81 @@ Forward = Callable[[Sequence[int], Mapping[str, Tensor], Sequence[int]], Tensor]
 """Examples, tensors by name, order of the sources' tokens -> logits ``[layer, example, class]``."""
 
 
-def training(
-    forward: Forward, layers: Sequence[int], d: int, data: Mapping[str, Tensor], batch: int, steps: int
-) -> Iterator[Tensor]:
-    """Train, and yield every layer's loss after each step; the same batches and first rotations at every
-    call."""
-    labels = data["label"].to(data["base"].device)
-    modules = GatedRotations(layers, d).to(labels.device)
-    parameters = dict(modules.named_parameters())
-    mask = parameters.pop("mask")
-    optimizer = torch.optim.Adam(
-        [{"params": list(parameters.values()), "lr": 1e-3}, {"params": [mask], "lr": 1e-2}]
-    )
-    draw = np.random.default_rng(0)
-    n, k = len(labels), data["edited"].shape[1]
-    per_epoch = max(1, n // batch)
-    for step in range(steps):
-        chosen = draw.permutation(n)[:batch].tolist()
-        pairing = draw.permutation(k).tolist()
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that subspaces have: float32, or the model's if that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Trainer:
+    """A training that goes on by a step at a time; the same batches and first rotations in every one.
+
+    Args:
+        forward: where logits come from.
+        layers: block outputs to train at, each with a rotation and a gate.
+        d: width of the model.
+        data: the pairs.
+        batch: examples of a step.
+    """
+
+    def __init__(
+        self, forward: Forward, layers: Sequence[int], d: int, data: Mapping[str, Tensor], batch: int
+    ) -> None:
+        self.forward, self.layers, self.data, self.batch = forward, layers, data, batch
+        self.labels = data["label"].to(data["base"].device)
+        self.modules = GatedRotations(layers, d).to(self.labels.device, widened(data["base"].dtype))
+        parameters = dict(self.modules.named_parameters())
+        mask = parameters.pop("mask")
+        self.optimizer = torch.optim.Adam(
+            [{"params": list(parameters.values()), "lr": 1e-3}, {"params": [mask], "lr": 1e-2}]
+        )
+        self.draw = np.random.default_rng(0)
+        self.steps = 0
+
+    def step(self) -> Tensor:
+        """Train one step; every layer's loss before it."""
+        n, k = len(self.labels), self.data["edited"].shape[1]
+        chosen = self.draw.permutation(n)[: self.batch].tolist()
+        pairing = self.draw.permutation(k).tolist()
         with torch.enable_grad():
-            gates = modules.gates(temperature(step // per_epoch, EPOCHS))
-            logits = forward(chosen, modules.tensors(gates), pairing).float()
-            wanted = labels[chosen].repeat(len(layers))
-            each = functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
-            loss = each.view(len(layers), -1).mean(dim=1) + SPARSITY * gates.sum(dim=1)
-            optimizer.zero_grad()
+            gates = self.modules.gates(temperature(self.steps // max(1, n // self.batch), EPOCHS))
+            logits = self.forward(chosen, self.modules.tensors(gates), pairing)
+            wanted = self.labels[chosen].repeat(len(self.layers))
+            outputs = logits.flatten(0, 1).to(gates.dtype)
+            each = functional.cross_entropy(outputs, wanted, reduction="none")
+            loss = each.view(len(self.layers), -1).mean(dim=1) + SPARSITY * gates.sum(dim=1)
+            self.optimizer.zero_grad()
             loss.sum().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        yield loss.detach().cpu()
+            self.optimizer.step()
+        self.steps += 1
+        return loss.detach().cpu()
+
+    @torch.no_grad()
+    def subspaces(self) -> Tensor:
+        """``R diag(g) R^T`` of every layer: what the interchange does, whatever basis describes it."""
+        rotation, gates = self.modules.rotation, self.modules.gates(1.0)
+        return ((rotation * gates[:, None, :]) @ rotation.mT).cpu()
+
+
+@contextmanager
+def prepared_forward(
+    vit: vmi.HookedViT, layers: Sequence[int], data: Mapping[str, Tensor]
+) -> Iterator[Forward]:
+    """Prepared runs: clean forwards once, all layers in one growing batch."""
+    runs = [
+        interchange_run(layer, "resid_post", {"column": "edited"}, {"column": "source_tokens"})
+        for layer in layers
+    ]
+    modules = GatedRotations(layers, vit.layout.d_model).to(vit.device, widened(data["base"].dtype))
+    first = {name: tensor.detach() for name, tensor in modules.tensors(modules.gates(1.0)).items()}
+    with prepare(vit, runs, data, first, progress=False) as prepared:
+        yield prepared
 
 
 def plain_forward(module: Any, layers: Sequence[int], data: Mapping[str, Tensor]) -> Forward:
     """As the published code does it: for every layer and step a full source and a full base forward, with
     hooks."""
     device = data["base"].device
+    wide = widened(data["base"].dtype)
 
     def forward(examples: Sequence[int], tensors: Mapping[str, Tensor], pairing: Sequence[int]) -> Tensor:
         rows = torch.arange(len(examples), device=device)[:, None]
@@ -90,8 +134,8 @@ def plain_forward(module: Any, layers: Sequence[int], data: Mapping[str, Tensor]
                 g: Tensor = gate,
             ) -> Tensor:
                 output = output.clone()
-                h = output[rows, edited].float()
-                new = h + ((kept[0].float() - h) @ R * g) @ R.T
+                h = output[rows, edited].to(wide)
+                new = h + ((kept[0].to(wide) - h) @ R * g) @ R.T
                 output[rows, edited] = new.to(output.dtype)
                 return output
 
@@ -101,30 +145,3 @@ def plain_forward(module: Any, layers: Sequence[int], data: Mapping[str, Tensor]
         return torch.stack(outputs)
 
     return forward
-
-
-def lockstep(
-    trainings: Mapping[str, Iterator[Tensor]], unit: Callable[[], object], device: torch.device, steps: int
-) -> tuple[dict[str, list[float]], dict[str, Tensor], list[float]]:
-    """Step several trainings in turn; the first step only warms up.
-
-    Returns:
-        Seconds of each training's steps, its losses ``[step, layer]``, and seconds of the units between them.
-    """
-    times: dict[str, list[float]] = {name: [] for name in trainings}
-    losses: dict[str, list[Tensor]] = {name: [] for name in trainings}
-    units: list[float] = []
-    names = list(trainings)
-    for step in range(steps):
-        around = []
-        for name in names if step % 2 else names[::-1]:
-            with torch.no_grad():
-                around.append(seconds(unit, device))
-            taken = seconds(lambda name=name: losses[name].append(next(trainings[name])), device)
-            times[name].append(taken)
-        units.append(float(np.mean(around)))
-    return (
-        {name: taken[1:] for name, taken in times.items()},
-        {name: torch.stack(curve) for name, curve in losses.items()},
-        units[1:],
-    )

@@ -45,7 +45,7 @@ def over_floor(
     Args:
         checked: how many runs, drawn at random, are compared with plain hooks; all if there are fewer.
     """
-    plan = vmi.plan(vit, runs, data)
+    plan = vmi.plan(vit, runs, data, tensors)
     results = vmi.execute(vit, runs, data, tensors=tensors, progress=False)
     plain = Plain(vit.module, data, tensors)
     n_runs, n_examples = results.logits.shape[:2]
@@ -85,7 +85,7 @@ def over_floor(
     left = (plan.block_evaluations - plan.spared - plan.unread) / plan.block_evaluations
     over_left = Row.timed(f"{name}, over what is left", timed, scale=1 / (floor * left), unit="of the work")
     report.rows.append(over_left)
-    planned = [seconds(lambda: vmi.plan(vit, runs, data), chosen.torch_device) for _ in range(3)]
+    planned = [seconds(lambda: vmi.plan(vit, runs, data, tensors), chosen.torch_device) for _ in range(3)]
     share = Spread.of([s / Spread.of(timed.seconds).median for s in planned])
     report.rows.append(Row(f"{name}, planning", share, "of the time", target=PLANNING))
     report.note(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row
+from benchmarks.report import Part, Row
 
 __all__ = ["arguments", "available", "part"]
 
@@ -35,8 +35,8 @@ def arguments(options: Any) -> list[str]:
     return [str(word) for word in words]
 
 
-def part(module: str, words: Sequence[str]) -> list[Row]:
-    """Run ``python -m MODULE WORDS --json FILE`` and return the rows that it found.
+def part(module: str, words: Sequence[str]) -> Part:
+    """Run ``python -m MODULE WORDS --json FILE`` and return the rows that it found, and its notes.
 
     Raises:
         RuntimeError: it failed; the message holds the end of what it printed.
@@ -53,4 +53,5 @@ def part(module: str, words: Sequence[str]) -> list[Row]:
         )
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
-        return [Row.from_record(row) for row in json.loads(file.read_text())["rows"]]
+        record = json.loads(file.read_text())
+        return Part([Row.from_record(row) for row in record["rows"]], record["notes"])

@@ -98,24 +98,23 @@ def main(argv: list[str] | None = None) -> Report:
     parser.add_argument("--way", choices=WAYS, help="only this one, in this process")
     chosen = options.parse(parser, PRESETS, argv)
     report = Report("layer_sweep", f"Layer sweep, {chosen.model}", chosen)
-    report.note(
-        "A figure is a time in plain native forwards of the same images (fused attention), measured "
-        "around each "
-        "repeat in the same process. Each way has a process and a model of its own.",
-        "The bound counts the plan's (row, block) pairs. All ways agree with plain hooks to "
-        f"{chosen.tolerance:g} of the output's scale, and every effect is above 1e-3 of it, but at the "
-        "last block, behind which patches reach nothing.",
-    )
     if chosen.way is not None:
         measure(chosen.way, chosen, report)
         report.finish()
         return report
+    report.note(
+        "A figure is a time in plain native forwards of the same images (fused attention), measured "
+        "around each repeat in the same process. Each way has a process and a model of its own.",
+        "The bound counts the plan's (row, block) pairs. All ways agree with plain hooks to "
+        f"{chosen.tolerance:g} of the output's scale, and every effect is above 1e-3 of it, but at the "
+        "last block, behind which patches reach nothing.",
+    )
     for name, package in WAYS.items():
         if package is not None and not isolated.available(package):
             report.note(f"{package} is not installed, and left out.")
             continue
         words = [*isolated.arguments(chosen), "--way", name]
-        report.rows += isolated.part("benchmarks.layer_sweep", words)
+        report.add(isolated.part("benchmarks.layer_sweep", words))
     report.finish()
     return report
 

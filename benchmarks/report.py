@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.measure import Spread, Timed
 
-__all__ = ["HEAD", "Report", "Row", "cells", "configuration", "host_kind", "table"]
+__all__ = ["HEAD", "Part", "Report", "Row", "cells", "configuration", "host_kind", "table"]
 
 _PACKAGES = ("torch", "transformers", "timm", "numpy", "transformer-lens", "nnsight", "pyvene")
 
@@ -40,7 +40,8 @@ class Row:
         or_contains: a figure that the interval may contain instead of meeting the target.
         interventions: (run, example) rows a second.
         of_plain: interventions a second over images a second of the plain forward.
-        peak_bytes: most bytes of the CUDA allocator.
+        peak_bytes: most bytes of the CUDA allocator; where memory is what is measured, the most held above
+            the level before.
     """
 
     name: str
@@ -101,6 +102,13 @@ class Row:
         return cls(**fields | {"value": Spread(**fields["value"])})
 
 
+class Part(NamedTuple):
+    """What was measured in a process of its own: rows, and the sentences that belong to them."""
+
+    rows: list[Row]
+    notes: list[str]
+
+
 @dataclass
 class Report:
     """A benchmark's rows with what they were measured on."""
@@ -119,6 +127,11 @@ class Report:
     def note(self, *lines: str) -> None:
         """Add sentences that belong beside the figures."""
         self.notes.extend(lines)
+
+    def add(self, part: Part) -> None:
+        """Add the rows and sentences of a part."""
+        self.rows += part.rows
+        self.notes += part.notes
 
     def finish(self) -> None:
         """Print the table, and write JSON and Markdown where the options say."""

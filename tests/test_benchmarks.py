@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import isolated, options
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS, words
 from benchmarks.measure import Spread, Timed, interleaved
 from benchmarks.models import build, pairs
 from benchmarks.plain import Plain, agree, tell_apart
-from benchmarks.report import Report, Row
+from benchmarks.report import Part, Report, Row
 
 ROOT = Path(__file__).parents[1]
 IN_PROCESS = [name for name in BENCHMARKS if name not in ("layer_sweep", "das_training")]
@@ -55,8 +57,9 @@ def test_layer_sweep_of_a_peer(way: str, tmp_path: Path) -> None:
     package = importlib.import_module("benchmarks.layer_sweep").WAYS[way]
     if not isolated.available(package):
         pytest.skip(f"{package} is not installed")
-    rows = isolated.part("benchmarks.layer_sweep", ["--micro", "--way", way])
-    assert all(row.value.median > 0 for row in rows)
+    part = isolated.part("benchmarks.layer_sweep", ["--micro", "--way", way])
+    assert part.rows
+    assert all(row.value.median > 0 for row in part.rows)
 
 
 def test_das_training_without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +67,25 @@ def test_das_training_without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(das_training, "PEERS", {})
     report = _run("das_training")
     curves = report.curves["all 3 layers"]
-    assert len(curves["ours"]) == len(curves["plain"]) == 3
+    assert len(curves["ours"]) == len(curves["other"]) == 3
+
+
+def test_trainings_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    das_training, das_steps = (
+        importlib.import_module(f"benchmarks.das_{name}") for name in ("training", "steps")
+    )
+    step, timed = das_steps.Trainer.step, []
+
+    def scaled(trainer: Any) -> Any:
+        return step(trainer) * (1 + 2e-5 * inspect.isfunction(trainer.forward))
+
+    monkeypatch.setattr(das_steps.Trainer, "step", scaled)
+    monkeypatch.setattr(das_training, "step_by_step", lambda *a: timed.append(a))
+    with pytest.raises(
+        AssertionError, match=r"layer 0, float64: learning curves differ by 2e-05, more than 1e-05"
+    ):
+        _run("das_training")
+    assert timed == []
 
 
 @pytest.mark.parametrize("way", ["transformer_lens", "pyvene"])
@@ -72,7 +93,12 @@ def test_das_training_of_a_peer(way: str) -> None:
     if not isolated.available(way):
         pytest.skip(f"{way} is not installed")
     words = ["--micro", "--batch", "2", "--layers", "0", "--way", way]
-    assert isolated.part("benchmarks.das_peers", words)
+    rows, notes = isolated.part("benchmarks.das_peers", words)
+    names = ["layer 0, against pyvene", "all 3 layers, against pyvene"]
+    assert [row.name for row in rows] == (
+        names if way == "pyvene" else ["layer 0, against TransformerLens fit_das"]
+    )
+    assert all("in float64" in note for note in notes)
 
 
 def test_the_bound_of_das_training() -> None:
@@ -107,6 +133,70 @@ def test_all_of_them_in_one_table() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "12 runs" in done.stdout
+
+
+def test_what_is_passed_on() -> None:
+    parser = options.add("")
+    chosen = parser.parse_args(["--device", "cuda", "--model", "vit_base", "--examples", "8", "--small"])
+    model = ["--model", "vit_base", "--examples", "8"]
+    assert words("scaling", chosen) == ["--device", "cuda", "--dtype", "fp32", *model, "--small"]
+    assert words("store", chosen) == ["--device", "cuda", "--dtype", "fp32", "--small"]
+    assert words("stimuli", chosen) == ["--small"]
+
+
+def test_sizes_of_scaling() -> None:
+    scaling = importlib.import_module("benchmarks.scaling")
+    found = scaling.sizes(100_000, 12, (3, 6, 12, 24), runs=20, examples=50)
+    assert found["runs"][-1] == (2000, 50, 12)
+    assert found["examples"][-1] == (20, 5000, 12)
+    assert [depth for *_, depth in found["layers"]] == [3, 6, 12, 24]
+    runs, examples, depth = found["layers"][-1]
+    assert runs * examples * (depth - 1) / 2 == pytest.approx(100_000 * 11 / 2, rel=0.05)
+
+
+def test_scaling_of_any_model() -> None:
+    report = _run(
+        "scaling", "--model", "vit_cifar", "--examples", "4", "--layers", "2", "--depths", "2", "3", "4"
+    )
+    assert [point["layers"] for point in report.curves["layers"]] == [2, 3, 4]
+    assert {point["layers"] for point in report.curves["runs"]} == {2}
+    assert {point["examples"] for point in report.curves["runs"]} == {4}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (["--rows", "100"], "give 200 or more"),
+        (["--depths", "2", "4"], "three or more sizes"),
+        (["--layers", "1"], "must be 2 or more"),
+    ],
+)
+def test_sizes_that_make_no_series(
+    chosen: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _run("scaling", *chosen)
+    assert message in capsys.readouterr().err
+
+
+def test_a_store_that_reads_back_something_else_is_found() -> None:
+    check_read = importlib.import_module("benchmarks.store").check_read
+    plain = np.random.default_rng(0).standard_normal((40, 2, 3), dtype=np.float32)
+    orders = {"in order": np.arange(40), "shuffled": np.random.default_rng(1).permutation(40)}
+    stored = torch.from_numpy(plain.copy())
+    check_read("disk", stored, plain, orders, torch.float32)
+    stored[39, 1, 2] = torch.nextafter(stored[39, 1, 2], torch.tensor(9.0))
+    with pytest.raises(AssertionError, match=r"disk, in order: examples 32 to 39 read back otherwise"):
+        check_read("disk", stored, plain, orders, torch.float32)
+
+
+def test_memory_of_several_processes_is_one_row() -> None:
+    gathered = importlib.import_module("benchmarks.store_memory").gathered
+    parts = [
+        Part([Row("held", Spread.of([x]), peak_bytes=int(10 * x))], ["budget 10"]) for x in (1.0, 3.0, 1.5)
+    ]
+    (row,), notes = gathered(parts)
+    assert (row.value.median, row.value.n, row.peak_bytes, notes) == (1.5, 3, 30, ["budget 10"])
 
 
 def test_units_are_measured_around_every_repeat() -> None:
