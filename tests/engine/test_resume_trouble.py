@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 
 import vit_mechinterp as vmi
@@ -16,8 +17,9 @@ from tests.engine.experiments import DOCUMENTS, assert_same_bits
 from tests.engine.stopped import run, stopped
 from tests.engine.world import World
 from vit_mechinterp import Results
-from vit_mechinterp.engine.results import resume
+from vit_mechinterp.engine.results import begun, resume, sealed
 from vit_mechinterp.engine.results.sealed import open_document, seal_document
+from vit_mechinterp.engine.results.tensorfiles import read_tensors
 from vit_mechinterp.errors import ExecutionError
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -52,6 +54,46 @@ def test_damaged_chunks_are_computed_again(
     assert [record.getMessage() for record in caplog.records] == [
         f"{path} is damaged; it is dropped, and computed again." for path in sorted(paths[:2], key=_order(caplog))
     ]
+
+
+def test_chunks_that_cannot_be_read_are_left_alone(
+    world: World, whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(world, tmp_path, 3, monkeypatch)
+    contents = {path: path.read_bytes() for path in (tmp_path / "chunks").glob("*.safetensors")}
+    assert len(contents) >= 2
+
+    def refused(path: Path) -> Any:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "read_tensors", refused)
+        with pytest.raises(
+            ExecutionError, match=rf"Results cannot be read from {tmp_path}: Too many open files\. Mend that; what is fini"
+        ):
+            run(world, tmp_path)
+    assert {path: path.read_bytes() for path in contents} == contents
+    assert_same_bits(run(world, tmp_path), whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(begun, "file_checksum", refused)
+        with pytest.raises(ExecutionError, match=r"cannot be read from .*: Too many open files\. Mend that"):
+            run(world, tmp_path)
+    assert (tmp_path / "results.json").exists()
+
+
+def test_a_file_that_cannot_be_opened_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "some.safetensors"
+    with pytest.raises(FileNotFoundError):
+        read_tensors(path)
+    path.write_bytes(b"sound, for all that is known")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("No such file")
+
+    monkeypatch.setattr(safetensors, "safe_open", refused)
+    with pytest.raises(OSError, match=r"some\.safetensors cannot be opened: No such file") as caught:
+        read_tensors(path)
+    assert not isinstance(caught.value, FileNotFoundError)
 
 
 def _order(caplog: pytest.LogCaptureFixture) -> Callable[[Path], int]:

@@ -19,7 +19,10 @@ from tests.engine.stores import N, blocks_of, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.store import holdings, source, tiers
+from vit_mechinterp.engine.scheduling.sizes import parse_bytes
+from vit_mechinterp.engine.store import disk, holdings, source, tiers
+from vit_mechinterp.engine.store.keys import Entry, Key
+from vit_mechinterp.engine.store.memory import Block
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError, UnsupportedSiteError
 
 
@@ -59,6 +62,87 @@ def test_damaged_files_are_dropped_and_made_again(
         assert torch.equal(captured(store, world, site)[site][:], before)
     # Batches at the borders of the block gave their neighbours' rows as well; the block itself is whole again.
     assert counted.total == 0
+
+
+def test_files_that_cannot_be_read_are_left_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, small_blocks: None
+) -> None:
+    site = "blocks.0.resid_post"
+    before = captured(ActivationStore(tmp_path), world, site)[site][:]
+    contents = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    path, original = sorted(contents)[1], disk.read_tensors
+
+    def refused(own: Path) -> Any:
+        if own == path:
+            raise OSError(24, "Too many open files")
+        return original(own)
+
+    monkeypatch.setattr(disk, "read_tensors", refused)
+    with ActivationStore(tmp_path, host=0) as store, caplog.at_level(logging.WARNING):
+        view = captured(store, world, site)
+        with Counted(world.module) as counted:
+            assert torch.equal(view[site][:], before)
+            assert torch.equal(view[site][:], before)
+        assert 0 < counted.total < 2 * N
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Stored activations {path} cannot be read ([Errno 24] Too many open files): left as they are, and computed again."
+    ]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == contents
+    entry = next(tmp_path.rglob("entry.json"))
+    document, read = entry.read_bytes(), Path.read_bytes
+
+    def locked(own: Path) -> bytes:
+        if own == entry:
+            raise PermissionError(13, "Permission denied")
+        return read(own)
+
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    with ActivationStore(tmp_path, host=0) as store, caplog.at_level(logging.WARNING):
+        assert torch.equal(captured(store, world, site)[site][:], before)
+    assert "Activations can no longer be written ([Errno 13] Permission denied)" in caplog.records[-2].getMessage()
+    monkeypatch.undo()
+    assert entry.read_bytes() == document
+
+
+def test_a_folder_without_a_document_is_no_number_of_images(world: World, tmp_path: Path) -> None:
+    captured(ActivationStore(tmp_path), world, "embed", batch_size=4)
+    (next(tmp_path.rglob("entry.json")).parents[1] / "7").mkdir()
+    assert captured(ActivationStore(tmp_path), world, "embed", batch_size="auto").rows_per_forward == 4
+
+
+def test_parts_of_a_block_come_from_several_memories() -> None:
+    own = tiers.Tiers(None, 0, 2**20, 0)
+    entry = own.add(Entry(Key("m", "i", "s", "t", None, "float32", "p", "cpu", (), 4), 6, (3,), 6))
+    values = torch.arange(18.0).view(6, 3)
+    own.put(entry, range(2), values[:2])
+    beside = Block(values.clone(), values, np.array([False, False, False, True, True, False]))
+    own.outgoing.blocks[entry.key.name, 0] = beside
+    out = torch.full((5, 3), -1.0)
+    absent = own.read(entry, np.array([4, 1, 2, 0, 3]), out)
+    assert absent.tolist() == [2]
+    expected = values[[4, 1, 2, 0, 3]]
+    expected[2] = -1
+    assert torch.equal(out, expected)
+
+
+def test_a_folder_is_not_gone_through_for_every_block(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_of(monkeypatch, 1)
+    monkeypatch.setattr(disk, "_AT_ONCE", 2)
+    looked, original = [], disk.DiskTier._files
+
+    def files(self: Any) -> Any:
+        looked.append(1)
+        return original(self)
+
+    monkeypatch.setattr(disk.DiskTier, "_files", files)
+    written = 3 * N
+    for budget, most in (("1GiB", 1), (f"{written * 2200 // 2}", written // 2)):
+        with ActivationStore(tmp_path / budget, host=0, disk=budget) as store:
+            captured(store, world, "blocks.*.resid_post", batch_size=1)
+            times = len(looked)
+            assert 0 < times <= most
+            assert store.usage()["disk"] <= int(parse_bytes(budget))
+            looked.clear()
 
 
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +144,27 @@ def test_whoever_is_collected_meanwhile_is_counted(
         with heap.keeping():
             pass
     assert limits(calls)[-2:] == ONCE_LOOKED
+
+
+def test_memory_goes_back_once_more_is_held_than_after_the_last_time(
+    calls: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = iter([100, 150, 151, 120, 160, 171, 171, 171])
+    monkeypatch.setattr(heap, "_anonymous", lambda: next(held))
+    giving_back = heap.GivingBack(50)
+    giving_back()
+    assert not calls
+    giving_back()
+    assert calls == [("malloc_trim", (0,))]
+    giving_back()
+    assert len(calls) == 1
+    giving_back()
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
+def test_what_a_process_holds_is_its_anonymous_memory() -> None:
+    before = heap._anonymous()
+    with mmap.mmap(-1, 2**24, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        pages.write(b"x" * 2**24)
+        assert 0.9 < (heap._anonymous() - before) / 2**24 < 2.5

@@ -138,9 +138,9 @@ class Begun:
         )
 
     @contextmanager
-    def disk(self) -> Iterator[None]:
+    def disk(self, *, reading: bool = False) -> Iterator[None]:
         """Inside the ``with`` block: an ExecutionError that says where, if the disk cannot be written on, or
-        the folder is gone."""
+        read from, or the folder is gone."""
         try:
             yield
         except OSError as error:
@@ -149,9 +149,11 @@ class Begun:
             inside = isinstance(error, FileNotFoundError) and Path(error.filename or "").parent == self.chunks
             if inside and not self.chunks.is_dir() and self.results.is_dir():
                 raise self.gone(self.chunks) from error
+            what = "read from" if reading else "written into"
+            remedy = "Mend that" if reading else "Choose another folder, or make room"
             raise ExecutionError(
-                f"Results cannot be written into {self.results}: {error.strerror or error}. Choose another "
-                "folder, or make room; what is finished there stays, and the same call goes on from it."
+                f"Results cannot be {what} {self.results}: {error.strerror or error}. {remedy}; what is "
+                "finished there stays, and the same call goes on from it."
             ) from error
 
     def gone(self, path: Path) -> ExecutionError:
@@ -170,11 +172,15 @@ class Begun:
 
     def finished(self) -> Results | None:
         """The results, if the whole experiment is done and its files are sound; where they are not, it is not
-        done any more, with a warning."""
+        done any more, with a warning.
+
+        Raises:
+            ExecutionError: they cannot be read, whatever they hold.
+        """
         if not self.is_done():
             return None
         document, tensors = self.results / "results.json", self.results / "results.safetensors"
-        with suppress(OSError, ValueError, LookupError, TypeError):
+        with self.disk(reading=True), suppress(FileNotFoundError, ValueError, LookupError, TypeError):
             said = json.loads(document.read_text())
             if said.pop("digest") == digest(said) and said["checksum"] == file_checksum(tensors):
                 return Results.load(self.results)

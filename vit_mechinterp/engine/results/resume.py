@@ -88,7 +88,7 @@ class FinishedChunks:
     def has(self, chunk: range) -> bool:
         """Whether a chunk is finished, looked at once; a damaged file is dropped with a warning."""
         if not self._checked.get(chunk, False):
-            self._checked[chunk] = read_sealed(self.path(chunk)) is not None
+            self._checked[chunk] = self._read(chunk) is not None
         return self._checked[chunk]
 
     def width(self) -> int:
@@ -97,7 +97,13 @@ class FinishedChunks:
         return min([self.schedule.width, *widths])
 
     def _part(self, chunk: range) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        return read_sealed(self.path(chunk), check=False) if self.has(chunk) else None
+        return self._read(chunk, check=False) if self.has(chunk) else None
+
+    def _read(
+        self, chunk: range | None, *, check: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        with self.begun.disk(reading=True):
+            return read_sealed(self.path(chunk), check=check)
 
     def add(self, chunk: range, part: Collected, width: int, halvings: int) -> None:
         """Keep what a chunk gave."""
@@ -114,7 +120,7 @@ class FinishedChunks:
 
     def means(self) -> dict[Read, Tensor] | None:
         """The dataset means, if they are finished."""
-        found = read_sealed(self.path(None))
+        found = self._read(None)
         if found is None:
             return None
         return {read: found[0][f"mean.{n}"].clone() for n, read in enumerate(self.schedule.reads.means)}

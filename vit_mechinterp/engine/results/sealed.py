@@ -49,7 +49,11 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], **words: Any) -> Non
 
 def read_sealed(path: Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """The tensors of a file, mapped, and the words about them; None if it is not there, or is damaged: then
-    it is removed with a warning. Without ``check`` no checksum is looked at."""
+    it is removed with a warning. Without ``check`` no checksum is looked at.
+
+    Raises:
+        OSError: it cannot be read, whatever it holds; it stays.
+    """
     from safetensors import SafetensorError
 
     if not path.exists():
@@ -60,7 +64,7 @@ def read_sealed(path: Path, *, check: bool = True) -> tuple[dict[str, Tensor], d
         sound = not check or seal == _seal(tensors, metadata)
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, ValueError, LookupError):
+    except (SafetensorError, ValueError, LookupError):
         sound = False
     if sound:
         return tensors, metadata

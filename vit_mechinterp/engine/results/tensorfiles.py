@@ -172,15 +172,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor of a file, mapped: bytes are read when they are looked at. And the file's metadata.
 
     Raises:
-        OSError, SafetensorError: it is missing, truncated or no safetensors file.
+        FileNotFoundError: it is missing.
+        SafetensorError: it is damaged, or no safetensors file.
+        OSError: it cannot be opened or mapped, whatever it holds.
     """
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except RuntimeError as error:
+    except (RuntimeError, FileNotFoundError) as error:
         # The file is opened twice, for its header and to be mapped: another process may remove it in between.
+        # And where too many files are open, safetensors takes it for missing.
         if path.exists():
-            raise
+            raise OSError(f"{path} cannot be opened: {error}") from error
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error

@@ -6,7 +6,7 @@ import torch
 
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["budget_of"]
+__all__ = ["BUDGET", "budget_of"]
 
 BUDGET = 2 * 1024**3
 """Bytes held beside the model on a CPU."""

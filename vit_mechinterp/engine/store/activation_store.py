@@ -15,6 +15,7 @@ from vit_mechinterp.engine.binding.checks import (
     check_batch_size,
     check_folder,
     check_heads,
+    check_progress,
     refuse_train_mode,
 )
 from vit_mechinterp.engine.binding.positions import Positions, resolve_tokens
@@ -112,6 +113,9 @@ class ActivationStore:
             batch_size: most images per forward; by default that of what is stored already, or the model's.
             progress: show a bar if it takes longer than two seconds.
 
+        Returns:
+            A view by site name, which gives ``[example, ...]`` of the examples that it is indexed by.
+
         Raises:
             SpecError: a site, token or head does not exist, or ``dtype`` holds no such numbers.
             DataError: a column is missing, or holds something else.
@@ -120,6 +124,7 @@ class ActivationStore:
         check_arguments(vit)
         refuse_train_mode(vit)
         check_batch_size(batch_size)
+        check_progress(progress)
         if dtype is not None and dtype not in _DTYPES:
             known = ", ".join(map(str, _DTYPES))
             raise SpecError(f"Activations are kept as {known}, or as the model's own (None); got {dtype!r}.")

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_OPEN = 256
 """Mapped files at most."""
+_AT_ONCE = 64
+"""One part of the budget in so many is made room for at once."""
 _USED_SECONDS = 10.0
 """How far the time of last use, as every process sees it, may lag behind."""
 
@@ -70,6 +72,8 @@ class DiskTier:
         self.folder = folder
         self.budget = budget
         self.dropped = 0
+        self._total, self._unseen = 0, math.inf
+        self._unreadable: set[Path] = set()
         self._open: OrderedDict[Path, Shard] = OrderedDict()
         self._paths: dict[tuple[str, int], Path] = {}
         self._guard = threading.RLock()  # the thread that writes makes room while others read
@@ -93,14 +97,21 @@ class DiskTier:
     def rows_of(self, key: Key) -> list[int]:
         """Numbers of images per forward under which the same is stored."""
         with suppress(OSError):
-            return sorted(int(own.name) for own in (self.folder / key.family).iterdir() if own.name.isdigit())
+            homes = [own for own in (self.folder / key.family).iterdir() if own.name.isdigit()]
+            return sorted(int(own.name) for own in homes if (own / "entry.json").exists())
         return []
 
     def entry(self, key: Key, starts: IntArray | None) -> Entry | None:
         """What is stored under a key; None if nothing is, or nothing readable."""
+        with suppress(OSError):
+            return self._entry(key, starts)
+        return None
+
+    def _entry(self, key: Key, starts: IntArray | None) -> Entry | None:
+        """The same; an OSError where it cannot be read."""
         try:
             document = open_document((self._home(key) / "entry.json").read_bytes())
-        except OSError:
+        except FileNotFoundError:
             return None
         if document is None:
             return None
@@ -108,19 +119,23 @@ class DiskTier:
         return entry if starts is None or len(starts) == entry.n + 1 else None
 
     def add(self, entry: Entry) -> Entry:
-        """Say what is to be stored under a key; whoever comes first decides how large its blocks are."""
+        """Say what is to be stored under a key; whoever comes first decides how large its blocks are.
+
+        Raises:
+            OSError: it cannot be written, or what is there cannot be read.
+        """
         home = self._home(entry.key)
         home.mkdir(parents=True, exist_ok=True)
         path = home / "entry.json"
-        known = self.entry(entry.key, entry.starts)
+        known = self._entry(entry.key, entry.starts)
         if known is not None:
             return known
         document = {"n": entry.n, "shape": entry.shape, "block": entry.block, "key": asdict(entry.key)}
         contents = seal_document(document)
-        if not first_come(path, contents) and self.entry(entry.key, entry.starts) is None:
-            with replacing(path) as file:  # what is there is not readable
+        if not first_come(path, contents) and self._entry(entry.key, entry.starts) is None:
+            with replacing(path) as file:  # what is there is damaged
                 file.write(contents)
-        return self.entry(entry.key, entry.starts) or entry
+        return self._entry(entry.key, entry.starts) or entry
 
     def has(self, entry: Entry, block: int) -> bool:
         """Whether there is a file for a block, sound or not."""
@@ -168,15 +183,23 @@ class DiskTier:
         return found
 
     def _make_room(self, nbytes: int) -> None:
+        """Remove what was used least recently, if the budget would not hold so much more. The folder is gone
+        through again once an eighth of what was free then has been written: others write there, too."""
+        self._unseen += nbytes
+        if 8 * self._unseen <= self.budget - self._total:
+            return
         files = sorted(self._files())
-        total = sum(size for _, size, _ in files) + nbytes
-        for _, size, path in files:
-            if total <= self.budget:
-                return
-            self._forget(path)
-            path.unlink(missing_ok=True)
-            self.dropped += 1
-            total -= size
+        total = sum(size for _, size, _ in files)
+        if total + nbytes > self.budget:
+            # A little more than is needed, so that a full folder is not gone through for every block.
+            most = self.budget - nbytes - self.budget // _AT_ONCE
+            while files and total > most:
+                _, size, path = files.pop(0)
+                self._forget(path)
+                path.unlink(missing_ok=True)
+                self.dropped += 1
+                total -= size
+        self._total, self._unseen = total, nbytes
 
     def open(self, entry: Entry, block: int) -> Shard | None:
         """A block's file; None if there is none, or none that is sound as far as its header says."""
@@ -220,7 +243,10 @@ class DiskTier:
             reason = f"it holds {values.dtype} of shape {tuple(values.shape)} of slots {slots}"
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, LookupError, ValueError) as error:
+        except OSError as error:
+            self._leave(path, error)
+            return None
+        except (SafetensorError, LookupError, ValueError) as error:
             reason = str(error)
         self.discard(path, reason)
         return None
@@ -238,6 +264,16 @@ class DiskTier:
                 return False
             shard.checked[i - first_slot] = True
         return True
+
+    def _leave(self, path: Path, error: OSError) -> None:
+        """Say once that a file cannot be read; it may be sound, and stays."""
+        if path not in self._unreadable:
+            self._unreadable.add(path)
+            logger.warning(
+                "Stored activations %s cannot be read (%s): left as they are, and computed again.",
+                path,
+                error,
+            )
 
     def discard(self, path: Path, reason: str) -> None:
         """Remove a damaged file, and say so."""

@@ -54,7 +54,8 @@ class Block:
     def copies(self, stream: torch.cuda.Stream) -> None:
         """Note that copies from or to the block are under way on a stream."""
         event: torch.cuda.Event = stream.record_event()
-        self.copying.append(event)
+        under_way = [own for own in self.copying if not own.query()]  # type: ignore[no-untyped-call]
+        self.copying = [*under_way, event]
 
     def settle(self) -> None:
         """Wait until no copy is under way that was noted before, whoever else waits for it."""

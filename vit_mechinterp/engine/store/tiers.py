@@ -240,6 +240,7 @@ class Tiers:
         gpu = self._gpu(device)
         if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
             copy_items(block.tensor, items, out, places)
+            block.copies(torch.cuda.current_stream(device))
             return True
         block = self.host.get(name) or self.outgoing.get(name)
         if block is None or not block.have[local].all():
@@ -274,9 +275,9 @@ class Tiers:
             have = block.have[slots - own.start]
             if have.any():
                 block.settle()
-                items = entry.items(slots[have]) - entry.span(own).start
-                copy_items(block.tensor, items, out, places[np.repeat(have, entry.counts(slots))])
-                return slots[~have]
+                items, here = entry.items(slots[have]) - entry.span(own).start, entry.counts(slots)
+                copy_items(block.tensor, items, out, places[np.repeat(have, here)])
+                places, slots = places[np.repeat(~have, here)], slots[~have]
         return slots
 
     def _load(self, entry: Entry, number: int, *, evict: bool) -> Block | None:

@@ -30,7 +30,7 @@ from vit_mechinterp.engine.forwards.exhaustion import in_fewer_rows
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.rows.sharing import Sharing
-from vit_mechinterp.engine.scheduling.budget import budget_of
+from vit_mechinterp.engine.scheduling.budget import BUDGET, budget_of
 from vit_mechinterp.engine.scheduling.footprint import footprint
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
@@ -117,8 +117,8 @@ def prepare(
         memory: most bytes to hold beside the model until the block is entered, and of clean values in it, or
             a text such as ``"4GiB"``; 2 GiB on a CPU, 40 % of what is free on a GPU by default. If clean
             values are more than is left beside a forward, they stay in the store, or without one in a
-            temporary folder, and every batch reads its own. What batches take with their gradients comes on
-            top: it is as large as they are.
+            temporary folder (``TMPDIR`` says where), and every batch reads its own. What batches take with
+            their gradients comes on top: it is as large as they are.
 
     Where memory runs out, clean forwards are of half as many images, and a line says so. Runs that are equal
     or begin alike have rows of their own each, because the tensors that they name may come to differ.
@@ -282,5 +282,6 @@ def _temporary(vit: HookedViT, budget: int) -> Iterator[ActivationStore]:
     with tempfile.TemporaryDirectory(prefix="vit-mechinterp-") as folder:
         disk = shutil.disk_usage(folder).free
         logger.info("Clean values exceed %s; they are kept in %s meanwhile.", in_words(budget), folder)
-        with ActivationStore(folder, gpu=budget if on_gpu else 0, host=budget, disk=disk) as store:
+        host = min(budget, BUDGET)  # of a GPU's, the host may have less
+        with ActivationStore(folder, gpu=budget if on_gpu else 0, host=host, disk=disk) as store:
             yield store
