@@ -19,7 +19,6 @@ from tests.engine.stores import N, blocks_of, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.scheduling.sizes import parse_bytes
 from vit_mechinterp.engine.store import disk, holdings, source, tiers
 from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.store.memory import Block
@@ -125,24 +124,28 @@ def test_parts_of_a_block_come_from_several_memories() -> None:
     assert torch.equal(out, expected)
 
 
-def test_a_folder_is_not_gone_through_for_every_block(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks_of(monkeypatch, 1)
-    monkeypatch.setattr(disk, "_AT_ONCE", 2)
-    looked, original = [], disk.DiskTier._files
+def test_a_folder_is_not_gone_through_for_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[Path, tuple[float, int, Path]] = {}
+    looked = []
 
-    def files(self: Any) -> Any:
+    def there(self: Any) -> list[tuple[float, int, Path]]:
         looked.append(1)
-        return original(self)
+        return list(files.values())
 
-    monkeypatch.setattr(disk.DiskTier, "_files", files)
-    written = 3 * N
-    for budget, most in (("1GiB", 1), (f"{written * 2200 // 2}", written // 2)):
-        with ActivationStore(tmp_path / budget, host=0, disk=budget) as store:
-            captured(store, world, "blocks.*.resid_post", batch_size=1)
-            times = len(looked)
-            assert 0 < times <= most
-            assert store.usage()["disk"] <= int(parse_bytes(budget))
-            looked.clear()
+    monkeypatch.setattr(disk.DiskTier, "_files", there)
+    monkeypatch.setattr(disk.DiskTier, "_forget", lambda self, path: files.pop(path))
+    tier = disk.DiskTier(tmp_path, 2_000 * 1_000)
+    for n in range(10_000):
+        tier._make_room(1_000)
+        path = tmp_path / str(n)
+        files[path] = float(n), 1_000, path
+        assert len(files) <= 2_000
+        if n == 1_900:
+            assert len(looked) < 60
+    assert len(files) > 1_900
+    assert tier.dropped == 10_000 - len(files)
+    assert min(used for used, _, _ in files.values()) == tier.dropped
+    assert len(looked) < 10_000 // 5
 
 
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:

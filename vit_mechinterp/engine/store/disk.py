@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_OPEN = 256
 """Mapped files at most."""
-_AT_ONCE = 64
+_AT_ONCE = 32
 """One part of the budget in so many is made room for at once."""
 _USED_SECONDS = 10.0
 """How far the time of last use, as every process sees it, may lag behind."""
@@ -184,15 +184,16 @@ class DiskTier:
 
     def _make_room(self, nbytes: int) -> None:
         """Remove what was used least recently, if the budget would not hold so much more. The folder is gone
-        through again once an eighth of what was free then has been written: others write there, too."""
+        through again long before what was free then has been written: others write there, too."""
         self._unseen += nbytes
-        if 8 * self._unseen <= self.budget - self._total:
+        free, at_once = self.budget - self._total, self.budget // _AT_ONCE
+        if self._unseen <= min(free, max(free, at_once) // 8):
             return
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
         if total + nbytes > self.budget:
             # A little more than is needed, so that a full folder is not gone through for every block.
-            most = self.budget - nbytes - self.budget // _AT_ONCE
+            most = self.budget - nbytes - at_once
             while files and total > most:
                 _, size, path = files.pop(0)
                 self._forget(path)
