@@ -52,10 +52,8 @@ class CleanPass(ABC):
     ) -> Iterator[Request]:
         """The batches of images that will be asked for, in order."""
 
-    def expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> bool:
-        """Be told which chunks will be asked for, and whether dataset means will be before; whether one
-        forward of each image gives all of it."""
-        return schedule.holds
+    def expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> None:  # noqa: B027  # most passes need not know
+        """Be told which chunks will be asked for, and whether dataset means will be before."""
 
     def means(
         self, vit: HookedViT, data: Data, schedule: Schedule, tick: Tick = lambda n: None

@@ -23,7 +23,6 @@ __all__ = [
     "all_of",
     "clean_read",
     "clean_sources",
-    "join_reads",
     "wanted_by_rows",
     "wanted_by_runs",
 ]
@@ -39,18 +38,11 @@ def clean_read(run: BoundRun, read: Read) -> Read:
     return read
 
 
-def join_reads(run: BoundRun) -> tuple[Read, ...]:
-    """The clean values that a run's rows start from, if they go on from no others; none for rows that start
-    blank."""
-    if run.blank:
-        return ()
-    return _join_reads(run.origin, run.join, run.known_at, run.starts_at_mlp_out)
-
-
 @lru_cache(maxsize=4096)
 def _join_reads(
     origin: ColumnOrigin, join: Join, known_at: Site | None, starts_at_mlp_out: bool
 ) -> tuple[Read, ...]:
+    """The clean values that rows start from, if they go on from no others."""
     if known_at is not None and known_at.name == "resid_mid":
         return (Read(origin, known_at),)  # the middle of a block is all that the rest of it is made from
     if known_at is not None:
@@ -62,9 +54,11 @@ def _join_reads(
 
 
 def clean_sources(run: BoundRun) -> tuple[Read, ...]:
-    """The clean values that a run's rows start from, and those that its edits read."""
+    """The clean values that a run's rows start from, unless they start blank, and those that its edits
+    read."""
+    starts = () if run.blank else _join_reads(run.origin, run.join, run.known_at, run.starts_at_mlp_out)
     reads = (read for edit in run.edits for read in edit.reads)
-    return (*join_reads(run), *(read for read in reads if isinstance(read.origin, ColumnOrigin)))
+    return (*starts, *(read for read in reads if isinstance(read.origin, ColumnOrigin)))
 
 
 @dataclass(frozen=True)

@@ -138,10 +138,9 @@ class ActivationStore:
         with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
             holdings = Holdings(self.tiers, vit, columns, column, images, reads.values(), asked, dtype)
             self._fit_batch(holdings, adopt=batch_size == "auto")
-            source = Source(holdings, bar.update)
-            with thrifty():
+            source = Source(holdings)
+            with source.counting(bar.update), thrifty():
                 _fill(source)
-        source.tick = lambda n: None
         self.tiers.flush()
         self._warn_of_loss(holdings)
         return StoredActivations(source, reads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,9 +119,13 @@ class StoredClean(CleanPass):
             if rows.get(column, holdings.rows) != holdings.rows:
                 holdings.use_rows(rows[column])
 
-    def expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> bool:
-        """Say which chunks will be asked for, and whether dataset means will be before. Where the store can
-        hold it until then, one forward gives all that any of them needs of an image; whether it can."""
+    def expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> None:
+        """Be told which chunks will be asked for, and whether dataset means will be before: where the store
+        can hold it until then, one forward gives all that any of them needs of an image."""
+        self._expect(schedule, chunks, means=means)
+
+    def _expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> bool:
+        """The same; whether the store can hold it."""
         images = {column: source.holdings.images for column, source in self.sources.items()}
         found = expectations(requests_for(schedule, chunks, means=means), images)
         wanted = [(self.sources[column], own.wanted) for column, own in found.items()]
@@ -134,18 +139,17 @@ class StoredClean(CleanPass):
     def forecast(self, schedule: Schedule) -> Forecast:
         """The clean forwards that a schedule needs, as the store is, if it loses nothing meanwhile."""
         means = schedule.needs.means_come_first
-        holds = self.expect(schedule, schedule.chunks, means=means)
+        holds = self._expect(schedule, schedule.chunks, means=means)
         foreseen: dict[Key, BoolArray] = {}  # columns of the same distinct images share what is stored
-        for source in self.sources.values():
-            source.holdings.imagined = foreseen
-        forwards = [
-            (column, *forward)
-            for request in requests_for(schedule, schedule.chunks, means=means)
-            for column, wanted in request.items()
-            for forward in self.sources[column].foresee(wanted)
-        ]
-        for source in self.sources.values():
-            source.holdings.imagined = {}
+        with ExitStack() as stack:
+            for source in self.sources.values():
+                stack.enter_context(source.holdings.imagining(foreseen))
+            forwards = [
+                (column, *forward)
+                for request in requests_for(schedule, schedule.chunks, means=means)
+                for column, wanted in request.items()
+                for forward in self.sources[column].foresee(wanted)
+            ]
         return Forecast(forwards, holds)
 
     def requests(
@@ -191,10 +195,10 @@ class StoredClean(CleanPass):
         clean = Clean()
         for column, wanted in _by_column(asked).items():
             source = self.sources[column]
-            source.tick = tick
             if source.holdings.rows > schedule.clean_width:  # memory ran out
                 source.holdings.use_rows(schedule.clean_width)
-            found = source.take(wanted)
+            with source.counting(tick):
+                found = source.take(wanted)
             taken = dict.fromkeys(wanted, 0)
             for need, examples in needs.items():
                 if asked[need].column != column:

@@ -29,7 +29,7 @@ from vit_mechinterp.engine.results.tensorfiles import (
 )
 from vit_mechinterp.engine.store.keys import Entry, Key
 
-__all__ = ["DiskTier", "Shard"]
+__all__ = ["DiskTier"]
 
 logger = logging.getLogger(__name__)
 

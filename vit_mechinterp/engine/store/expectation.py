@@ -14,7 +14,7 @@ from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.forward import Wanted
 from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
 
-__all__ = ["Expectation", "expectations", "requests_for"]
+__all__ = ["expectations", "requests_for"]
 
 Request = dict[str, dict[Wanted, IntArray]]
 """What is asked for at once: by image column and value, places of the column."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -48,7 +49,6 @@ class Holdings:
 
     Attributes:
         by_image: where values stand that are the same for all examples of an image.
-        imagined: which slots of a value count as stored, because forwards are foreseen that give them.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Holdings:
         self._repeats = self.by_image is not self._by_example
         self._keys: dict[Wanted, Key] = {}
         self._entries: dict[Wanted, Entry] = {}
-        self.imagined: dict[Key, NDArray[np.bool_]] = {}
+        self._imagined: dict[Key, NDArray[np.bool_]] = {}
 
     @property
     def images(self) -> IntArray:
@@ -186,7 +186,7 @@ class Holdings:
         for read, examples in (wanted or dict.fromkeys(self.reads, everyone)).items():
             for own in dict.fromkeys((read, self.whole(read))):
                 entry, slots = self.entry(own), self.slots(own).of
-                if self.imagined and (foreseen := self.imagined.get(self.key(own))) is not None:
+                if self._imagined and (foreseen := self._imagined.get(self.key(own))) is not None:
                     examples = examples[~foreseen[slots[examples]]]
                 if entry is not None:
                     gone = self.tiers.absent(entry, slots[examples])
@@ -195,10 +195,20 @@ class Holdings:
                 found[read] = examples
         return found
 
+    @contextmanager
+    def imagining(self, foreseen: dict[Key, NDArray[np.bool_]]) -> Iterator[None]:
+        """Inside the ``with`` block, slots of values that ``foreseen`` names count as stored, because
+        forwards are foreseen that give them; several columns may imagine together."""
+        self._imagined = foreseen
+        try:
+            yield
+        finally:
+            self._imagined = {}
+
     def imagine(self, read: Wanted, grain: range) -> None:
         """Count a value of a batch of images as stored, because a forward is foreseen that gives it."""
         slots = self.slots(read)
-        imagined = self.imagined.setdefault(self.key(read), np.zeros(len(slots), dtype=np.bool_))
+        imagined = self._imagined.setdefault(self.key(read), np.zeros(len(slots), dtype=np.bool_))
         own = slots.of_images(grain)
         imagined[own.start : own.stop] = True
 

@@ -7,6 +7,7 @@ same bits whether it was stored before, is computed now, or was lost in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,18 +34,27 @@ class Source:
 
     Args:
         holdings: what is stored of it.
-        tick: called with the number of (row, block) pairs of every forward.
     """
 
-    def __init__(self, holdings: Holdings, tick: Tick = lambda n: None) -> None:
+    def __init__(self, holdings: Holdings) -> None:
         self.holdings = holdings
         self.tiers, self.vit, self.data = holdings.tiers, holdings.vit, holdings.data
-        self.tick = tick
+        self._tick: Tick = _uncounted
         self._give_back = GivingBack(self.tiers.free)
         kind = self.vit.device.type
         # What is computed later, outside of this autocast or within another, is the same all the same.
         self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._expected: dict[Wanted, NDArray[np.bool_]] = {}
+
+    @contextmanager
+    def counting(self, tick: Tick) -> Iterator[None]:
+        """Inside the ``with`` block, ``tick`` is called with the number of (row, block) pairs of every
+        forward."""
+        self._tick = tick
+        try:
+            yield
+        finally:
+            self._tick = _uncounted
 
     def expect(self, wanted: Mapping[Wanted, IntArray]) -> None:
         """Say what will be asked for, of which examples. A forward that is needed for some of it then gives
@@ -157,7 +167,7 @@ class Source:
                 {layer for read in reads for layer in self.holdings.key(read).explicit},
                 self.holdings.dtype,
             )
-        self.tick(len(batch) * blocks)
+        self._tick(len(batch) * blocks)
         return values
 
     def _rows(self, read: Wanted, batch: range) -> Rows:
@@ -168,6 +178,10 @@ class Source:
         if len(own) == len(batch):
             return Rows(slice(0, len(batch)), examples)
         return Rows(self.holdings.by_image.of[examples] - batch.start, examples)
+
+
+def _uncounted(n: int) -> None:
+    """Forwards that nobody counts."""
 
 
 def _copy(entry: Entry, given: range, value: Tensor, wanted: IntArray, out: Tensor) -> None:

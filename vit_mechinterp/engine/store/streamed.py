@@ -10,14 +10,14 @@ from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.binding.values import Need, Values
-from vit_mechinterp.engine.forwards.clean import Clean
+from vit_mechinterp.engine.forwards.clean import Clean, Tick
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.clean import StoredClean
 
-__all__ = ["StreamedValues", "streamed"]
+__all__ = ["streamed"]
 
 
-class StreamedValues(Values):
+class _StreamedValues(Values):
     """What one read gives, read from the store for the examples that are asked for."""
 
     def __init__(self, stored: StoredClean, schedule: Schedule, need: Need) -> None:
@@ -40,9 +40,10 @@ class StreamedValues(Values):
         return self.in_memory(examples).rows(examples, tokens=tokens)
 
 
-def streamed(stored: StoredClean, schedule: Schedule) -> Clean:
+def streamed(stored: StoredClean, schedule: Schedule, tick: Tick) -> Clean:
     """Everything that a schedule needs, computed and kept by the store, to be read from there."""
     for source in stored.sources.values():
-        source.fill()
+        with source.counting(tick):
+            source.fill()
     needs = schedule.needs.of(range(schedule.n_examples))
-    return Clean({need: StreamedValues(stored, schedule, need) for need in needs})
+    return Clean({need: _StreamedValues(stored, schedule, need) for need in needs})

@@ -248,8 +248,6 @@ def _clean(
     stored = StoredClean(store.tiers, vit, data, schedule, schedule.width)
     found = (_streamed if streams else _held)(stored, vit, data, schedule, tick)
     store.tiers.flush()
-    for source in stored.sources.values():
-        source.tick = lambda n: None
     return found
 
 
@@ -265,10 +263,8 @@ def _streamed(
     stored: StoredClean, vit: HookedViT, data: Data, schedule: Schedule, tick: Tick
 ) -> CleanAndMeans:
     """Clean values that stay in a store, and dataset means of a few at a time."""
-    for source in stored.sources.values():
-        source.tick = tick
     with data.ahead(stored.requests(schedule, [range(data.n)])):
-        clean = streamed(stored, schedule)
+        clean = streamed(stored, schedule, tick)
     few = replace(schedule, chunk=min(schedule.width, data.n))
     return clean, stored.means(vit, data, few, tick)
 
