@@ -22,6 +22,7 @@ from vit_mechinterp import ActivationStore
 from vit_mechinterp.engine.store import disk, holdings, source, tiers
 from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.store.memory import Block
+from vit_mechinterp.engine.store.reading import read_items
 from vit_mechinterp.errors import DataError, ExecutionError, SpecError, UnsupportedSiteError
 
 
@@ -117,7 +118,7 @@ def test_parts_of_a_block_come_from_several_memories() -> None:
     beside = Block(values.clone(), values, np.array([False, False, False, True, True, False]))
     own.outgoing.blocks[entry.key.name, 0] = beside
     out = torch.full((5, 3), -1.0)
-    absent = own.read(entry, np.array([4, 1, 2, 0, 3]), out)
+    absent = read_items(own, entry, np.array([4, 1, 2, 0, 3]), out)
     assert absent.tolist() == [2]
     expected = values[[4, 1, 2, 0, 3]]
     expected[2] = -1

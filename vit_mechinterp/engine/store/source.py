@@ -19,6 +19,7 @@ from vit_mechinterp.engine.binding.values import ColumnOrigin, Read, by_token, c
 from vit_mechinterp.engine.store.forward import Rows, Wanted, clean_forward, stop_behind
 from vit_mechinterp.engine.store.holdings import Holdings
 from vit_mechinterp.engine.store.keys import Entry
+from vit_mechinterp.engine.store.reading import read_items
 from vit_mechinterp.model.heap import GivingBack
 
 __all__ = ["Source"]
@@ -77,7 +78,7 @@ class Source:
             if entry is not None:
                 own = slots.of[examples]
                 found[read] = self._empty(entry, own)
-                absent = slots.examples[self.tiers.read(entry, own, found[read])]
+                absent = slots.examples[read_items(self.tiers, entry, own, found[read])]
             if len(absent) and read is not None and (whole := self._from_whole(read, examples)) is not None:
                 found[read] = whole
             elif len(absent):
@@ -115,7 +116,7 @@ class Source:
             once, which = self.holdings.stored_once(whole, part)
             slots = self.holdings.slots(whole).of[once]
             values = self._empty(entry, slots)
-            if len(self.tiers.read(entry, slots, values)):
+            if len(read_items(self.tiers, entry, slots, values)):
                 return None
             rows = contiguous(which)
             selected = which if rows is None else rows

@@ -1,4 +1,4 @@
-"""Where a block of activations is, in a GPU's memory, the host's, or on disk, and how it moves."""
+"""Where blocks of activations are, in a GPU's memory, the host's, or on disk, and how they fill up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
-from vit_mechinterp.engine.store.copying import copy_items, pick
 from vit_mechinterp.engine.store.disk import DiskTier
 from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier, Unfinished
@@ -29,9 +28,6 @@ was freed and not returned."""
 
 class Tiers:
     """The three tiers of a store, inclusive: a block in a faster one may be in the slower ones as well.
-
-    Reading moves a block up if at least half of it is wanted, or if there is free room, so that single rows
-    drawn at random do not drive out what is used.
 
     Args:
         folder: folder of the disk tier, or None.
@@ -51,7 +47,8 @@ class Tiers:
         self._entries: dict[Key, Entry] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def _gpu(self, device: torch.device) -> MemoryTier | None:
+    def gpu(self, device: torch.device) -> MemoryTier | None:
+        """The tier of a GPU's memory; None for the host, or where it is left out."""
         if device.type != "cuda" or self.gpu_budget == 0:
             return None
         if device not in self.gpus:
@@ -78,7 +75,7 @@ class Tiers:
         """Hold so much less in a device's memory from then on, at most half of its budget, for the images
         that pass through the model: the least recently used blocks leave."""
         with self.lock:
-            tier = self._gpu(device) if device.type == "cuda" else self.host
+            tier = self.gpu(device) if device.type == "cuda" else self.host
             if tier is not None:
                 waiting = 0 if device.type == "cuda" else self.host_budget // _WAITING
                 budget = self._budget(device)
@@ -133,7 +130,7 @@ class Tiers:
 
     def _put(self, entry: Entry, number: int, part: range, piece: Tensor) -> None:
         name = entry.key.name, number
-        gpu = self._gpu(piece.device)
+        gpu = self.gpu(piece.device)
         if gpu is not None:
             alone = not self.outgoing.writes and self.host.budget == 0
             unfinished: Unfinished = "any" if alone else "none"
@@ -201,112 +198,16 @@ class Tiers:
         """Which of some slots of one block are somewhere."""
         name, local = (entry.key.name, number), slots - number * entry.block
         held = np.zeros(len(local), dtype=np.bool_)
-        for block in self._in_memory(name):
+        for block in self.in_memory(name):
             held |= block.have[local]
         if not held.all() and self.disk is not None and self.disk.has(entry, number):
             held[:] = True
         return held
 
-    def _in_memory(self, name: BlockName) -> list[Block]:
+    def in_memory(self, name: BlockName) -> list[Block]:
         """A block wherever it is but on disk, which does not count as use."""
         found = [tier.peek(name) for tier in (*self.gpus.values(), self.host)]
         return [block for block in (*found, self.outgoing.get(name)) if block is not None]
-
-    def read(self, entry: Entry, slots: IntArray, out: Tensor) -> IntArray:
-        """Write items of some slots into ``out [item, *shape]``; return the slots that are absent."""
-        with self.lock:
-            numbers = slots // entry.block
-            order = np.argsort(numbers, kind="stable")
-            counts = entry.counts(slots)
-            begins = np.cumsum(counts) - counts
-            absent: list[IntArray] = []
-            for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-                here, places = slots[where], where
-                if entry.starts is not None:
-                    own = counts[where]
-                    places = np.arange(int(own.sum())) + np.repeat(begins[where] - np.cumsum(own) + own, own)
-                number = int(numbers[where[0]])
-                if not self._copy_out(entry, number, here, out, places):
-                    absent.append(self._copy_part(entry, number, here, out, places))
-            return np.concatenate(absent) if absent else slots[:0]
-
-    def _copy_out(self, entry: Entry, number: int, slots: IntArray, out: Tensor, places: IntArray) -> bool:
-        """Put the items of some slots of one block into places of ``out``, from the fastest tier that has
-        all of them; False if none has."""
-        name, own, device = (entry.key.name, number), entry.slots(number), out.device
-        local = slots - own.start
-        items = local if entry.starts is None else entry.items(slots) - entry.span(own).start
-        many = 2 * len(set(slots.tolist())) >= len(own)
-        gpu = self._gpu(device)
-        if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
-            copy_items(block.tensor, items, out, places)
-            block.copies(torch.cuda.current_stream(device))
-            return True
-        block = self.host.get(name) or self.outgoing.get(name)
-        if block is None or not block.have[local].all():
-            block = self._load(entry, number, evict=many)
-        if block is None:
-            source = self._elsewhere(entry, number, slots)
-            if source is not None:
-                copy_items(source, items, out, places)
-            return source is not None
-        block.settle()
-        if gpu is not None and (higher := gpu.make(entry, number, evict=many)) is not None:
-            higher.tensor.copy_(block.tensor, non_blocking=True)
-            higher.have[:] = block.have
-            block.copies(torch.cuda.current_stream(device))
-            copy_items(higher.tensor, items, out, places)
-        elif device.type == "cuda":
-            found = pick(block.tensor, items)
-            pinned = found if found.is_pinned() else found.pin_memory()
-            copy_items(pinned.to(device, non_blocking=True), np.arange(len(items)), out, places)
-            block.copies(torch.cuda.current_stream(device))
-        else:
-            copy_items(block.tensor, items, out, places)
-        return True
-
-    def _copy_part(
-        self, entry: Entry, number: int, slots: IntArray, out: Tensor, places: IntArray
-    ) -> IntArray:
-        """The same from a block that is still filling up, as far as it goes; return the slots that are
-        absent."""
-        own = entry.slots(number)
-        for block in self._in_memory((entry.key.name, number)):
-            have = block.have[slots - own.start]
-            if have.any():
-                block.settle()
-                items, here = entry.items(slots[have]) - entry.span(own).start, entry.counts(slots)
-                copy_items(block.tensor, items, out, places[np.repeat(have, here)])
-                places, slots = places[np.repeat(~have, here)], slots[~have]
-        return slots
-
-    def _load(self, entry: Entry, number: int, *, evict: bool) -> Block | None:
-        """Move a block from disk into the host's memory, every slot of it checked."""
-        shard = None if self.disk is None else self.disk.open(entry, number)
-        if shard is None or self.disk is None:
-            return None
-        block = self.host.make(entry, number, evict=evict)
-        if block is None:
-            return None
-        own = entry.slots(number)
-        if not self.disk.sound(shard, entry, number, np.arange(own.start, own.stop)):
-            self.host.drop((entry.key.name, number))
-            return None
-        block.tensor.copy_(shard.values)
-        block.have[:] = True
-        block.saved = True
-        return block
-
-    def _elsewhere(self, entry: Entry, number: int, slots: IntArray) -> Tensor | None:
-        """A block straight from the disk, or on a GPU where no host memory was given."""
-        name, local = (entry.key.name, number), slots - entry.slots(number).start
-        for tier in self.gpus.values():
-            if tier.has(name, local) and (block := tier.get(name)) is not None:
-                return block.tensor
-        shard = None if self.disk is None else self.disk.open(entry, number)
-        if shard is None or self.disk is None or not self.disk.sound(shard, entry, number, slots):
-            return None
-        return shard.values
 
     def usage(self) -> dict[str, int]:
         """Bytes held by tier."""
