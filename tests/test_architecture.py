@@ -40,6 +40,7 @@ ORDER = (
 # So do the folders of the engine; a module that stands beside them may be imported by those that come after it.
 ENGINE_ORDER = (
     "arrays",
+    "files",
     "inputs",
     "binding",
     "reduction",

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vit_mechinterp as vmi
 from vit_mechinterp.engine import prepare
+from vit_mechinterp.model.heap import give_back
 
 BUDGET = 64 * 1024**2
 SIDE = 128
@@ -83,11 +84,33 @@ def wide(folder: Path) -> dict[str, Any]:
     return {"risen": risen / budget, "pixels": n * 3 * SIDE * SIDE * 4 / budget, "activations": kept / budget}
 
 
+def small() -> dict[str, Any]:
+    """Many runs under a budget of few megabytes, in a process that has worked without one before, and so has much free
+    memory between its tensors."""
+    budget, n = 16 * 1024**2, 400
+    module = VisionTransformer(img_size=SIDE, patch_size=8, embed_dim=96, depth=3, num_heads=3, num_classes=5)
+    vit = vmi.wrap(module.eval())
+    tokens: list[Any] = [[0, 5], [0], [7, 8, 9], "all"]
+    swaps = [vmi.Interchange(site=f"blocks.{k}.resid_post", tokens=own, source="source") for k in range(3) for own in tokens]
+    runs = [vmi.Run(name=f"run{k}", interventions=[swap]) for k, swap in enumerate(swaps)]
+
+    def work(n: int, memory: int | None) -> None:
+        vmi.execute(vit, runs, {"base": Lazy(n, 1), "source": Lazy(n, 2)}, memory=memory, progress=False)
+
+    work(40, None)
+    give_back()
+    risen = peak_of(lambda: work(n, budget))
+    pixels, tokens_of_all = 2 * n * 3 * SIDE * SIDE * 4, n * 257 * 96 * 4 * len(runs) * 3
+    return {"risen": risen / budget, "pixels": pixels / budget, "activations": tokens_of_all / budget}
+
+
 def main(folder: Path, what: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if what == "wide":
         return wide(folder)
+    if what == "small":
+        return small()
     module = VisionTransformer(img_size=SIDE, patch_size=16, embed_dim=24, depth=3, num_heads=3, num_classes=5)
     vit = vmi.wrap(module.eval())
     held = sum(int(torch.Size(vit.sites()[name].shape).numel()) for name in vit.expand(SITES)) * 4

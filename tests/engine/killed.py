@@ -19,8 +19,8 @@ import torch
 from tests.engine.experiments import DOCUMENTS, N, assert_same_bits, cut_small
 from tests.engine.world import World
 from tests.tiny_models import TIMM_PLAIN
+from vit_mechinterp.engine.files.tensorfiles import TensorWriter
 from vit_mechinterp.engine.results import resume
-from vit_mechinterp.engine.results.tensorfiles import TensorWriter
 
 
 def run(world: World, folder: Path | None) -> Any:

@@ -20,7 +20,7 @@ from tests.engine.stores import N, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.results.tensorfiles import TensorWriter
+from vit_mechinterp.engine.files.tensorfiles import TensorWriter
 from vit_mechinterp.engine.store import holdings
 
 SITES = ["embed", "blocks.*.resid_post"]

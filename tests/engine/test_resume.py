@@ -20,7 +20,7 @@ from tests.engine.stopped import run, stopped
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import Results
-from vit_mechinterp.engine.results.sealed import open_document, seal_document
+from vit_mechinterp.engine.files.sealed import open_document, seal_document
 from vit_mechinterp.errors import ExecutionError
 
 pytestmark = pytest.mark.usefixtures("small_chunks")

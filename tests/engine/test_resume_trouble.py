@@ -17,9 +17,10 @@ from tests.engine.experiments import DOCUMENTS, assert_same_bits
 from tests.engine.stopped import run, stopped
 from tests.engine.world import World
 from vit_mechinterp import Results
-from vit_mechinterp.engine.results import begun, resume, sealed
-from vit_mechinterp.engine.results.sealed import open_document, seal_document
-from vit_mechinterp.engine.results.tensorfiles import read_tensors
+from vit_mechinterp.engine.files import sealed
+from vit_mechinterp.engine.files.sealed import open_document, seal_document
+from vit_mechinterp.engine.files.tensorfiles import read_tensors
+from vit_mechinterp.engine.results import begun, resume
 from vit_mechinterp.errors import ExecutionError
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -167,7 +168,7 @@ def test_a_full_disk_is_said_and_survived(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vit_mechinterp.engine.results.tensorfiles.TensorWriter.write", full)
+        patch.setattr("vit_mechinterp.engine.files.tensorfiles.TensorWriter.write", full)
         with pytest.raises(ExecutionError, match=r"No space left on device\. Choose another folder, or make room"):
             run(world, tmp_path)
     assert_same_bits(run(world, tmp_path), whole)
@@ -244,7 +245,7 @@ def test_a_chunk_that_another_process_removes_while_it_is_opened_is_missing(
     """The other has joined all chunks by then, so this is no damage."""
     from safetensors.torch import save_file
 
-    from vit_mechinterp.engine.results.tensorfiles import read_tensors
+    from vit_mechinterp.engine.files.tensorfiles import read_tensors
 
     path = tmp_path / "chunk.safetensors"
     save_file({"outputs": torch.ones(3)}, path)

@@ -21,7 +21,7 @@ from tests.engine.stores import N, blocks_of, captured, native
 from tests.engine.world import Counted, World
 from tests.tiny_models import TIMM_PLAIN
 from vit_mechinterp import ActivationStore
-from vit_mechinterp.engine.results.tensorfiles import first_come
+from vit_mechinterp.engine.files.tensorfiles import first_come
 from vit_mechinterp.engine.store import disk, source
 from vit_mechinterp.engine.store.memory import Block
 from vit_mechinterp.engine.store.writer import Writer

@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_is_left_out(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vit_mechinterp.engine.results.tensorfiles.TensorWriter.write", full)
+    monkeypatch.setattr("vit_mechinterp.engine.files.tensorfiles.TensorWriter.write", full)
     with ActivationStore(tmp_path) as store, caplog.at_level(logging.WARNING):
         view = captured(store, world, "pooled")
         assert torch.equal(view["pooled"][:], native(world)["pooled"])
@@ -235,7 +235,7 @@ def test_files_are_read_past_a_disk_that_is_full(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vit_mechinterp.engine.results.tensorfiles.TensorWriter.write", full)
+    monkeypatch.setattr("vit_mechinterp.engine.files.tensorfiles.TensorWriter.write", full)
     with ActivationStore(tmp_path, host=host) as store:
         other = captured(store, world, sites[1])
         with Counted(world.module) as counted:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.results.tensorfiles import replacing, sweep
+from vit_mechinterp.engine.files.tensorfiles import replacing, sweep
 from vit_mechinterp.errors import ExecutionError
 from vit_mechinterp.spec.digest import digest
 

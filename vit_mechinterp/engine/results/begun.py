@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vit_mechinterp.engine.binding.identity import differences
+from vit_mechinterp.engine.files.sealed import open_document, seal_document
+from vit_mechinterp.engine.files.tensorfiles import file_checksum, first_come, sweep
 from vit_mechinterp.engine.results.results import Results
-from vit_mechinterp.engine.results.sealed import open_document, seal_document
-from vit_mechinterp.engine.results.tensorfiles import file_checksum, first_come, sweep
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.errors import ExecutionError, TensorFileError
 from vit_mechinterp.spec.digest import digest

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vit_mechinterp.engine.binding.bound import Bound
 from vit_mechinterp.engine.binding.values import Read
+from vit_mechinterp.engine.files.tensorfiles import read_tensors, writing
 from vit_mechinterp.engine.results.collect import in_native_order
 from vit_mechinterp.engine.results.results import capture_keys, save_document
-from vit_mechinterp.engine.results.tensorfiles import read_tensors, writing
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 
 __all__ = ["capture_names", "join_chunks"]

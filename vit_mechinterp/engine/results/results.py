@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.binding.checks import check_folder
-from vit_mechinterp.engine.results.tensorfiles import file_checksum, read_tensors, replacing, writing
+from vit_mechinterp.engine.files.tensorfiles import file_checksum, read_tensors, replacing, writing
 from vit_mechinterp.errors import TensorFileError, suggest
 from vit_mechinterp.model.cache import BySite
 from vit_mechinterp.spec import Readout

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.binding.values import Read
+from vit_mechinterp.engine.files.sealed import read_sealed, write_sealed
 from vit_mechinterp.engine.forwards.chunk import Collected
 from vit_mechinterp.engine.results.begun import Begun, cutting_of
 from vit_mechinterp.engine.results.claims import in_turn, waited_for
 from vit_mechinterp.engine.results.joining import capture_names, join_chunks
 from vit_mechinterp.engine.results.results import Results
-from vit_mechinterp.engine.results.sealed import read_sealed, write_sealed
 from vit_mechinterp.spec.digest import digest
 
 __all__ = ["FinishedChunks"]

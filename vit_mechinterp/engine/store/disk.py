@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
-from vit_mechinterp.engine.results.sealed import open_document, seal_document
-from vit_mechinterp.engine.results.tensorfiles import (
+from vit_mechinterp.engine.files.sealed import open_document, seal_document
+from vit_mechinterp.engine.files.tensorfiles import (
     checksum,
     first_come,
     read_tensors,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vit_mechinterp.engine.results.tensorfiles import checksum, read_tensors, writing
+from vit_mechinterp.engine.files.tensorfiles import checksum, read_tensors, writing
 from vit_mechinterp.spec.digest import digest
 
 __all__ = ["open_document", "read_sealed", "seal_document", "write_sealed"]
