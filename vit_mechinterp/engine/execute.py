@@ -111,26 +111,27 @@ def execute(
     asked = bind_experiment(vit, runs, data, tensors, batch_size, readout, progress=progress)
     if carry_out is not None:
         return _elsewhere(carry_out, vit, asked, progress)
-    schedule = schedule_for(
-        vit,
-        asked.bound,
-        asked.data,
-        asked.batch_size,
-        memory=memory,
-        tensors=asked.tensors,
-        measure=True,
-        progress=progress,
-        stored=store is not None,
-    )
-    kept: FinishedChunks | None = None
-    if out is not None:
-        identity = identity_of(vit, asked.examples, asked.bound, asked.given)
-        now = {**circumstances(vit), "use of a store": store is not None}
-        begun = Begun(out, identity, now, schedule)
-        if (results := begun.finished()) is not None:
-            return results
-        schedule, kept = begun.schedule, FinishedChunks(begun)
-    return _carried_out(vit, asked, schedule, kept, memory, store, progress)
+    with keeping() if memory is None else thrifty():
+        schedule = schedule_for(
+            vit,
+            asked.bound,
+            asked.data,
+            asked.batch_size,
+            memory=memory,
+            tensors=asked.tensors,
+            measure=True,
+            progress=progress,
+            stored=store is not None,
+        )
+        kept: FinishedChunks | None = None
+        if out is not None:
+            identity = identity_of(vit, asked.examples, asked.bound, asked.given)
+            now = {**circumstances(vit), "use of a store": store is not None}
+            begun = Begun(out, identity, now, schedule)
+            if (results := begun.finished()) is not None:
+                return results
+            schedule, kept = begun.schedule, FinishedChunks(begun)
+        return _carried_out(vit, asked, schedule, kept, memory, store, progress)
 
 
 def _alone(
@@ -172,9 +173,8 @@ def _carried_out(
         clean = StoredClean(store.tiers, vit, data, schedule, asked.batch_size)
         if kept is not None:
             clean.use_rows(kept.begun.decided("store", clean.rows))
-    heap = keeping() if memory is None else thrifty()
     budget = None if memory is None else parse_bytes(memory)
-    with vit.lock, torch.no_grad(), heap, _Bar(vit, schedule, clean, progress) as tick:
+    with vit.lock, torch.no_grad(), _Bar(vit, schedule, clean, progress) as tick:
         work = Work(Setting(vit, data, asked.given, clean, tick), schedule, kept, budget)
         work.carry_out()
     if store is not None:

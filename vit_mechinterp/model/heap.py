@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 __all__ = ["GivingBack", "give_back", "keeping", "keeping_while", "thrifty", "uncollected"]
 
@@ -28,6 +29,9 @@ _LARGEST = 32 * 2**20
 """Up to here glibc raises that limit by itself in a process that frees large blocks."""
 _KEPT, _UNTRIMMED = 256 * 2**20, 2**30
 """In `keeping`, smaller blocks stay in the process, and as much as that behind the last block in use."""
+
+_HOLE, _MOST_HOLES = 2**28, 1024
+"""Bytes of the largest piece of free memory that is taken at once, and most pieces."""
 
 _TUNED_BY = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
 
@@ -54,7 +58,7 @@ def uncollected() -> Iterator[None]:
 
 def give_back() -> None:
     """Return freed memory to the operating system; nothing happens where the C library has no call for it."""
-    trim = _function("malloc_trim", ctypes.c_size_t)
+    trim = _function("malloc_trim", ctypes.c_int, ctypes.c_size_t)
     if trim is not None:
         trim(0)
 
@@ -92,15 +96,54 @@ def _anonymous() -> int:
 def thrifty() -> Iterator[None]:
     """Return large blocks to the operating system as soon as they are freed, for a ``with`` block.
 
+    What lies free between others when it begins is left out: whichever blocks fit would go there, and stay.
+
     Without it, blocks of many sizes leave holes that together take as much as what is alive. Page faults take
     about a tenth more time in exchange. Afterwards the limit is where glibc takes it by itself in a process
     that frees large tensors. Nothing happens in other C libraries, or where the environment sets the limit.
     """
     with _tuned(_thrifty):
+        give_back()
+        holes = _take_holes()
         try:
             yield
         finally:
+            for hole in holes:
+                _function("free", None, ctypes.c_void_p)(hole)
             give_back()
+
+
+class _Use(ctypes.Structure):
+    """What glibc's ``mallinfo2`` says of the heap; ``hblkhd`` are bytes of blocks that stand alone."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+            "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def _take_holes() -> list[int]:
+    """Allocate what is free in the heap in large pieces, largest first, which touches none of it."""
+    use = _function("mallinfo2", _Use)
+    take = _function("malloc", ctypes.c_void_p, ctypes.c_size_t)
+    free = _function("free", None, ctypes.c_void_p)
+    holes: list[int] = []
+    if use is None or _is_tuned():
+        return holes
+    size = _HOLE
+    while size >= _LARGE and len(holes) < _MOST_HOLES:
+        before = use()
+        found = take(size)
+        after = use()
+        if after.uordblks - before.uordblks >= size and after.hblkhd == before.hblkhd:
+            holes.append(found)
+        else:
+            free(found)
+            size //= 2
+    return holes
 
 
 @contextmanager
@@ -138,7 +181,7 @@ def _tuned(users: set[object]) -> Iterator[None]:
 
 def _set_limits() -> None:
     """Set what all who are in a ``with`` block come to, if that has changed."""
-    tune = None if _is_tuned() else _function("mallopt", ctypes.c_int, ctypes.c_int)
+    tune = None if _is_tuned() else _function("mallopt", ctypes.c_int, ctypes.c_int, ctypes.c_int)
     with _lock:
         while tune is not None and (limits := _limits()) != _set[0]:
             _set[0] = limits
@@ -161,13 +204,13 @@ def _is_tuned() -> bool:
 
 
 @cache
-def _function(name: str, *arguments: type) -> Callable[..., int] | None:
-    """A function of glibc; None in other C libraries."""
+def _function(name: str, result: Any = ctypes.c_int, *arguments: type) -> Callable[..., Any] | None:
+    """A function of glibc; None in other C libraries, or in one without it."""
     try:
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018  # only glibc has it
         found = getattr(library, name)
     except (AttributeError, OSError, TypeError):
         return None
-    found.argtypes, found.restype = list(arguments), ctypes.c_int
+    found.argtypes, found.restype = list(arguments), result
     return found  # type: ignore[no-any-return]

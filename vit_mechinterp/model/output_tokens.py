@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ __all__ = ["OutputTokens", "output_tokens"]
 
 _SCALES = (1.0, 1.0, 0.1, 10.0)
 """Sizes of the streams that are tried: a head that saturates at one may hide there what it reads."""
+_NUMBERS = 2**20
+"""Numbers of the streams that are tried in one forward at most, unless one size takes more."""
 _PRECISE, _COARSE = 2e-6, 3e-2
 """How far a narrowed block may be from the whole one, of the largest value: in float32 and float64, and in
 fewer bits."""
@@ -80,23 +83,26 @@ def _read_by_output(vit: HookedViT, special: list[int]) -> tuple[int, ...]:
     others = sorted(set(range(n)) - set(special))
     rows = 2 + len(special)
 
-    def changed(value: Tensor, seed: int, scale: float) -> Tensor:
-        pair = scale * random_streams(2, value, seed)
-        streams = pair[:1].repeat(rows, 1, 1)
-        streams[1, others] = pair[1, others]
-        for row, token in enumerate(special, start=2):
-            streams[row, token] = pair[1, token]
-        return streams
+    def changed(value: Tensor, seeds: range) -> Tensor:
+        streams = value.new_empty(len(seeds), rows, *value.shape[1:])
+        for own, seed in zip(streams, seeds, strict=True):
+            one, other = _SCALES[seed] * random_streams(2, value, seed)
+            own[:] = one
+            own[1, others] = other[others]
+            for row, token in enumerate(special, start=2):
+                own[row, token] = other[token]
+        return streams.flatten(0, 1)
 
-    def streams(value: Tensor) -> Tensor:
-        return torch.cat([changed(value, seed, scale) for seed, scale in enumerate(_SCALES)])
-
-    site = Site(n_layers - 1, "resid_post")
-    found = forward(vit, {site: streams}, range(n_layers), rows * len(_SCALES), ("pooled",))
-    if found is None:
-        return ()
-    several = [own for values in found.values() for own in torch.split(values, rows)]
-    others_are_read, *read = torch.stack([moved(vit, own) for own in several]).any(dim=0)[1:].tolist()
+    several: list[Tensor] = []
+    together = max(1, _NUMBERS // (rows * n * vit.layout.d_model))
+    for first in range(0, len(_SCALES), together):
+        seeds = range(first, min(first + together, len(_SCALES)))
+        site, streams = Site(n_layers - 1, "resid_post"), partial(changed, seeds=seeds)
+        found = forward(vit, {site: streams}, range(n_layers), rows * len(seeds), ("pooled",))
+        if found is None:
+            return ()
+        several += [moved(vit, own) for values in found.values() for own in torch.split(values, rows)]
+    others_are_read, *read = torch.stack(several).any(dim=0)[1:].tolist()
     return () if others_are_read else tuple(token for token, own in zip(special, read, strict=True) if own)
 
 

@@ -131,17 +131,16 @@ class ActivationStore:
         columns = Data(data, vit, progress=progress)
         columns.require(column, "capture")
         reads = _reads(vit, columns, sites, column, tokens, heads)
-        columns.check_images(column)
-        images = image_numbers(columns, [column], progress=progress)[column]
-        asked = rows_by_default(vit) if batch_size == "auto" else batch_size
-        asked = asked if vit.layout.family.one_image is None else 1
-        with tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress) as bar:
+        with thrifty():
+            columns.check_images(column)
+            images = image_numbers(columns, [column], progress=progress)[column]
+            asked = rows_by_default(vit) if batch_size == "auto" else batch_size
+            asked = asked if vit.layout.family.one_image is None else 1
             holdings = Holdings(self.tiers, vit, columns, column, images, reads.values(), asked, dtype)
             self._fit_batch(holdings, adopt=batch_size == "auto")
             source = Source(holdings)
-            with source.counting(bar.update), thrifty():
-                _fill(source)
-        self.tiers.flush()
+            _fill(source, progress)
+            self.tiers.flush()
         self._warn_of_loss(holdings)
         return StoredActivations(source, reads)
 
@@ -223,13 +222,15 @@ def _reads(
     return reads
 
 
-def _fill(source: Source) -> None:
+def _fill(source: Source, progress: bool) -> None:
     """Fill the store; where memory runs out, begin again with half as many images per forward."""
     filled, holdings = False, source.holdings
-    while not filled:
-        batches = ((holdings.column, batch) for batch in holdings.missing_batches())
-        with memory_may_run_out(), source.data.ahead(batches, source.tiers.waiting):
-            source.fill()
-            filled = True
-        if not filled:
-            holdings.use_rows(make_room(min(holdings.rows, len(holdings.by_image))))
+    bar = tqdm(desc="activations", unit="block", unit_scale=True, delay=2.0, disable=not progress)
+    with bar, source.counting(bar.update):
+        while not filled:
+            batches = ((holdings.column, batch) for batch in holdings.missing_batches())
+            with memory_may_run_out(), source.data.ahead(batches, source.tiers.waiting):
+                source.fill()
+                filled = True
+            if not filled:
+                holdings.use_rows(make_room(min(holdings.rows, len(holdings.by_image))))
