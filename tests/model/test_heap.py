@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 import vit_mechinterp as vmi
 from tests.tiny_models import TIMM_PLAIN
@@ -24,7 +25,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     """What the C library is asked for."""
     made: list[tuple[str, tuple[int, ...]]] = []
 
-    def function(name: str, *_: type) -> Callable[..., int]:
+    def function(name: str, *_: type) -> Callable[..., int] | None:
+        if name not in ("mallopt", "malloc_trim"):
+            return None
         return lambda *arguments: made.append((name, arguments)) or 1  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(heap, "_function", function)
@@ -168,3 +171,23 @@ def test_what_a_process_holds_is_its_anonymous_memory() -> None:
     with mmap.mmap(-1, 2**24, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
         pages.write(b"x" * 2**24)
         assert 0.9 < (heap._anonymous() - before) / 2**24 < 2.5
+
+
+@pytest.mark.skipif(heap._function("mallinfo2", heap._Use) is None, reason="this C library does not say what it uses")
+@pytest.mark.parametrize("taken", [True, False])
+def test_large_tensors_stand_alone_though_there_are_holes(taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    use = heap._function("mallinfo2", heap._Use)
+    assert use is not None
+    if heap._is_tuned():
+        pytest.skip("the environment sets the limits")
+    if not taken:
+        monkeypatch.setattr(heap, "_without_holes", nullcontext)
+    with heap.keeping():
+        blocks = [torch.ones(2**18) for _ in range(40)]
+        del blocks[::2]
+        with heap.thrifty():
+            before = use().hblkhd
+            tensors = [torch.ones(2**17) for _ in range(10)]
+            alone = use().hblkhd - before
+        assert all(float(own.min()) == float(own.max()) == 1 for own in [*blocks, *tensors])
+    assert (alone >= 5 * 2**20) == taken

@@ -30,7 +30,7 @@ _LARGEST = 32 * 2**20
 _KEPT, _UNTRIMMED = 256 * 2**20, 2**30
 """In `keeping`, smaller blocks stay in the process, and as much as that behind the last block in use."""
 
-_HOLE, _MOST_HOLES = 2**28, 1024
+_LARGEST_HOLE, _MOST_HOLES = 2**28, 1024
 """Bytes of the largest piece of free memory that is taken at once, and most pieces."""
 
 _TUNED_BY = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
@@ -104,12 +104,10 @@ def thrifty() -> Iterator[None]:
     """
     with _tuned(_thrifty):
         give_back()
-        holes = _take_holes()
         try:
-            yield
+            with _without_holes():
+                yield
         finally:
-            for hole in holes:
-                _function("free", None, ctypes.c_void_p)(hole)
             give_back()
 
 
@@ -125,25 +123,30 @@ class _Use(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _take_holes() -> list[int]:
-    """Allocate what is free in the heap in large pieces, largest first, which touches none of it."""
-    use = _function("mallinfo2", _Use)
+@contextmanager
+def _without_holes() -> Iterator[None]:
+    """Take what is free in the heap, in large pieces, for a ``with`` block, so that large tensors stand alone
+    and go back. Nobody writes there, so it takes no memory."""
+    use = None if _is_tuned() else _function("mallinfo2", _Use)
     take = _function("malloc", ctypes.c_void_p, ctypes.c_size_t)
     free = _function("free", None, ctypes.c_void_p)
+    if use is None or take is None or free is None:
+        yield
+        return
     holes: list[int] = []
-    if use is None or _is_tuned():
-        return holes
-    size = _HOLE
+    size = _LARGEST_HOLE
     while size >= _LARGE and len(holes) < _MOST_HOLES:
-        before = use()
-        found = take(size)
-        after = use()
+        before, found, after = use(), take(size), use()
         if after.uordblks - before.uordblks >= size and after.hblkhd == before.hblkhd:
             holes.append(found)
-        else:
+        else:  # it stands alone, or another C library has given it
             free(found)
             size //= 2
-    return holes
+    try:
+        yield
+    finally:
+        for hole in holes:
+            free(hole)
 
 
 @contextmanager
