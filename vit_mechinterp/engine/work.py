@@ -44,6 +44,7 @@ class Work:
     ) -> None:
         self.setting, self.kept = setting, kept
         self.data, self.clean = setting.data, setting.clean
+        self._is_thrifty = budget is not None
         self._most_ahead: int | None = None
         if budget is not None:
             self._most_ahead = budget // _AHEAD
@@ -75,7 +76,8 @@ class Work:
             return {}
         with nullcontext() if self.kept is None else self.kept.computing_means() as known:
             self.clean.expect(self.schedule, self._waiting, means=known is None)
-            means: Mapping[Read, Tensor] | None = known
+            device = self.setting.vit.device  # what was read from a file is on the CPU
+            means = None if known is None else {read: mean.to(device) for read, mean in known.items()}
             while means is None:
                 batches = self._requests(self.schedule.chunks, self.schedule.reads.means)
                 with memory_may_run_out(), self.data.ahead(batches, self._most_ahead):
@@ -95,7 +97,7 @@ class Work:
         else:
             self.kept.add(chunk, part, self.schedule.width, self.halvings)
         del part  # or it would be held while memory is given back
-        if self._most_ahead is not None:
+        if self._is_thrifty:
             give_back()
 
     def _earlier(self, run: str, examples: IntArray) -> Tensor:

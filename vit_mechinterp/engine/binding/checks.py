@@ -55,6 +55,8 @@ def check_folder(folder: Any, name: str) -> None:
     """Raise SpecError unless this is a path, or None."""
     if folder is not None and not isinstance(folder, (str, PathLike)):
         raise SpecError(f"{name} is the path of a folder or None, not {type(folder).__name__}.")
+    if folder is not None and "\0" in str(folder):
+        raise SpecError(f"{name} is no path: {str(folder)!r} holds a null character.")
     if folder == "":
         raise SpecError(f"{name} is an empty path; name a folder, '.' for the current one.")
 

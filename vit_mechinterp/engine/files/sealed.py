@@ -34,22 +34,24 @@ def open_document(text: bytes) -> dict[str, Any] | None:
         return None
 
 
-def write_sealed(path: Path, tensors: Mapping[str, Tensor], **words: Any) -> None:
-    """Write tensors, some words about them, and checksums of both.
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], of: str, **words: Any) -> None:
+    """Write tensors, what they are of, some words about them, and checksums of all.
 
     Raises:
         OSError: the file cannot be written.
     """
     layout = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
-    metadata = {key: str(value) for key, value in words.items()}
+    metadata = {"of": of, **{key: str(value) for key, value in words.items()}}
     with writing(path, layout, {**metadata, "seal": _seal(tensors, metadata)}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
 
-def read_sealed(path: Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """The tensors of a file, mapped, and the words about them; None if it is not there, or is damaged: then
-    it is removed with a warning. Without ``check`` no checksum is looked at.
+def read_sealed(
+    path: Path, of: str, *, check: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors of a file, mapped, and the words about them; None if it is not there, or is damaged, or of
+    something else: then it is removed with a warning. Without ``check`` no checksum is looked at.
 
     Raises:
         OSError: it cannot be read, whatever it holds; it stays.
@@ -61,7 +63,7 @@ def read_sealed(path: Path, *, check: bool = True) -> tuple[dict[str, Tensor], d
     try:
         tensors, metadata = read_tensors(path)
         seal = metadata.pop("seal")
-        sound = not check or seal == _seal(tensors, metadata)
+        sound = metadata["of"] == of and (not check or seal == _seal(tensors, metadata))
     except FileNotFoundError:
         return None
     except (SafetensorError, ValueError, LookupError):

@@ -185,7 +185,8 @@ class Begun:
             if said.pop("digest") == digest(said) and said["checksum"] == file_checksum(tensors):
                 return Results.load(self.results)
         logger.warning("The results in %s are damaged, or some are gone; they are made anew.", self.results)
-        document.unlink(missing_ok=True)
+        with self.disk():
+            document.unlink(missing_ok=True)
         return None
 
 

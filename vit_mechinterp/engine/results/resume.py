@@ -57,6 +57,10 @@ class FinishedChunks:
         """
         return in_turn(waiting, self.has, self._can_begin, self.begun.is_done, self._lock)
 
+    def _name(self, chunk: range | None) -> str:
+        """What the file of a chunk, or of the dataset means, is of."""
+        return f"{self.begun.digest}, {'means' if chunk is None else f'{chunk.start} to {chunk.stop - 1}'}"
+
     def _lock(self, chunk: range | None) -> Path:
         return self.path(chunk).with_suffix(".lock")
 
@@ -103,7 +107,7 @@ class FinishedChunks:
         self, chunk: range | None, *, check: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         with self.begun.disk(reading=True):
-            return read_sealed(self.path(chunk), check=check)
+            return read_sealed(self.path(chunk), self._name(chunk), check=check)
 
     def add(self, chunk: range, part: Collected, width: int, halvings: int) -> None:
         """Keep what a chunk gave."""
@@ -115,7 +119,7 @@ class FinishedChunks:
             if counts is not None:
                 tensors[f"counts.{key}"] = torch.tensor(counts, dtype=torch.int64)
         with self.begun.disk():
-            write_sealed(self.path(chunk), tensors, width=width, halvings=halvings)
+            write_sealed(self.path(chunk), tensors, self._name(chunk), width=width, halvings=halvings)
         self._checked[chunk] = True
 
     def means(self) -> dict[Read, Tensor] | None:
@@ -135,7 +139,7 @@ class FinishedChunks:
         tensors = {f"mean.{n}": means[read].cpu() for n, read in enumerate(self.schedule.reads.means)}
         if tensors:
             with self.begun.disk():
-                write_sealed(self.path(None), tensors)
+                write_sealed(self.path(None), tensors, self._name(None))
 
     def finish(self, labels: Mapping[str, Sequence[int]], provenance: Mapping[str, Any]) -> Results:
         """Join the chunks into the file of results, one at a time; the chunks' own files are removed.

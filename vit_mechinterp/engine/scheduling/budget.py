@@ -18,5 +18,7 @@ def budget_of(vit: HookedViT) -> int:
     """Bytes held beside the model."""
     if vit.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(vit.device)
-        return int(SHARE * free)
+        # What torch keeps of freed memory is free: a second call has the budget of the first.
+        kept = torch.cuda.memory_reserved(vit.device) - torch.cuda.memory_allocated(vit.device)
+        return int(SHARE * (free + kept))
     return BUDGET

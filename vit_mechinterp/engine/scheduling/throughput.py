@@ -69,7 +69,7 @@ def measured_width(vit: HookedViT, most: int, block_evaluations: int) -> int | N
         return None
     try:
         times = {width: _seconds_per_row(vit, width) for width in widths}
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError):  # out of memory on a GPU, or on the host
         return None
     best = min(times.values())
     # Wider batches mean fewer launches, so the widest of those that are as good as the best is taken.

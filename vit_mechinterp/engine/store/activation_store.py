@@ -24,7 +24,7 @@ from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
-from vit_mechinterp.engine.store.batch import image_bytes, rows_by_default
+from vit_mechinterp.engine.store.batch import image_bytes, kept_bytes, rows_by_default
 from vit_mechinterp.engine.store.holdings import Holdings
 from vit_mechinterp.engine.store.source import Source
 from vit_mechinterp.engine.store.tiers import Tiers
@@ -155,7 +155,19 @@ class ActivationStore:
             holdings.use_rows(most)
             if adopt:
                 holdings.adopt_rows(most)
+        self._warn_of_little(image + kept_bytes(vit, holdings.reads, holdings.dtype), vit.device)
         self.tiers.leave_room(image * min(holdings.rows, most), vit.device)
+
+    def _warn_of_little(self, least: int, device: torch.device) -> None:
+        budget, name = self.tiers.budget_on(device), "gpu" if device.type == "cuda" else "host"
+        if 0 < budget < least:
+            logger.warning(
+                "%s=%s is little: an image that passes through the model, and what is kept of it, take %s "
+                "all the same. Give it more.",
+                name,
+                in_words(budget),
+                in_words(least),
+            )
 
     def _warn_of_loss(self, holdings: Holdings) -> None:
         lost = max((len(examples) for examples in holdings.absent().values()), default=0)
@@ -179,9 +191,19 @@ class ActivationStore:
         self.tiers.close()
 
     def clear(self) -> None:
-        """Forget everything, files included."""
+        """Forget everything, files included.
+
+        Raises:
+            ExecutionError: a file cannot be removed.
+        """
         self.tiers.close()
-        self.tiers.forget()
+        try:
+            self.tiers.forget()
+        except OSError as error:
+            raise ExecutionError(
+                f"Activations in {self.folder} cannot be removed: {error.strerror or error}. What is left of "
+                "them can still be read; make the folder writable to remove it."
+            ) from None
 
     def __enter__(self) -> ActivationStore:
         return self

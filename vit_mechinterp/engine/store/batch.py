@@ -10,7 +10,7 @@ from vit_mechinterp.engine.scheduling.footprint import forward_size, read_size
 from vit_mechinterp.engine.store.forward import Wanted
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["image_bytes", "rows_by_default"]
+__all__ = ["image_bytes", "kept_bytes", "rows_by_default"]
 
 
 def rows_by_default(vit: HookedViT) -> int:
@@ -25,6 +25,11 @@ def rows_by_default(vit: HookedViT) -> int:
 def image_bytes(vit: HookedViT, reads: Collection[Wanted], dtype: torch.dtype) -> int:
     """Bytes that an image takes on its way through the model, with what is kept of it until it is stored."""
     element = torch.finfo(vit.dtype).bits // 8
-    kept = [read for read in reads if read is not None]
-    size = element * forward_size(vit, [read.site for read in kept])
-    return size + max(element, dtype.itemsize) * sum(read_size(vit, read) for read in kept)
+    sites = [read.site for read in reads if read is not None]
+    return element * forward_size(vit, sites) + kept_bytes(vit, reads, dtype)
+
+
+def kept_bytes(vit: HookedViT, reads: Collection[Wanted], dtype: torch.dtype) -> int:
+    """Bytes that are kept of an image."""
+    size = max(torch.finfo(vit.dtype).bits // 8, dtype.itemsize)
+    return size * sum(read_size(vit, read) for read in reads if read is not None)

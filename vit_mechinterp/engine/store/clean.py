@@ -122,24 +122,26 @@ class StoredClean(CleanPass):
     def expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> None:
         """Be told which chunks will be asked for, and whether dataset means will be before: where the store
         can hold it until then, one forward gives all that any of them needs of an image."""
-        self._expect(schedule, chunks, means=means)
+        for source, forms in self._held(schedule, chunks, means=means) or ():
+            source.expect(forms)
 
-    def _expect(self, schedule: Schedule, chunks: Iterable[range], *, means: bool) -> bool:
-        """The same; whether the store can hold it."""
+    def _held(
+        self, schedule: Schedule, chunks: Iterable[range], *, means: bool
+    ) -> list[tuple[Source, dict[Wanted, IntArray]]] | None:
+        """What will be asked for of every source, if the store can hold all of it; else None."""
         images = {column: source.holdings.images for column, source in self.sources.items()}
         found = expectations(requests_for(schedule, chunks, means=means), images)
         wanted = [(self.sources[column], own.wanted) for column, own in found.items()]
         needed = sum(in_pages(source.holdings.nbytes(form)) for source, forms in wanted for form in forms)
         in_order = all(own.in_order for own in found.values())
-        holds = self.tiers.holds(needed, self.device, in_order=in_order)
-        for source, forms in wanted if holds else ():
-            source.expect(forms)
-        return holds
+        return wanted if self.tiers.holds(needed, self.device, in_order=in_order) else None
 
     def forecast(self, schedule: Schedule) -> Forecast:
         """The clean forwards that a schedule needs, as the store is, if it loses nothing meanwhile."""
         means = schedule.needs.means_come_first
-        holds = self._expect(schedule, schedule.chunks, means=means)
+        held = self._held(schedule, schedule.chunks, means=means)
+        for source, forms in held or ():
+            source.expect(forms, keep=False)
         foreseen: dict[Key, BoolArray] = {}  # columns of the same distinct images share what is stored
         with ExitStack() as stack:
             for source in self.sources.values():
@@ -150,7 +152,7 @@ class StoredClean(CleanPass):
                 for column, wanted in request.items()
                 for forward in self.sources[column].foresee(wanted)
             ]
-        return Forecast(forwards, holds)
+        return Forecast(forwards, held is not None)
 
     def requests(
         self, schedule: Schedule, chunks: Iterable[range], reads: Sequence[Read] | None = None

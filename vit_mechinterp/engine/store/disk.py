@@ -296,9 +296,10 @@ class DiskTier:
 
 
 def _said(entry: Entry, block: int) -> str:
-    """What a file says of the slots that it holds: blocks of other sizes have the same names."""
+    """What a file says of the slots that it holds: blocks of other sizes, and of other entries, have the same
+    names."""
     slots = entry.slots(block)
-    return f"{slots.start} to {slots.stop - 1}"
+    return f"{slots.start} to {slots.stop - 1} of {entry.key.name}"
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -57,6 +57,11 @@ class Block:
         under_way = [own for own in self.copying if not own.query()]  # type: ignore[no-untyped-call]
         self.copying = [*under_way, event]
 
+    def wait_on(self, stream: torch.cuda.Stream) -> None:
+        """Let what a stream does from then on wait for the copies that are under way."""
+        for event in tuple(self.copying):
+            stream.wait_event(event)
+
     def settle(self) -> None:
         """Wait until no copy is under way that was noted before, whoever else waits for it."""
         for event in tuple(self.copying):
@@ -149,7 +154,7 @@ class MemoryTier:
                 pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 return torch.frombuffer(pages, dtype=torch.uint8)
             return torch.empty(size, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
-        except (OSError, MemoryError, torch.OutOfMemoryError):
+        except (OSError, MemoryError, RuntimeError):  # of a GPU, or of memory that cannot be page-locked
             return None
 
     def shrink(self, budget: int) -> None:

@@ -49,8 +49,10 @@ def _copy_out(
     many = 2 * len(set(slots.tolist())) >= len(own)
     gpu = tiers.gpu(device)
     if gpu is not None and gpu.has(name, local) and (block := gpu.get(name)) is not None:
+        stream = torch.cuda.current_stream(device)
+        block.wait_on(stream)
         copy_items(block.tensor, items, out, places)
-        block.copies(torch.cuda.current_stream(device))
+        block.copies(stream)
         return True
     block = tiers.host.get(name) or tiers.outgoing.get(name)
     if block is None or not block.have[local].all():
@@ -62,10 +64,12 @@ def _copy_out(
         return source is not None
     block.settle()
     if gpu is not None and (higher := gpu.make(entry, number, evict=many)) is not None:
+        stream = torch.cuda.current_stream(device)
         higher.tensor.copy_(block.tensor, non_blocking=True)
         higher.have[:] = block.have
-        block.copies(torch.cuda.current_stream(device))
         copy_items(higher.tensor, items, out, places)
+        block.copies(stream)
+        higher.copies(stream)
     elif device.type == "cuda":
         found = pick(block.tensor, items)
         pinned = found if found.is_pinned() else found.pin_memory()

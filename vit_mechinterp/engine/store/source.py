@@ -57,15 +57,15 @@ class Source:
         finally:
             self._tick = _uncounted
 
-    def expect(self, wanted: Mapping[Wanted, IntArray]) -> None:
+    def expect(self, wanted: Mapping[Wanted, IntArray], *, keep: bool = True) -> None:
         """Say what will be asked for, of which examples. A forward that is needed for some of it then gives
         and keeps the rest for its images, so that none of them needs another; what is there already stays
-        before what is not wanted."""
+        before what is not wanted, unless this is but a forecast (``keep=False``)."""
         self._expected = {read: np.zeros(len(self.holdings.slots(read)), dtype=np.bool_) for read in wanted}
         for read, examples in wanted.items():
             slots = self.holdings.slots(read).of[examples]
             self._expected[read][slots] = True
-            if (entry := self.holdings.entry(read)) is not None:
+            if keep and (entry := self.holdings.entry(read)) is not None:
                 self.tiers.keep(entry, slots)
 
     def take(self, wanted: Mapping[Wanted, IntArray]) -> dict[Wanted, Tensor]:

@@ -40,7 +40,7 @@ class Tiers:
         self.gpu_budget, self.host_budget = gpu, host
         self.gpus: dict[torch.device, MemoryTier] = {}
         waiting = host // _WAITING
-        self.host = MemoryTier(host - waiting, torch.device("cpu"), pinned=torch.cuda.is_available())
+        self.host = MemoryTier(host - waiting, torch.device("cpu"))
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
         self.outgoing = Outgoing(self.disk, _BESIDE)
         self.lock = threading.RLock()
@@ -49,7 +49,10 @@ class Tiers:
 
     def gpu(self, device: torch.device) -> MemoryTier | None:
         """The tier of a GPU's memory; None for the host, or where it is left out."""
-        if device.type != "cuda" or self.gpu_budget == 0:
+        if device.type != "cuda":
+            return None
+        self.host.pinned = True  # from the first GPU on, which copies from and to such memory by itself
+        if self.gpu_budget == 0:
             return None
         if device not in self.gpus:
             self.gpus[device] = MemoryTier(self.gpu_budget, device)
@@ -68,7 +71,7 @@ class Tiers:
     def most_at_work(self, image: int, device: torch.device) -> int:
         """Images of so many bytes that half of the budget of a device's memory has room for, one at least; a
         tier that is left out sets no limit."""
-        budget = self._budget(device)
+        budget = self.budget_on(device)
         return max(1, budget // 2 // image) if budget else sys.maxsize
 
     def leave_room(self, nbytes: int, device: torch.device) -> None:
@@ -78,10 +81,11 @@ class Tiers:
             tier = self.gpu(device) if device.type == "cuda" else self.host
             if tier is not None:
                 waiting = 0 if device.type == "cuda" else self.host_budget // _WAITING
-                budget = self._budget(device)
+                budget = self.budget_on(device)
                 tier.shrink(budget - waiting - min(nbytes, budget // 2))
 
-    def _budget(self, device: torch.device) -> int:
+    def budget_on(self, device: torch.device) -> int:
+        """Bytes that were given for a device's memory; 0 where the tier is left out."""
         return self.gpu_budget if device.type == "cuda" else self.host_budget
 
     def known(self, key: Key, starts: IntArray | None) -> Entry | None:
@@ -101,7 +105,8 @@ class Tiers:
     def holds(self, nbytes: int, device: torch.device, *, in_order: bool) -> bool:
         """Whether so much stays until it is read: in a memory, or, if it comes in the order in which blocks
         fill up, on disk, where only whole blocks go."""
-        memory = max(self.host.budget, self.gpu_budget if device.type == "cuda" else 0)
+        gpu = self.gpu(device)
+        memory = max(self.host.budget, 0 if gpu is None else gpu.budget)
         disk = self.disk.budget if self.disk is not None and self.outgoing.writes and in_order else 0
         return nbytes <= max(memory, disk)
 
@@ -171,6 +176,8 @@ class Tiers:
             block.copies(stream)
         else:
             target.copy_(piece)
+            if target.is_cuda:
+                block.copies(torch.cuda.current_stream(target.device))
         block.have[part.start - own.start : part.stop - own.start] = True
 
     def flush(self) -> None:
