@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, Tiny
 from vit_mechinterp import Run
 from vit_mechinterp.engine import prepare
 from vit_mechinterp.engine.scheduling import throughput
+from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
 from vit_mechinterp.errors import SpecError
 
 Document = dict[str, Any]
@@ -112,6 +114,27 @@ def test_a_budget_that_holds_no_row_is_refused() -> None:
     asked = vmi.plan(world.vit, runs, world.columns, memory="200KiB", batch_size=4)
     assert asked.width < 4
     assert asked.peak_bytes <= 200 * 1024
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("tiny", [TIMM_PLAIN, HF_DINOV2], ids=lambda tiny: tiny.name)
+def test_the_budget_that_a_refusal_names_is_enough(tiny: Tiny, name: str) -> None:
+    world = world_of(tiny, 6)
+    runs = list(map(Run.model_validate, EXPERIMENTS[name]))
+    with pytest.raises(SpecError, match="is too little") as refused:
+        vmi.plan(world.vit, runs, world.columns, memory=1)
+    named = str(refused.value).split(" take ")[1].rstrip(".")
+    assert vmi.plan(world.vit, runs, world.columns, memory=named).peak_bytes <= parse_bytes(named)
+    with pytest.raises(SpecError, match=f"one row take {named}"):  # and there is no lower one
+        vmi.plan(world.vit, runs, world.columns, memory=int(0.98 * parse_bytes(named)))
+
+
+@pytest.mark.parametrize("unit", [1, 1024, 1024**2, 1024**3])
+def test_amounts_that_are_rounded_up_are_enough(unit: int) -> None:
+    for n in (1, 7, 96.84, 104.5, 998.1, 999.4, 999.9, 1010.2, 1023.999):
+        nbytes = math.ceil(n * unit)
+        assert nbytes <= parse_bytes(in_words(nbytes, up=True)) <= 1.01 * nbytes + 1
+    assert [in_words(nbytes) for nbytes in (0, 999, 1010 * 1024, 1.5 * 1024**4)] == ["0 B", "999 B", "1010 KiB", "1.5 TiB"]
 
 
 @pytest.fixture

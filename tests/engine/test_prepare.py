@@ -266,8 +266,8 @@ def test_what_a_store_loses_meanwhile_is_computed_anew(tmp_path: Path) -> None:
         for site in ("embed", "blocks.0.mlp_out", "blocks.1.attn_out", "blocks.1.resid_post")
     ]
     tensors = leaves(world.module_width)
-    store = vmi.ActivationStore(tmp_path, host=0)
-    with prepare(world.vit, runs, world.columns, tensors, progress=False, store=store, memory=1) as prepared:
+    store, least = vmi.ActivationStore(tmp_path, host=0), world.one_row(runs, tensors)
+    with prepare(world.vit, runs, world.columns, tensors, progress=False, store=store, memory=least) as prepared:
         before = prepared([3, 0], tensors)
         lost = list(tmp_path.rglob("*.safetensors"))
         for file in lost:
@@ -296,7 +296,7 @@ def test_clean_values_beyond_the_budget_are_read_batch_by_batch(tmp_path: Path, 
     runs.append(Run(name="clean"))
     tensors = leaves(world.shape("embed")[-1])
     found, held = [], []
-    for memory in ("1GiB", 4096):
+    for memory in ("1GiB", world.one_row(runs, tensors)):
         folder = tmp_path / str(memory)
         store = vmi.ActivationStore(folder, host=4096) if given else None
         with prepare(

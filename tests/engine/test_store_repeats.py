@@ -267,14 +267,14 @@ def test_images_are_made_ready_once(world: World, tmp_path: Path, monkeypatch: p
     assert made == expected
 
 
-@pytest.mark.parametrize("memory", [None, "64KiB"], ids=["held", "streamed"])
-def test_trainings_compute_every_image_once(world: World, tmp_path: Path, memory: str | None) -> None:
+@pytest.mark.parametrize("streamed", [False, True], ids=["held", "streamed"])
+def test_trainings_compute_every_image_once(world: World, tmp_path: Path, streamed: bool) -> None:
     edit = {"op": "inject_subspace", "site": SITE, "basis": "R", "source": "source", "tokens": COLUMN}
     runs = [vmi.Run.model_validate({"name": "das", "interventions": [edit]}), vmi.Run(name="clean")]
     examples, answers = [6, 0, 2, 11, 3], []
     for store in (None, ActivationStore(tmp_path), ActivationStore(tmp_path)):
         basis = torch.linalg.qr(torch.randn(24, 2, generator=torch.Generator().manual_seed(0))).Q.requires_grad_()
-        budget = None if store is None else memory
+        budget = world.one_row(runs, {"R": basis}) if streamed and store is not None else None
         with prepare(
             world.vit, runs, world.columns, {"R": basis}, batch_size=3, progress=False, store=store, memory=budget
         ) as prepared:
@@ -283,6 +283,7 @@ def test_trainings_compute_every_image_once(world: World, tmp_path: Path, memory
             outputs[0].square().sum().backward()
         assert basis.grad is not None
         assert counted.rows[0] == 0
+        assert (prepared.nbytes == 0) == (budget is not None)
         answers.append((outputs.detach(), basis.grad, prepared.clean_evaluations))
     for outputs, gradient, _ in answers[1:]:
         close(outputs, answers[0][0])

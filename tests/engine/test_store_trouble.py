@@ -323,8 +323,6 @@ def test_bad_input_is_said(world: World, tmp_path: Path) -> None:
         captured(store, world, "blocks.0.attn.z", heads=True)
     with pytest.raises((UnsupportedSiteError, SpecError), match=r"mlp\.pre_linear"):
         captured(store, world, "blocks.0.mlp.pre_linear")
-    with pytest.raises(SpecError, match="Examples are 0 to 24"):
-        captured(store, world, "pooled")["pooled"].take([25])
     with pytest.raises(SpecError, match="batch_size is 'auto' or a positive integer"):
         captured(store, world, "pooled", batch_size=0)
     with pytest.raises(SpecError, match=r"There is no site to capture\. Name some, such as"):

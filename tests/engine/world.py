@@ -15,6 +15,7 @@ import vit_mechinterp as vmi
 from tests.oracles import Oracle
 from tests.tiny_models import N_LAYERS, Tiny
 from vit_mechinterp import HookedViT, Results, Run
+from vit_mechinterp.engine import prepare
 from vit_mechinterp.engine.binding.bind import bind
 from vit_mechinterp.engine.binding.tensors import resolve_refs
 from vit_mechinterp.engine.inputs.data import Data
@@ -22,6 +23,7 @@ from vit_mechinterp.engine.scheduling import drafting
 from vit_mechinterp.engine.scheduling.cutting import schedule_for
 from vit_mechinterp.engine.scheduling.footprint import footprint
 from vit_mechinterp.engine.scheduling.schedule import Schedule
+from vit_mechinterp.errors import SpecError
 
 TOLERANCE = 1e-5
 """Of the output's scale."""
@@ -111,6 +113,12 @@ class World:
             key=lambda own: own.example,
         )
         return held.peak(chunk, rows) + held.example // 2
+
+    def one_row(self, runs: Sequence[Run], tensors: Mapping[str, Tensor]) -> str:
+        """The smallest budget that a preparation takes: its refusal of a smaller one names it."""
+        with pytest.raises(SpecError, match=r"^memory=1 is too little: one row takes \d") as refused:
+            prepare(self.vit, runs, self.columns, tensors, memory=1).__enter__()
+        return str(refused.value).split(" takes ")[1].rstrip(".")
 
     @property
     def module_width(self) -> int:

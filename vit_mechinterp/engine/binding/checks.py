@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping, Sized
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vit_mechinterp.engine.binding.bound import Bound
@@ -22,7 +26,10 @@ __all__ = [
     "check_folder",
     "check_heads",
     "check_images",
+    "check_listed",
     "check_progress",
+    "is_integer",
+    "is_truth",
     "refuse_train_mode",
 ]
 
@@ -70,6 +77,18 @@ def check_batch_size(batch_size: Any, *, auto: bool = True) -> None:
         raise SpecError(f"batch_size is {kinds}, got {batch_size!r}.")
 
 
+def check_listed(examples: Any, n: int) -> None:
+    """Raise SpecError unless this is a list of something, or an array of one axis."""
+    shape = tuple(getattr(examples, "shape", (0,)))
+    if len(shape) > 1:
+        raise SpecError(f"examples are one list of numbers, and these have shape {shape}.")
+    is_list = isinstance(examples, Sized) and hasattr(examples, "__getitem__") and shape
+    if isinstance(examples, (str, bytes, Mapping)) or not is_list:
+        raise SpecError(f"examples={examples!r} is no list of numbers of examples, 0 to {n - 1}.")
+    if isinstance(examples, Tensor) and examples.is_meta:
+        raise SpecError("examples stand on the meta device, and so hold no numbers. Make them on the CPU.")
+
+
 def check_heads(vit: HookedViT, site: Site, heads: tuple[int, ...] | None, where: str) -> None:
     """Raise SpecError unless the site has these heads."""
     if heads is None:
@@ -106,3 +125,17 @@ def check_images(data: Data, bound: Bound, *, decode: bool = True) -> None:
     something that cannot be decoded, unless that is not tried)."""
     for column in sorted(bound.image_columns):
         data.check_images(column, decode=decode)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether this is an integer, of whatever library; a truth value of Python's is one."""
+    try:
+        operator.index(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def is_truth(value: Any) -> bool:
+    """Whether this is a truth value, of whatever library, as masks are made of."""
+    return isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)

@@ -82,7 +82,7 @@ def schedule_for(
     held = footprint(vit, replace(draft, chunk=1), together.states_handed_on)
     _check_budget(memory, held, budget)
     if batch_size == "auto":
-        # At least half of the budget is left for what a chunk of examples holds.
+        # Rows get at least half of the budget, and more where 64 examples take less than the other half.
         widest = max(1, int(max(budget / 2, budget - 64 * held.example) // max(1, held.row)))
         width = _width(vit, draft, widest, imagined=data is None, measure=measure)
     elif memory is not None:
@@ -98,7 +98,8 @@ def schedule_for(
 
 def _check_budget(memory: int | str | None, held: Footprint, budget: int) -> None:
     if memory is not None and (least := held.peak(1, 1)) > budget:
-        raise SpecError(f"memory={memory!r} is too little: one example and one row take {in_words(least)}.")
+        enough = in_words(least, up=True)
+        raise SpecError(f"memory={memory!r} is too little: one example and one row take {enough}.")
 
 
 def _width(vit: HookedViT, draft: Schedule, widest: int, *, imagined: bool, measure: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from vit_mechinterp.errors import SpecError
@@ -32,10 +33,20 @@ def parse_bytes(amount: int | float | str, name: str = "memory") -> int:
     raise SpecError(f"{name}={amount!r} is no amount of memory; write bytes, or a text such as '512MiB'.")
 
 
-def in_words(n_bytes: float) -> str:
-    """A number of bytes as people write it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+def in_words(n_bytes: float, *, up: bool = False) -> str:
+    """A number of bytes as people write it, to three digits.
+
+    Args:
+        n_bytes: the number.
+        up: never say less than it is, so that `parse_bytes` gives enough.
+    """
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if n_bytes < 1024:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} TiB"
+            break
+        n_bytes, unit = n_bytes / 1024, larger
+    if up and n_bytes > 0:
+        shift = 10 ** max(0, 2 - math.floor(math.log10(n_bytes)))
+        n_bytes = math.ceil(n_bytes * shift) / shift
+    # Of four digits before the point, as in 1010 KiB, three would be said as a power of ten.
+    return f"{n_bytes:.0f} {unit}" if n_bytes >= 999.5 else f"{n_bytes:.3g} {unit}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.binding.checks import check_listed, is_integer, is_truth
 from vit_mechinterp.engine.binding.values import Read
 from vit_mechinterp.engine.results.collect import in_native_order
 from vit_mechinterp.engine.store.source import Source
@@ -23,8 +25,8 @@ class StoredSite:
     """Activations at one site, by example; a map-style dataset for PyTorch's loaders.
 
     ``rows[7]`` is one example's activation, ``rows[8:16]`` and ``rows[[5, 1, 9]]`` (or a tensor or array of
-    indices, in any order) are ``[example, ...]`` in the site's own axis order, on the model's device; where
-    examples differ in their number of selected tokens, a list of tensors.
+    indices, in any order, or a mask) are ``[example, ...]`` in the site's own axis order, on the model's
+    device; where examples differ in their number of selected tokens, a list of tensors.
     """
 
     def __init__(self, source: Source, read: Read) -> None:
@@ -65,7 +67,7 @@ class StoredSite:
             index = index.cpu().numpy()
         try:
             chosen = np.arange(len(self))[index]
-        except IndexError as error:
+        except (IndexError, ValueError, OverflowError) as error:
             raise IndexError(f"{self!r} is indexed by numbers of examples, not {index!r}: {error}.") from None
         return self.take([int(chosen)])[0] if np.ndim(chosen) == 0 else self.take(chosen)
 
@@ -75,12 +77,14 @@ class StoredSite:
     def take(self, examples: Iterable[int]) -> Tensor | list[Tensor]:
         """Activations of some examples, in the order given.
 
+        Args:
+            examples: their numbers, 0 to n - 1 or -n to -1, or a mask of n truth values; of no examples,
+                nothing is given, in the same form.
+
         Raises:
-            SpecError: there is no such example.
+            SpecError: there is no such example, or these are neither.
         """
-        chosen = _checked(examples, len(self))
-        items = self._source.take({self._read: chosen})[self._read]
-        return _shown(self._source, self._read, items, chosen)
+        return _taken(self._source, {"": self._read}, _checked(examples, len(self)))[""]
 
     def __repr__(self) -> str:
         return f"StoredSite({self._read.site}, {len(self)} examples, {self.dtype})"
@@ -110,21 +114,52 @@ class StoredActivations(BySite[StoredSite]):
         return self._source.holdings.rows
 
     def take(self, examples: Iterable[int]) -> ActivationCache | dict[str, Tensor | list[Tensor]]:
-        """All sites at some examples; what has to be computed is computed in one forward for all of them."""
-        chosen = _checked(examples, self.n_examples)
-        items = self._source.take(dict.fromkeys(self._reads.values(), chosen))
-        return {name: _shown(self._source, r, items[r], chosen) for name, r in self._reads.items()}
+        """All sites at some examples; what has to be computed is computed in one forward for all of them.
+
+        Args:
+            examples: as in `StoredSite.take`.
+
+        Raises:
+            SpecError: there is no such example, or these are neither numbers nor a mask.
+        """
+        return _taken(self._source, self._reads, _checked(examples, self.n_examples))
 
     def __repr__(self) -> str:
         lines = [f"\n  {site!r}" for site in self.values()]
         return f"{type(self).__name__}:{''.join(lines)}"
 
 
-def _checked(examples: Iterable[int], n: int) -> IntArray:
-    chosen = np.asarray(examples if hasattr(examples, "__len__") else list(examples), dtype=np.int64)
-    if chosen.size == 0 or chosen.min() < -n or chosen.max() >= n:
-        raise SpecError(f"Examples are 0 to {n - 1}, at least one of them; got {chosen.tolist()}.")
-    return chosen % n
+def _checked(examples: Any, n: int) -> IntArray:
+    """Numbers of the examples that are named by numbers, or selected by a mask; 0 to n - 1.
+
+    Raises:
+        SpecError: they are neither.
+    """
+    if isinstance(examples, Iterable) and not isinstance(examples, Sized):
+        examples = list(examples)
+    check_listed(examples, n)
+    own = examples.tolist() if isinstance(examples, (Tensor, np.ndarray)) else list(examples)
+    if any(map(is_truth, own)):
+        if len(own) != n or not all(map(is_truth, own)):
+            raise SpecError(
+                f"This mask of {len(own)} entries selects no examples: it must have one truth value for each "
+                f"of the {n}. Give such a mask, or numbers of examples, 0 to {n - 1}."
+            )
+        return np.flatnonzero(list(map(bool, own)))
+    if not all(map(is_integer, own)):
+        raise SpecError(f"examples={examples!r} are no numbers of examples, 0 to {n - 1}.")
+    numbers = list(map(operator.index, own))
+    if (other := next((number for number in numbers if not -n <= number < n), None)) is not None:
+        raise SpecError(f"There is no example {other}: the {n} are numbered 0 to {n - 1}, or -{n} to -1.")
+    return np.asarray(numbers, dtype=np.int64) % n
+
+
+def _taken(source: Source, reads: Mapping[str, Read], examples: IntArray) -> dict[str, Tensor | list[Tensor]]:
+    """Activations at some examples, by name; of no examples, as many of the shape that they would have."""
+    asked = examples if len(examples) else np.zeros(1, dtype=np.int64)
+    items = source.take(dict.fromkeys(reads.values(), asked))
+    shown = {name: _shown(source, read, items[read], asked) for name, read in reads.items()}
+    return shown if len(examples) else {name: own[:0] for name, own in shown.items()}
 
 
 def _shown(source: Source, read: Read, items: Tensor, examples: IntArray) -> Tensor | list[Tensor]:

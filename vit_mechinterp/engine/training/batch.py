@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from vit_mechinterp.engine.binding.bound import BoundRun
+from vit_mechinterp.engine.binding.checks import check_listed, is_integer, is_truth
 from vit_mechinterp.errors import SpecError
 
 if TYPE_CHECKING:
@@ -49,7 +45,7 @@ class Batch:
             raise SpecError(
                 f"A batch is one of a preparation ('with prepare(...) as prepared:'), not of {kind}."
             )
-        _check_listed(self.examples, self.prepared.n_examples)
+        check_listed(self.examples, self.prepared.n_examples)
         _check_names(self.runs)
 
     @property
@@ -98,18 +94,6 @@ class Batch:
                 yield Batch(self.prepared, part, (run.name,), order)
 
 
-def _check_listed(examples: Any, n: int) -> None:
-    """Raise SpecError unless this is a list of something, or an array of one axis."""
-    shape = tuple(getattr(examples, "shape", (0,)))
-    if len(shape) > 1:
-        raise SpecError(f"examples are one list of numbers, and these have shape {shape}.")
-    is_list = isinstance(examples, Sized) and hasattr(examples, "__getitem__") and shape
-    if isinstance(examples, (str, bytes, Mapping)) or not is_list:
-        raise SpecError(f"examples={examples!r} is no list of numbers of examples, 0 to {n - 1}.")
-    if isinstance(examples, Tensor) and examples.is_meta:
-        raise SpecError("examples stand on the meta device, and so hold no numbers. Make them on the CPU.")
-
-
 def _check_names(runs: Any) -> None:
     """Raise SpecError unless these are names of runs, or None for all of them."""
     if isinstance(runs, str):
@@ -121,9 +105,9 @@ def _check_names(runs: Any) -> None:
 
 def _check_examples(examples: Sequence[int], n: int) -> None:
     """Raise SpecError unless these are numbers of examples."""
-    if any(isinstance(own, (bool, np.bool_)) or _is_truth(own) for own in examples):
+    if any(map(is_truth, examples)):
         raise SpecError(f"examples are a mask; name them by their numbers, 0 to {n - 1}.")
-    if not all(map(_is_integer, examples)):
+    if not all(map(is_integer, examples)):
         raise SpecError(f"examples={examples!r} are no numbers of examples, 0 to {n - 1}.")
     if len(examples) == 0 or min(examples) < 0 or max(examples) >= n:
         raise SpecError(
@@ -135,16 +119,4 @@ def _is_order(order: object, n: int) -> bool:
     if not isinstance(order, Iterable):
         return False
     own = list(order)
-    return all(map(_is_integer, own)) and sorted(own) == list(range(n))
-
-
-def _is_integer(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except (TypeError, RuntimeError):
-        return False
-    return True
-
-
-def _is_truth(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.bool
+    return all(map(is_integer, own)) and sorted(own) == list(range(n))

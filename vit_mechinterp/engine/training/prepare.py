@@ -128,7 +128,8 @@ def prepare(
         closed at the end of the block.
 
     Raises:
-        SpecError, DataError: before the first forward, if anything does not fit.
+        SpecError, DataError: before the first forward, if anything does not fit, ``memory`` one row among
+            it.
         ExecutionError: the model would drop activations at random, has no weights, or has gradient
             checkpointing on.
     """
@@ -200,12 +201,18 @@ def _schedule(vit: HookedViT, sharing: Sharing, n_examples: int, batch_size: int
 
 def _within(vit: HookedViT, schedule: Schedule, memory: int | str | None) -> tuple[Schedule, int]:
     """The same schedule in clean forwards that take at most half of the budget, if one was given; and the
-    bytes that are left for clean values."""
+    bytes that are left for clean values.
+
+    Raises:
+        SpecError: the budget does not hold one row.
+    """
     if memory is None:
         return schedule, budget_of(vit)
     budget, row = parse_bytes(memory), max(1, footprint(vit, schedule).row)
+    if row > budget:
+        raise SpecError(f"memory={memory!r} is too little: one row takes {in_words(row, up=True)}.")
     width = max(1, min(schedule.width, budget // 2 // row))
-    return replace(schedule, width=width), max(0, budget - width * row)
+    return replace(schedule, width=width), budget - width * row
 
 
 @contextmanager
