@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -116,4 +117,10 @@ def test_an_error_of_an_image_is_the_same(data: Any) -> None:
 
 def test_one_thread_beside_a_model_on_the_cpu_and_for_objects_that_are_shared() -> None:
     assert ahead.workers_for("cpu", shared=False) == ahead.workers_for("cuda", shared=True) == 1
-    assert ahead.workers_for("cuda", shared=False) >= 1
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (6, 3), (16, 8), (64, 8)])
+def test_half_of_the_cores_make_images_for_a_gpu(monkeypatch: pytest.MonkeyPatch, cores: int, workers: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert ahead.workers_for("cuda", shared=False) == workers
+    assert ahead.workers_for("cuda", shared=True) == ahead.workers_for("cpu", shared=False) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -367,3 +368,26 @@ def test_captures_of_prepared_runs_are_refused() -> None:
     with pytest.raises(SpecError) as refused:
         prepare(world.vit, [seen], world.columns, {}).__enter__()
     assert str(refused.value) == message
+
+
+def test_another_thread_is_refused_and_does_not_wait() -> None:
+    world = World(TIMM_PLAIN, 3)
+    runs = [Run(name="swap", interventions=[vmi.Interchange(site="blocks.1.mlp_out", source="source")])]
+    said: list[str] = []
+
+    def other() -> None:
+        try:
+            prepared([0], {})
+        except ExecutionError as error:
+            said.append(str(error))
+
+    with prepare(world.vit, runs, world.columns, {}, progress=False) as prepared:
+        thread = threading.Thread(target=other, name="other", daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+        assert prepared([0], {}).shape[:2] == (1, 1)
+    assert said == [
+        "This preparation holds the model for the thread that entered its 'with prepare(...)' block, 'MainThread', "
+        "and is called in 'other'. Call it in the former, or write the block in the latter."
+    ]

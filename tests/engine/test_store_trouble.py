@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +204,9 @@ def test_two_threads_on_one_store(world: World, tmp_path: Path, small_blocks: No
                     if not torch.equal(rows, expected[name][chosen]):
                         wrong.append(name)
 
-        threads = [threading.Thread(target=reading, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(reading, seed) for seed in range(4)]:
+                done.result()  # or what the thread has raised
     assert not wrong
 
 

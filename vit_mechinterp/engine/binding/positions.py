@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from vit_mechinterp.engine.arrays import BoolArray, IntArray
+from vit_mechinterp.engine.arrays import BoolArray, IntArray, within_each
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.errors import DataError, SpecError, suggest
 from vit_mechinterp.model.geometry import patches_of_box
@@ -87,7 +87,7 @@ class Positions:
         )
         counts = starts[chosen + 1] - starts[chosen]
         rows = np.repeat(np.arange(len(chosen)), counts)
-        ordinals = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        ordinals = within_each(counts)
         return rows, positions[np.repeat(starts[chosen], counts) + ordinals], ordinals
 
     @cached_property

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.arrays import IntArray, within_each
 from vit_mechinterp.engine.binding.positions import Positions
 from vit_mechinterp.spec import Site
 
@@ -72,7 +72,7 @@ Needs = Mapping[Need, IntArray]
 def origin_of(need: Need) -> ColumnOrigin:
     """The images that a need is about."""
     origin = need.origin if isinstance(need, Read) else need
-    assert isinstance(origin, ColumnOrigin)
+    assert isinstance(origin, ColumnOrigin), f"clean forwards give no values of {origin}"
     return origin
 
 
@@ -159,8 +159,7 @@ class Values:
         if span is not None:
             return self.tensor[self.starts[span.start] : self.starts[span.stop]]
         counts = self.starts[places + 1] - self.starts[places]
-        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.tensor[_index(np.repeat(self.starts[places], counts) + within, self.tensor)]
+        return self.tensor[_index(np.repeat(self.starts[places], counts) + within_each(counts), self.tensor)]
 
     def selected(self, need: Need, examples: IntArray | Sequence[int]) -> Tensor:
         """What is needed of some examples, as `whole` gives it, or `rows` where tokens are selected."""

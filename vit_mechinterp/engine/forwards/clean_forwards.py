@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.arrays import IntArray, within_each
 from vit_mechinterp.engine.binding.values import Need, Read, Values, contiguous, gather, origin_of
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.scheduling.clean_groups import CleanGroup
@@ -51,8 +51,7 @@ class Filling:
         first, last = np.searchsorted(images, batch), np.searchsorted(images, batch, side="right")
         counts = last - first
         rows = np.repeat(np.arange(len(batch)), counts)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        entries = order[np.repeat(first, counts) + within]
+        entries = order[np.repeat(first, counts) + within_each(counts)]
         ascending = np.argsort(entries)
         return entries[ascending], rows[ascending]
 
@@ -74,8 +73,7 @@ class Filling:
             places = entries
         else:
             counts = self.starts[entries + 1] - self.starts[entries]
-            places = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            places = places + np.repeat(self.starts[entries], counts)
+            places = np.repeat(self.starts[entries], counts) + within_each(counts)
         if self.tensor is None:
             # What is all there already is kept as it is, unless it would keep more alive than itself.
             alone = len(places) == self.size and piece.untyped_storage().nbytes() <= piece.nbytes
@@ -91,7 +89,7 @@ class Filling:
 
     def values(self) -> Values:
         """All of it."""
-        assert self.tensor is not None
+        assert self.tensor is not None, "no forward has given any of it"
         return Values(self.tensor, self.examples, self.place, self.starts)
 
 

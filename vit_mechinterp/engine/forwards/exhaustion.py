@@ -50,7 +50,9 @@ def make_room(rows: int) -> int:
     """
     if rows == 1:
         raise ExecutionError(
-            "Out of memory with one row per forward: the model does not fit with its activations."
+            "Out of memory with one row per forward: the model does not fit with its activations and what is "
+            "held beside them. Hold less (a smaller memory=, where it is given), compute in half precision "
+            "(vit.module.half()), or move the model to a device with more memory."
         )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -34,7 +34,7 @@ class Gathering:
         self._numbers = {run.name: n for n, run in enumerate(bound.with_output)}
         self._outputs: Tensor | None = None
         self._captures = {
-            (run.name, capture.name): _Capture(capture.read, n_examples)
+            (run.name, capture.name): _GatheredCapture(capture.read, n_examples)
             for run in bound.runs
             for capture in run.captures
         }
@@ -50,12 +50,12 @@ class Gathering:
 
     def outputs_of(self, run: str, examples: IntArray) -> Tensor:
         """Outputs of a run for some examples of the chunks that are here."""
-        assert self._outputs is not None
+        assert self._outputs is not None, "no chunk is here yet"
         return self._outputs[self._numbers[run]][torch.as_tensor(examples)]
 
     def results(self, labels: Mapping[str, Sequence[int]], provenance: Mapping[str, Any]) -> Results:
         """The results, once all chunks are here."""
-        assert self._outputs is not None
+        assert self._outputs is not None, "no chunk is here yet"
         captures = {
             run.name: Captures(
                 run.name, {c.name: self._captures.pop((run.name, c.name)).whole() for c in run.captures}
@@ -65,8 +65,8 @@ class Gathering:
         return Results(self._outputs, tuple(self._numbers), captures, labels, provenance)
 
 
-class _Capture:
-    """One capture of one run, over all chunks."""
+class _GatheredCapture:
+    """One capture of one run in memory, filled chunk by chunk."""
 
     def __init__(self, read: Read, n_examples: int) -> None:
         self._read = read
@@ -85,7 +85,7 @@ class _Capture:
 
     def whole(self) -> Tensor | list[Tensor]:
         """All of it, in the site's own axis order."""
-        assert self._rows is not None
+        assert self._rows is not None, "no chunk is here yet"
         counts = None if self._counts is None else self._counts.tolist()
         return in_native_order(self._read, self._rows, counts)
 

@@ -31,8 +31,8 @@ def capture_names(bound: Bound) -> dict[str, tuple[int, str]]:
     }
 
 
-class _Capture:
-    """One capture of one run, over all chunks."""
+class _CaptureInFiles:
+    """One capture of one run: which tensor it is in a chunk's file, and which in the file of results."""
 
     def __init__(self, key: str, run: int, name: str, read: Read) -> None:
         self.key, self.run, self.name, self.read = key, run, name, read
@@ -79,7 +79,7 @@ def join_chunks(
     """
     runs = schedule.bound.runs
     captures = [
-        _Capture(key, run, name, next(c.read for c in runs[run].captures if c.name == name))
+        _CaptureInFiles(key, run, name, next(c.read for c in runs[run].captures if c.name == name))
         for key, (run, name) in capture_names(schedule.bound).items()
     ]
     halvings = max(int(provenance["halvings"]), _count_tokens(paths, captures))
@@ -98,7 +98,7 @@ def join_chunks(
     save_document(folder, names, every, index, labels, complete, experiment=experiment)
 
 
-def _count_tokens(paths: Sequence[Path], captures: Sequence[_Capture]) -> int:
+def _count_tokens(paths: Sequence[Path], captures: Sequence[_CaptureInFiles]) -> int:
     """Tell captures how many tokens every example has; the most halvings at which any chunk was computed."""
     halvings = 0
     for path in paths:
@@ -111,7 +111,7 @@ def _count_tokens(paths: Sequence[Path], captures: Sequence[_Capture]) -> int:
     return halvings
 
 
-def _copy(schedule: Schedule, paths: Sequence[Path], captures: Sequence[_Capture], into: Path) -> None:
+def _copy(schedule: Schedule, paths: Sequence[Path], captures: Sequence[_CaptureInFiles], into: Path) -> None:
     """Write outputs and captures of all chunks into one file."""
     n = schedule.n_examples
     first, _ = read_tensors(paths[0])

@@ -16,7 +16,7 @@ from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_ori
 
 __all__ = ["expectations", "requests_for"]
 
-Request = dict[str, dict[Wanted, IntArray]]
+Demand = dict[str, dict[Wanted, IntArray]]
 """What is asked for at once: by image column and value, places of the column."""
 
 
@@ -34,18 +34,18 @@ class Expectation:
     in_order: bool = True
 
 
-def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) -> Iterator[Request]:
+def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) -> Iterator[Demand]:
     """What some chunks will ask for, one after another, and before them, if so asked, what dataset means over
     every chunk will."""
     if means:
         for chunk in schedule.chunks:
-            yield _request(schedule, schedule.needs.of(chunk, schedule.reads.means))
+            yield _demand(schedule, schedule.needs.of(chunk, schedule.reads.means))
     for chunk in chunks:
-        yield _request(schedule, schedule.needs.of(chunk))
+        yield _demand(schedule, schedule.needs.of(chunk))
 
 
-def _request(schedule: Schedule, needs: Needs) -> Request:
-    found: Request = defaultdict(dict)
+def _demand(schedule: Schedule, needs: Needs) -> Demand:
+    found: Demand = defaultdict(dict)
     for need, examples in needs.items():
         own, form = found[stored_origin(schedule, need).column], stored_form(schedule, need)
         places = places_of(schedule, need, examples)
@@ -53,19 +53,19 @@ def _request(schedule: Schedule, needs: Needs) -> Request:
     return found
 
 
-def expectations(requests: Iterable[Request], images: Mapping[str, IntArray]) -> dict[str, Expectation]:
-    """What requests come to, by image column.
+def expectations(demands: Iterable[Demand], images: Mapping[str, IntArray]) -> dict[str, Expectation]:
+    """What demands come to, by image column.
 
     Args:
-        requests: the requests, in order.
+        demands: the demands, in order.
         images: numbers of each column's images, ``[example]``, counted as they first appear.
     """
     asked: dict[str, dict[Wanted, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
     found: dict[str, Expectation] = defaultdict(Expectation)
     last = dict.fromkeys(images, -1)
     seen = {column: np.zeros(len(own), dtype=np.bool_) for column, own in images.items()}
-    for request in requests:
-        for column, wanted in request.items():
+    for demand in demands:
+        for column, wanted in demand.items():
             for form, examples in wanted.items():
                 asked[column][form].append(examples)
             numbers = np.unique(images[column][np.concatenate(list(wanted.values()))])

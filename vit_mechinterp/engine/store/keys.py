@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.arrays import IntArray, within_each
 from vit_mechinterp.engine.binding.positions import Positions
 from vit_mechinterp.engine.store.slots import Slots
 from vit_mechinterp.spec.digest import digest
@@ -131,8 +131,7 @@ class Entry:
         if self.starts is None:
             return slots
         counts = self.starts[slots + 1] - self.starts[slots]
-        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        items: IntArray = np.repeat(self.starts[slots], counts) + within
+        items: IntArray = np.repeat(self.starts[slots], counts) + within_each(counts)
         return items
 
     def counts(self, slots: IntArray) -> IntArray:

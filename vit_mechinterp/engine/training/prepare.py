@@ -103,7 +103,8 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Do the clean forwards of an experiment once, and keep what its runs read, with the model frozen.
 
-    Inside the ``with`` block the model stays as it is: its head, its parts and its weights.
+    Inside the ``with`` block the model stays as it is: its head, its parts and its weights. It is locked
+    there, so only the thread that entered the block may call what it gives.
 
     Args:
         vit: the model; its parameters need no gradient inside the ``with`` block and are restored behind it.

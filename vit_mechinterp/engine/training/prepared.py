@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from vit_mechinterp.engine.results.provenance import provenance_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.training.batch import Batch
 from vit_mechinterp.engine.training.rows import TrainedRows, outputs_of, widest
-from vit_mechinterp.errors import SpecError, suggest
+from vit_mechinterp.errors import ExecutionError, SpecError, suggest
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import TensorRef
 
@@ -54,6 +55,7 @@ class Prepared:
         self.vit = vit
         self.schedule = schedule
         self.is_open = True
+        self._thread = threading.current_thread()
         self._data = data
         self._clean = clean
         self._means = means
@@ -70,6 +72,16 @@ class Prepared:
     def close(self) -> None:
         """Let go of all clean values."""
         self._clean, self.is_open = Clean(), False
+
+    def refuse_other_threads(self) -> None:
+        """Raise ExecutionError in a thread that did not enter the block: it would wait for the model, which
+        is locked as long as the block lasts."""
+        if threading.current_thread() is not self._thread:
+            raise ExecutionError(
+                "This preparation holds the model for the thread that entered its 'with prepare(...)' block, "
+                f"{self._thread.name!r}, and is called in {threading.current_thread().name!r}. Call it in "
+                "the former, or write the block in the latter."
+            )
 
     @property
     def run_names(self) -> tuple[str, ...]:
@@ -104,6 +116,7 @@ class Prepared:
 
         Raises:
             SpecError: ``source_order`` is no such permutation, or ``examples`` names none or too high ones.
+            ExecutionError: another thread entered the block; or see `run_together`.
         """
         return run_together([Batch(self, examples, source_order=source_order)], tensors)[0]
 
@@ -160,7 +173,8 @@ def run_together(
 
     Raises:
         SpecError: a batch does not fit its preparation, or the preparations are of several models.
-        ExecutionError: without gradients, one row does not fit into memory.
+        ExecutionError: without gradients, one row does not fit into memory; or a batch is of a preparation
+            whose block another thread entered.
         OutOfMemoryError: with gradients, for which what all rows leave behind is held; smaller batches, whose
             gradients add up, take less (`Batch.cut`).
     """
@@ -176,6 +190,8 @@ def run_together(
     if any(batch.prepared.vit is not vit for batch in batches):
         raise SpecError("Batches that run together are of one model; these were prepared on several.")
     runs_of = [batch.checked() for batch in batches]
+    for batch in batches:
+        batch.prepared.refuse_other_threads()
     images_of = _images_of([batch.prepared for batch in batches])
     schedules = [batch.prepared.schedule for batch in batches]
     spares = schedules[0].spares
