@@ -16,13 +16,11 @@ from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_
 from vit_mechinterp.engine.inputs.ahead import Request
 from vit_mechinterp.engine.results.collect import Gathering
 from vit_mechinterp.engine.results.resume import FinishedChunks
+from vit_mechinterp.engine.scheduling.budget import FREED, WAITING
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.model.heap import GivingBack, give_back
 
 __all__ = ["Work"]
-
-_AHEAD, _FREE = 16, 32
-"""Of a budget, one part in so many is for images that wait, and for freed memory that was not returned."""
 
 
 class Work:
@@ -47,8 +45,8 @@ class Work:
         self._is_thrifty = budget is not None
         self._most_ahead: int | None = None
         if budget is not None:
-            self._most_ahead = budget // _AHEAD
-            self.setting = replace(setting, tick=_thrifty_tick(setting.tick, GivingBack(budget // _FREE)))
+            self._most_ahead = budget // WAITING
+            self.setting = replace(setting, tick=_thrifty_tick(setting.tick, GivingBack(budget // FREED)))
         self.schedule = schedule if kept is None else replace(schedule, width=kept.width())
         self.collected = Gathering(schedule.bound, schedule.n_examples)
         self.halvings = 0

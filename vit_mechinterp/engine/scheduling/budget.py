@@ -6,10 +6,13 @@ import torch
 
 from vit_mechinterp.model.hooked import HookedViT
 
-__all__ = ["BUDGET", "budget_of"]
+__all__ = ["BUDGET", "FREED", "WAITING", "budget_of"]
 
 BUDGET = 2 * 1024**3
 """Bytes held beside the model on a CPU."""
+WAITING, FREED = 16, 32
+"""Of a budget that was given, one part in so many is for images that wait for the model, and for memory that
+was freed and not returned."""
 SHARE = 0.4
 """On a GPU, the share of the free memory."""
 

@@ -83,8 +83,7 @@ def _copy_out(
 def _copy_part(
     tiers: Tiers, entry: Entry, number: int, slots: IntArray, out: Tensor, places: IntArray
 ) -> IntArray:
-    """The same from a block that is still filling up, as far as it goes; return the slots that are
-    absent."""
+    """The same from blocks that are still filling up, as far as they go; return the slots that are absent."""
     own = entry.slots(number)
     for block in tiers.in_memory((entry.key.name, number)):
         have = block.have[slots - own.start]

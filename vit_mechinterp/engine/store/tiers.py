@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
+from vit_mechinterp.engine.scheduling.budget import FREED, WAITING
 from vit_mechinterp.engine.store.disk import DiskTier
 from vit_mechinterp.engine.store.keys import Entry, Key
 from vit_mechinterp.engine.store.memory import Block, BlockName, MemoryTier, Unfinished
@@ -21,9 +22,6 @@ __all__ = ["Tiers"]
 
 _BESIDE = 32 * 1024**2
 """Bytes of blocks with gaps on their way to the disk where the host has no budget to hold them."""
-_WAITING, _FREE = 16, 32
-"""Of the host's budget, one part in so many is left for images that wait for the model, and for memory that
-was freed and not returned."""
 
 
 class Tiers:
@@ -39,7 +37,7 @@ class Tiers:
     def __init__(self, folder: Path | None, gpu: int, host: int, disk: int) -> None:
         self.gpu_budget, self.host_budget = gpu, host
         self.gpus: dict[torch.device, MemoryTier] = {}
-        waiting = host // _WAITING
+        waiting = host // WAITING
         self.host = MemoryTier(host - waiting, torch.device("cpu"))
         self.disk = None if folder is None or disk == 0 else DiskTier(folder, disk)
         self.outgoing = Outgoing(self.disk, _BESIDE)
@@ -61,12 +59,12 @@ class Tiers:
     @property
     def waiting(self) -> int | None:
         """Bytes of images that wait for the model at most; None where the host has no budget."""
-        return self.host_budget // _WAITING or None
+        return self.host_budget // WAITING or None
 
     @property
     def free(self) -> int:
         """Bytes of memory that may have been freed and not been returned."""
-        return (self.host_budget or _BESIDE) // _FREE
+        return (self.host_budget or _BESIDE) // FREED
 
     def most_at_work(self, image: int, device: torch.device) -> int:
         """Images of so many bytes that half of the budget of a device's memory has room for, one at least; a
@@ -80,7 +78,7 @@ class Tiers:
         with self.lock:
             tier = self.gpu(device) if device.type == "cuda" else self.host
             if tier is not None:
-                waiting = 0 if device.type == "cuda" else self.host_budget // _WAITING
+                waiting = 0 if device.type == "cuda" else self.host_budget // WAITING
                 budget = self.budget_on(device)
                 tier.shrink(budget - waiting - min(nbytes, budget // 2))
 
