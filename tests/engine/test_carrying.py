@@ -67,6 +67,26 @@ def test_blocks_that_are_not_held_run() -> None:
     assert float((wanted - world.oracle.clean("base")[1]["blocks.2.ln2"]).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("capture", [[], ["embed"], ["blocks.0.resid_pre"], ["blocks.1.resid_post"]])
+@pytest.mark.parametrize("site", ["embed", "blocks.0.resid_post"])
+def test_several_edits_of_one_value_and_what_is_read_of_it(site: str, capture: list[str]) -> None:
+    """What is changed by one of them alone would not be all that is carried on, nor what is seen where it is made."""
+    world = world_of(TIMM_PLAIN, 3)
+    one, other = ({"op": "interchange", "site": site, "source": "source", "tokens": [token]} for token in (2, 3))
+    push = {"op": "add_direction", "site": site, "vector": f"direction.{world.module_width}"}
+    blocks = [edit for layer in (0, 1) if site == "embed" or layer for edit in held(layer)]
+    for edits in ([one], [one, other], [one, push]):
+        checked(world, [{"name": "clean"}, {"name": "several", "interventions": [*edits, *blocks], "capture": capture}])
+
+
+def test_the_output_of_the_last_block_that_is_held_can_be_read_and_edited() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    sender = {"op": "interchange", "site": "blocks.0.resid_post", "source": "source", "tokens": ["cls", 2]}
+    more = {"op": "ablate", "site": "blocks.1.resid_post", "tokens": [3]}
+    document = {"name": "seen", "interventions": [sender, *held(1), more], "capture": ["blocks.1.resid_post"]}
+    assert checked(world, [{"name": "clean"}, document])[0] == 9 + 3 + 3
+
+
 def test_what_is_put_back_at_once_is_not_carried_on() -> None:
     world = world_of(TIMM_PLAIN, 3)
     for site in ("attn.z", "attn_out", "mlp_out"):

@@ -94,7 +94,8 @@ class BoundRun:
     which nothing that is read of the run is edited, if its rows are another run's and edited earlier.
     ``beginning`` is where rows go on from what others have been through. ``clean_to`` is the number of blocks
     that the clean forwards of its bases pass whatever its own rows start from. ``ends`` is the last place at
-    which something of its rows is read, if their output is not.
+    which something of its rows is read, if their output is not. ``bypasses`` are the layers of the blocks
+    that its rows do not pass through, because all that these add to the stream is replaced.
     """
 
     run: Run
@@ -107,6 +108,7 @@ class BoundRun:
     beginning: Beginning | None = None
     clean_to: int = 0
     ends: Stop | None = None
+    bypasses: frozenset[int] = frozenset()
 
     @cached_property
     def name(self) -> str:
@@ -148,7 +150,7 @@ class BoundRun:
         first = self.first
         if first is None or first.layer is None or self.blank or self.beginning is not None:
             return None
-        if first.layer >= self.clean_to or first.layer in self.blocks.through:
+        if first.layer >= self.clean_to or first.layer in self.blocks.through | self.bypasses:
             return None
         return known_before(first)
 
@@ -180,7 +182,26 @@ class BoundRun:
     @cached_property
     def first_blocks(self) -> tuple[int, ...]:
         """For every edit, the first block whose output it may change."""
-        return tuple(self.blocks.join(edit.site).first_block for edit in self.edits)
+        return tuple(self._first_block(edit.site) for edit in self.edits)
+
+    def _first_block(self, site: Site) -> int:
+        # Rows that bypass a block have all of its edits made at once.
+        if site.layer is not None and site.layer in self.bypasses and site.name != "resid_post":
+            return site.layer
+        return self.blocks.join(site).first_block
+
+    def is_inside(self, layer: int) -> bool:
+        """Whether its rows pass through a block, if they have not ended before."""
+        return self.join.first_block <= layer and layer not in self.bypasses
+
+    @cached_property
+    def passes(self) -> int:
+        """The number of blocks that its rows pass through."""
+        return self.passed(self.join.first_block, self.end)
+
+    def passed(self, start: int, stop: int) -> int:
+        """The number of blocks that it passes through from one block to before another."""
+        return max(0, stop - start) - sum(start <= layer < stop for layer in self.bypasses)
 
     @property
     def starts_at_mlp_out(self) -> bool:

@@ -4,13 +4,14 @@ The native forward begins on one blank image. Blocks before the first row hand t
 first rows to join replace the blank image, later ones are appended, each starting from a clean residual
 stream, from what another row has been through, or blank, if its first edit replaces it all. Every row is
 edited by its own run's interventions, and the model's own tail serves all rows at once. Parts of a joining
-block that end before a row's first edit run once for all rows of one image.
+block that end before a row's first edit run once for all rows of one image. Rows that bypass a block step
+aside before it and are back behind it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_mechinterp.engine.arrays import IntArray
-from vit_mechinterp.engine.binding.bound import BoundRun, Edit
+from vit_mechinterp.engine.binding.bound import Edit
 from vit_mechinterp.engine.binding.joins import Join
 from vit_mechinterp.engine.binding.values import Read, contiguous, gather
 from vit_mechinterp.engine.forwards.editing import Material, edit_rows
@@ -100,18 +101,30 @@ class _Wave:
         self.applied: set[tuple[int, int]] = set()
         self.visited: set[Site] = set()
         self.starts = np.cumsum([0, *(len(s.examples) for s in segments)]).tolist()
+        self.bypassing = _bypassing(segments)
+        self.aside: dict[int, Tensor] = {}
         self.instrument = Instrument(vit.module, vit.layout)
         self.sparing = Sparing(vit.module, vit.layout)
+        self._add_returns()
         self._add_gifts(before_edits=True)
         self._add_joins()
         self._add_edits()
         self._add_gifts(before_edits=False)
         self._add_captures()
+        self._add_departures()
         self._stop()
 
-    def span(self, index: int) -> slice:
-        """Rows of a segment in the full batch."""
-        return slice(self.starts[index], self.starts[index + 1])
+    def span(self, n: int, site: Site) -> slice:
+        """Rows of a segment in the batch at a site."""
+        before = (other for other in self._beside(site) if other < n)
+        absent = sum(len(self.segments[other].examples) for other in before)
+        return slice(self.starts[n] - absent, self.starts[n + 1] - absent)
+
+    def _beside(self, site: Site) -> Sequence[int]:
+        """The segments whose rows bypass the block that a site is inside of."""
+        if site.layer is None or site.name in ("resid_pre", "resid_post"):
+            return ()
+        return self.bypassing.get(site.layer, ())
 
     def spare(self) -> None:
         """Let parts of joining blocks run on distinct rows alone."""
@@ -168,21 +181,67 @@ class _Wave:
             return like.new_zeros(len(examples), *like.shape[1:])
         if not run.starts_at_mlp_out:
             return self._known(n, run.join.site)
-        middle = self._known(n, Site(run.join.layer, "resid_mid"))
-        return middle + self._edited_increment(n, Site(run.join.layer, "mlp_out"))
+        middle, increment = (Site(run.join.layer, name) for name in ("resid_mid", "mlp_out"))
+        return self._known(n, middle) + self._visited_apart(n, increment, self._known(n, increment).clone())
 
-    def _edited_increment(self, n: int, site: Site) -> Tensor:
-        """The MLP increment of the block behind which a segment's rows join, read where somebody wants it."""
-        run, increment = self.segments[n].run, self._known(n, site).clone()
-        rows = slice(0, len(increment))
-        for k, edit in run.to_make:
+    def _visited_apart(self, n: int, site: Site, value: Tensor) -> Tensor:
+        """A segment's rows of an activation that is ours to write, edited, and read where somebody wants it,
+        while the forward has them not at the site."""
+        rows = slice(0, len(value))
+        for k, edit in self.segments[n].run.to_make:
             if edit.site == site:
-                self._edit(increment, rows, n, k, edit)
+                self._edit(value, rows, n, k, edit)
         for own in readers_of(self.segments[n], self.materials[n]):
             if own.read.site == site:
-                piece = gather(site, increment, own.rows, own.read, own.examples)
+                piece = gather(site, value, own.rows, own.read, own.examples)
                 self.captured[own.run, own.read].append((own.examples, piece))
-        return increment
+        return value
+
+    def _add_departures(self) -> None:
+        """Let rows step aside before the blocks that they bypass; a block that all bypass is left out."""
+        for layer, beside in self.bypassing.items():
+            if beside == self._present(layer):
+                self.instrument.skip([layer])
+            self._visit(Site(layer, "resid_pre"), self._departing(layer, beside))
+
+    def _departing(self, layer: int, beside: Sequence[int]) -> Visitor:
+        def visitor(value: Tensor) -> Tensor | None:
+            rows = {n: value[self.starts[n] : self.starts[n + 1]] for n in self._present(layer)}
+            self.aside.update((n, rows.pop(n)) for n in beside)
+            return torch.cat(list(rows.values())) if rows else None
+
+        return visitor
+
+    def _add_returns(self) -> None:
+        """Let rows be back behind the blocks that they bypass."""
+        for layer, beside in self.bypassing.items():
+            self._visit(Site(layer, "resid_post"), self._returning(layer, beside))
+
+    def _returning(self, layer: int, beside: Sequence[int]) -> Visitor:
+        passed = Site(layer, "mlp_out")
+
+        def visitor(value: Tensor) -> Tensor:
+            return torch.cat(
+                [
+                    self._bypassed(n, layer) if n in beside else value[self.span(n, passed)]
+                    for n in self._present(layer)
+                ]
+            )
+
+        return visitor
+
+    def _bypassed(self, n: int, layer: int) -> Tensor:
+        """The residual stream of a segment's rows behind a block that they bypass."""
+        stream = self.aside.pop(n)
+        for increment, total in (("attn_out", "resid_mid"), ("mlp_out", None)):
+            stream = stream + self._visited_apart(n, Site(layer, increment), torch.zeros_like(stream))
+            if total is not None:
+                stream = self._visited_apart(n, Site(layer, total), stream)
+        return stream
+
+    def _present(self, layer: int) -> Sequence[int]:
+        """The segments whose rows have joined before a block runs."""
+        return [n for n, segment in enumerate(self.segments) if segment.run.join.first_block <= layer]
 
     def _known(self, n: int, site: Site) -> Tensor:
         """What a segment's rows start from at a site: clean values, or those of the rows that they go on
@@ -198,10 +257,10 @@ class _Wave:
         for n, segment in enumerate(self.segments):
             handover, own = self.materials[n].handover, segment.run.name
             by_site: dict[Site, list[tuple[int, int]]] = defaultdict(list)
-            for row, example in enumerate(segment.examples if handover.gifts else (), self.starts[n]):
+            for row, example in enumerate(segment.examples if handover.gifts else ()):
                 for site, state in handover.gifts.get((own, example), ()):
                     if before_edits == (site.name != "resid_mid"):
-                        by_site[site].append((row, state))
+                        by_site[site].append((self.span(n, site).start + row, state))
             for site, states in by_site.items():
                 self._visit(site, self._giving(handover.begun, site, states))
 
@@ -216,9 +275,10 @@ class _Wave:
 
         return visitor
 
-    def _behind_join(self, run: BoundRun, site: Site) -> bool:
-        """Whether a site's tensor holds the run's rows when it is visited."""
-        return not (run.starts_at_mlp_out and site == run.own_from)
+    def _is_there(self, n: int, site: Site) -> bool:
+        """Whether a site's tensor holds a segment's rows when it is visited."""
+        run = self.segments[n].run
+        return n not in self._beside(site) and not (run.starts_at_mlp_out and site == run.own_from)
 
     def _add_edits(self) -> None:
         by_site: dict[Site, list[tuple[int, int, Edit]]] = defaultdict(list)
@@ -227,7 +287,7 @@ class _Wave:
             if segment.run.known_at is not None:
                 known[segment.run.known_at].append(n)
             for k, edit in segment.run.to_make:
-                if self._behind_join(segment.run, edit.site):
+                if self._is_there(n, edit.site):
                     by_site[edit.site].append((n, k, edit))
         for site in dict.fromkeys((*known, *by_site)):
             self._visit(site, self._editing(site, known[site], by_site[site]))
@@ -238,7 +298,7 @@ class _Wave:
         def visitor(value: Tensor) -> Tensor:
             value = value.clone()
             for n in known:
-                value[self.span(n)] = self._known(n, site)
+                value[self.span(n, site)] = self._known(n, site)
             for group in stacked([self._placed(n, k, edit) for n, k, edit in edits], value):
                 if len(group) > 1:
                     edit_stack(value, group)
@@ -251,7 +311,7 @@ class _Wave:
         return visitor
 
     def _placed(self, n: int, k: int, edit: Edit) -> Placed:
-        return Placed(n, k, edit, self.span(n), self.segments[n].examples, self.materials[n])
+        return Placed(n, k, edit, self.span(n, edit.site), self.segments[n].examples, self.materials[n])
 
     def _edit(self, value: Tensor, rows: slice, n: int, k: int, edit: Edit) -> None:
         edit_rows(value, rows, edit, self.segments[n].examples, self.materials[n])
@@ -260,12 +320,13 @@ class _Wave:
     def _add_captures(self) -> None:
         for n, segment in enumerate(self.segments):
             for reader in readers_of(segment, self.materials[n]):
-                if self._behind_join(segment.run, reader.read.site):
+                if self._is_there(n, reader.read.site):
                     self._visit(reader.read.site, self._capturing(n, reader))
 
     def _capturing(self, n: int, reader: Reader) -> Visitor:
         read, examples = reader.read, reader.examples
-        of = self.span(n) if isinstance(reader.rows, slice) else reader.rows + self.starts[n]
+        span = self.span(n, read.site)
+        of = span if isinstance(reader.rows, slice) else reader.rows + span.start
 
         def visitor(value: Tensor) -> None:
             own = of if isinstance(of, slice) else (contiguous(of) or of)
@@ -275,3 +336,13 @@ class _Wave:
             self.captured[reader.run, read].append((examples, piece))
 
         return visitor
+
+
+def _bypassing(segments: Sequence[Segment]) -> Mapping[int, Sequence[int]]:
+    """By block, the segments whose rows bypass it."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for n, segment in enumerate(segments):
+        for layer in segment.run.bypasses:
+            if segment.run.join.first_block <= layer < segment.run.end:
+                found[layer].append(n)
+    return dict(found)

@@ -64,6 +64,8 @@ class Counts:
     """Rows that go on from others."""
     not_again: int = 0
     """(row, block) pairs that are not computed for these."""
+    bypassed: int = 0
+    """(row, block) pairs that are not computed because all that the block adds is replaced."""
     ways: Counter[tuple[int, int, Way]] = field(default_factory=Counter)
     """Rows by stage, by the number of their part in it, and by where they go on from others and end."""
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -73,7 +75,8 @@ class Counts:
 
     def add(self, own: Counts) -> None:
         """Add what was counted of one chunk."""
-        for name in ("evaluations", "launches", "spared", "unread", "shared", "branched", "not_again"):
+        rows = ("shared", "branched", "not_again", "bypassed")
+        for name in ("evaluations", "launches", "spared", "unread", *rows):
             setattr(self, name, getattr(self, name) + getattr(own, name))
         self.widest = max(self.widest, own.widest)
         self.ways.update(own.ways)
@@ -146,10 +149,10 @@ class _Passed:
     def of(cls, schedule: Schedule, chunk: range) -> _Passed:
         every, last = [NONE], [NONE]
         for part in (part for own in schedule.rows.of(chunk).parts for part in own):
-            since = part.run.first_blocks
-            until = [min(block, part.run.end) for block in (*since[1:], part.run.end)]
+            since, end = part.run.first_blocks, part.run.end
+            until = [min(block, end) for block in (*since[1:], end)]
             pairs = zip(part.states, since, until, strict=True)
-            own = [states if stop > start else NONE for states, start, stop in pairs]
+            own = [states if part.run.passed(start, stop) else NONE for states, start, stop in pairs]
             every += own
             last += own[-1:]
         return cls(np.unique(np.concatenate(every)), np.unique(np.concatenate(last)))
@@ -185,13 +188,15 @@ def _count_rows(own: Counts, schedule: Schedule, stage: int, parts: Sequence[Par
     """Count the rows of one stage and their blocks, whichever waves they pass in."""
     unread = schedule.unread(stage)
     for part in parts:
-        size, blocks = len(part.examples), part.run.end - part.run.join.first_block
-        own.ways[stage, part.number, (part.run.beginning, part.run.ends)] += size
-        own.evaluations += size * blocks
-        own.unread += size * unread if blocks and part.run.end == schedule.n_layers else 0.0
-        if part.run.beginning is not None:
+        run, size = part.run, len(part.examples)
+        joined = run.join.first_block
+        own.ways[stage, part.number, (run.beginning, run.ends)] += size
+        own.evaluations += size * run.passes
+        own.bypassed += size * (run.end - joined - run.passes)
+        own.unread += size * unread * run.passed(max(joined, schedule.n_layers - 1), run.end)
+        if run.beginning is not None:
             own.branched += size
-            own.not_again += size * (part.run.join.first_block - part.run.first_blocks[0])
+            own.not_again += size * run.passed(run.first_blocks[0], joined)
 
 
 def _count_clean(own: Counts, batches: Iterable[CleanGroup]) -> None:

@@ -155,8 +155,7 @@ def _rows_of(part: Part, ways: Mapping[Way, int], stage: int, schedule: Schedule
         run = replace(part.run, beginning=beginning, ends=ends)
         n = ways[beginning, ends] if len(ways) > 1 else len(part.examples)
         some = n if n < schedule.n_examples else None
-        blocks = run.end - run.join.first_block
-        yield PlannedRows(run.name, stage, _joins(run), edits, blocks, some)
+        yield PlannedRows(run.name, stage, _joins(run), edits, run.passes, some)
 
 
 def _joins(run: BoundRun) -> str:

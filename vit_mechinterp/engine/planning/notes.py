@@ -32,7 +32,7 @@ def notes_on(
     else:
         yield from _over_chunks(vit, schedule, counts)
     yield from _again(schedule, counts)
-    yield from _otherwise(schedule.bound)
+    yield from _otherwise(schedule.bound, counts)
     yield from _less(schedule.bound)
     yield from _stages(schedule, counts)
     if not tensors_known and any(edit.refs for run in schedule.bound.runs for edit in run.edits):
@@ -59,7 +59,7 @@ def _again(schedule: Schedule, counts: Counts) -> Iterator[str]:
         )
 
 
-def _otherwise(bound: Bound) -> Iterator[str]:
+def _otherwise(bound: Bound, counts: Counts) -> Iterator[str]:
     """What is computed in another way than it is written."""
     if bound.left_out:
         yield f"interventions that change nothing that is read are left out: {_places(bound.left_out)}"
@@ -69,6 +69,11 @@ def _otherwise(bound: Bound) -> Iterator[str]:
         yield (
             "interventions are made where they are declared, though later would be the same, because a store "
             f"is likelier to have what they read there: {_places(bound.not_postponed)}"
+        )
+    if counts.bypassed:
+        yield (
+            "rows bypass blocks of which all that attention and MLP add is replaced: "
+            f"{counts.bypassed} block evaluations"
         )
     if bound.without_base:
         yield (

@@ -49,8 +49,8 @@ def carried(
         return run.edits
     own = -1 if first.site.layer is None else first.site.layer
     seen = [edit.site for edit in others] + [read.site for read in reads if read.site >= first.site]
-    end = min((anatomy.layout.n_layers if site.layer is None else site.layer for site in seen), default=None)
-    end = anatomy.layout.n_layers if end is None else end
+    n_layers = anatomy.layout.n_layers
+    end = min((_first_block_behind(site, n_layers) for site in seen), default=n_layers)
 
     def is_held(layer: int, modules: Sequence[Sequence[str]]) -> bool:
         is_whole = all(any(Site(layer, name) in held for name in module) for module in modules)
@@ -64,8 +64,16 @@ def carried(
         last += 1
     if last < 0 or (last == own and not needs):
         return run.edits
-    left = [edit for edit in run.edits if edit.site.layer is None or edit.site.layer > last]
-    return (_behind(first, Site(last, "resid_post"), run), *(edit for edit in left if edit is not first))
+    behind = Site(last, "resid_post")
+    left = (edit for edit in run.edits if edit.site >= behind and edit is not first)
+    return (_behind(first, behind, run), *left)
+
+
+def _first_block_behind(site: Site, n_layers: int) -> int:
+    """The first block that runs behind a site."""
+    if site.layer is None:
+        return 0 if site.name == "embed" else n_layers
+    return site.layer + (site.name == "resid_post")
 
 
 def _holds(edit: Edit, run: BoundRun) -> bool:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.binding.values import Read
+from vit_mechinterp.engine.reduction.bypassing import bypassing
 from vit_mechinterp.engine.reduction.reach import Kept, Reach
 from vit_mechinterp.engine.reduction.rebasing import reading_clean_values, showing_clean_values, without_base
 from vit_mechinterp.engine.reduction.spelling import Spelling
@@ -102,8 +104,10 @@ class _Pruning:
         pairs = zip(self.bound.runs, postponed.runs, strict=True)
         later = tuple(edit.where for old, new in pairs for edit in _new_in(new, old))
         moved = tuple(where for name in names for where in self._moved[name])
+        made = self.spelling.of(postponed if postponing else self.bound)
+        unread = partial(self.reach.unread, to_end=bool(made.with_output))
         return replace(
-            self.spelling.of(postponed if postponing else self.bound),
+            bypassing(made, self.reach.adding_up, unread),
             left_out=tuple(where for name in names for where in self._left_out[name]),
             postponed=(*moved, *later) if postponing else moved,
             not_postponed=() if postponing else later,

@@ -27,7 +27,7 @@ from vit_mechinterp.engine.reduction.liveness import Liveness
 from vit_mechinterp.engine.reduction.masks import Mask, Masks
 from vit_mechinterp.engine.reduction.postponing import postponed
 from vit_mechinterp.model.output_tokens import OutputTokens
-from vit_mechinterp.spec import AddDirection, TensorRef
+from vit_mechinterp.spec import AddDirection, Site, TensorRef
 
 __all__ = ["Kept", "Reach"]
 
@@ -143,6 +143,14 @@ class Reach:
     def postponed(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
         """Edits of a run at the last place where they do the same to what is read."""
         return postponed(self.anatomy, self._masks(run.edits), run, reads)
+
+    def unread(self, run: BoundRun, reads: Sequence[Read], *, to_end: bool) -> frozenset[Site]:
+        """Sites of a run at which nothing is read of what its edits there are given: neither by its output,
+        if that counts (``to_end``), nor by ``reads``."""
+        masks, edits = self._masks(run.edits), list(enumerate(run.edits))
+        before = Liveness(self.anatomy, masks, self.by_output, run, edits, reads, to_end=to_end).before
+        first = {edit.site: place for place, edit in reversed(edits)}
+        return frozenset(site for site, place in first.items() if not before[place])
 
     def is_rid_of_base(self, run: BoundRun, others: Sequence[Read]) -> bool:
         """Whether a run of whose first edit's values nothing is read holds nothing of its base from there on,

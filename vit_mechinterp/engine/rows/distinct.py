@@ -27,14 +27,15 @@ def distinct_rows(
 
     ``images_of`` gives numbers of the images that each segment's rows start from.
     """
-    by_layer: dict[int, list[int]] = defaultdict(list)
+    by_layer: dict[int, set[int]] = defaultdict(set)
     for n, segment in enumerate(segments):
         if starts_late(segment.run):
-            by_layer[segment.run.join.first_block].append(n)
+            by_layer[segment.run.join.first_block].add(n)
     found: dict[int, dict[str, Distinct]] = {}
     for layer, late in by_layer.items():
-        joined = max(n for n, s in enumerate(segments) if s.run.join.first_block <= layer)
-        parts = _spared(segments[: joined + 1], images_of, late)
+        inside = [n for n, segment in enumerate(segments) if segment.run.is_inside(layer)]
+        own = [segments[n] for n in inside], [images_of[n] for n in inside]
+        parts = _spared(*own, [place for place, n in enumerate(inside) if n in late])
         if parts:
             found[layer] = parts
     return found

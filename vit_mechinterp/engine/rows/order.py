@@ -49,6 +49,8 @@ def starts_late(run: BoundRun) -> bool:
     first = run.first
     if first is None or first.layer is None or first.layer != run.join.first_block:
         return False
+    if first.layer in run.bypasses:
+        return False
     return BLOCK_SITES.index(first.name) > EARLY
 
 

@@ -219,4 +219,6 @@ def _with(run: BoundRun, edits: tuple[Edit, ...]) -> BoundRun:
     """A run with some of its edits; blank rows whose base is put back start from it."""
     if len(edits) == len(run.edits):
         return run
-    return replace(run, edits=edits, blank=run.blank and edits[0] is run.edits[0])
+    lacking = {edit.site.layer for edit in run.edits if all(edit is not own for own in edits)}
+    blank = run.blank and edits[0] is run.edits[0]
+    return replace(run, edits=edits, blank=blank, bypasses=run.bypasses - lacking)

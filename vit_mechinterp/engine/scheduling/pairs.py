@@ -26,7 +26,7 @@ def _of_chunk(schedule: Schedule, chunk: range) -> int:
     if schedule.needs.means_come_first and not schedule.holds:
         total += _of_batches(schedule.clean_batches(schedule.own_needs(chunk, schedule.reads.means)))
     parts = (part for own in schedule.rows.of(chunk).parts for part in own)
-    return total + sum(len(part.examples) * (part.run.end - part.run.join.first_block) for part in parts)
+    return total + sum(len(part.examples) * part.run.passes for part in parts)
 
 
 def _of_batches(batches: Iterable[CleanGroup]) -> int:

@@ -119,7 +119,7 @@ class Schedule:
 
     def wave_blocks(self, segments: Sequence[Segment]) -> int:
         """(row, block) pairs of one wave."""
-        return sum(len(s.examples) * (s.run.end - s.run.join.first_block) for s in segments)
+        return sum(len(s.examples) * s.run.passes for s in segments)
 
     def own_needs(self, chunk: range, reads: Sequence[Read] | None = None) -> Needs:
         """What a chunk's own clean forwards are for, beside those that it has in common with others."""
