@@ -28,8 +28,9 @@ from vit_mechinterp.circuits.alignment import (
 )
 from vit_mechinterp.circuits.subspace_batches import Search, Trainee
 from vit_mechinterp.engine import Batch, Prepared, prepare, run_together
-from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.forwards.exhaustion import make_room
 from vit_mechinterp.engine.training.gradient_width import gradient_width
+from vit_mechinterp.model.out_of_memory import memory_may_run_out
 
 if TYPE_CHECKING:
     from vit_mechinterp.engine import ActivationStore

@@ -12,13 +12,14 @@ from vit_mechinterp.engine.arrays import IntArray
 from vit_mechinterp.engine.binding.values import Read
 from vit_mechinterp.engine.forwards.chunk import Setting, chunk_of
 from vit_mechinterp.engine.forwards.clean import Tick
-from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.forwards.exhaustion import make_room
 from vit_mechinterp.engine.inputs.ahead import Request
 from vit_mechinterp.engine.results.collect import Gathering
 from vit_mechinterp.engine.results.resume import FinishedChunks
 from vit_mechinterp.engine.scheduling.budget import FREED, WAITING
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.model.heap import GivingBack, give_back
+from vit_mechinterp.model.out_of_memory import memory_may_run_out
 
 __all__ = ["Work"]
 

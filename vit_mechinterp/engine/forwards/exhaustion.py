@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from vit_mechinterp.errors import ExecutionError
+from vit_mechinterp.model.out_of_memory import memory_may_run_out
 
-__all__ = ["in_fewer_rows", "make_room", "memory_may_run_out"]
+__all__ = ["in_fewer_rows", "make_room"]
 
 Found = TypeVar("Found")
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def memory_may_run_out() -> Iterator[None]:
-    """Leave the ``with`` block quietly where memory runs out in it, on a GPU or on the host."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
 
 
 def in_fewer_rows(call: Callable[[int], Found], rows: int) -> Found:

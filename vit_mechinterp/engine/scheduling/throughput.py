@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.instrument import Instrument, StopForward
+from vit_mechinterp.model.out_of_memory import memory_may_run_out
 from vit_mechinterp.spec import Site
 
 __all__ = ["likely_width", "measured_width", "remembered_width"]
@@ -67,9 +68,10 @@ def measured_width(vit: HookedViT, most: int, block_evaluations: int) -> int | N
     widths = sorted({max(1, min(most, likely * factor // 4)) for factor in _FACTORS})
     if block_evaluations < WORTHWHILE * (REPEATS + 1) * sum(widths):
         return None
-    try:
+    times: dict[int, float] = {}
+    with memory_may_run_out():
         times = {width: _seconds_per_row(vit, width) for width in widths}
-    except (MemoryError, RuntimeError):  # out of memory on a GPU, or on the host
+    if not times:
         return None
     best = min(times.values())
     # Wider batches mean fewer launches, so the widest of those that are as good as the best is taken.

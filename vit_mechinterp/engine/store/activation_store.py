@@ -20,7 +20,7 @@ from vit_mechinterp.engine.binding.checks import (
 )
 from vit_mechinterp.engine.binding.positions import Positions, resolve_tokens
 from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
-from vit_mechinterp.engine.forwards.exhaustion import make_room, memory_may_run_out
+from vit_mechinterp.engine.forwards.exhaustion import make_room
 from vit_mechinterp.engine.inputs.data import Data
 from vit_mechinterp.engine.inputs.images import image_numbers
 from vit_mechinterp.engine.scheduling.sizes import in_words, parse_bytes
@@ -32,6 +32,7 @@ from vit_mechinterp.engine.store.view import StoredActivations
 from vit_mechinterp.errors import ExecutionError, SpecError
 from vit_mechinterp.model.heap import thrifty
 from vit_mechinterp.model.hooked import HookedViT
+from vit_mechinterp.model.out_of_memory import memory_may_run_out
 from vit_mechinterp.spec import Capture, Site, Tokens
 
 __all__ = ["ActivationStore"]

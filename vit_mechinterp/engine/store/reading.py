@@ -100,12 +100,15 @@ def _load(tiers: Tiers, entry: Entry, number: int, *, evict: bool) -> Block | No
     shard = None if tiers.disk is None else tiers.disk.open(entry, number)
     if shard is None or tiers.disk is None:
         return None
+    name, own = (entry.key.name, number), np.arange(entry.slots(number).start, entry.slots(number).stop)
+    # A part that is in memory is not given up for a file that turns out to be damaged.
+    if tiers.host.peek(name) is not None and not tiers.disk.sound(shard, entry, number, own):
+        return None
     block = tiers.host.make(entry, number, evict=evict)
     if block is None:
         return None
-    own = entry.slots(number)
-    if not tiers.disk.sound(shard, entry, number, np.arange(own.start, own.stop)):
-        tiers.host.drop((entry.key.name, number))
+    if not tiers.disk.sound(shard, entry, number, own):
+        tiers.host.drop(name)
         return None
     block.tensor.copy_(shard.values)
     block.have[:] = True
