@@ -126,6 +126,26 @@ def test_parts_of_a_block_come_from_several_memories() -> None:
     assert torch.equal(out, expected)
 
 
+def test_a_part_in_memory_outlives_a_damaged_file(tmp_path: Path) -> None:
+    values = torch.arange(18.0).view(6, 3)
+    wanted = Entry(Key("m", "i", "s", "t", None, "float32", "p", "cpu", (), 4), 6, (3,), 6)
+    before = tiers.Tiers(tmp_path, 0, 2**20, 2**20)
+    before.put(before.add(wanted), range(6), values)
+    before.close()
+    (path,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[content.index(values.numpy().tobytes())] ^= 16
+    path.write_bytes(content)
+    own = tiers.Tiers(tmp_path, 0, 2**20, 2**20)
+    entry = own.add(wanted)
+    own.put(entry, range(2), values[:2])
+    out = torch.full((6, 3), -1.0)
+    assert read_items(own, entry, np.arange(6), out).tolist() == [2, 3, 4, 5]
+    assert torch.equal(out[:2], values[:2])
+    assert not path.exists()
+    own.close()
+
+
 def test_a_folder_is_not_gone_through_for_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files: dict[Path, tuple[float, int, Path]] = {}
     looked = []

@@ -132,6 +132,8 @@ class MemoryTier:
     def _buffer(self, nbytes: int, makes_room: Callable[[], bool]) -> Tensor | None:
         # Blocks of one kind are equally large, so their buffers fit each other.
         size = in_pages(nbytes)
+        if self.pinned:  # torch takes powers of two of it
+            size = 1 << (size - 1).bit_length()
         if size > self.budget:
             return None
         while True:
