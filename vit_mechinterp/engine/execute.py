@@ -178,7 +178,7 @@ def _carried_out(
         work = Work(Setting(vit, data, asked.given, clean, tick), schedule, kept, budget)
         work.carry_out()
     if store is not None:
-        store.tiers.flush()
+        store.flush()
     labels = data.labels()
     provenance = provenance_of(vit, data, schedule, asked.given, work.halvings)
     if isinstance(clean, StoredClean):

@@ -101,7 +101,8 @@ class ActivationStore:
 
         Images stream: a batch of them, and those that wait for it, are part of the budget of the memory that
         they pass through the model in. A batch takes at most half of it, and so is of fewer images than
-        asked for where these take more, but of one at least.
+        asked for where these take more, but of one at least. What is left for blocks stays as small for as
+        long as the store is open, so that a later batch finds its room.
 
         Args:
             vit: the model, in eval mode (or without dropout).
@@ -141,9 +142,13 @@ class ActivationStore:
             self._fit_batch(holdings, adopt=batch_size == "auto")
             source = Source(holdings)
             _fill(source, progress)
-            self.tiers.flush()
+            self.flush()
         self._warn_of_loss(holdings)
         return StoredActivations(source, reads)
+
+    def flush(self) -> None:
+        """Wait until every whole block is on disk, if there is a folder."""
+        self.tiers.flush()
 
     def _fit_batch(self, holdings: Holdings, *, adopt: bool) -> None:
         """Choose the images per forward: of what is stored as a whole those that gave it, or else as many as

@@ -255,7 +255,7 @@ def _clean(
         return _held(PlainClean(), vit, data, schedule, tick)
     stored = StoredClean(store.tiers, vit, data, schedule, schedule.width)
     found = (_streamed if streams else _held)(stored, vit, data, schedule, tick)
-    store.tiers.flush()
+    store.flush()
     return found
 
 
