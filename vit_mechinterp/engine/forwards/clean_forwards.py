@@ -22,7 +22,13 @@ __all__ = ["Filling", "forwards"]
 
 
 class Filling:
-    """What is needed of some images, which comes in piece by piece."""
+    """What is needed of some images, which comes in piece by piece.
+
+    Args:
+        need: a value, or the output.
+        examples: the examples that it is needed of, ascending.
+        images: the number of each one's image.
+    """
 
     def __init__(self, need: Need, examples: IntArray, images: IntArray) -> None:
         self.read = need if isinstance(need, Read) else None

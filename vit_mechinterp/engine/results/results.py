@@ -30,6 +30,10 @@ class Captures(BySite[Any]):
 
     Each is a tensor ``[example, ...]``, or a list of tensors where examples differ in their number of
     selected tokens.
+
+    Args:
+        run: the run's name, for messages.
+        values: the values by site name.
     """
 
     def __init__(self, run: str, values: Mapping[str, Tensor | list[Tensor]]) -> None:

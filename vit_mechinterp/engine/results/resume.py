@@ -32,7 +32,11 @@ __all__ = ["FinishedChunks"]
 
 
 class FinishedChunks:
-    """The chunks of one experiment that was begun in a folder."""
+    """The chunks of one experiment that was begun in a folder.
+
+    Args:
+        begun: the experiment, and where it is kept.
+    """
 
     def __init__(self, begun: Begun) -> None:
         self.begun = begun

@@ -53,7 +53,11 @@ class _Group:
 
 
 class Numbering:
-    """Gives numbers to the states of rows, stage by stage; a state that is known keeps its number."""
+    """Gives numbers to the states of rows, stage by stage; a state that is known keeps its number.
+
+    Args:
+        keys: what rows are compared by.
+    """
 
     def __init__(self, keys: RowKeys) -> None:
         self.keys = keys

@@ -27,7 +27,12 @@ Key = tuple[Any, ...]
 
 
 class RowKeys:
-    """What rows are compared by: numbers for what varies from example to example, the rest as it is."""
+    """What rows are compared by: numbers for what varies from example to example, the rest as it is.
+
+    Args:
+        sharing: the rows.
+        parts: those of every run that are numbered so far, by run; more come in while they are compared.
+    """
 
     def __init__(self, sharing: Sharing, parts: Mapping[str, Sequence[Part]]) -> None:
         self.sharing = sharing

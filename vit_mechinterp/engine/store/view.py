@@ -27,6 +27,10 @@ class StoredSite:
     ``rows[7]`` is one example's activation, ``rows[8:16]`` and ``rows[[5, 1, 9]]`` (or a tensor or array of
     indices, in any order, or a mask) are ``[example, ...]`` in the site's own axis order, on the model's
     device; where examples differ in their number of selected tokens, a list of tensors.
+
+    Args:
+        source: where they are read, or computed again.
+        read: what they are.
     """
 
     def __init__(self, source: Source, read: Read) -> None:
@@ -95,6 +99,10 @@ class StoredActivations(BySite[StoredSite]):
 
     A row that no tier has any longer, or that is damaged on disk, is computed again when it is asked for: the
     view holds on to the model and the data. Weights must stay as they were.
+
+    Args:
+        source: where they are read, or computed again.
+        reads: what they are, by site name.
     """
 
     def __init__(self, source: Source, reads: dict[str, Read]) -> None:
