@@ -24,7 +24,7 @@ from benchmarks.report import Report, Row
 PRESETS = {
     "full": {"model": "vit_base", "examples": 8, "repeats": 20},
     "cuda": {"examples": 64, "repeats": 60},
-    "small": {"model": "vit_tiny", "examples": 4, "repeats": 15},
+    "small": {"model": "vit_tiny", "examples": 4, "repeats": 9},
     "micro": {"model": "micro", "examples": 2, "repeats": 2},
 }
 POSTS, PATTERNS = "blocks.*.resid_post", "blocks.*.attn.pattern"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -26,12 +25,9 @@ SEEDS = (3, 5)
 
 
 @pytest.fixture
-def exact(vit: vmi.HookedViT, monkeypatch: pytest.MonkeyPatch) -> vmi.HookedViT:
-    """A model and rotations in double precision, and an epsilon of Adam far above what rounding the logits to float32
-    leaves of a gradient: while all gates are half open, a rotation's gradient is rounding alone, which Adam scales up."""
-    original = subspace_training.GatedRotations
-    monkeypatch.setattr(subspace_training, "GatedRotations", lambda *args: original(*args).double())
-    monkeypatch.setattr(torch.optim, "Adam", partial(torch.optim.Adam, eps=1e-5))
+def exact(vit: vmi.HookedViT) -> vmi.HookedViT:
+    """The model in float64, and so the trainings. (While all gates are half open a rotation has no gradient but rounding, which
+    Adam scales up.)"""
     return vmi.wrap(copy.deepcopy(vit.module).double())
 
 
@@ -57,7 +53,7 @@ def same(found: CircuitResult, wanted: CircuitResult, prefix: str = "", **facts:
     for column in ("train_loss", "loss"):
         assert rows[column].tolist() == pytest.approx(alone[column].tolist(), rel=1e-5)
     for name, tensor in wanted.tensors.items():
-        torch.testing.assert_close(found.tensors[prefix + name], tensor, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.tensors[prefix + name], tensor, rtol=0, atol=1e-4)
 
 
 def test_each_is_trained_as_if_alone(exact: vmi.HookedViT, data: dict[str, Any]) -> None:

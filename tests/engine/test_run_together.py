@@ -142,7 +142,8 @@ def test_every_trainings_gradient_is_that_of_the_training_alone(
     wanted: dict[str, Tensor] = {}
     for (name, world, examples, order), own in zip(asked, outputs, strict=True):
         for run, output in zip(runs[name], own, strict=True):
-            alone = separate(world, run, tensors, examples, order).float()
+            alone = separate(world, run, tensors, examples, order)
+            assert output.dtype == dtype
             torch.testing.assert_close(output, alone, rtol=0, atol=1e-5 * scale)
             wanted |= gradients(loss_of(alone), tensors)
     same(found, wanted, 1e-5 if dtype == torch.float64 else 1e-4)

@@ -107,7 +107,7 @@ def train_subspaces(
             [search.seed for search, _ in entries],
             [search.prefix for search, _ in entries],
             n_tokens,
-        ).to(vit.device)
+        ).to(vit.device, torch.promote_types(vit.dtype, torch.float32))
         first = {key: tensor.detach() for key, tensor in modules.tensors(modules.gates(1.0)).items()}
         with ExitStack() as stack:
             prepared: dict[int, Prepared] = {}
@@ -167,7 +167,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, training.schedule)
     )
-    losses = torch.zeros(len(modules.layers), device=mask.device)
+    losses = torch.zeros(len(modules.layers), device=mask.device, dtype=mask.dtype)
     with (
         torch.enable_grad(),
         tqdm(total=steps, desc=name, unit="step", delay=2.0, disable=not progress) as bar,
@@ -222,8 +222,9 @@ def _gradients(
     batches: Sequence[Sequence[Batch]], trainees: Sequence[Trainee], leaves: Mapping[str, Tensor], rows: int
 ) -> Float[Tensor, " entry"]:
     """Leave the gradients of all cross-entropies in the leaves; the cross-entropy of every entry."""
-    device = next(iter(leaves.values())).device
-    loss = torch.zeros(sum(len(own.runs) for own in trainees), device=device)
+    leaf = next(iter(leaves.values()))
+    device = leaf.device
+    loss = torch.zeros(sum(len(own.runs) for own in trainees), device=device, dtype=leaf.dtype)
     for parts in _forwards(batches, trainees, rows):
         outputs = run_together([part.batch for part in parts], leaves)
         logits = torch.cat([output.flatten(0, 1) for output in outputs])

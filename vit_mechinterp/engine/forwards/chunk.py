@@ -130,7 +130,8 @@ class _Chunk:
             result = run_wave(self.vit, segments, self.material, spares=self.schedule.spares, tokens=tokens)
             if result.output is not None:
                 sizes = [len(segment.examples) for segment in segments]
-                for segment, output in zip(segments, torch.split(result.output.cpu(), sizes), strict=True):
+                outputs = torch.split(result.output.float().cpu(), sizes)
+                for segment, output in zip(segments, outputs, strict=True):
                     self._outputs.put(segment.run.name, np.array(segment.examples), output)
             for key, pieces in result.captured.items():
                 self._pieces[key] += pieces

@@ -43,8 +43,8 @@ __all__ = ["run_wave"]
 
 @dataclass
 class WaveResult:
-    """What one wave gave: outputs (float32), segment by segment, if it went to the end; and by run and read
-    the pieces that it captured, each with the examples that it holds."""
+    """What one wave gave: outputs (float32, or float64 of a model that is), segment by segment, if it went to
+    the end; and by run and read the pieces that it captured, each with the examples that it holds."""
 
     output: Float[Tensor, "row *output"] | None
     captured: dict[tuple[str, Read], list[tuple[IntArray, Tensor]]]
@@ -80,7 +80,8 @@ def run_wave(
     output: Tensor | None = None
     with wave.instrument.installed():
         with wave.sparing.installed(), narrowed, suppress(StopForward):
-            output = vit(vit.beginning(wave.starts[-1])).float()
+            output = vit(vit.beginning(wave.starts[-1]))
+            output = output.to(torch.promote_types(output.dtype, torch.float32))
         wave.instrument.verify()
     wave.verify()
     # Its visitors hold the wave, and with it what the whole chunk reads: a reference cycle, which would stay

@@ -104,8 +104,8 @@ class Prepared:
     ) -> Float[Tensor, "run example *output"]:
         """Outputs of every run on some examples, in the ambient grad mode.
 
-        Gradients flow to ``tensors`` and stop at the interventions: the clean part is constant. See
-        `run_together` for batches of several preparations.
+        Gradients flow to ``tensors`` and stop at the interventions: the clean part is constant. Outputs are
+        float32, or float64 of a model that is. See `run_together` for batches of several preparations.
 
         Args:
             examples: which examples, in any order.
