@@ -25,7 +25,7 @@ from benchmarks.report import Report, Row
 PRESETS = {
     "full": {"model": "vit_tiny", "examples": 64, "repeats": 3, "batch": 64, "layers": range(11)},
     "cuda": {"model": "vit_base", "examples": 256, "repeats": 12, "batch": 64},
-    "small": {"model": "vit_tiny", "examples": 8, "repeats": 3, "batch": 4, "layers": (0, 10)},
+    "small": {"model": "vit_tiny", "examples": 8, "repeats": 3, "batch": 4, "layers": (5,)},
     "micro": {"model": "micro", "examples": 4, "repeats": 2, "batch": 2, "layers": (0, 1)},
 }
 PEERS = {"pyvene": "pyvene", "transformer_lens": "transformer_lens"}

@@ -36,7 +36,7 @@ WAYS = {
 PRESETS = {
     "full": {"model": "vit_small", "examples": 8, "repeats": 7},
     "cuda": {"model": "vit_base", "examples": 64, "repeats": 15},
-    "small": {"model": "vit_tiny", "examples": 4, "repeats": 3},
+    "small": {"model": "vit_tiny", "examples": 2, "repeats": 3},
     "micro": {"model": "micro", "examples": 2, "repeats": 1},
 }
 
