@@ -55,29 +55,6 @@ def leaves(d: int) -> dict[str, Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
-def test_a_model_in_float64_is_trained_in_float64() -> None:
-    """What a training amplifies is rounding, which is that of float32 in no place on the way."""
-    world = World(TIMM_PLAIN, 3, torch.float64)
-    document, formula = FORMULAS["direction"]
-    run = Run.model_validate({"name": "r", "interventions": [{**document, "site": "blocks.1.resid_post"}]})
-    tensors = {"v": leaves(world.module_width)["v"].detach().double().requires_grad_()}
-    with prepare(world.vit, [run], world.columns, tensors, progress=False) as prepared:
-        (outputs,) = prepared(range(3), tensors)
-    (found,) = torch.autograd.grad(outputs.square().sum(), list(tensors.values()))
-
-    def touch(site: str, value: Tensor) -> Tensor:
-        return formula(value, value, tensors) if site == "blocks.1.resid_post" else value
-
-    expected = by_hand(world.module, world.columns["base"].double(), touch)
-    (wanted,) = torch.autograd.grad(expected.square().sum(), list(tensors.values()))
-    assert outputs.dtype == torch.float64
-    outputs, expected = outputs.detach(), expected.detach()
-    assert float((outputs - expected).abs().max()) < 1e-12 * world.scale
-    clean = world.module(world.columns["base"].double()).detach()
-    assert float((expected - clean).abs().max()) > 1e-3
-    assert float((found - wanted).abs().max()) < 1e-12 * float(wanted.abs().max())
-
-
 def gradients(outputs: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(3))
     found = torch.autograd.grad((outputs * weights).sum(), list(tensors.values()), allow_unused=True)
