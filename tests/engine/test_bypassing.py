@@ -100,6 +100,14 @@ def test_a_block_that_somebody_looks_into_runs(site: str) -> None:
     assert checked(world, [CLEAN, document, other]) == [N, 2 * N, 3 * N]
 
 
+@pytest.mark.parametrize("site", ["blocks.1.ln1", "blocks.1.attn.pattern", "blocks.0.mlp.post"])
+def test_a_block_that_is_seen_before_anything_is_replaced_is_bypassed(site: str) -> None:
+    """What is captured is the clean forward's."""
+    world = world_of(TIMM_PLAIN, N)
+    assert checked(world, [CLEAN, {**without(1), "capture": [site]}]) == [N, N, 2 * N]
+    assert checked(world, [CLEAN, without(0, 1), {**without(1), "capture": [site]}]) == [N, N, 3 * N]
+
+
 def test_a_block_of_which_something_is_left_runs() -> None:
     world = world_of(TIMM_PLAIN, N)
     attention, mlp = replaced(1)

@@ -35,9 +35,14 @@ def bypassing(bound: Bound, adding_up: Callable[[], frozenset[int]], unread: Unr
     if not replacing:
         return bound
     # Rows that are equal are computed once for all who read them, so what is read of one counts for all.
-    reads = [read for name in replacing for read in bound.reads_of[name]]
-    looked_into = {read.site.layer for read in reads if read.site.name in _INSIDE}
     found = {run.name: run for run in bound.runs}
+    reads = [
+        read
+        for name in replacing
+        for read in bound.reads_of[name]
+        if not found[name].is_clean_at(read.site)  # or the clean forward gives it
+    ]
+    looked_into = {read.site.layer for read in reads if read.site.name in _INSIDE}
     for name, layers in replacing.items():
         run = found[name]
         if own := (layers & _open(run) & adding_up()) - looked_into:

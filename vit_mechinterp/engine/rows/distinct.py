@@ -34,8 +34,8 @@ def distinct_rows(
     found: dict[int, dict[str, Distinct]] = {}
     for layer, late in by_layer.items():
         inside = [n for n, segment in enumerate(segments) if segment.run.is_inside(layer)]
-        own = [segments[n] for n in inside], [images_of[n] for n in inside]
-        parts = _spared(*own, [place for place, n in enumerate(inside) if n in late])
+        joining = [place for place, n in enumerate(inside) if n in late]
+        parts = _spared([segments[n] for n in inside], [images_of[n] for n in inside], joining)
         if parts:
             found[layer] = parts
     return found
