@@ -249,3 +249,46 @@ def test_means_of_a_folder_are_those_of_the_sites_that_read_them(
                 world.check(documents, world.execute(documents, **options))
         if handle is not None:
             handle.remove()
+
+
+@pytest.mark.parametrize("site", ["pooled", "logits", "blocks.2.resid_post"])
+def test_a_run_that_goes_on_from_runs_that_go_on_shows_its_own_before(site: str) -> None:
+    """What a run captures before it becomes another's is its base's, however early that one was another's."""
+    world = world_of(TIMM_PLAIN, 3)
+
+    def of(other: str, at: str) -> dict[str, Any]:
+        return {"op": "interchange", "site": at, "source": {"run": other}}
+
+    first = {
+        "name": "first",
+        "interventions": [swap("blocks.0.attn.z", [5]), {"op": "ablate", "site": "blocks.2.mlp.pre"}],
+        "output": False,
+    }
+    documents = [
+        {"name": "last", "interventions": [of("first", "blocks.2.resid_post")]},
+        first,
+        {"name": "second", "interventions": [of("first", "blocks.1.resid_post")]},
+        {"name": "third", "interventions": [of("second", site)], "capture": ["blocks.2.attn.v"]},
+    ]
+    results = world.execute(documents)
+    world.check(documents, results)
+    clean = world.oracle.clean("base")[1]["blocks.2.attn.v"]
+    assert torch.allclose(results.captures["third"]["blocks.2.attn.v"], clean, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["blocks.0.attn.z", "blocks.0.attn.result"])
+@pytest.mark.parametrize("heads", [[0], [0, 1]])
+def test_heads_that_are_replaced_beside_a_run_that_is_read(site: str, heads: list[int]) -> None:
+    """Reducing such runs comes to an end, though what is read of the one is spelled by heads in between."""
+    world = world_of(TIMM_PLAIN, 3)
+    documents = [
+        {
+            "name": "reading",
+            "interventions": [
+                {"op": "ablate", "site": "blocks.0.attn.v", "heads": heads},
+                {"op": "interchange", "site": site, "tokens": [2, 3], "source": {"run": "read"}},
+            ],
+        },
+        {"name": "read", "interventions": [{"op": "ablate", "site": "blocks.0.attn.q", "tokens": [2]}]},
+    ]
+    world.check(documents, world.execute(documents))

@@ -87,7 +87,7 @@ class _Pruning:
             if not own.has_output and not readers and len(self._equal[name]) == 1:
                 own, changing = showing_clean_values(own, self.reach.whose, changing)
             runs[name] = self._with_some(own, changing)
-        before, self.bound = self.bound, self.bound.with_runs(runs)
+        before, self.bound = self.bound, self.spelling.of(self.bound.with_runs(runs))
         return set(self.bound.run_reads) != set(before.run_reads)
 
     def postponed(self) -> Bound:

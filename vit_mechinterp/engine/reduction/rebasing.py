@@ -61,7 +61,9 @@ def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRu
         other = others.get(first.source_run or "")
         if other is not None and other.edits and other.edits[-1].site <= first.site:
             same = _ending_as(run, other.origin, first.site, edits=(*other.edits, *later))
-            same = replace(same, blank=other.blank, clean_before=first.site)
+            # It may be another run's already, and shown as the base's up to a later place.
+            since = max(filter(None, (run.clean_before, first.site)))
+            same = replace(same, blank=other.blank, clean_before=since)
             return same, f"run {other.name!r} from {first.site} on"
     return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"
 
