@@ -343,3 +343,13 @@ def drawn(draw: random.Random) -> list[Document]:
         seen = f"blocks.{draw.randint(deepest + 1, N_LAYERS - 1)}.{draw.choice(BEHIND_CALL)}" if not wanted else ""
         documents.append(run(f"r{n}", *edits, **({} if wanted else {"output": False, "capture": [seen]})))
     return documents
+
+
+@pytest.mark.parametrize("site", ["blocks.0.resid_post", "blocks.1.resid_pre"])
+@pytest.mark.parametrize("last", ["blocks.2.resid_post", "blocks.2.mlp_out"])
+def test_one_that_ends_among_the_interventions_of_its_equal(site: str, last: str) -> None:
+    """What it captures lies between two that are written at one place of the stream for the other."""
+    world = world_of(TIMM_PLAIN, N)
+    places = ("blocks.0.resid_post", "blocks.1.resid_pre", last)
+    edits = [{"op": "add_direction", "site": place, "vector": "direction.24"} for place in places]
+    counted(world, [unwanted("seen", *edits, capture=[site]), run("out", *edits)])

@@ -139,9 +139,12 @@ class BoundRun:
 
     @property
     def to_make(self) -> Iterator[tuple[int, Edit]]:
-        """The edits that its rows have before them, with their places among all."""
+        """The edits that its rows have before them, with their places among all. (Behind their end there are
+        some where the run is an equal one's, which goes on.)"""
         made = self.beginning.made if self.beginning else 0
-        return ((place, edit) for place, edit in enumerate(self.edits) if place >= made)
+        for place, edit in enumerate(self.edits[made:], made):
+            if self.ends is None or Stop.for_site(edit.site, self.blocks.n) <= self.ends:
+                yield place, edit
 
     @cached_property
     def known_at(self) -> Site | None:
