@@ -10,14 +10,15 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from functools import cache, cached_property
+from itertools import product
 from typing import Any
 
 import pytest
 
 import vit_mechinterp as vmi
 from tests.engine.test_sharing import repeating
-from tests.engine.world import Counted, World
-from tests.tiny_models import N_LAYERS
+from tests.engine.world import Counted, World, world_of
+from tests.tiny_models import N_LAYERS, TIMM_PLAIN
 from vit_mechinterp import Run
 
 Document = dict[str, Any]
@@ -214,3 +215,15 @@ def test_no_pair_is_computed_that_need_not_be(seed: int) -> None:
     assert cut.chunk in (1, 2, 3)
     if cut.block_evaluations > floor:
         assert "images that occur in several chunks pass through the model" in str(cut)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_what_one_run_captures_costs_no_pair_that_need_not_be(site: str) -> None:
+    """One intervention in the middle block, and one capture anywhere, with and without the output."""
+    world = world_of(TIMM_PLAIN, 2)
+    for tokens, layer, captured in product(([1], "cls", "all"), range(N_LAYERS), SITES):
+        edit = {"op": "interchange", "site": f"blocks.1.{site}", "source": "source", "tokens": tokens}
+        for output in (True, False):
+            document = {"name": "r", "interventions": [edit], "capture": [f"blocks.{layer}.{captured}"], "output": output}
+            found = vmi.plan(world.vit, Run.model_validate(document), world.columns)
+            assert found.block_evaluations == needed(world, [document], N_LAYERS), document

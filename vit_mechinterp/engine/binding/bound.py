@@ -175,6 +175,25 @@ class BoundRun:
         """Whether the run's value at a site is the clean forward's."""
         return self.departs_at is None or site < self.departs_at
 
+    def holds(self, read: Read) -> bool:
+        """Whether its rows hold what is read of the run: what its edits reach and, in the block that they
+        join at, what is there before."""
+        return not self.is_clean_at(read.site) or (self.is_own(read) and self.passes_unedited(read.site))
+
+    def is_own(self, read: Read) -> bool:
+        """Whether a value of the run is read, or one of the image that its rows start from."""
+        return isinstance(read.origin, RunOrigin) or read.origin == self.origin
+
+    def passes_unedited(self, site: Site) -> bool:
+        """Whether its rows pass a place inside the block that they join at with their base's clean value,
+        which no clean forward has to give then."""
+        first = self.first
+        if first is None or self.beginning is not None or self.blank or self.known_at is not None:
+            return False
+        layer = self.join.first_block
+        is_there = site.layer == layer and site.name != "resid_pre" and layer not in self.bypasses
+        return is_there and site < first
+
     @cached_property
     def join(self) -> Join:
         """Where the run's rows enter the growing batch; only for runs with edits."""
@@ -300,9 +319,9 @@ class Bound:
         return {run.name: tuple(own) for own in found.values() for run in own}
 
     @cached_property
-    def departures(self) -> dict[str, Site]:
-        """`BoundRun.departs_at` of the runs that have one."""
-        return {run.name: run.departs_at for run in self.runs if run.departs_at is not None}
+    def named(self) -> dict[str, BoundRun]:
+        """The runs by name."""
+        return {run.name: run for run in self.runs}
 
     @cached_property
     def columns(self) -> frozenset[str]:

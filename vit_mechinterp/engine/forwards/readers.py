@@ -27,26 +27,29 @@ class Reader(NamedTuple):
 
 def readers_of(segment: Segment, material: Material) -> list[Reader]:
     """Everybody who reads values off a segment's rows."""
-    everyone = np.array(segment.examples)
+    everyone, run = np.array(segment.examples), segment.run
     found: list[Reader] = []
 
     def add(
-        run: str, rows: IntArray | slice, examples: IntArray, since: Site, until: Site | None = None
+        name: str, rows: IntArray | slice, examples: IntArray, since: Site | None, until: Site | None = None
     ) -> None:
-        first = max(since, material.bound.departures.get(run, since))
-        for read in material.bound.reads_of[run]:
-            if read.site >= first and (until is None or read.site < until):
-                found.append(Reader(run, read, rows, examples))
+        """``since`` is where rows are by themselves that go on from others; None for those that do not."""
+        reader, first = material.bound.named[name], since or run.first
+        for read in material.bound.reads_of[name]:
+            if first is not None and first <= read.site:
+                is_held = not reader.is_clean_at(read.site)
+            else:
+                is_held = since is None and reader.is_own(read) and run.passes_unedited(read.site)
+            if is_held and (until is None or read.site < until):
+                found.append(Reader(name, read, rows, examples))
 
-    since = segment.run.own_from
-    if since is not None:
-        add(segment.run.name, slice(0, len(everyone)), everyone, since)
-    others: dict[tuple[str, Site, Site | None], list[tuple[int, int]]] = defaultdict(list)
+    since = run.beginning.sites[-1] if run.beginning else None
+    add(run.name, slice(0, len(everyone)), everyone, since)
+    others: dict[tuple[str, Site | None, Site | None], list[tuple[int, int]]] = defaultdict(list)
     for row, example in enumerate(segment.examples):
-        key = segment.run.name, example
-        if since is not None:
-            for name, other in material.handover.copies.get(key, ()):
-                others[name, since, None].append((row, other))
+        key = run.name, example
+        for name, other in material.handover.copies.get(key, ()):
+            others[name, since, None].append((row, other))
         for own in material.handover.handed.get(key, ()):
             others[own.row[0], own.since, own.until].append((row, own.row[1]))
     for (name, first, last), pairs in others.items():

@@ -50,7 +50,7 @@ def looks_inside(runs: Iterable[tuple[BoundRun, Sequence[Read]]]) -> bool:
 
     return any(
         any(is_inside(edit.site, run) for edit in run.edits)
-        or any(is_inside(read.site, run) and not run.is_clean_at(read.site) for read in reads)
+        or any(is_inside(read.site, run) and run.holds(read) for read in reads)
         for run, reads in runs
     )
 
@@ -68,7 +68,7 @@ def union(several: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:
 def _positions(runs: Iterable[tuple[BoundRun, Sequence[Read]]]) -> Iterator[Positions]:
     for run, reads in runs:
         for read in reads:
-            if _is_behind(read.site, run) and not run.is_clean_at(read.site):
+            if _is_behind(read.site, run) and run.holds(read):
                 yield read.positions
         for edit in run.edits:
             if _is_behind(edit.site, run) and not acts_by_token(edit.spec):

@@ -31,10 +31,10 @@ Row = tuple[str, int]
 @dataclass(frozen=True)
 class Handed:
     """What a row hands to another one that goes on from it: all that is read of that other row from ``since``
-    on and before ``until``."""
+    on (None: from where the row starts) and before ``until``."""
 
     row: Row
-    since: Site
+    since: Site | None
     until: Site
 
 
@@ -87,9 +87,8 @@ class Branches:
             readers = [reader for reader in (row, *self.copies.get(row, ())) if self.reads_of[reader[0]]]
             while readers and row in begun:
                 fork, provider = begun[row]
-                first = begun[provider][0].beginning.sites[-1] if provider in begun else None
-                since, until = first or fork.provider.run.own_from, fork.beginning.sites[-1]
-                assert since is not None
+                since = begun[provider][0].beginning.sites[-1] if provider in begun else None
+                until = fork.beginning.sites[-1]
                 handed[provider] += (Handed(reader, since, until) for reader in readers)
                 row = provider
         return handed

@@ -1,4 +1,7 @@
-"""Runs whose rows start from clean values inside a block, where clean forwards pass through it anyway."""
+"""Runs whose rows start from clean values inside a block, where clean forwards pass through it anyway.
+
+Where none does, rows pass the whole block, and what is captured before their first edit is read off them.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,11 @@ def starting_inside(bound: Bound) -> Bound:
         for origin, blocks in _passed(run):
             clean_to[origin] = max(blocks, clean_to[origin])
 
+    # Rows of several bases may be equal, and then one of them is computed and read for all.
+    read_off = {layer for run in bound.runs for layer in _read_off(run) if layer >= clean_to[run.origin]}
+
     def knowing(run: BoundRun) -> BoundRun:
-        late = run.edits and starts_late(run)
+        late = run.edits and starts_late(run) and run.join.first_block not in read_off
         return replace(run, clean_to=clean_to[run.origin]) if late else run
 
     known = {run.name: knowing(run) for run in bound.runs}
@@ -40,6 +46,12 @@ def _passed(run: BoundRun) -> Iterator[tuple[ColumnOrigin, int]]:
     elif run.edits and not run.blank:
         yield run.origin, Stop.for_site(run.join.site, run.blocks.n).blocks
     for capture in run.captures:
-        origin, site = capture.read.origin, capture.read.site
-        if isinstance(origin, ColumnOrigin) and run.is_clean_at(site):
-            yield origin, Stop.for_site(site, run.blocks.n).blocks
+        if isinstance(capture.read.origin, ColumnOrigin) and not run.holds(capture.read):
+            yield capture.read.origin, Stop.for_site(capture.read.site, run.blocks.n).blocks
+
+
+def _read_off(run: BoundRun) -> Iterator[int]:
+    """The blocks in which a run's rows may show what is captured before their first edit."""
+    for capture in run.captures:
+        if run.is_clean_at(capture.read.site) and run.holds(capture.read):
+            yield run.join.first_block

@@ -86,7 +86,7 @@ def wanted_by_rows(parts: Sequence[Part], n_examples: int) -> Wanted:
 
 
 def wanted_by_runs(sharing: Sharing) -> Wanted:
-    """Clean values that stand in for a run's, or that its captures show where no edit comes before them."""
+    """Clean values that stand in for a run's, or that its captures show where its rows do not hold them."""
     bound, n = sharing.bound, sharing.n_examples
     wanted: defaultdict[Read, list[IntArray]] = defaultdict(list)
     for run in bound.runs:
@@ -94,7 +94,7 @@ def wanted_by_runs(sharing: Sharing) -> Wanted:
             as_clean = clean_read(run, read)
             wanted[as_clean].append(sharing.clean_rows(run.name))
             for part in sharing.parts.get(run.name, ()):
-                if part.run.is_clean_at(read.site):
+                if not part.run.holds(read):
                     wanted[as_clean].append(part.examples)
     return _merged(wanted, n)
 
