@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from vit_mechinterp import Results
 from vit_mechinterp.engine.results import resume
 
 
-def run(world: World, folder: Path, **options: Any) -> Results:
-    return world.execute(DOCUMENTS, **{"batch_size": 2, "out": folder, **options})
+def run(world: World, folder: Path, documents: Sequence[Mapping[str, Any]] = DOCUMENTS, **options: Any) -> Results:
+    return world.execute(documents, **{"batch_size": 2, "out": folder, **options})
 
 
-def stopped(world: World, folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped(world: World, folder: Path, after: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> None:
     """Run until some chunks are finished, then be interrupted."""
     original = resume.FinishedChunks.add
     finished = 0
@@ -32,4 +33,4 @@ def stopped(world: World, folder: Path, after: int, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(resume.FinishedChunks, "add", add)
         with pytest.raises(KeyboardInterrupt):
-            run(world, folder)
+            run(world, folder, *args, **options)

@@ -83,7 +83,7 @@ def execute(
         store: where clean values are read from if they are there, and kept if they are not. With it, clean
             forwards hold fixed batches of one column's distinct images, so that a value has the same bits
             whether it is read or computed; an image that stands in two columns is computed for each, unless
-            these hold the same distinct images in the same order.
+            one of them holds all images of the other, and all that is read of them.
         out: a folder to write results into as they come, chunk by chunk. The same call with a folder that
             was begun goes on where it was, repeats nothing that is there, and gives the same bits; what
             captures hold is then mapped from the folder's ``results.safetensors``.
@@ -172,7 +172,7 @@ def _carried_out(
     if store is not None:
         clean = StoredClean(store.tiers, vit, data, schedule, asked.batch_size)
         if kept is not None:
-            clean.use_rows(kept.begun.decided("store", clean.rows))
+            clean.decide(kept.begun.decided("store", clean.decisions))
     budget = None if memory is None else parse_bytes(memory)
     with vit.lock, torch.no_grad(), _Bar(vit, schedule, clean, progress) as tick:
         work = Work(Setting(vit, data, asked.given, clean, tick), schedule, kept, budget)
@@ -182,7 +182,7 @@ def _carried_out(
     labels = data.labels()
     provenance = provenance_of(vit, data, schedule, asked.given, work.halvings)
     if isinstance(clean, StoredClean):
-        provenance["images_per_stored_forward"] = clean.rows
+        provenance["images_per_stored_forward"] = clean.decisions["rows"]
     return work.collected.results(labels, provenance) if kept is None else kept.finish(labels, provenance)
 
 

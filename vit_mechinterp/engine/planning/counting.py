@@ -20,7 +20,7 @@ from vit_mechinterp.engine.rows.numbering import Part
 from vit_mechinterp.engine.rows.order import Segment, starts_late
 from vit_mechinterp.engine.scheduling.clean_groups import CleanGroup
 from vit_mechinterp.engine.scheduling.schedule import Schedule
-from vit_mechinterp.engine.store.clean import Forecast
+from vit_mechinterp.engine.store.arrangement import Forecast
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.model.sparing import PARTS, costs_of
 from vit_mechinterp.spec import Ablate, RunSource
@@ -55,7 +55,7 @@ class Counts:
     again: int = 0
     """Images that pass once more, because they occur in several chunks."""
     apart: int = 0
-    """Images that pass once for each of several columns, because a store keeps columns apart."""
+    """Images that pass once for each of several columns, because a store computes these apart."""
     rows_again: int = 0
     """Rows that are equal to rows of other chunks, and computed all the same."""
     begun_again: int = 0

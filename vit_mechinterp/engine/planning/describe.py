@@ -21,7 +21,8 @@ from vit_mechinterp.engine.rows.numbering import Part
 from vit_mechinterp.engine.scheduling.cutting import schedule_for
 from vit_mechinterp.engine.scheduling.footprint import footprint
 from vit_mechinterp.engine.scheduling.schedule import Schedule
-from vit_mechinterp.engine.store.clean import Forecast, StoredClean
+from vit_mechinterp.engine.store.arrangement import Forecast
+from vit_mechinterp.engine.store.clean import StoredClean
 from vit_mechinterp.errors import SpecError
 from vit_mechinterp.model.heap import uncollected
 from vit_mechinterp.model.hooked import HookedViT
@@ -107,9 +108,9 @@ def describe(
     """Count what a schedule computes; its clean forwards as a store foresees them, if there is one."""
     bound, n_layers = schedule.bound, schedule.n_layers
     counts = count(vit, schedule, forecast)
-    clean = []
+    clean, home = [], str if forecast is None else forecast.homes.of
     for (column, blocks), images in counts.images.items():
-        own = (need for need in counts.needs if origin_of(need).column == column)
+        own = (need for need in counts.needs if home(origin_of(need).column) == column)
         kept = dict.fromkeys(str(need.site) if isinstance(need, Read) else vit.layout.output for need in own)
         clean.append(CleanForwards(column, images, blocks, tuple(kept)))
     ways: defaultdict[tuple[int, int], dict[Way, int]] = defaultdict(dict)

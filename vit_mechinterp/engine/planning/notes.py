@@ -11,7 +11,7 @@ from vit_mechinterp.engine.rows.order import starts_late
 from vit_mechinterp.engine.scheduling.footprint import common_size
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.scheduling.sizes import in_words
-from vit_mechinterp.engine.store.clean import Forecast
+from vit_mechinterp.engine.store.arrangement import Forecast
 from vit_mechinterp.errors import listed
 from vit_mechinterp.model.as_made import is_as_made
 from vit_mechinterp.model.hooked import HookedViT
@@ -148,7 +148,8 @@ def _through_a_store(schedule: Schedule, counts: Counts, forecast: Forecast) -> 
     if counts.apart:
         yield (
             f"{counts.apart} images pass through the model once for each column that they stand in, because "
-            "a store keeps columns apart, for other experiments on them"
+            "a store computes a column in batches of its own, unless another one holds all of its images, "
+            "and all that is read of them"
         )
     if not forecast.holds and (len(schedule.chunks) > 1 or schedule.needs.means_come_first):
         yield (

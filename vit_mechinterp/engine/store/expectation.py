@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vit_mechinterp.engine.arrays import IntArray
-from vit_mechinterp.engine.binding.values import Needs
+from vit_mechinterp.engine.binding.values import Needs, origin_of
 from vit_mechinterp.engine.scheduling.schedule import Schedule
 from vit_mechinterp.engine.store.forward import Wanted
-from vit_mechinterp.engine.store.needs import places_of, stored_form, stored_origin
+from vit_mechinterp.engine.store.homes import Homes
 
 __all__ = ["expectations", "requests_for"]
 
@@ -34,21 +34,23 @@ class Expectation:
     in_order: bool = True
 
 
-def requests_for(schedule: Schedule, chunks: Iterable[range], *, means: bool) -> Iterator[Demand]:
+def requests_for(
+    schedule: Schedule, homes: Homes, chunks: Iterable[range], *, means: bool
+) -> Iterator[Demand]:
     """What some chunks will ask for, one after another, and before them, if so asked, what dataset means over
     every chunk will."""
     if means:
         for chunk in schedule.chunks:
-            yield _demand(schedule, schedule.needs.of(chunk, schedule.reads.means))
+            yield _demand(homes, schedule.needs.of(chunk, schedule.reads.means))
     for chunk in chunks:
-        yield _demand(schedule, schedule.needs.of(chunk))
+        yield _demand(homes, schedule.needs.of(chunk))
 
 
-def _demand(schedule: Schedule, needs: Needs) -> Demand:
+def _demand(homes: Homes, needs: Needs) -> Demand:
     found: Demand = defaultdict(dict)
     for need, examples in needs.items():
-        own, form = found[stored_origin(schedule, need).column], stored_form(schedule, need)
-        places = places_of(schedule, need, examples)
+        own, form = found[homes.of(origin_of(need).column)], homes.form(need)
+        places = homes.places(need, examples)
         own[form] = np.concatenate([own[form], places]) if form in own else places
     return found
 

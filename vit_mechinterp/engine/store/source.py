@@ -123,6 +123,27 @@ class Source:
             pieces.append(gather(read.site, by_token(read.site, values), selected, own, part))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def chosen(self, read: Read, places: IntArray, examples: IntArray) -> Iterator[tuple[IntArray, Tensor]]:
+        """Tokens that examples choose of whole activations, of which few are in memory at once.
+
+        Args:
+            read: the tokens and heads.
+            places: the column's example in whose place the image of each example stands.
+            examples: the examples.
+
+        Yields:
+            Some of the examples, ascending, and what `gather` gives of them.
+        """
+        whole = self.holdings.whole(read)
+        once, which = self.holdings.stored_once(whole, places)
+        batches = self.holdings.images[once] // self.holdings.rows
+        few = max(1, _SELECTED_BYTES * len(self.holdings.by_image) // self.holdings.nbytes(whole))
+        for span in _spans(batches, few):
+            values = self.take({whole: once[span]})[whole]
+            own = np.flatnonzero((which >= span.start) & (which < span.stop))
+            items = by_token(read.site, values)
+            yield examples[own], gather(read.site, items, which[own] - span.start, read, examples[own])
+
     def foresee(self, wanted: Mapping[Wanted, IntArray]) -> Iterator[tuple[tuple[int, ...], int]]:
         """The forwards that `take` would need: examples of their images, and the blocks that these pass
         through. What they would give counts as stored from then on."""
@@ -140,9 +161,9 @@ class Source:
             if read not in reads and len(examples) and self.holdings.absent({read: examples}):
                 yield read
 
-    def fill(self) -> None:
-        """Compute and keep everything that is not stored, one batch at a time."""
-        for grain, reads in self.holdings.grains(self.holdings.absent()):
+    def fill(self, wanted: Mapping[Wanted, IntArray] | None = None) -> None:
+        """Compute and keep what is wanted (everything by default) and not stored, one batch at a time."""
+        for grain, reads in self.holdings.grains(self.holdings.absent(wanted)):
             self.compute(grain, reads)
 
     def compute(self, grain: range, reads: Sequence[Wanted]) -> dict[Wanted, Tensor]:
@@ -183,6 +204,15 @@ class Source:
 
 def _uncounted(n: int) -> None:
     """Forwards that nobody counts."""
+
+
+def _spans(batches: IntArray, few: int) -> Iterator[slice]:
+    """Spans of ascending numbers of batches that are a few long, or as long as one batch; none is cut."""
+    begin = 0
+    for end in (*(np.flatnonzero(np.diff(batches)) + 1).tolist(), len(batches)):
+        if end - begin >= few or end == len(batches):
+            yield slice(begin, end)
+            begin = end
 
 
 def _copy(entry: Entry, given: range, value: Tensor, wanted: IntArray, out: Tensor) -> None:

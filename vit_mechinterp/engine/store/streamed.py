@@ -20,16 +20,15 @@ __all__ = ["streamed"]
 class _StreamedValues(Values):
     """What one read gives, read from the store for the examples that are asked for."""
 
-    def __init__(self, stored: StoredClean, schedule: Schedule, need: Need) -> None:
+    def __init__(self, stored: StoredClean, need: Need) -> None:
         super().__init__(torch.empty(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         self._stored = stored
-        self._schedule = schedule
         self._need = need
 
     def in_memory(self, examples: IntArray | Sequence[int]) -> Values:
         """Values of some examples: what the store has lost is computed anew, by a forward of its own."""
         chosen = np.unique(np.asarray(examples, dtype=np.int64))
-        return self._stored.values(self._schedule, self._need, chosen)
+        return self._stored.values(self._need, chosen)
 
     def whole(self, examples: IntArray | Sequence[int]) -> Tensor:
         """Whole activations of some examples, ``[row, ...]``."""
@@ -42,8 +41,6 @@ class _StreamedValues(Values):
 
 def streamed(stored: StoredClean, schedule: Schedule, tick: Tick) -> Clean:
     """Everything that a schedule needs, computed and kept by the store, to be read from there."""
-    for source in stored.sources.values():
-        with source.counting(tick):
-            source.fill()
+    stored.fill(schedule, tick)
     needs = schedule.needs.of(range(schedule.n_examples))
-    return Clean({need: _StreamedValues(stored, schedule, need) for need in needs})
+    return Clean({need: _StreamedValues(stored, need) for need in needs})

@@ -262,6 +262,7 @@ def _clean(
 def _held(passing: CleanPass, vit: HookedViT, data: Data, schedule: Schedule, tick: Tick) -> CleanAndMeans:
     """Clean values in memory, and the dataset means of them."""
     every = range(data.n)
+    passing.expect(schedule, [every], means=False)
     with data.ahead(passing.requests(schedule, [every])):
         clean = passing(vit, data, schedule, every, tick=tick)
     return clean, means_from(schedule, clean)
