@@ -276,6 +276,22 @@ def test_a_run_that_goes_on_from_runs_that_go_on_shows_its_own_before(site: str)
     assert torch.allclose(results.captures["third"]["blocks.2.attn.v"], clean, atol=1e-5)
 
 
+def test_a_run_that_goes_on_from_one_that_is_an_image_shows_its_own_before() -> None:
+    """Though it becomes that image's by an edit that stands earlier, among those of the run that it goes on from."""
+    world = world_of(TIMM_PLAIN, 3)
+    captured = "blocks.1.resid_pre"
+    documents = [
+        {"name": "image", "base": "source", "capture": ["embed"], "output": False},
+        run("is", push("embed", "all"), swap(captured, source={"run": "image"}), capture=("blocks.0.attn.k",)),
+        {**run("on", swap("blocks.1.resid_post", source={"run": "is"}), capture=(captured, LAST + ".ln1")), "output": False},
+    ]
+    results = world.execute(documents)
+    world.check(documents, results)
+    clean = world.oracle.clean("base")[1][captured]
+    assert torch.allclose(results.captures["on"][captured], clean, atol=1e-5)
+    assert not torch.allclose(world.oracle.clean("source")[1][captured], clean, atol=1e-1)
+
+
 @pytest.mark.parametrize("site", ["blocks.0.attn.z", "blocks.0.attn.result"])
 @pytest.mark.parametrize("heads", [[0], [0, 1]])
 def test_heads_that_are_replaced_beside_a_run_that_is_read(site: str, heads: list[int]) -> None:

@@ -53,16 +53,16 @@ def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRu
     """A run whose first edit replaces all that is read of its base, and what it is from there on."""
     first, later = run.edits[0], run.edits[1:]
     source = first.source
+    # It may be another run's already, and shown as its base's up to a later place than this edit's.
+    since = max(filter(None, (run.clean_before, first.site)))
     if source is not None and source.site == first.site and source.positions == first.positions:
         if isinstance(source.origin, ColumnOrigin):
-            same = _ending_as(run, source.origin, first.site, edits=later)
             whose = "image" if source.origin.permutation is None else "another example's image"
+            same = _ending_as(run, source.origin, since, edits=later)
             return same, f"{whose} {source.origin.column!r} from {first.site} on"
         other = others.get(first.source_run or "")
         if other is not None and other.edits and other.edits[-1].site <= first.site:
-            same = _ending_as(run, other.origin, first.site, edits=(*other.edits, *later))
-            # It may be another run's already, and shown as the base's up to a later place.
-            since = max(filter(None, (run.clean_before, first.site)))
+            same = _ending_as(run, other.origin, since, edits=(*other.edits, *later))
             same = replace(same, blank=other.blank, clean_before=since)
             return same, f"run {other.name!r} from {first.site} on"
     return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"
