@@ -86,6 +86,23 @@ def test_examples_that_are_first_edited_later() -> None:
         counted(world, [document, {"name": "clean"}], batch_size=1)
 
 
+@pytest.mark.parametrize("idle", ["blocks.1.ln1", "blocks.0.resid_post"])
+@pytest.mark.parametrize("clean", [False, True], ids=["read off rows", "given by images"])
+def test_rows_that_turn_out_to_be_those_of_a_run_that_lacks_an_edit(idle: str, clean: bool) -> None:
+    """Both show it alike, though the one starts inside the block by its declaration, and the other before it."""
+    world = World(TIMM_PLAIN, 2)
+    world.columns["other"] = world.columns["base"].clone()
+    nothing = {"op": "interchange", "site": idle, "source": "other", "tokens": [1, 3]}
+    documents: list[Document] = [
+        {"name": "without", "interventions": [MIDDLE]},
+        {"name": "with", "interventions": [nothing, MIDDLE], "capture": ["blocks.1.ln2", "blocks.1.mlp_out"], "output": False},
+    ]
+    if clean:
+        documents.append({"name": "clean", "capture": ["blocks.1.mlp.post"], "output": False})
+    for own in (documents, documents[::-1]):
+        assert counted(world, own) == 2 * (3 + clean)
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_in_chunks_and_with_a_store(stored: bool, tmp_path: Any) -> None:
     world = World(TIMM_PLAIN, 3)

@@ -1,25 +1,27 @@
 """Runs whose rows start from clean values inside a block, where clean forwards pass through it anyway.
 
-Where none does, rows pass the whole block, and what is captured before their first edit is read off them.
+Where none does, rows pass the whole block, and what is read before their first edit is read off them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun
 from vit_mechinterp.engine.binding.stop import Stop
-from vit_mechinterp.engine.binding.values import ColumnOrigin
+from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
 from vit_mechinterp.engine.rows.order import starts_late
+from vit_mechinterp.engine.rows.sharing import acting
 
 __all__ = ["starting_inside"]
 
 
 def starting_inside(bound: Bound) -> Bound:
-    """The same runs; those that are first edited late in a block know how far their bases' forwards go."""
-    if not any(starts_late(run) for run in bound.runs if run.edits):
+    """The same runs; those whose rows are first edited late in a block know how far clean forwards go."""
+    own = {run.name: list(_variants(run)) for run in bound.runs if run.edits}
+    if not any(starts_late(variant) for variants in own.values() for variant in variants):
         return bound
     clean_to: defaultdict[ColumnOrigin, int] = defaultdict(int)
     for run in bound.runs:
@@ -27,15 +29,30 @@ def starting_inside(bound: Bound) -> Bound:
             clean_to[origin] = max(blocks, clean_to[origin])
 
     # Rows of several bases may be equal, and then one of them is computed and read for all.
-    read_off = {layer for run in bound.runs for layer in _read_off(run) if layer >= clean_to[run.origin]}
+    read_off = {
+        layer
+        for name, variants in own.items()
+        for variant in variants
+        for layer in _read_off(variant, bound.reads_of[name])
+        if layer >= clean_to[variant.origin]
+    }
 
     def knowing(run: BoundRun) -> BoundRun:
-        late = run.edits and starts_late(run) and run.join.first_block not in read_off
-        return replace(run, clean_to=clean_to[run.origin]) if late else run
+        late = [variant.join.first_block for variant in own.get(run.name, ()) if starts_late(variant)]
+        return replace(run, clean_to=clean_to[run.origin]) if late and not read_off & {*late} else run
 
     known = {run.name: knowing(run) for run in bound.runs}
     stages = tuple(tuple(known[run.name] for run in stage) for stage in bound.stages)
     return replace(bound, runs=tuple(known.values()), stages=stages)
+
+
+def _variants(run: BoundRun) -> Iterator[BoundRun]:
+    """A run as its rows may be: in some examples, the first of its edits may do nothing."""
+    yield run
+    for place, edit in enumerate(run.edits[:-1], 1):
+        if edit.source is None and not edit.idle:
+            return
+        yield acting(run, run.edits[place:])
 
 
 def _passed(run: BoundRun) -> Iterator[tuple[ColumnOrigin, int]]:
@@ -50,8 +67,8 @@ def _passed(run: BoundRun) -> Iterator[tuple[ColumnOrigin, int]]:
             yield capture.read.origin, Stop.for_site(capture.read.site, run.blocks.n).blocks
 
 
-def _read_off(run: BoundRun) -> Iterator[int]:
-    """The blocks in which a run's rows may show what is captured before their first edit."""
-    for capture in run.captures:
-        if run.is_clean_at(capture.read.site) and run.holds(capture.read):
+def _read_off(run: BoundRun, reads: Iterable[Read]) -> Iterator[int]:
+    """The blocks in which a run's rows may show what is read before their first edit."""
+    for read in reads:
+        if run.is_clean_at(read.site) and run.holds(read):
             yield run.join.first_block

@@ -21,7 +21,7 @@ from vit_mechinterp.engine.binding.values import ColumnOrigin, permutation
 from vit_mechinterp.engine.rows.numbering import Numbering, Part
 from vit_mechinterp.engine.rows.row_keys import RowKeys
 
-__all__ = ["Sharing"]
+__all__ = ["Sharing", "acting"]
 
 Found = TypeVar("Found")
 
@@ -170,7 +170,7 @@ class Sharing:
         count = 0
         for stage in self.bound.stages:
             variants = [(run, *own) for run in stage for own in self._variants(run, keys, everyone)]
-            numbered = numbering.parts([(_with(run, edits), examples) for run, examples, edits in variants])
+            numbered = numbering.parts([(acting(run, edits), examples) for run, examples, edits in variants])
             parts.update((run.name, ()) for run in stage)
             for part in numbered:
                 parts[part.run.name] += (part,)
@@ -215,8 +215,8 @@ def _put(classes: dict[str, IntArray], part: Part, n_examples: int) -> None:
     classes[part.run.name] = numbers
 
 
-def _with(run: BoundRun, edits: tuple[Edit, ...]) -> BoundRun:
-    """A run with some of its edits; blank rows whose base is put back start from it."""
+def acting(run: BoundRun, edits: tuple[Edit, ...]) -> BoundRun:
+    """A run with those edits that act in some examples; blank rows whose base is put back start from it."""
     if len(edits) == len(run.edits):
         return run
     lacking = {edit.site.layer for edit in run.edits if all(edit is not own for own in edits)}
