@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vit_mechinterp as vmi
-from tests.engine.test_reach import push, rows, run, swap
+from tests.engine.test_reach import LAST, push, rows, run, swap
 from tests.engine.test_sharing import repeating
 from tests.engine.world import Counted, World, world_of
 from tests.tiny_models import HF_DINOV2, TIMM_PLAIN, TIMM_POOLED, Tiny
@@ -51,6 +51,29 @@ def test_going_on_may_be_written_as_reading_another_run() -> None:
     alone = [run("corrupt", NOISE), *(run(name, NOISE, back) for name, back in places)]
     reading = [run(name, swap(back["site"], source={"run": "corrupt"}), back) for name, back in places]
     assert rows(world, *alone) == rows(world, alone[0], *reading) == [6, 12, 15]
+
+
+@pytest.mark.parametrize(
+    ("layer", "together", "alone"), [(0, [6, 3, 6], [6, 3, 3]), (1, [6, 6, 6], [6, 6, 3]), (2, [6, 6, 6], [3, 3, 3])]
+)
+def test_what_begins_as_a_row_that_is_looked_into_is_not_made_later(layer: int, together: list[int], alone: list[int]) -> None:
+    """An edit that could be made behind its block is made inside, where another row is that makes the same there."""
+    world = world_of(TIMM_PLAIN, 3)
+    first = swap(f"blocks.{layer}.resid_mid", ["cls", 3])
+    seen = run("seen", first, capture=(f"blocks.{layer}.mlp.post",))
+    goes_on = run("goes on", first, push("ln_final" if layer == 2 else "blocks.2.resid_pre", ["cls"]))
+    assert rows(world, seen, goes_on) == together
+    assert rows(world, goes_on) == alone
+
+
+def test_in_the_last_block_rows_of_another_stage_are_not_waited_for() -> None:
+    world = world_of(TIMM_POOLED, 3)
+    first = swap(f"{LAST}.resid_mid", [3])
+    seen = run("seen", first, capture=(f"{LAST}.mlp.post",))
+    read = run("read", push("embed", [2]))
+    reading = run("reading", first, {"op": "inject_subspace", "site": "pooled", "source": {"run": "read"}, "basis": "basis.24"})
+    clean = run("clean")
+    assert rows(world, clean, seen, read, reading) == rows(world, clean, seen, read) == [9, 9, 12]
 
 
 def test_cumulative_interventions_cost_one_suffix_each() -> None:

@@ -1,22 +1,25 @@
 """Edits at the last place where they make the same difference, so that less of a block runs for them.
 
 What comes out of attention or MLP at a token is an image's own if what went in was. So tokens that are taken
-from an image inside are taken from it where they come out instead.
+from an image inside are taken from it where they come out instead, unless that parts rows that are one until
+then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
-from vit_mechinterp.engine.binding.bound import BoundRun, Edit
+from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
 from vit_mechinterp.engine.reduction.anatomy import Anatomy
 from vit_mechinterp.engine.reduction.ancestry import Ancestry, brings, may_hold
 from vit_mechinterp.engine.reduction.masks import Masks
+from vit_mechinterp.engine.reduction.spelling import Kind, doing
 from vit_mechinterp.spec import Site
 
-__all__ = ["postponed"]
+__all__ = ["postponed", "where_none_stay"]
 
 _IN_MLP = ("mlp.pre", "mlp.pre_linear", "mlp.post")
 _OUT: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -32,7 +35,7 @@ _OUT: Mapping[str, tuple[str, Sequence[str]]] = {
 
 
 def postponed(anatomy: Anatomy, masks: Masks, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
-    """Edits of a run at the last place where they do the same, in forward order.
+    """Edits of a run, each at the last place where it does the same.
 
     Args:
         anatomy: the model's.
@@ -43,9 +46,38 @@ def postponed(anatomy: Anatomy, masks: Masks, run: BoundRun, reads: Sequence[Rea
     found: list[Edit] = []
     for edit in reversed(run.edits):
         found.insert(0, _postponed(anatomy, masks, run, edit, found, reads))
-        found.sort(key=lambda own: own.site)
-    same = all(new is old for new, old in zip(found, run.edits, strict=True))
-    return run.edits if same else tuple(found)
+    return tuple(found)
+
+
+def where_none_stay(bound: Bound, later: Mapping[str, Sequence[Edit]]) -> dict[str, BoundRun]:
+    """The runs of an experiment with edits that are made ``later``, by run; but not where another run begins
+    with the same ones and has to make them where they stand."""
+    runs = {run.name: run for run in bound.runs}
+    stages = {run.name: number for number, stage in enumerate(bound.stages) for run in stage}
+    pairs = {name: list(zip(run.edits, later[name], strict=True)) for name, run in runs.items()}
+    moving = {old.site for own in pairs.values() for old, new in own if new is not old}
+    staying: set[Hashable] = set()
+    for name, own in pairs.items():
+        if any(new is old and old.site in moving for old, new in own):
+            beginnings = zip(own, _beginnings(runs[name], stages[name]), strict=True)
+            unmoved = takewhile(lambda each: each[0][0] is each[0][1], beginnings)
+            staying.update(begins for (old, _), begins in unmoved if old.site in moving)
+    found = {}
+    for name, own in pairs.items():
+        begins = list(_beginnings(runs[name], stages[name])) if staying and own else []
+        edits = [old if staying and begins[n] in staying else new for n, (old, new) in enumerate(own)]
+        found[name] = runs[name].with_edits(sorted(edits, key=lambda edit: edit.site))
+    return found
+
+
+def _beginnings(run: BoundRun, stage: int) -> Iterator[Hashable]:
+    """What a run begins with up to each of its edits: equal for rows that pass through the block together."""
+    made: list[Kind] = []
+    for edit in run.edits:
+        made.append(doing(edit, run.origin))
+        # In the last block, rows of one stage alone do.
+        is_last = edit.site.layer == run.blocks.n - 1
+        yield run.origin, run.blank, stage if is_last else None, tuple(made)
 
 
 def _postponed(

@@ -15,6 +15,7 @@ from functools import partial
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.binding.values import Read
 from vit_mechinterp.engine.reduction.bypassing import bypassing
+from vit_mechinterp.engine.reduction.postponing import where_none_stay
 from vit_mechinterp.engine.reduction.reach import Kept, Reach
 from vit_mechinterp.engine.reduction.rebasing import reading_clean_values, showing_clean_values, without_base
 from vit_mechinterp.engine.reduction.spelling import Spelling
@@ -93,10 +94,8 @@ class _Pruning:
     def postponed(self) -> Bound:
         """The runs with interventions inside attention or MLP made where they come out."""
         runs = self.bound.runs
-        reads = {run.name: self._reads(run, self._readers) for run in runs}
-        return self.bound.with_runs(
-            {run.name: run.with_edits(self.reach.postponed(run, reads[run.name])) for run in runs}
-        )
+        later = {run.name: self.reach.postponed(run, self._reads(run, self._readers)) for run in runs}
+        return self.bound.with_runs(where_none_stay(self.bound, later))
 
     def result(self, postponed: Bound, *, postponing: bool) -> Bound:
         """The runs as they are, or ``postponed``, in one spelling, with what is said of them."""

@@ -141,7 +141,7 @@ class Reach:
         return carried(self.anatomy, self.adding_up, run, reads)
 
     def postponed(self, run: BoundRun, reads: Sequence[Read]) -> tuple[Edit, ...]:
-        """Edits of a run at the last place where they do the same to what is read."""
+        """Edits of a run, each at the last place where it does the same to what is read."""
         return postponed(self.anatomy, self._masks(run.edits), run, reads)
 
     def unread(self, run: BoundRun, reads: Sequence[Read], *, to_end: bool) -> frozenset[Site]:

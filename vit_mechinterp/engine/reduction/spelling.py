@@ -25,7 +25,7 @@ from vit_mechinterp.engine.reduction.alone import Alone
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, TensorRef
 
-__all__ = ["Spelling"]
+__all__ = ["Kind", "Spelling", "doing"]
 
 Kind = tuple[object, ...]
 
@@ -220,6 +220,12 @@ def _one_name_each(tensors: Mapping[TensorRef, Tensor]) -> dict[TensorRef, Tenso
         if names[ref] is ref:
             alike.append(ref)
     return names
+
+
+def doing(edit: Edit, base: ColumnOrigin) -> Kind:
+    """What an edit does, and where: equal for edits of two runs, and for those declared in other words."""
+    chosen = (*_tokens(edit), edit.spec.heads, edit.keys, edit.idle)
+    return (edit.site, edit.carries, *_kind(edit, base), *chosen)
 
 
 def _kind(edit: Edit, base: ColumnOrigin) -> Kind:
