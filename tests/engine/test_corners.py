@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -198,6 +199,21 @@ def test_a_dataset_is_its_columns() -> None:
         runs[:1], data={**columns, **{c: world.vit.preprocess(columns[c]) for c in ("base", "source")}}
     )
     assert torch.allclose(tensors.logits[0], expected.logits[0], atol=1e-5 * world.scale)
+
+
+def test_images_of_a_file_that_is_mapped_to_be_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    data: dict[str, Any] = {}
+    for column in ("base", "source"):
+        images = world.columns[column].numpy()
+        images.tofile(tmp_path / column)
+        data[column] = np.memmap(tmp_path / column, images.dtype, mode="r", shape=images.shape)
+    torch.set_warn_always(True)  # and not once for all tests
+    try:
+        world.check([run("a", swap())], world.execute([run("a", swap())], data=data))
+    finally:
+        torch.set_warn_always(False)
+    assert not recwarn.list
 
 
 def test_an_operation_of_a_third_party() -> None:

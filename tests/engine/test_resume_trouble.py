@@ -158,7 +158,7 @@ def test_a_folder_that_is_something_else_is_refused(world: World, tmp_path: Path
     if Path("/proc/self").exists():  # where folders cannot be made, and are said not to exist
         with pytest.raises(ExecutionError, match=r"Results cannot be written into /proc/here: No such file or directory"):
             run(world, Path("/proc/here"))
-    with pytest.raises(ExecutionError, match=r"Results cannot be written into .*file"):
+    with pytest.raises(ExecutionError, match=r"Results cannot be written into .*file: it is a file\. Choose another folder\.$"):
         run(world, tmp_path / "file")
 
 

@@ -139,8 +139,12 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
 
     # Many runs use one tensor, and its numbers are looked at once.
     @cache
-    def is_finite(ref: TensorRef) -> bool:
-        return tensors[ref].is_floating_point() and bool(torch.isfinite(tensors[ref]).all())
+    def lack(ref: TensorRef) -> str | None:
+        tensor = tensors[ref]
+        if not tensor.is_floating_point():
+            return f"it has {tensor.dtype}; give it as floating-point numbers"
+        wrong = int((~torch.isfinite(tensor)).sum())
+        return f"{wrong} of its {tensor.numel()} numbers are infinite or not a number" if wrong else None
 
     @cache
     def skew(ref: TensorRef) -> float:
@@ -152,8 +156,8 @@ def check_tensors(bound: Bound, tensors: Mapping[TensorRef, Tensor], vit: Hooked
         for edit in run.edits:
             own = {field: tensors[ref].detach() for field, ref in edit.refs}
             for field, ref in edit.refs:
-                if not is_finite(ref):
-                    raise SpecError(f"{edit.where}: {field} must hold finite floating-point numbers.")
+                if why := lack(ref):
+                    raise SpecError(f"{edit.where}: {field} must hold finite floating-point numbers: {why}.")
                 if field in checks:
                     checks[field](vit, edit, own[field], own, n_examples)
                 if field == "basis" and skew(ref) > ORTHONORMAL_TOLERANCE:

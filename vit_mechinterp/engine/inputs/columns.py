@@ -55,8 +55,10 @@ class Columns:
             raise DataError(f"Data is a datasets.Dataset or a mapping of columns, not {type(data).__name__}.")
         if odd := [name for name in self.columns if not isinstance(name, str)]:
             raise DataError(f"Columns are called by strings, not {', '.join(map(repr, odd))}.")
-        if not self.columns or self.n == 0:
-            raise DataError("The data has no examples.")
+        if not self.columns:
+            raise DataError("The data has no columns. Runs take images from one: 'base', if they name none.")
+        if self.n == 0:
+            raise DataError("The data has no examples: its columns are empty.")
 
     def once(self, key: tuple[object, ...], make: Callable[[], Value]) -> Value:
         """What ``make`` returns, made once per key: many runs select by the same columns."""

@@ -21,7 +21,9 @@ def as_array(entry: Any) -> Tensor | None:
     if isinstance(entry, Tensor):
         return entry
     try:
-        return torch.as_tensor(np.asarray(entry))
+        array = np.asarray(entry)
+        # Of a file that is mapped to be read, torch would warn that nobody may write there.
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
     except (TypeError, ValueError):
         return None
 

@@ -32,8 +32,10 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     pruning = _Pruning(bound, reach, spelling)
     pruning.carry()
     pruning.leave_out()
-    while pruning.replace_bases():  # what others were there for is left out as well
-        pruning.leave_out()
+    for _ in bound.runs:  # a round for each run that turns out to be read less, at most
+        if not pruning.replace_bases():
+            break
+        pruning.leave_out()  # of what others were there for
     return pruning.result(pruning.postponed(), postponing=postponing)
 
 
@@ -77,19 +79,23 @@ class _Pruning:
     def replace_bases(self) -> bool:
         """Let runs begin with what replaces their bases, and leave out what is there already; whether some
         run is read less for it."""
-        runs = {run.name: run for run in self.bound.runs}
-        for name in [run.name for stage in self.bound.stages for run in stage]:
-            own = reading_clean_values(runs[name], runs, self.reach.whose)
-            readers = self._others(own)
-            if not self._kept[name].of_first and self.reach.is_rid_of_base(own, readers):
-                own, instead = without_base(own, runs)
-                self._instead[name] = f"{name} is {instead}"
-            changing: Mapping[int, Edit] = self.reach.changing(own, runs)
-            if not own.has_output and not readers and len(self._equal[name]) == 1:
-                own, changing = showing_clean_values(own, self.reach.whose, changing)
-            runs[name] = self._with_some(own, changing)
+        runs = dict(self.bound.named)
+        for name in (run.name for stage in self.bound.stages for run in stage):
+            runs[name] = self._from_what_it_is(runs[name], runs)
         before, self.bound = self.bound, self.spelling.of(self.bound.with_runs(runs))
         return set(self.bound.run_reads) != set(before.run_reads)
+
+    def _from_what_it_is(self, run: BoundRun, others: Mapping[str, BoundRun]) -> BoundRun:
+        """A run from where it is an image or one of the others, if it is, with the edits that change that."""
+        run = reading_clean_values(run, others, self.reach.whose)
+        readers = self._others(run)
+        if not self._kept[run.name].of_first and self.reach.is_rid_of_base(run, readers):
+            run, instead = without_base(run, others)
+            self._instead[run.name] = f"{run.name} is {instead}"
+        changing: Mapping[int, Edit] = self.reach.changing(run, others)
+        if not run.has_output and not readers and len(self._equal[run.name]) == 1:
+            run, changing = showing_clean_values(run, self.reach.whose, changing)
+        return self._with_some(run, changing)
 
     def postponed(self) -> Bound:
         """The runs with interventions inside attention or MLP made where they come out."""
@@ -108,8 +114,8 @@ class _Pruning:
         return replace(
             bypassing(made, self.reach.adding_up, unread),
             left_out=tuple(where for name in names for where in self._left_out[name]),
-            postponed=(*moved, *later) if postponing else moved,
-            not_postponed=() if postponing else later,
+            postponed=tuple(dict.fromkeys((*moved, *later) if postponing else moved)),
+            not_postponed=() if postponing else tuple(dict.fromkeys(later)),
             without_base=tuple(self._instead[name] for name in names if name in self._instead),
         )
 

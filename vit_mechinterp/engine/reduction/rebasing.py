@@ -50,7 +50,10 @@ def showing_clean_values(
 
 
 def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRun, str]:
-    """A run whose first edit replaces all that is read of its base, and what it is from there on."""
+    """A run whose first edit replaces all that is read of its base, and what it is from there on.
+
+    What is captured of it before is its base's still, up to ``clean_before`` where it goes on from a run.
+    """
     first, later = run.edits[0], run.edits[1:]
     source = first.source
     # It may be another run's already, and shown as its base's up to a later place than this edit's.

@@ -151,6 +151,10 @@ class Begun:
                 raise self.gone(self.chunks) from error
             what = "read from" if reading else "written into"
             remedy = "Mend that" if reading else "Choose another folder, or make room"
+            if self.results.is_file():
+                raise ExecutionError(
+                    f"Results cannot be {what} {self.results}: it is a file. Choose another folder."
+                ) from error
             raise ExecutionError(
                 f"Results cannot be {what} {self.results}: {error.strerror or error}. {remedy}; what is "
                 "finished there stays, and the same call goes on from it."

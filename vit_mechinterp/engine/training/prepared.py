@@ -109,7 +109,9 @@ class Prepared:
 
         Args:
             examples: which examples, in any order.
-            tensors: tensors that the specs refer to by name; they may change from call to call.
+            tensors: tensors that the specs refer to by name; they may change from call to call. Their
+                shapes are looked at, their numbers are not: what is orthonormal or finite is up to whoever
+                trains them.
             source_order: the order in which every source selection's tokens are paired with the base's, a
                 permutation of ``range(most_source_tokens)`` (for training DAS, Lepori et al. 2024); an
                 example of fewer tokens leaves out those it lacks.
