@@ -103,6 +103,25 @@ def test_rows_that_turn_out_to_be_those_of_a_run_that_lacks_an_edit(idle: str, c
         assert counted(world, own) == 2 * (3 + clean)
 
 
+@pytest.mark.parametrize(
+    ("edits", "again"),
+    [
+        ([MIDDLE], [MIDDLE, {"op": "add_direction", "site": "blocks.2.resid_mid", "vector": "direction.24", "alpha": 0.0}]),
+        ([MIDDLE | {"tokens": [1, 4]}], [MIDDLE | {"tokens": [4, 1]}]),
+        ([HEAD | {"tokens": [1, 4]}], [HEAD | {"tokens": [4]}, HEAD | {"tokens": [1]}]),
+    ],
+    ids=["with nothing added", "in another order", "one after the other"],
+)
+def test_runs_that_are_equal_in_other_words(edits: list[Document], again: list[Document]) -> None:
+    world = World(TIMM_PLAIN, 2)
+    documents = [
+        {"name": "a", "interventions": edits},
+        {"name": "b", "interventions": again, "capture": ["blocks.1.ln1"], "output": False},
+    ]
+    for own in (documents, documents[::-1]):
+        assert counted(world, own, tensors=world.named(own)) == 2 * 3
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_in_chunks_and_with_a_store(stored: bool, tmp_path: Any) -> None:
     world = World(TIMM_PLAIN, 3)

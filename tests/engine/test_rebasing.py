@@ -112,6 +112,18 @@ def test_a_replaced_stream_of_another_run_goes_on_from_it() -> None:
         assert float(changed.abs().max()) > 1e-3
 
 
+def test_what_is_left_out_of_a_run_that_goes_on_is_not_said_of_the_other() -> None:
+    world = world_of(TIMM_PLAIN, 3)
+    site = "blocks.1.resid_post"
+    sender = run("sender", push("embed", "patches"), swap(site, [3]))
+    back = run("back", swap(site, source={"run": "sender"}), swap(site, [3], "base"))
+    rows(world, sender, back)
+    documents = list(map(Run.model_validate, (sender, back)))
+    notes = vmi.plan(world.vit, documents, world.columns, tensors=world.named([sender])).notes
+    assert not any("change nothing that is read" in note for note in notes)
+    assert f"back is run 'sender' from {site} on" in str(notes)
+
+
 def test_a_base_that_another_run_reads_stays() -> None:
     world = world_of(TIMM_PLAIN, 3)
     replaced = run("replaced", push("blocks.0.mlp_out", [2]), swap("blocks.1.resid_post"))

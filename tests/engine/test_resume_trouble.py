@@ -154,6 +154,9 @@ def test_a_folder_that_is_something_else_is_refused(world: World, tmp_path: Path
     (tmp_path / "chunks" / "store.json").write_text("[2]")
     with pytest.raises(ExecutionError, match=r"store\.json is damaged, or not what an experiment leaves there\. Choose another"):
         run(world, tmp_path, store=vmi.ActivationStore())
+    (tmp_path / "chunks" / "store.json").write_bytes(seal_document({"base": 3}))
+    with pytest.raises(ExecutionError, match=r"store\.json is damaged, or not what an experiment leaves there\. Choose another"):
+        run(world, tmp_path, store=vmi.ActivationStore())
     (tmp_path / "file").write_text("")
     if Path("/proc/self").exists():  # where folders cannot be made, and are said not to exist
         with pytest.raises(ExecutionError, match=r"Results cannot be written into /proc/here: No such file or directory"):

@@ -71,6 +71,18 @@ def test_an_experiment_computes_every_image_once(
     world.check(DOCUMENTS, results[0], effect=None)
 
 
+def test_in_one_chunk_nothing_has_to_be_held_for_that() -> None:
+    base, other, n_images = COLUMNS["in another order"]
+    world = repeating(base, other)
+    with ActivationStore(host="1KiB") as store:
+        plan = planned(world, [swap()], store)
+        with Counted(world.module) as counted:
+            results = world.execute([swap()], store=store)
+    assert counted.rows[0] == n_images
+    assert counted.total == plan.block_evaluations
+    world.check([swap()], results, effect=None)
+
+
 def test_a_plan_lists_what_is_kept_for_both_columns() -> None:
     world = repeating(*COLUMNS["in another order"][:2])
     documents = [swap("blocks.1.mlp_out"), {"name": "clean"}]

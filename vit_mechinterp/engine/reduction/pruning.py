@@ -8,7 +8,7 @@ blank at that place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from vit_mechinterp.engine.reduction.bypassing import bypassing
 from vit_mechinterp.engine.reduction.postponing import where_none_stay
 from vit_mechinterp.engine.reduction.reach import Kept, Reach
 from vit_mechinterp.engine.reduction.rebasing import reading_clean_values, showing_clean_values, without_base
-from vit_mechinterp.engine.reduction.spelling import Spelling
+from vit_mechinterp.engine.reduction.spelling import Spelling, doing
 
 __all__ = ["pruned"]
 
@@ -44,11 +44,12 @@ class _Pruning:
 
     def __init__(self, bound: Bound, reach: Reach, spelling: Spelling) -> None:
         self.bound, self.reach, self.spelling = bound, reach, spelling
-        self._equal = bound.alike
-        """What is read of one of them counts for all, which are to stay equal."""
+        self._equal = self._to_stay_equal()
+        """What is read of one of them counts for all."""
         self._kept: dict[str, Kept] = {}
         self._readers: Mapping[str, Sequence[Read]] = {}
         """By run, what others read of its edited values."""
+        self._declared = {run.name: {edit.where for edit in run.edits} for run in bound.runs}
         self._left_out: defaultdict[str, list[str]] = defaultdict(list)
         self._moved: defaultdict[str, list[str]] = defaultdict(list)
         self._instead: dict[str, str] = {}
@@ -119,6 +120,16 @@ class _Pruning:
             without_base=tuple(self._instead[name] for name in names if name in self._instead),
         )
 
+    def _to_stay_equal(self) -> dict[str, list[BoundRun]]:
+        """By run, all that do the same, itself included; none where nothing but outputs is wanted."""
+        if len(self.bound.with_output) == len(self.bound.runs) and not any(self.bound.reads_of.values()):
+            return {}
+        found: defaultdict[Hashable, list[BoundRun]] = defaultdict(list)
+        for run in self.bound.runs:
+            edits = (edit for edit in run.edits if not self.reach.does_nothing(edit))
+            found[run.origin, tuple(doing(edit, run.origin) for edit in edits)].append(run)
+        return {run.name: own for own in found.values() for run in own}
+
     def _reads(self, run: BoundRun, readers: Mapping[str, Sequence[Read]]) -> list[Read]:
         """What is captured of a run and its equals, and what ``readers`` read of them."""
         equal = self._equal.get(run.name, ())
@@ -137,7 +148,9 @@ class _Pruning:
 
     def _with_some(self, run: BoundRun, edits: Mapping[int, Edit]) -> BoundRun:
         """A run with some of its edits, given by their places."""
-        self._left_out[run.name] += (edit.where for place, edit in enumerate(run.edits) if place not in edits)
+        left = (edit.where for place, edit in enumerate(run.edits) if place not in edits)
+        # What it goes on from another run with is that one's, which may make it for others.
+        self._left_out[run.name] += (where for where in left if where in self._declared[run.name])
         return run.with_edits(edits.values())
 
 

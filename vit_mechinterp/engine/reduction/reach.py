@@ -162,6 +162,10 @@ class Reach:
         n_tokens = len(self.every.shared or ())
         return Masks(edits, self.n, n_tokens, self.anatomy.n_heads, imagined=self.imagined)
 
+    def does_nothing(self, edit: Edit) -> bool:
+        """Whether an edit changes nothing, whatever it is given."""
+        return bool(self._idle(edit).all())
+
     def _idle(self, edit: Edit) -> BoolArray:
         """Examples in which an edit changes nothing, whatever it is given, ``[example or 1]``."""
         operator = operator_of(edit.spec)

@@ -111,7 +111,7 @@ class Begun:
             if not path.exists():
                 first_come(path, seal_document(document))
             stored = open_document(path.read_bytes())
-        if stored is None:
+        if stored is None or stored.keys() != document.keys():
             raise self._foreign(name)
         return stored
 

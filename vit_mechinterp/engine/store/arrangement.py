@@ -163,7 +163,8 @@ class Arrangement:
 
 def with_fewer_forwards(under: Callable[[Homes], Arrangement], schedule: Schedule) -> Arrangement:
     """The arrangement that takes fewer clean forwards, as the store is: with every column under its own name,
-    or with those that others hold all images of under these.
+    or with those that others hold all images of under these. For that, what is computed for one has to be
+    there when the other is asked for: in one chunk, or because the store can hold it.
 
     Args:
         under: makes an arrangement of some homes.
@@ -175,5 +176,6 @@ def with_fewer_forwards(under: Callable[[Homes], Arrangement], schedule: Schedul
         return apart
     together = under(homes)
     forecast = together.forecast(schedule)
+    at_once = len(schedule.chunks) == 1 and not schedule.needs.means_come_first
     fewer = forecast.evaluations <= apart.forecast(schedule).evaluations
-    return together if forecast.holds and fewer else apart
+    return together if (forecast.holds or at_once) and fewer else apart
