@@ -103,6 +103,20 @@ def test_rows_that_turn_out_to_be_those_of_a_run_that_lacks_an_edit(idle: str, c
         assert counted(world, own) == 2 * (3 + clean)
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("captured", [("attn.k",), ("attn.k", "mlp.post")])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_rows_that_hold_nothing_of_their_base_behind_it(layer: int, captured: tuple[str, ...], rows: int) -> None:
+    """They start from it even so: no image passes the block for what they have shown before it is replaced."""
+    world = World(TIMM_PLAIN, 3)
+    zeros = {"op": "ablate", "site": f"blocks.{layer}.resid_mid"}
+    document = {"name": "r", "interventions": [zeros], "capture": [f"blocks.{layer}.{site}" for site in captured]}
+    memory = world.memory([document], 1, rows)
+    assert counted(world, [document], batch_size=rows) == 3 * 3
+    assert counted(world, [document], batch_size=rows, memory=memory) == 3 * 3
+    assert counted(world, [document, {"name": "equal", "interventions": [zeros]}], batch_size=rows) == 3 * 3
+
+
 @pytest.mark.parametrize(
     ("edits", "again"),
     [

@@ -91,8 +91,9 @@ class _Pruning:
         run = reading_clean_values(run, others, self.reach.whose)
         readers = self._others(run)
         if not self._kept[run.name].of_first and self.reach.is_rid_of_base(run, readers):
-            run, instead = without_base(run, others)
-            self._instead[run.name] = f"{run.name} is {instead}"
+            run, instead = without_base(run, others, self._captured(run))
+            if instead is not None:
+                self._instead[run.name] = f"{run.name} is {instead}"
         changing: Mapping[int, Edit] = self.reach.changing(run, others)
         if not run.has_output and not readers and len(self._equal[run.name]) == 1:
             run, changing = showing_clean_values(run, self.reach.whose, changing)
@@ -132,9 +133,12 @@ class _Pruning:
 
     def _reads(self, run: BoundRun, readers: Mapping[str, Sequence[Read]]) -> list[Read]:
         """What is captured of a run and its equals, and what ``readers`` read of them."""
-        equal = self._equal.get(run.name, ())
-        captured = [capture.read for own in equal for capture in own.captures]
-        return captured + [read for own in equal for read in readers[own.name]]
+        read_by_others = (read for own in self._equal.get(run.name, ()) for read in readers[own.name])
+        return [*self._captured(run), *read_by_others]
+
+    def _captured(self, run: BoundRun) -> Iterator[Read]:
+        """What is captured of a run and its equals."""
+        return (capture.read for own in self._equal.get(run.name, ()) for capture in own.captures)
 
     def _others(self, run: BoundRun) -> list[Read]:
         """What others read of a run and its equals."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from vit_mechinterp.engine.binding.bound import BoundCapture, BoundRun, Edit
@@ -49,8 +49,13 @@ def showing_clean_values(
     return replace(run, captures=tuple(captures)), {}
 
 
-def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRun, str]:
+def without_base(
+    run: BoundRun, others: Mapping[str, BoundRun], captured: Iterable[Read]
+) -> tuple[BoundRun, str | None]:
     """A run whose first edit replaces all that is read of its base, and what it is from there on.
+
+    That is None where rows start from their base even so: something is ``captured`` before the edit, in the
+    block that they join at.
 
     What is captured of it before is its base's still, up to ``clean_before`` where it goes on from a run.
     """
@@ -68,6 +73,8 @@ def without_base(run: BoundRun, others: Mapping[str, BoundRun]) -> tuple[BoundRu
             same = _ending_as(run, other.origin, since, edits=(*other.edits, *later))
             same = replace(same, blank=other.blank, clean_before=since)
             return same, f"run {other.name!r} from {first.site} on"
+    if any(run.is_clean_at(read.site) and run.passes_unedited(read.site) for read in captured):
+        return run, None
     return replace(run, blank=True), f"what {first.spec.op} puts in at {first.site}"
 
 
