@@ -304,6 +304,15 @@ def test_a_run_that_goes_on_from_one_that_is_an_image_shows_its_own_before() -> 
     assert not torch.allclose(world.oracle.clean("source")[1][captured], clean, atol=1e-1)
 
 
+def test_a_run_that_goes_on_from_a_blank_one_that_becomes_an_image_starts_from_that_image() -> None:
+    world = World(TIMM_POOLED, 5)
+    zeros = {"op": "ablate", "site": "embed", "method": "mean"}
+    resampled = {"op": "ablate", "site": "blocks.0.resid_post", "method": "resample", "seed": 0}
+    first = run("first", zeros, resampled, capture=("embed",))
+    on = run("on", swap("blocks.2.resid_pre", source={"run": "first"}), {"op": "ablate", "site": "blocks.2.attn_out"})
+    world.check([first, on], world.execute([first, on]))
+
+
 @pytest.mark.parametrize("site", ["blocks.0.attn.z", "blocks.0.attn.result"])
 @pytest.mark.parametrize("heads", [[0], [0, 1]])
 def test_heads_that_are_replaced_beside_a_run_that_is_read(site: str, heads: list[int]) -> None:

@@ -84,4 +84,4 @@ def _ending_as(run: BoundRun, origin: ColumnOrigin, site: Site, edits: tuple[Edi
         BoundCapture(own.name, own.read if own.read.site < site else replace(own.read, origin=origin))
         for own in run.captures
     )
-    return replace(run, edits=edits, captures=captures, origin=origin)
+    return replace(run, edits=edits, captures=captures, origin=origin, blank=False)
