@@ -64,8 +64,10 @@ def where_none_stay(bound: Bound, later: Mapping[str, Sequence[Edit]]) -> dict[s
             staying.update(begins for (old, _), begins in unmoved if old.site in moving)
     found = {}
     for name, own in pairs.items():
-        begins = list(_beginnings(runs[name], stages[name])) if staying and own else []
-        edits = [old if staying and begins[n] in staying else new for n, (old, new) in enumerate(own)]
+        edits = [new for _, new in own]
+        if staying and any(new is not old for old, new in own):
+            beginnings = zip(own, _beginnings(runs[name], stages[name]), strict=True)
+            edits = [old if begins in staying else new for (old, new), begins in beginnings]
         found[name] = runs[name].with_edits(sorted(edits, key=lambda edit: edit.site))
     return found
 
