@@ -100,6 +100,13 @@ def test_what_an_idle_edit_reads_is_not_computed() -> None:
     assert float(changed.abs().max()) > 1e-3
 
 
+def test_an_idle_edit_parts_no_rows() -> None:
+    """Beside an edit of the output before it, an edit of a block's input may be written as one of that output."""
+    world, edit = world_of(TIMM_PLAIN, 3), swap("blocks.1.resid_pre", [1])
+    seen = run("seen", edit, capture=("blocks.1.resid_pre",))
+    assert rows(world, seen, run("beside", push("blocks.0.resid_post", [1], alpha=0.0), edit)) == [6, 3, 3]
+
+
 def test_the_plan_names_what_is_left_out() -> None:
     world = world_of(TIMM_PLAIN, 3)
     documents = [run(f"layer{n}", swap(f"blocks.{n}.resid_post", [1, 4])) for n in range(3)]

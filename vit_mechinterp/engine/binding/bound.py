@@ -306,19 +306,6 @@ class Bound:
         return {name: tuple(dict.fromkeys(own)) for name, own in reads.items()}
 
     @cached_property
-    def alike(self) -> dict[str, tuple[BoundRun, ...]]:
-        """By run, all that are declared to make the same rows, itself included; empty where nothing but
-        outputs is wanted."""
-        if len(self.with_output) == len(self.runs) and not any(self.reads_of.values()):
-            return {}
-        found: dict[str, list[BoundRun]] = {}
-        for run in self.runs:
-            # As text, because 1.0 and True are equal to 1 and mean something else to operators of one's own.
-            text = run.run.model_dump_json(include={"base", "interventions"})
-            found.setdefault(text, []).append(run)
-        return {run.name: tuple(own) for own in found.values() for run in own}
-
-    @cached_property
     def named(self) -> dict[str, BoundRun]:
         """The runs by name."""
         return {run.name: run for run in self.runs}

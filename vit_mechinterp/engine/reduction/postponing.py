@@ -11,12 +11,12 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from vit_mechinterp.engine.binding.alike import Kind, doing
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
 from vit_mechinterp.engine.reduction.anatomy import Anatomy
 from vit_mechinterp.engine.reduction.ancestry import Ancestry, brings, may_hold
 from vit_mechinterp.engine.reduction.masks import Masks
-from vit_mechinterp.engine.reduction.spelling import Kind, doing
 from vit_mechinterp.spec import Site
 
 __all__ = ["postponed", "where_none_stay"]

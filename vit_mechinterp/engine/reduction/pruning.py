@@ -8,17 +8,18 @@ blank at that place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from vit_mechinterp.engine.binding.alike import alike
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.binding.values import Read
 from vit_mechinterp.engine.reduction.bypassing import bypassing
 from vit_mechinterp.engine.reduction.postponing import where_none_stay
 from vit_mechinterp.engine.reduction.reach import Kept, Reach
 from vit_mechinterp.engine.reduction.rebasing import reading_clean_values, showing_clean_values, without_base
-from vit_mechinterp.engine.reduction.spelling import Spelling, doing
+from vit_mechinterp.engine.reduction.spelling import Spelling
 
 __all__ = ["pruned"]
 
@@ -30,6 +31,7 @@ def pruned(bound: Bound, reach: Reach, spelling: Spelling, *, postponing: bool) 
     same; without, those are named that could be.
     """
     pruning = _Pruning(bound, reach, spelling)
+    pruning.spell()
     pruning.carry()
     pruning.leave_out()
     for _ in bound.runs:  # a round for each run that turns out to be read less, at most
@@ -44,8 +46,8 @@ class _Pruning:
 
     def __init__(self, bound: Bound, reach: Reach, spelling: Spelling) -> None:
         self.bound, self.reach, self.spelling = bound, reach, spelling
-        self._equal = self._to_stay_equal()
-        """What is read of one of them counts for all."""
+        self._equal: Mapping[str, Sequence[BoundRun]] = {}
+        """By run, all that make the same rows: what is read of one of them counts for all."""
         self._kept: dict[str, Kept] = {}
         self._readers: Mapping[str, Sequence[Read]] = {}
         """By run, what others read of its edited values."""
@@ -53,6 +55,12 @@ class _Pruning:
         self._left_out: defaultdict[str, list[str]] = defaultdict(list)
         self._moved: defaultdict[str, list[str]] = defaultdict(list)
         self._instead: dict[str, str] = {}
+
+    def spell(self) -> None:
+        """Write interventions in one way, all but those that change nothing whatever they are given."""
+        acting = {run.name: self._with_some(run, self.reach.acting(run)) for run in self.bound.runs}
+        self.bound = self.spelling.of(self.bound.with_runs(acting))
+        self._equal = alike(self.bound)
 
     def carry(self) -> None:
         """Make interventions behind the blocks that only carry them on."""
@@ -120,16 +128,6 @@ class _Pruning:
             not_postponed=() if postponing else tuple(dict.fromkeys(later)),
             without_base=tuple(self._instead[name] for name in names if name in self._instead),
         )
-
-    def _to_stay_equal(self) -> dict[str, list[BoundRun]]:
-        """By run, all that do the same, itself included; none where nothing but outputs is wanted."""
-        if len(self.bound.with_output) == len(self.bound.runs) and not any(self.bound.reads_of.values()):
-            return {}
-        found: defaultdict[Hashable, list[BoundRun]] = defaultdict(list)
-        for run in self.bound.runs:
-            edits = (edit for edit in run.edits if not self.reach.does_nothing(edit))
-            found[run.origin, tuple(doing(edit, run.origin) for edit in edits)].append(run)
-        return {run.name: own for own in found.values() for run in own}
 
     def _reads(self, run: BoundRun, readers: Mapping[str, Sequence[Read]]) -> list[Read]:
         """What is captured of a run and its equals, and what ``readers`` read of them."""

@@ -75,17 +75,19 @@ class Reach:
         self._zeros: dict[TensorRef, BoolArray] = {}
         self._narrowed: dict[tuple[object, ...], tuple[Positions, ...]] = {}
 
+    def acting(self, run: BoundRun) -> dict[int, Edit]:
+        """Edits of a run that may change what they are given, by their place in the run, each with the
+        examples in which it may not."""
+        found = {place: self._with_idle(edit, self._idle(edit)) for place, edit in enumerate(run.edits)}
+        return {place: edit for place, edit in found.items() if edit is not None}
+
     def kept(self, run: BoundRun, reads: Sequence[Read], *, to_end: bool) -> Kept:
         """What of a run reaches its output, if that counts (``to_end``), or one of what is read of it."""
-        idle = {place: self._idle(edit) for place, edit in enumerate(run.edits)}
-        edits = [(place, edit) for place, edit in enumerate(run.edits) if not idle[place].all()]
-        if to_end and self._are_all_read([edit for _, edit in edits]):
-            found = {place: self._where(edit, None, idle[place]) for place, edit in edits}
-            return Kept({place: edit for place, edit in found.items() if edit is not None})
-        masks = self._masks(edit for _, edit in edits)
+        if to_end and self._are_all_read(run.edits):
+            return Kept(dict(enumerate(run.edits)))
+        masks, edits = self._masks(run.edits), list(enumerate(run.edits))
         liveness = Liveness(self.anatomy, masks, self.by_output, run, edits, reads, to_end=to_end)
-        found = {place: self._where(edit, liveness.own[place], idle[place]) for place, edit in edits}
-        kept = {place: edit for place, edit in found.items() if edit is not None}
+        kept = self._made_at(run, liveness.own)
         return Kept(kept, not kept or liveness.before[min(kept)])
 
     def _are_all_read(self, edits: Sequence[Edit]) -> bool:
@@ -117,11 +119,7 @@ class Reach:
             other = others[name]
             if other.origin == run.origin and not (run.blank or other.blank or other.clean_before):
                 where |= Ancestry(self.anatomy, self._masks(run.edits), run, reference=other).changes
-        if not where:
-            return dict(enumerate(run.edits))
-        never = np.zeros(1, dtype=np.bool_)
-        found = {place: self._where(edit, where.get(place), never) for place, edit in enumerate(run.edits)}
-        return {place: edit for place, edit in found.items() if edit is not None}
+        return self._made_at(run, where)
 
     def _brings(self, edit: Edit) -> bool:
         return brings(edit, imagined=self.imagined)
@@ -162,10 +160,6 @@ class Reach:
         n_tokens = len(self.every.shared or ())
         return Masks(edits, self.n, n_tokens, self.anatomy.n_heads, imagined=self.imagined)
 
-    def does_nothing(self, edit: Edit) -> bool:
-        """Whether an edit changes nothing, whatever it is given."""
-        return bool(self._idle(edit).all())
-
     def _idle(self, edit: Edit) -> BoolArray:
         """Examples in which an edit changes nothing, whatever it is given, ``[example or 1]``."""
         operator = operator_of(edit.spec)
@@ -181,19 +175,25 @@ class Reach:
         chosen = edit.choice is not None and operator is add_direction
         return zeros[edit.choices] if chosen else np.asarray(zeros.all(keepdims=True))
 
-    def _where(self, edit: Edit, mask: Mask | None, idle: BoolArray) -> Edit | None:
-        """An edit where it counts, at the tokens and heads of a mask (None: all that it selects) in examples
-        in which it is not idle; None where there are none."""
-        if mask is not None:
-            idle = idle | ~mask.any(axis=(1, 2))
-            if idle.all():
-                return None
-            if not self.imagined and self.alone.acts(edit):
-                edit = self._at(edit, mask)
+    def _made_at(self, run: BoundRun, where: Mapping[int, Mask | None]) -> dict[int, Edit]:
+        """Edits of a run where they count, by their place in the run: at the tokens and heads of a mask, if
+        it has one."""
+        found: dict[int, Edit] = {}
+        for place, edit in enumerate(run.edits):
+            mask, made = where.get(place), edit
+            if mask is not None and mask.any() and not self.imagined and self.alone.acts(edit):
+                made = self._at(edit, mask)
+            left = made if mask is None else self._with_idle(made, ~np.asarray(mask.any(axis=(1, 2))))
+            if left is not None:
+                found[place] = left
+        return found
+
+    def _with_idle(self, edit: Edit, idle: BoolArray) -> Edit | None:
+        """An edit with more examples ``[example or 1]`` in which it is idle; None where it is in all."""
         if not idle.any():
             return edit
-        everyone = np.flatnonzero(np.broadcast_to(idle, self.n)).tolist()
-        return replace(edit, idle=tuple(sorted({*edit.idle, *everyone})))
+        everyone = {*edit.idle, *np.flatnonzero(np.broadcast_to(idle, self.n)).tolist()}
+        return None if len(everyone) == self.n else replace(edit, idle=tuple(sorted(everyone)))
 
     def _at(self, edit: Edit, mask: Mask) -> Edit:
         """An edit at the tokens and heads of a mask."""

@@ -15,19 +15,17 @@ from itertools import combinations, groupby
 
 from torch import Tensor
 
+from vit_mechinterp.engine.binding.alike import Kind, kind_of, tokens_of
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
 from vit_mechinterp.engine.binding.joins import output_before
 from vit_mechinterp.engine.binding.ops import BUILT_IN, ablate, inject_subspace, interchange, operator_of
-from vit_mechinterp.engine.binding.options import options_of
 from vit_mechinterp.engine.binding.positions import ALL, Positions, are_disjoint, in_order_of
 from vit_mechinterp.engine.binding.values import ColumnOrigin, Read
 from vit_mechinterp.engine.reduction.alone import Alone
 from vit_mechinterp.model.hooked import HookedViT
 from vit_mechinterp.spec import Site, TensorRef
 
-__all__ = ["Kind", "Spelling", "doing"]
-
-Kind = tuple[object, ...]
+__all__ = ["Spelling"]
 
 
 class Spelling:
@@ -157,8 +155,8 @@ class Spelling:
             edits = [edit.with_heads((head,)) for edit in edits for head in self._heads_of(edit)]
         for _ in range(2 if len({edit.keys for edit in edits}) > 1 else 1):
             edits = self._made_one(edits, base, lambda e: (e.spec.heads, e.keys), self._with_tokens_of)
-            edits = self._made_one(edits, base, lambda e: (*_tokens(e), e.keys), _with_heads_of)
-            edits = self._made_one(edits, base, lambda e: (*_tokens(e), e.spec.heads), self._with_keys_of)
+            edits = self._made_one(edits, base, lambda e: (*tokens_of(e), e.keys), _with_heads_of)
+            edits = self._made_one(edits, base, lambda e: (*tokens_of(e), e.spec.heads), self._with_keys_of)
         return sorted(map(self._edit, edits), key=_place)
 
     def _heads_of(self, edit: Edit) -> Iterable[int]:
@@ -186,7 +184,7 @@ class Spelling:
         """Edits that do the same, and are ``equal`` in what else they select, as one."""
         kinds: defaultdict[Kind, list[Edit]] = defaultdict(list)
         for edit in edits:
-            kinds[(*_kind(edit, base), equal(edit))].append(edit)
+            kinds[(*kind_of(edit, base), equal(edit))].append(edit)
         return [own[0] if len(own) == 1 else _with_idle_of(own, together(own)) for own in kinds.values()]
 
     def _with_tokens_of(self, edits: Sequence[Edit]) -> Edit:
@@ -220,32 +218,6 @@ def _one_name_each(tensors: Mapping[TensorRef, Tensor]) -> dict[TensorRef, Tenso
         if names[ref] is ref:
             alike.append(ref)
     return names
-
-
-def doing(edit: Edit, base: ColumnOrigin) -> Kind:
-    """What an edit does, and where: equal for edits of two runs, and for those declared in other words."""
-    chosen = (*_tokens(edit), edit.spec.heads, edit.keys, edit.idle)
-    return (edit.site, edit.carries, *_kind(edit, base), *chosen)
-
-
-def _kind(edit: Edit, base: ColumnOrigin) -> Kind:
-    """What an edit does, whichever tokens and heads it does it to."""
-    source, mean = edit.source, edit.mean
-    # What puts its base's own tokens back is left out by itself.
-    back = source is not None and source.origin == base and source.positions == edit.positions
-    return (
-        type(edit.spec),
-        options_of(edit, imagined=False),
-        edit.refs,
-        edit.choice,
-        source and (source.origin, source.site, back),
-        mean and (mean.origin, mean.positions),
-    )
-
-
-def _tokens(edit: Edit) -> Kind:
-    """The tokens that an edit is made at, and those that it reads."""
-    return edit.positions, None if edit.source is None else edit.source.positions
 
 
 def _place(edit: Edit) -> Kind:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vit_mechinterp.engine.arrays import BoolArray, IntArray
+from vit_mechinterp.engine.binding.alike import alike
 from vit_mechinterp.engine.binding.bound import BoundRun, Edit
 from vit_mechinterp.engine.binding.joins import output_before
 from vit_mechinterp.engine.binding.ops import BUILT_IN, ablate, inject_subspace, interchange, operator_of
@@ -105,13 +106,12 @@ class RowKeys:
 
     def _site(self, run: BoundRun | None, site: Site) -> Site:
         """One name for a block's input and what the one before puts out, where nobody reads either of them of
-        a run, or of one that is declared alike (that is edited in between, perhaps)."""
+        a run, or of one that is alike (that is edited in between, perhaps)."""
         if site.name != "resid_pre" or site.layer not in self.sharing.handed_on:
             return site
         output = output_before(site)
-        bound = self.sharing.bound
-        alike = () if run is None else bound.alike.get(run.name, ())
-        reads = (read for own in alike for read in bound.reads_of[own.name])
+        equals = () if run is None else self._alike.get(run.name, ())
+        reads = (read for own in equals for read in self.sharing.bound.reads_of[own.name])
         return site if any(read.site in (site, output) for read in reads) else output
 
     def _source(self, read: Read) -> IntArray:
@@ -134,6 +134,10 @@ class RowKeys:
             if made:
                 found[part.examples] = part.states[made - 1]
         return found
+
+    @cached_property
+    def _alike(self) -> Mapping[str, Sequence[BoundRun]]:
+        return alike(self.sharing.bound)
 
     @cached_property
     def _origin_of(self) -> dict[str, ColumnOrigin]:

@@ -82,7 +82,7 @@ def _drafted(
         passed_on,
     )
     reach = Reach(anatomy, by_output, n, tensors, alone, cache(partial(adding_up, vit)), imagined=imagined)
-    bound = pruned(spelling.of(bound), reach, spelling, postponing=not stored)
+    bound = pruned(bound, reach, spelling, postponing=not stored)
     spares = why_nothing_is_spared(vit.layout) is None
     if spares and not stored:
         bound = starting_inside(bound)
