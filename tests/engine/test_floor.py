@@ -217,6 +217,53 @@ def test_no_pair_is_computed_that_need_not_be(seed: int) -> None:
         assert "images that occur in several chunks pass through the model" in str(cut)
 
 
+def swap(site: str, tokens: Any, source: str = "source") -> Document:
+    return {"op": "interchange", "site": f"blocks.{site}", "tokens": tokens, "source": source}
+
+
+TWO_RUNS = {
+    "a token restored behind attention is the base's again": (
+        [swap("0.resid_pre", [1])],
+        [swap("0.attn.z", ["cls", 2], "base")],
+    ),
+    "restored where another run's queries are": ([swap("0.attn.q", [2, 3])], [swap("0.attn.z", ["cls", 2], "base")]),
+    "tokens of one image, behind others that attention mixes": (
+        [swap("0.resid_pre", [3, 1]), swap("0.mlp.post", [2, 3]), swap("0.resid_post", ["cls", 2])],
+        [swap("1.attn_out", ["cls", 2])],
+    ),
+    "made later in both, or in neither": (
+        [swap("0.resid_mid", "cls"), swap("1.resid_mid", ["cls", 2], "base"), swap("0.attn.z", [1])],
+        [swap("1.mlp_out", "all")],
+    ),
+    "queries reach their own tokens alone": ([swap("0.attn.q", [3, 1])], [swap("1.resid_pre", ["cls", 2], "base")]),
+}
+"""By what is to be seen: what two runs begin with, and what the second one makes besides."""
+
+
+@pytest.mark.parametrize("name", TWO_RUNS)
+def test_what_two_runs_have_in_common_is_computed_once(name: str) -> None:
+    world, (begun, more) = world_of(TIMM_PLAIN, 2), TWO_RUNS[name]
+    one, other = {"name": "one", "interventions": begun}, {"name": "other", "interventions": [*begun, *more]}
+    for documents in ([one, other], [other]):
+        assert counted(world, documents) == needed(world, documents, N_LAYERS)
+
+
+def counted(world: World, documents: list[Document]) -> int:
+    """Block calls of an experiment, row by row; what comes out is what the oracle says."""
+    world.vit.sites()
+    with Counted(world.module) as count:
+        results = world.execute(documents)
+    world.check(documents, results)
+    return count.total
+
+
+def test_a_base_that_is_put_back_first_is_the_base() -> None:
+    world, capture = world_of(TIMM_PLAIN, 2), ["blocks.1.attn.q"]
+    edits = [swap("0.attn.z", ["cls", 2], "base"), swap("2.resid_post", "cls")]
+    documents: list[Document] = [{"name": "r", "interventions": edits, "capture": capture}]
+    assert counted(world, documents) == needed(world, documents, N_LAYERS)
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_what_one_run_captures_costs_no_pair_that_need_not_be(site: str) -> None:
     """One intervention in the middle block, and one capture anywhere, with and without the output."""

@@ -313,6 +313,17 @@ def test_a_run_that_goes_on_from_a_blank_one_that_becomes_an_image_starts_from_t
     world.check([first, on], world.execute([first, on]))
 
 
+def test_the_output_of_a_run_that_becomes_an_image_is_that_images() -> None:
+    world = World(TIMM_POOLED, 5)
+    resampled = {"op": "ablate", "site": "blocks.2.resid_post", "method": "resample", "seed": 0}
+    documents = [
+        {**run("seen", swap("logits", source={"run": "image"}), capture=("logits",)), "output": False},
+        run("image", swap("embed"), resampled),
+        run("reading", swap("blocks.2.resid_pre", source={"run": "image"})),
+    ]
+    world.check(documents, world.execute(documents))
+
+
 @pytest.mark.parametrize("site", ["blocks.0.attn.z", "blocks.0.attn.result"])
 @pytest.mark.parametrize("heads", [[0], [0, 1]])
 def test_heads_that_are_replaced_beside_a_run_that_is_read(site: str, heads: list[int]) -> None:

@@ -13,7 +13,7 @@ from vit_mechinterp.engine.binding.bound import BoundRun
 from vit_mechinterp.model.layout import Layout
 from vit_mechinterp.spec import BLOCK_SITES, Site
 
-__all__ = ["BEHIND_CALL", "CUTS", "Anatomy", "Way", "sites_of"]
+__all__ = ["BEHIND_CALL", "CUTS", "OF_ALL_TOKENS", "Anatomy", "Way", "sites_of"]
 
 Marks = NDArray[Any]
 """What is said of a value, ``[example or 1, token or 1, head or 1]``; 1 where it is said of all of them."""
@@ -25,6 +25,9 @@ CUTS = ("embed", "resid_pre", "resid_mid", "resid_post")
 
 BEHIND_CALL = BLOCK_SITES[BLOCK_SITES.index("attn.z") :]
 """Sites of a block at which its attention call has been made."""
+
+OF_ALL_TOKENS = ("resid_pre", "ln1", "attn.k", "attn.v")
+"""Sites of a block of which the attention call reads all tokens for each of its own."""
 
 
 @cache

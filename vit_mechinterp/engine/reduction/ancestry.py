@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vit_mechinterp.engine.binding.bound import BoundRun, Edit
 from vit_mechinterp.engine.binding.ops import BUILT_IN, inject_subspace, operator_of
 from vit_mechinterp.engine.binding.values import ColumnOrigin, RunOrigin
-from vit_mechinterp.engine.reduction.anatomy import BEHIND_CALL, Anatomy, sites_of
+from vit_mechinterp.engine.reduction.anatomy import OF_ALL_TOKENS, Anatomy, sites_of
 from vit_mechinterp.engine.reduction.masks import Mask, Masks
 from vit_mechinterp.spec import Site
 
@@ -47,7 +47,7 @@ def may_hold(edit: Edit, site: Site) -> bool:
         return layer == 0 or site.name == "embed"
     if layer is None or before is None:
         return False
-    return layer == before or (layer == before + 1 and edit.site.name in BEHIND_CALL)
+    return layer == before or (layer == before + 1 and edit.site.name not in OF_ALL_TOKENS)
 
 
 class Ancestry:

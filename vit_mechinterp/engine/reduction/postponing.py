@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 from vit_mechinterp.engine.binding.alike import Kind, doing
 from vit_mechinterp.engine.binding.bound import Bound, BoundRun, Edit
@@ -52,23 +51,25 @@ def postponed(anatomy: Anatomy, masks: Masks, run: BoundRun, reads: Sequence[Rea
 def where_none_stay(bound: Bound, later: Mapping[str, Sequence[Edit]]) -> dict[str, BoundRun]:
     """The runs of an experiment with edits that are made ``later``, by run; but not where another run begins
     with the same ones and has to make them where they stand."""
-    runs = {run.name: run for run in bound.runs}
     stages = {run.name: number for number, stage in enumerate(bound.stages) for run in stage}
-    pairs = {name: list(zip(run.edits, later[name], strict=True)) for name, run in runs.items()}
+    pairs = {run.name: list(zip(run.edits, later[run.name], strict=True)) for run in bound.runs}
     moving = {old.site for own in pairs.values() for old, new in own if new is not old}
+
+    def begun(run: BoundRun) -> Iterator[tuple[Edit, Edit, Hashable]]:
+        """A run's edits as they stand and as they are made later, and what it begins with up to each."""
+        for (old, new), begins in zip(pairs[run.name], _beginnings(run, stages[run.name]), strict=True):
+            yield old, new, begins
+
     staying: set[Hashable] = set()
-    for name, own in pairs.items():
-        if any(new is old and old.site in moving for old, new in own):
-            beginnings = zip(own, _beginnings(runs[name], stages[name]), strict=True)
-            unmoved = takewhile(lambda each: each[0][0] is each[0][1], beginnings)
-            staying.update(begins for (old, _), begins in unmoved if old.site in moving)
+    for run in bound.runs:
+        if any(new is old and old.site in moving for old, new in pairs[run.name]):
+            staying.update(begins for old, new, begins in begun(run) if new is old and old.site in moving)
     found = {}
-    for name, own in pairs.items():
-        edits = [new for _, new in own]
-        if staying and any(new is not old for old, new in own):
-            beginnings = zip(own, _beginnings(runs[name], stages[name]), strict=True)
-            edits = [old if begins in staying else new for (old, new), begins in beginnings]
-        found[name] = runs[name].with_edits(sorted(edits, key=lambda edit: edit.site))
+    for run in bound.runs:
+        edits = [new for _, new in pairs[run.name]]
+        if staying and any(new is not old for old, new in pairs[run.name]):
+            edits = [old if begins in staying else new for old, new, begins in begun(run)]
+        found[run.name] = run.with_edits(sorted(edits, key=lambda edit: edit.site))
     return found
 
 
@@ -97,7 +98,8 @@ def _postponed(
         and (edit.site.name != "attn_out" or _is_added_to_its_own(anatomy, masks, run, edit))
     ):
         assert edit.source is not None
-        return replace(edit, site=there, source=replace(edit.source, site=there))
+        moved = replace(edit, site=there, source=replace(edit.source, site=there))
+        return _postponed(anatomy, masks, run, moved, later, reads)
     return edit
 
 
@@ -130,7 +132,7 @@ def _is_seen(
 def _is_added_to_its_own(anatomy: Anatomy, masks: Masks, run: BoundRun, edit: Edit) -> bool:
     """Whether what attention adds is added to the same image's tokens, by an edit before it."""
     before = [own for own in run.edits if own.site < edit.site]
-    if not before or not all(may_hold(own, edit.site) for own in before):
+    if not any(may_hold(own, edit.site) for own in before):
         return False
     middle = Site(edit.site.layer, "resid_mid")
     return Ancestry(anatomy, masks, run, [middle]).holds(middle, edit)

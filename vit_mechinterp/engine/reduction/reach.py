@@ -77,9 +77,18 @@ class Reach:
 
     def acting(self, run: BoundRun) -> dict[int, Edit]:
         """Edits of a run that may change what they are given, by their place in the run, each with the
-        examples in which it may not."""
-        found = {place: self._with_idle(edit, self._idle(edit)) for place, edit in enumerate(run.edits)}
-        return {place: edit for place, edit in found.items() if edit is not None}
+        examples in which it may not. The first of them puts in no value of the run's own base."""
+        found: dict[int, Edit] = {}
+        for place, edit in enumerate(run.edits):
+            left = self._with_idle(edit, self._idle(edit))
+            if left is not None and (found or not self._puts_back(run, edit)):
+                found[place] = left
+        return found
+
+    def _puts_back(self, run: BoundRun, edit: Edit) -> bool:
+        """Whether an edit puts in its base's own value where that is there still."""
+        source = edit.source
+        return source is not None and source.origin == run.origin and self._brings(edit)
 
     def kept(self, run: BoundRun, reads: Sequence[Read], *, to_end: bool) -> Kept:
         """What of a run reaches its output, if that counts (``to_end``), or one of what is read of it."""
@@ -129,7 +138,9 @@ class Reach:
         if run.is_clean_at(read.site):
             return run.origin
         before = [edit for edit in run.edits if edit.site <= read.site]
-        if self.imagined or not all(may_hold(edit, read.site) for edit in before):
+        if not before:  # it is another run's from here on, and that one's edits come later
+            return None if run.blank else run.origin
+        if self.imagined or not any(may_hold(edit, read.site) for edit in before):
             return None
         masks = self._masks(run.edits)
         return Ancestry(self.anatomy, masks, run, [read.site]).whose(read.site, masks.of_read(read))
