@@ -34,8 +34,8 @@ PRESETS = {
         "ways": tuple(WAYS),
     },
     "small": {
-        "examples": 512, "repeats": 3, "budget": "64MiB", "vit_budget": "64MiB", "processes": 1,
-        "ways": ("experiment", "capture", "vit_tiny"),
+        "examples": 256, "repeats": 3, "budget": "64MiB", "vit_budget": "64MiB", "processes": 1,
+        "ways": ("experiment", "vit_tiny"),
     },
     "micro": {
         "examples": 16, "repeats": 1, "budget": "12MiB", "vit_budget": "12MiB", "processes": 1,

@@ -38,14 +38,12 @@ def showing_clean_values(
     capture is of an image's clean value."""
     captures = []
     for capture in run.captures:
-        read = capture.read
-        origin = None if run.is_clean_at(read.site) else whose(read, run)
-        if origin is not None:
-            captures.append(replace(capture, read=replace(read, origin=origin)))
-        elif run.is_clean_at(read.site):
-            captures.append(capture)
-        else:
-            return run, edits
+        if not run.is_clean_at(capture.read.site):
+            origin = whose(capture.read, run)
+            if origin is None:
+                return run, edits
+            capture = replace(capture, read=replace(capture.read, origin=origin))
+        captures.append(capture)
     return replace(run, captures=tuple(captures)), {}
 
 

@@ -227,11 +227,9 @@ def _passing(states: IntArray, stage_of: IntArray, n_stages: int) -> IntArray:
 
 def _beginning(run: BoundRun, other: BoundRun, block: int) -> Beginning:
     """Where rows of a run go on by themselves, before some block, from rows of another one."""
-    increment, made, halves = Site(block - 1, "mlp_out"), 0, False
-    for own in (run, other):
-        made = bisect_right(own.first_blocks, block - 1)
-        halves = halves or (made < len(own.edits) and own.edits[made].site == increment)
-    return Beginning(block - 1, made, halves)
+    made = bisect_right(run.first_blocks, block - 1)
+    to_come = [own.edits[made].site for own in (run, other) if made < len(own.edits)]
+    return Beginning(block - 1, made, halves=Site(block - 1, "mlp_out") in to_come)
 
 
 def _split(part: Part, forks: Sequence[Fork], goes_on: Callable[[Fork], bool]) -> Sequence[Part]:

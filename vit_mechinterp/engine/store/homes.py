@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,29 +30,34 @@ class Homes:
     joined: Mapping[str, str] = field(default_factory=dict)
 
     def joining(self, forms: Mapping[str, Collection[Wanted]]) -> Homes:
-        """The same, with every column that another can keep the values of joined to it: all of its images
-        are there, and what is read of them is kept of the other's images as well, whole wherever its own
-        examples choose tokens.
+        """Every column joined to another that can keep its values, if there is one, and to no other.
 
         Args:
             forms: what is stored of every column, each under its own name.
         """
-        images = {column: set(self.sharing.images[column].tolist()) for column in forms}
+        sizes = {column: len(self._images(column)) for column in forms}
         homes: list[str] = []
         joined: dict[str, str] = {}
-        for column in sorted(forms, key=lambda own: len(images[own]), reverse=True):
-
-            def keeps_all(home: str, own: str = column) -> bool:
-                if not images[own] <= images[home] or not _whole_where_chosen(forms[own], forms[home]):
-                    return False
-                # Of a value that is there of some images alone, the folder keeps nothing.
-                return len(images[own]) == len(images[home]) or _are_among(forms[own], forms[home])
-
-            if (home := next(filter(keeps_all, homes), None)) is None:
+        for column in sorted(forms, key=lambda own: sizes[own], reverse=True):
+            home = next((home for home in homes if self._can_keep(home, column, forms)), None)
+            if home is None:
                 homes.append(column)
             else:
                 joined[column] = home
-        return Homes(self.sharing, joined)
+        return replace(self, joined=joined)
+
+    def _can_keep(self, home: str, column: str, forms: Mapping[str, Collection[Wanted]]) -> bool:
+        """Whether one column can keep the values of another: all of its images are there, and what is read
+        of them is kept of the other's images as well, whole wherever its own examples choose tokens."""
+        images, others = self._images(column), self._images(home)
+        if not images <= others or not _whole_where_chosen(forms[column], forms[home]):
+            return False
+        # Of a value that is there of some images alone, the folder keeps nothing.
+        return len(images) == len(others) or _are_among(forms[column], forms[home])
+
+    def _images(self, column: str) -> frozenset[int]:
+        own = self.sharing.images[column]
+        return self.sharing.once(("images", column), lambda: frozenset(own.tolist()))
 
     def of(self, column: str) -> str:
         """The column that a column's values are kept under."""
