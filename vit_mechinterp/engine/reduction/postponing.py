@@ -92,10 +92,11 @@ def _postponed(
     name, on_the_way = _OUT[edit.site.name]
     there = Site(edit.site.layer, name)
     passed = {edit.site, *(Site(edit.site.layer, own) for own in on_the_way)}
+    before = run.edits[: len(run.edits) - 1 - len(later)]
     if (
         not _is_seen(masks, edit, passed, later, reads)
         and _is_made_of(anatomy, run, edit.site, there)
-        and (edit.site.name != "attn_out" or _is_added_to_its_own(anatomy, masks, run, edit))
+        and (edit.site.name != "attn_out" or _is_added_to_its_own(anatomy, masks, run, edit, before))
     ):
         assert edit.source is not None
         moved = replace(edit, site=there, source=replace(edit.source, site=there))
@@ -129,9 +130,10 @@ def _is_seen(
     return any(other.site in passed and (chosen & masks.of_edit(other)).any() for other in later)
 
 
-def _is_added_to_its_own(anatomy: Anatomy, masks: Masks, run: BoundRun, edit: Edit) -> bool:
-    """Whether what attention adds is added to the same image's tokens, by an edit before it."""
-    before = [own for own in run.edits if own.site < edit.site]
+def _is_added_to_its_own(
+    anatomy: Anatomy, masks: Masks, run: BoundRun, edit: Edit, before: Sequence[Edit]
+) -> bool:
+    """Whether what attention adds is added to the same image's tokens, by an edit ``before`` it."""
     if not any(may_hold(own, edit.site) for own in before):
         return False
     middle = Site(edit.site.layer, "resid_mid")

@@ -35,29 +35,21 @@ class Homes:
         Args:
             forms: what is stored of every column, each under its own name.
         """
-        sizes = {column: len(self._images(column)) for column in forms}
+        images = {column: set(self.sharing.images[column].tolist()) for column in forms}
         homes: list[str] = []
         joined: dict[str, str] = {}
-        for column in sorted(forms, key=lambda own: sizes[own], reverse=True):
-            home = next((home for home in homes if self._can_keep(home, column, forms)), None)
-            if home is None:
+        for column in sorted(forms, key=lambda own: len(images[own]), reverse=True):
+            holding = (home for home in homes if images[column] <= images[home])
+            keeping = (
+                home
+                for home in holding
+                if _can_keep(forms[home], forms[column], more=len(images[home]) > len(images[column]))
+            )
+            if (home := next(keeping, None)) is None:
                 homes.append(column)
             else:
                 joined[column] = home
         return replace(self, joined=joined)
-
-    def _can_keep(self, home: str, column: str, forms: Mapping[str, Collection[Wanted]]) -> bool:
-        """Whether one column can keep the values of another: all of its images are there, and what is read
-        of them is kept of the other's images as well, whole wherever its own examples choose tokens."""
-        images, others = self._images(column), self._images(home)
-        if not images <= others or not _whole_where_chosen(forms[column], forms[home]):
-            return False
-        # Of a value that is there of some images alone, the folder keeps nothing.
-        return len(images) == len(others) or _are_among(forms[column], forms[home])
-
-    def _images(self, column: str) -> frozenset[int]:
-        own = self.sharing.images[column]
-        return self.sharing.once(("images", column), lambda: frozenset(own.tolist()))
 
     def of(self, column: str) -> str:
         """The column that a column's values are kept under."""
@@ -97,6 +89,12 @@ class Homes:
             return found
 
         return self.sharing.once(("moved", column, home), find)
+
+
+def _can_keep(home: Collection[Wanted], own: Collection[Wanted], *, more: bool) -> bool:
+    """Whether what is stored of a column can be kept of one that holds all of its images, or ``more``."""
+    # Of a value that is there of some images alone, the folder keeps nothing.
+    return _whole_where_chosen(own, home) and (not more or _are_among(own, home))
 
 
 def _whole_where_chosen(own: Collection[Wanted], home: Collection[Wanted]) -> bool:
