@@ -330,6 +330,8 @@ def test_memory_that_runs_out_is_one_line(
 
 def test_bad_input_is_said(world: World, tmp_path: Path) -> None:
     store = ActivationStore()
+    with pytest.raises(SpecError, match="disk='1GiB' bounds the files of a folder, and there is none"):
+        ActivationStore(disk="1GiB")
     with pytest.raises(SpecError, match="host='many' is no amount of memory"):
         ActivationStore(host="many")
     with pytest.raises(DataError, match=r"capture: the data has no column 'bases'\. Close matches: base"):

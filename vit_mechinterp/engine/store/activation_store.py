@@ -57,10 +57,11 @@ class ActivationStore:
         folder: folder of the disk tier; None keeps activations in memory only.
         gpu: most memory on every GPU, in bytes or as ``"2GiB"``; 0 leaves the tier out.
         host: most memory of the host.
-        disk: most bytes of the files in ``folder``, those of other processes included.
+        disk: most bytes of the files in ``folder``, those of other processes included; ``"50GiB"`` by
+            default.
 
     Raises:
-        SpecError: a budget is no amount of memory.
+        SpecError: a budget is no amount of memory, or ``disk`` is given and ``folder`` is not.
         ExecutionError: ``folder`` cannot be made.
     """
 
@@ -70,11 +71,17 @@ class ActivationStore:
         *,
         gpu: int | str = "2GiB",
         host: int | str = "4GiB",
-        disk: int | str = "50GiB",
+        disk: int | str | None = None,
     ) -> None:
         check_folder(folder, "folder")
+        if folder is None and disk is not None:
+            raise SpecError(
+                f"disk={disk!r} bounds the files of a folder, and there is none. Name one, such as "
+                "ActivationStore('activations', disk=...), or leave disk out."
+            )
         self.folder = None if folder is None else Path(folder).expanduser().resolve()
-        budgets = [parse_bytes(own, name) for own, name in ((gpu, "gpu"), (host, "host"), (disk, "disk"))]
+        given = {"gpu": gpu, "host": host, "disk": "50GiB" if disk is None else disk}
+        budgets = [parse_bytes(own, name) for name, own in given.items()]
         try:
             self.tiers = Tiers(self.folder, *budgets)
         except OSError as error:
